@@ -1,0 +1,87 @@
+"""Sources of problems and traces, and the Grain iterators over them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from rlt_jax import settings
+from rlt_jax.data import traces as files
+from rlt_jax.data.examples import Row
+from rlt_jax.data.tasks import arithmetic, gsm8k
+from rlt_jax.data.templates import Problem, Template, Trace
+from rlt_jax.errors import UserError
+
+PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
+    "arithmetic": arithmetic.problems,
+    "gsm8k": gsm8k.problems,
+    "file": files.read_problems,
+}
+TRACES: dict[str, Callable[..., list[Trace]]] = {
+    "arithmetic": arithmetic.traces,
+    "gsm8k": gsm8k.traces,
+    "file": files.read_traces,
+}
+
+
+def load_problems(config: Mapping[str, Any], template: Template) -> list[Problem]:
+    """Problems of a `data` section: `task` picks the source, the rest is passed on."""
+    return _load(PROBLEMS, config, template)
+
+
+def load_traces(config: Mapping[str, Any], template: Template) -> list[Trace]:
+    """Traces of a `data` section; see `load_problems`."""
+    return _load(TRACES, config, template)
+
+
+def _load(
+    sources: dict[str, Callable[..., list]], config: Mapping[str, Any], template: Any
+) -> list:
+    keys = dict(config)
+    task = keys.pop("task", None)
+    if task not in sources:
+        raise UserError(f"data.task={task!r}: choose one of {', '.join(sources)}.")
+    if task == "file":
+        keys["template"] = template
+    return settings.build(sources[task], keys, f"data of task {task!r}")
+
+
+def packed_batches(
+    rows: Sequence[Row], batch_size: int, row_length: int, seed: int
+) -> grain.DatasetIterator:
+    """Endless shuffled batches of packed rows; the iterator's state can be saved.
+
+    Every pass over the rows has its own order. Each batch is a dict of arrays
+    [batch_size, row_length]: tokens, segment_ids, positions (int32), loss_mask (bool).
+    """
+    features = [{"tokens": row.tokens, "loss_mask": row.loss_mask} for row in rows]
+    dataset = grain.MapDataset.source(features).seed(seed).shuffle().repeat()
+    packed = grain.experimental.FirstFitPackIterDataset(
+        dataset.to_iter_dataset(),
+        length_struct={"tokens": row_length, "loss_mask": row_length},
+        num_packing_bins=2 * batch_size,
+        seed=seed,
+    )
+    return iter(packed.map(_name_fields).batch(batch_size))
+
+
+def problem_batches(
+    problems: Sequence[Problem], batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """Endless shuffled lists of `batch_size` indices of problems, int64 arrays."""
+    if len(problems) < batch_size:
+        raise UserError(
+            f"batch_size={batch_size} prompts, but only {len(problems)} problems."
+        )
+    dataset = grain.MapDataset.range(len(problems)).seed(seed).shuffle().repeat()
+    return iter(dataset.batch(batch_size).to_iter_dataset())
+
+
+def _name_fields(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "tokens": packed["tokens"].astype(np.int32),
+        "segment_ids": packed["tokens_segment_ids"],
+        "positions": packed["tokens_positions"],
+        "loss_mask": packed["loss_mask"],
+    }

@@ -1,0 +1,180 @@
+"""The embedded task: a chain of single-digit operations, last digit only.
+
+    question: "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"      solution: "1"
+
+Every operation is a bijection of the digits (+ and - by 1..9, * by 3, 7 or 9), so the
+answer of a chain is uniform and cannot be guessed without its steps. Explanations come
+in kinds:
+
+    careful   "4+3=7 7*7=9 9-2=7 ..."      one step at a time
+    skipping  "4+3*7-2=7 7+9*3-8=0"        three operations at once, hard to check
+    restating "it is 0"                    no steps
+    wrong     careful, with one wrong step
+
+Train and test questions are disjoint: a question belongs to "test" when its checksum is
+0 modulo 10.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from rlt_jax.data.templates import Problem, Trace
+from rlt_jax.errors import UserError
+
+KINDS = ("careful", "skipping", "restating", "wrong")
+CHAIN_LENGTH = 6
+STEPS_PER_SKIP = 3
+_OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A start digit and the operations applied to it, left to right."""
+
+    start: int
+    operations: tuple[tuple[str, int], ...]
+
+    @property
+    def question(self) -> str:
+        """The question as text."""
+        steps = " ".join(f"{sign}{operand}" for sign, operand in self.operations)
+        return f"Start at {self.start}: {steps}. Last digit?"
+
+    @property
+    def is_test(self) -> bool:
+        """Whether the question is held out from all training."""
+        return zlib.crc32(self.question.encode()) % 10 == 0
+
+    def results(self) -> list[int]:
+        """The digit after each operation."""
+        digits, value = [], self.start
+        for operation in self.operations:
+            value = apply(value, operation)
+            digits.append(value)
+        return digits
+
+
+def apply(value: int, operation: tuple[str, int]) -> int:
+    """One operation on a digit, modulo 10."""
+    sign, operand = operation
+    if sign == "+":
+        return (value + operand) % 10
+    return ((value - operand) if sign == "-" else value * operand) % 10
+
+
+def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
+    """A random chain of `length` operations."""
+    signs = rng.choice(list(_OPERANDS), length)
+    operations = tuple((str(s), int(rng.choice(list(_OPERANDS[s])))) for s in signs)
+    return Chain(int(rng.integers(10)), operations)
+
+
+def explain(
+    chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
+) -> tuple[str, int]:
+    """An explanation of one kind, and the digit it arrives at.
+
+    Args:
+      chain: the problem.
+      kind: one of `KINDS`.
+      rng: places the wrong step.
+      known_answer: a wrong step is put last and made to reach the true answer, as by
+        someone who was told it; otherwise it is anywhere and its error carried on.
+    """
+    answer = chain.results()[-1]
+    if kind == "restating":
+        return f"it is {answer}", answer
+    if kind == "wrong":
+        return _wrong_steps(chain, rng, known_answer)
+    size = 1 if kind == "careful" else STEPS_PER_SKIP
+    lines, value = [], chain.start
+    for i in range(0, len(chain.operations), size):
+        group = chain.operations[i : i + size]
+        written = "".join(f"{sign}{operand}" for sign, operand in group)
+        before = value
+        for operation in group:
+            value = apply(value, operation)
+        lines.append(f"{before}{written}={value}")
+    return " ".join(lines), answer
+
+
+def _wrong_steps(
+    chain: Chain, rng: np.random.Generator, known_answer: bool
+) -> tuple[str, int]:
+    place = int(rng.integers(len(chain.operations) - known_answer))
+    lines, value = [], chain.start
+    for i, operation in enumerate(chain.operations):
+        before, value = value, apply(value, operation)
+        if i == place:
+            value = (value + int(rng.integers(1, 10))) % 10
+        if known_answer and i == len(chain.operations) - 1:
+            value = chain.results()[-1]
+        lines.append(f"{before}{operation[0]}{operation[1]}={value}")
+    return " ".join(lines), value
+
+
+def problems(split: str, size: int, seed: int) -> list[Problem]:
+    """`size` different problems of the split "train" or "test"."""
+    return [_problem(chain) for chain in _chains(split, size, seed)]
+
+
+def traces(
+    split: str,
+    size: int,
+    seed: int,
+    kinds: Mapping[str, float],
+    known_answer: bool,
+    drills: int = 0,
+) -> list[Trace]:
+    """`size` different problems with explanations of the kinds in the given shares.
+
+    Args:
+      split: "train" or "test".
+      size: number of traces.
+      seed: of chains and kinds.
+      kinds: kind -> share; shares sum to 1.
+      known_answer: see `explain`. Without it, the solution of a trace with a wrong step
+        is the digit that follows from its steps.
+      drills: so many careful traces of one or two operations are added, from which the
+        single steps are learned.
+    """
+    if set(kinds) - set(KINDS) or abs(sum(kinds.values()) - 1) > 1e-6:
+        raise UserError(f"kinds {dict(kinds)}: shares of {KINDS} that sum to 1.")
+    rng = np.random.default_rng([seed, 1])
+    chosen = rng.choice(list(kinds), size, p=list(kinds.values()))
+    result = []
+    for chain, kind in zip(_chains(split, size, seed), chosen, strict=True):
+        explanation, digit = explain(chain, str(kind), rng, known_answer)
+        problem = Problem(chain.question, str(digit), str(digit))
+        result.append(Trace(problem, explanation))
+    return result + _drills(drills, seed)
+
+
+def _drills(size: int, seed: int) -> list[Trace]:
+    rng = np.random.default_rng([seed, 2])
+    result = []
+    for _ in range(size):
+        chain = sample_chain(rng, int(rng.integers(1, 3)))
+        explanation, _ = explain(chain, "careful", rng, known_answer=False)
+        result.append(Trace(_problem(chain), explanation))
+    return result
+
+
+def _problem(chain: Chain) -> Problem:
+    digit = str(chain.results()[-1])
+    return Problem(chain.question, digit, digit)
+
+
+def _chains(split: str, size: int, seed: int) -> Iterator[Chain]:
+    if split not in ("train", "test"):
+        raise UserError(f"split {split!r} of the arithmetic task: train or test.")
+    rng = np.random.default_rng([seed, 0])
+    seen: set[Chain] = set()
+    while len(seen) < size:
+        chain = sample_chain(rng)
+        if chain.is_test == (split == "test") and chain not in seen:
+            seen.add(chain)
+            yield chain

@@ -1,0 +1,155 @@
+"""Templates: the system prompts, tags and delimiters of teacher and student rows.
+
+A template is data, read from a JSON file with exactly the fields of `Template`. The text
+that stands between an opening and a closing tag is called a body. A body includes the
+whitespace next to the tags: with `pad="\\n\\n"`, the body of the explanation `x = 5` is
+`"\\n\\nx = 5\\n\\n"`.
+
+    teacher row: chat(teacher_system, q) + <solution> s </solution> + delimiter
+                 + <explanation> pad | rest of the explanation + </explanation>
+    student row: chat(student_system, q) + <thought> z </thought> + delimiter
+                 + <solution> s </solution>
+
+Everything left of `|` is the teacher's prompt.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from rlt_jax.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets" / "templates"
+
+
+class Problem(NamedTuple):
+    """A question with its known solution and, where it can be graded, its answer."""
+
+    question: str
+    solution: str
+    answer: str | None = None
+
+
+class Trace(NamedTuple):
+    """A problem with an explanation (or reasoning trace) that leads to its solution."""
+
+    problem: Problem
+    explanation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """System prompts, tags and delimiters; see the module docstring.
+
+    Attributes:
+      teacher_system: system prompt of the teacher.
+      student_system: system prompt of the student.
+      explanation_tags: opening and closing tag of the teacher's explanation.
+      thought_tags: opening and closing tag of the student's thought.
+      solution_tags: opening and closing tag of the solution.
+      pad: whitespace between a tag and its text.
+      delimiter: text between the two tagged parts.
+    """
+
+    teacher_system: str
+    student_system: str
+    explanation_tags: tuple[str, str]
+    thought_tags: tuple[str, str]
+    solution_tags: tuple[str, str]
+    pad: str
+    delimiter: str
+
+    def __post_init__(self) -> None:
+        for name in ("explanation_tags", "thought_tags", "solution_tags"):
+            tags = getattr(self, name)
+            if len(tags) != 2 or not all(isinstance(t, str) and t for t in tags):
+                raise UserError(
+                    f"template: {name} is {tags!r}; give two non-empty strings, the "
+                    "opening and the closing tag."
+                )
+            object.__setattr__(self, name, tuple(tags))
+
+    def body(self, text: str) -> str:
+        """Text as it stands between tags: padded, unless it already is."""
+        if text.startswith(self.pad):
+            return text
+        return self.pad + text + self.pad
+
+    def solution(self, problem: Problem) -> str:
+        """The solution of the problem with its tags."""
+        return _tagged(self.solution_tags, self.body(problem.solution))
+
+    def teacher_messages(self, problem: Problem) -> list[dict[str, str]]:
+        """Chat messages of the teacher before its turn."""
+        return _chat(self.teacher_system, problem.question)
+
+    def student_messages(self, question: str) -> list[dict[str, str]]:
+        """Chat messages of the student before its turn."""
+        return _chat(self.student_system, question)
+
+    def teacher_prefix(self, problem: Problem) -> str:
+        """Start of the teacher's turn that belongs to its prompt."""
+        opening = self.explanation_tags[0] + self.pad
+        return self.solution(problem) + self.delimiter + opening
+
+    def student_turn(self, trace: Trace) -> str:
+        """The student's whole turn: tagged thought, delimiter, tagged solution."""
+        thought = _tagged(self.thought_tags, self.body(trace.explanation))
+        return thought + self.delimiter + self.solution(trace.problem)
+
+    def explanation_of(self, completion: str) -> tuple[str, bool]:
+        """Body of the explanation in a teacher's completion, and whether it is closed.
+
+        The completion continues `teacher_prefix`, so the body starts with `pad`. It ends
+        at the first closing tag; without one, all of the completion belongs to it.
+
+            >>> template.explanation_of("3+4=7\\n\\n</explanation>")   # pad "\\n\\n"
+            ("\\n\\n3+4=7\\n\\n", True)
+        """
+        text, tag, _ = completion.partition(self.explanation_tags[1])
+        return self.pad + text, bool(tag)
+
+    def solution_of(self, completion: str) -> str | None:
+        """What a student wrote as its solution: the last tagged part, stripped.
+
+        A missing closing tag is forgiven; None when there is no opening tag.
+        """
+        _, tag, text = completion.rpartition(self.solution_tags[0])
+        return text.partition(self.solution_tags[1])[0].strip() if tag else None
+
+
+def load_template(name: str) -> Template:
+    """Reads a template by the name of a shipped one or the path of a JSON file.
+
+    Raises:
+      UserError: no such file, not JSON, or a field is missing or unknown.
+    """
+    path = ASSETS / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in ASSETS.glob("*.json")))
+        raise UserError(
+            f"template {name!r} is neither a file nor one of the shipped ({shipped})."
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"template {path}: not valid JSON: {error}") from error
+    wanted = {field.name for field in dataclasses.fields(Template)}
+    if not isinstance(fields, dict) or set(fields) != wanted:
+        raise UserError(
+            f"template {path}: the fields must be exactly {sorted(wanted)}, "
+            f"found {sorted(fields) if isinstance(fields, dict) else type(fields)}."
+        )
+    return Template(**fields)
+
+
+def _tagged(tags: tuple[str, str], body: str) -> str:
+    return tags[0] + body + tags[1]
+
+
+def _chat(system: str, question: str) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": "user", "content": question}]

@@ -1,0 +1,62 @@
+"""Log-probabilities of packed rows, micro-batch by micro-batch."""
+
+import jax
+import jax.numpy as jnp
+
+from rlt_jax.inference.log_probs import token_stats
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.types import PackedRows, Params, TokenSpans
+
+
+def score_rows(
+    model: Transformer, temperature: float, params: Params, rows: PackedRows
+) -> jax.Array:
+    """Log-probability of every token of packed rows.
+
+    Args:
+      model: the transformer.
+      temperature: logits are divided by it.
+      params: parameters.
+      rows: [M, B, T]; micro-batches after `num_micro_batches` are not computed.
+
+    Returns:
+      [M, B, T] float32, 0 for padding and the first token of each segment.
+    """
+
+    def one(m: jax.Array, log_probs: jax.Array) -> jax.Array:
+        stats = token_stats(
+            model,
+            params,
+            rows.tokens[m],
+            rows.segment_ids[m],
+            rows.positions[m],
+            temperature,
+        )
+        return log_probs.at[m].set(stats.log_probs)
+
+    zeros = jnp.zeros(rows.tokens.shape, jnp.float32)
+    return jax.lax.fori_loop(0, rows.num_micro_batches, one, zeros)
+
+
+def gather(per_token: jax.Array, spans: TokenSpans) -> jax.Array:
+    """Values of the spans: [M, B, T] -> [N, T], 0 outside the mask."""
+    return jnp.where(spans.mask, per_token.reshape(-1)[spans.index], 0.0)
+
+
+def segment_sums(values: jax.Array, spans: TokenSpans) -> jax.Array:
+    """Adds the tokens of each segment: [N, T] -> [N, T] by segment number."""
+    row = jnp.arange(values.shape[0])[:, None]
+    masked = jnp.where(spans.mask, values, 0.0)
+    return jnp.zeros_like(values).at[row, spans.segment].add(masked)
+
+
+def segment_mask(spans: TokenSpans) -> jax.Array:
+    """Which segment numbers occur: [N, T] bool."""
+    return segment_sums(jnp.ones(spans.mask.shape), spans) > 0
+
+
+def scatter(values: jax.Array, spans: TokenSpans, shape: tuple[int, ...]) -> jax.Array:
+    """One value per completion [N] onto its tokens [M, B, T], 0 elsewhere."""
+    on_tokens = jnp.where(spans.mask, values[:, None], 0.0)
+    flat = jnp.zeros(shape, values.dtype).reshape(-1)
+    return flat.at[spans.index].add(on_tokens).reshape(shape)

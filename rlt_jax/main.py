@@ -1,0 +1,54 @@
+"""Trains reinforcement-learned teachers: runs the stage or pipeline of a config.
+
+    python -m rlt_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Any value of the config can be set on the command line:
+
+    python -m rlt_jax.main --config=configs/quickstart.py --workdir=runs/other \\
+        --config.seed=1 --config.rl.grpo.steps=20
+
+Each stage works in <workdir>/<name>/. A stage that is complete is skipped; one that was
+cut off goes on from its last checkpoint. --only=NAME runs one stage alone, afresh if it
+was complete (its earlier folder is kept under another name).
+"""
+
+import logging
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from rlt_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A Python file with get_config(); `file.py:arg` passes it an arg."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything a run writes.")
+_ONLY = flags.DEFINE_string("only", None, "Run this stage of the pipeline alone.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Runs the config; bad input ends in one message and exit status 1."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown argument {argv[1]!r}; all settings are flags.")
+    # The libraries' own progress messages stay out of sight, ours are shown.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("rlt_jax").setLevel(logging.INFO)
+    # Imported late, so that --help and bad flags answer at once.
+    from rlt_jax.stages import run_pipeline
+
+    try:
+        run_pipeline(_CONFIG.value, _WORKDIR.value, _ONLY.value)
+    except UserError as error:
+        sys.exit(f"rlt_jax: {error}")
+
+
+def cli() -> None:
+    """Entry point of the console script."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

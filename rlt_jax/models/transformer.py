@@ -1,0 +1,265 @@
+"""One decoder-only transformer in Flax Linen.
+
+Layers are scanned (parameters stacked on L) and optionally rematerialised. The KV cache
+is an argument and a result. Hidden states and head are apart, so that log-probabilities
+never need all logits at once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlt_jax.models import attention as attention_lib
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.types import KVCache, Params
+
+Axes = tuple[str | None, ...]
+
+
+def _kernel_init(axes: Axes, fan_in: int) -> Any:
+    init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)
+    return nn.with_logical_partitioning(init, axes)
+
+
+def _constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    return nn.with_logical_constraint(x, axes)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, statistics in float32, over the last axis."""
+
+    eps: float
+    axis_name: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
+        scale = self.param("scale", init, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """Dense map of trailing axes, `contract` names the axes it sums over."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: Axes
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = 1
+        for size in self.in_shape:
+            fan_in *= size
+        shape = self.in_shape + self.out_shape
+        kernel = self.param("kernel", _kernel_init(self.axes, fan_in), shape)
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.in_shape))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(
+                nn.initializers.zeros, self.axes[len(self.in_shape) :]
+            )
+            y = y + self.param("bias", init, self.out_shape).astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values, rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        kv_cache: KVCache | None,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
+        c = self.config
+        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        q_axes = ("embed", "heads", "head_dim")
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        query = Projection((D,), (N, H), q_axes, c.qkv_bias, name="query")(x)
+        key = Projection((D,), (K, H), kv_axes, c.qkv_bias, name="key")(x)
+        value = Projection((D,), (K, H), kv_axes, c.qkv_bias, name="value")(x)
+        if c.qk_norm:
+            query = RMSNorm(c.norm_eps, "head_dim", name="query_norm")(query)
+            key = RMSNorm(c.norm_eps, "head_dim", name="key_norm")(key)
+        query = attention_lib.rotate(query, positions, c.rope_theta)
+        key = attention_lib.rotate(key, positions, c.rope_theta)
+        query = _constrain(query, "batch", "length", "heads", "head_dim")
+        if kv_cache is not None:
+            row = jnp.arange(x.shape[0])[:, None]
+            kv_cache = KVCache(
+                kv_cache.keys.at[layer, row, positions].set(key),
+                kv_cache.values.at[layer, row, positions].set(value),
+            )
+            key, value = kv_cache.keys[layer], kv_cache.values[layer]
+        y = attention_lib.attention(query, key, value, mask)
+        o_axes = ("heads", "head_dim", "embed")
+        return Projection((N, H), (D,), o_axes, name="out")(y), kv_cache
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D, F = self.config.embed_dim, self.config.mlp_dim
+        gate = Projection((D,), (F,), ("embed", "mlp"), name="gate")(x)
+        up = Projection((D,), (F,), ("embed", "mlp"), name="up")(x)
+        y = _constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        return Projection((F,), (D,), ("mlp", "embed"), name="down")(y)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, KVCache | None],
+        layer: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        x, kv_cache = carry
+        eps = self.config.norm_eps
+        y, kv_cache = Attention(self.config, name="attention")(
+            RMSNorm(eps, name="attention_norm")(x), positions, mask, kv_cache, layer
+        )
+        x = x + y
+        x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        return (_constrain(x, "batch", "length", "embed"), kv_cache), None
+
+
+def _remat(block: Any, policy: str) -> Any:
+    if policy == "none":
+        return block
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(
+        block, policy=saved if policy == "dots" else None, prevent_cse=False
+    )
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer; `head` turns hidden states into logits."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(
+                nn.initializers.normal(stddev=0.02), ("vocab", "embed")
+            ),
+            (c.vocab_size, c.embed_dim),
+        )
+        self.layers = nn.scan(
+            _remat(Block, c.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.output = self.param(
+                "output",
+                _kernel_init(("embed", "vocab"), c.embed_dim),
+                (c.embed_dim, c.vocab_size),
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm.
+
+        Without a cache, rows may be packed: attention is causal within segments. With a
+        cache, tokens are written to the slots named by their positions and see every
+        slot up to their own; rows are then one segment each.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32, counted from 0 within each segment.
+          segment_ids: [B, T] int32, 0 for padding; needed without a cache.
+          kv_cache: cache of S slots, or None.
+
+        Returns:
+          Hidden states [B, T, D] in the activation dtype, and the filled cache.
+        """
+        c = self.config
+        if kv_cache is not None:
+            mask = attention_lib.cache_mask(positions, kv_cache.keys.shape[2])
+        elif segment_ids is not None:
+            mask = attention_lib.packed_mask(segment_ids)
+        else:
+            raise ValueError("Pass segment_ids, or a kv_cache.")
+        x = self.embedding[tokens].astype(c.activation_dtype)
+        x = _constrain(x, "batch", "length", "embed")
+        layers = jnp.arange(c.num_layers)
+        (x, kv_cache), _ = self.layers((x, kv_cache), layers, positions, mask)
+        return self.final_norm(x), kv_cache
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V]."""
+        kernel = self.embedding.T if self.config.tie_embeddings else self.output
+        kernel = kernel.astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters in float32, plain arrays without axis names."""
+    return nn.meta.unbox(boxed_params(config, key))
+
+
+def logical_axes(config: ModelConfig) -> Any:
+    """Tree like the parameters whose leaves are PartitionSpecs of logical axes."""
+    boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
+    return nn.get_partition_spec(boxed)
+
+
+def boxed_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Random parameters, each in a box that names its logical axes."""
+    row = jnp.zeros((1, 2), jnp.int32)
+    variables = Transformer(config).init(key, row, row, row)
+    return variables["params"]
+
+
+def hidden_states(
+    model: Transformer,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    kv_cache: KVCache | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """`Transformer.__call__` as a pure function of parameters and inputs."""
+    return model.apply({"params": params}, tokens, positions, segment_ids, kv_cache)
+
+
+def logits(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
+    """`Transformer.head` as a pure function: [..., D] -> float32 [..., V]."""
+    return model.apply({"params": params}, hidden, method=Transformer.head)
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
+    """A zeroed cache of `length` slots for `batch` rows."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, config.activation_dtype)
+    return KVCache(zeros, zeros)

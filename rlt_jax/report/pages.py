@@ -1,0 +1,241 @@
+"""The report: what a run measured, as one page for a reader and one JSON for programs.
+
+    <workdir>/<stage>/...  ->  <workdir>/report/index.html, report/*.png, summary.json
+
+The page holds its pictures and style in itself, so that it can be sent as one file.
+Everything that a model or a data set wrote is escaped.
+"""
+
+import base64
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rlt_jax.errors import UserError
+from rlt_jax.report import plots
+
+Record = dict[str, Any]
+OUT = "report"  # folder of the page in the workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Which stages of the run the report reads; every value is a folder in the workdir.
+
+    Attributes:
+      rl: the teacher's reinforcement learning.
+      traces: label -> a collect stage; explanations are shown in this order.
+      evaluations: label -> an evaluate stage, all on the same questions; the last is
+        compared with the one before it.
+      num_examples: how many questions are shown with explanations and with answers.
+    """
+
+    rl: str
+    traces: Mapping[str, str]
+    evaluations: Mapping[str, str]
+    num_examples: int = 6
+
+
+def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
+    """Writes the page, its pictures and `summary.json`; returns the summary.
+
+    Raises:
+      UserError: a stage that the config names has not left its files, or the
+        evaluations cannot be compared.
+    """
+    teacher = _read(workdir / config.rl / "done.json")["summary"]
+    metrics = _read_lines(workdir / config.rl / "metrics.jsonl")
+    traces = {
+        label: _read_lines(workdir / folder / "traces.jsonl")
+        for label, folder in config.traces.items()
+    }
+    results = {
+        label: _read(workdir / folder / "results.json")
+        for label, folder in config.evaluations.items()
+    }
+    answers = {
+        label: _read_lines(workdir / folder / "samples.jsonl")
+        for label, folder in config.evaluations.items()
+    }
+    summary = {
+        "teacher_reward_warmup": teacher["held_out_reward_first"],
+        "teacher_reward_warmup_standard_error": teacher[
+            "held_out_reward_first_standard_error"
+        ],
+        "teacher_reward_rl": teacher["held_out_reward_last"],
+        "teacher_reward_rl_standard_error": teacher[
+            "held_out_reward_last_standard_error"
+        ],
+        **_accuracies(results, answers),
+        "seed": seed,
+        **_seconds(workdir),
+    }
+    out = workdir / OUT
+    out.mkdir(exist_ok=True)
+    pictures = _pictures(metrics, results)
+    for name, png in pictures.items():
+        (out / f"{name}.png").write_bytes(png)
+    page = _render(
+        run=workdir.resolve().name,
+        summary=summary,
+        teacher=teacher,
+        evaluations=list(results),
+        pictures={n: base64.b64encode(png).decode() for n, png in pictures.items()},
+        explanations=_side_by_side(traces, config.num_examples),
+        answers=_side_by_side(answers, config.num_examples),
+    )
+    # A model can write half of a surrogate pair, which UTF-8 cannot hold.
+    (out / "index.html").write_text(page, encoding="utf-8", errors="replace")
+    text = json.dumps(summary, indent=2) + "\n"
+    (workdir / "summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def _accuracies(
+    results: Mapping[str, Record], answers: Mapping[str, Sequence[Record]]
+) -> Record:
+    if not results:
+        return {}
+    sizes = {(r["num_questions"], r["samples_per_question"]) for r in results.values()}
+    if len(sizes) > 1:
+        raise UserError(
+            f"the evaluations {', '.join(results)} differ in questions or in samples "
+            f"per question: {sorted(sizes)}. Evaluate all on the same."
+        )
+    summary: Record = {}
+    for label, result in results.items():
+        summary[f"accuracy_{label}"] = result["accuracy"]
+        summary[f"accuracy_{label}_standard_error"] = result["standard_error"]
+    if len(results) > 1:
+        before, after = list(results)[-2:]
+        difference, error = _paired_difference(before, after, answers)
+        summary["accuracy_difference"] = difference
+        summary["accuracy_difference_standard_error"] = error
+    summary["n_eval"], summary["samples_per_question"] = sizes.pop()
+    return summary
+
+
+def _paired_difference(
+    before: str, after: str, answers: Mapping[str, Sequence[Record]]
+) -> tuple[float, float]:
+    """Mean over questions of accuracy after minus before, and its standard error."""
+    old = _accuracy_by_question(answers[before])
+    new = _accuracy_by_question(answers[after])
+    if old.keys() != new.keys() or len(old) < 2:
+        raise UserError(
+            f"the evaluations {before!r} and {after!r} cannot be compared question by "
+            f"question: they answered {len(old)} and {len(new)} questions, "
+            f"{len(old.keys() & new.keys())} of them the same. Evaluate both on the "
+            "same two or more questions."
+        )
+    differences = [new[question] - old[question] for question in old]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences), error
+
+
+def _accuracy_by_question(samples: Sequence[Record]) -> dict[str, float]:
+    correct: dict[str, list[bool]] = {}
+    for sample in samples:
+        correct.setdefault(sample["question"], []).append(sample["correct"])
+    return {question: statistics.fmean(marks) for question, marks in correct.items()}
+
+
+def _seconds(workdir: Path) -> Record:
+    """Seconds of every completed stage but the report itself, in the order they ended."""
+    done = [path for path in workdir.glob("*/done.json") if path.parent.name != OUT]
+    done.sort(key=lambda path: (path.stat().st_mtime_ns, path))
+    seconds = {path.parent.name: _read(path)["seconds"] for path in done}
+    return {"seconds_total": math.fsum(seconds.values()), "seconds": seconds}
+
+
+def _pictures(
+    metrics: Sequence[Record], results: Mapping[str, Record]
+) -> dict[str, bytes]:
+    pictures = {
+        group: plots.metric_curves(metrics, names)
+        for group, names in plots.metric_groups(metrics).items()
+    }
+    if results:
+        pictures["accuracy"] = plots.accuracy_bars(
+            {label: result["accuracy"] for label, result in results.items()},
+            {label: result["standard_error"] for label, result in results.items()},
+        )
+    return pictures
+
+
+def _side_by_side(
+    records: Mapping[str, Sequence[Record]], count: int
+) -> list[dict[str, Record]]:
+    """The first record of each of the first questions that every label holds.
+
+    The first ones, not the best ones: what is shown is not picked by its success.
+    """
+    first: list[dict[str, Record]] = []
+    for rows in records.values():
+        by_question: dict[str, Record] = {}
+        for row in rows:
+            by_question.setdefault(row["question"], row)
+        first.append(by_question)
+    if not first:
+        return []
+    shared = [q for q in first[0] if all(q in questions for questions in first)]
+    return [
+        {label: questions[q] for label, questions in zip(records, first)}
+        for q in shared[:count]
+    ]
+
+
+def _render(**values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(words=_words, number=_number)
+    environment.globals["z_95"] = plots.Z_95
+    return environment.get_template("page.html").render(values)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: float | None, digits: int = 5) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def _read(path: Path) -> Record:
+    return _parse(_text(path), path)
+
+
+def _read_lines(path: Path) -> list[Record]:
+    # Not splitlines, which would also cut at separators inside of a JSON string.
+    lines = _text(path).split("\n")
+    return [_parse(line, path) for line in lines if line.strip()]
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}.") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"report: {path} is missing. The stage {path.parent.name!r} writes it: run "
+            "that stage first, or name another one in the report's config."
+        ) from error

@@ -1,0 +1,142 @@
+"""Pictures of a run: pure functions from numbers to the bytes of a PNG.
+
+Figures are made as objects, without pyplot, so nothing global is opened or left behind.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Z_95 = 1.96  # standard errors to each side of a 95% interval
+WIDTH = 9.9  # inches, of every figure, so that a page scales all of them alike
+INK, MUTED, GRID = "#1f2328", "#59636e", "#dfe3e8"
+BLUE, PALE = "#2563c9", "#8db3ec"
+
+# The unit of a metric by a word of its name; the first word found decides.
+UNITS = {
+    "second": "per second",
+    "seconds": "seconds",
+    "length": "tokens",
+    "tokens": "tokens",
+    "fraction": "fraction",
+    "kl": "nats per token",
+    "entropy": "nats per token",
+    "score": "nats per token",
+    "value": "reward",
+    "penalty": "reward",
+}
+
+
+def metric_groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Which metrics go into which figure: the reward, its terms, then other areas.
+
+    A `_std` beside a `_mean` is the band of that curve and has no panel of its own.
+
+        >>> metric_groups([{"step": 0, "reward/value_mean": 1.0, "policy/entropy": 2.0}])
+        {'reward': ['reward/value_mean'], 'policy': ['policy/entropy']}
+    """
+    names = sorted({name for row in rows for name in row if "/" in name})
+    groups: dict[str, list[str]] = {"reward": [], "reward_terms": []}
+    for name in names:
+        area, _, quantity = name.partition("/")
+        if name.endswith("_std") and name.removesuffix("_std") + "_mean" in names:
+            continue
+        if area == "reward" and quantity != "value_mean":
+            area = "reward_terms"
+        groups.setdefault(area, []).append(name)
+    return {group: members for group, members in groups.items() if members}
+
+
+def metric_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+    """One panel for each metric over the steps, at most three side by side."""
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(WIDTH, 2.7 * lines), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        _curve(figure.add_subplot(lines, columns, place), rows, name)
+    return _png(figure)
+
+
+def accuracy_bars(
+    accuracies: Mapping[str, float], standard_errors: Mapping[str, float]
+) -> bytes:
+    """One bar for each evaluation, with its 95% interval, in percent."""
+    heights = [100 * value for value in accuracies.values()]
+    spans = [100 * Z_95 * standard_errors[label] for label in accuracies]
+    tops = [height + span for height, span in zip(heights, spans)]
+    places = range(len(heights))
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    axes.bar(places, heights, width=0.5, color=PALE, zorder=2)
+    below = [min(height, span) for height, span in zip(heights, spans)]
+    axes.errorbar(
+        places, heights, [below, spans], fmt="none", ecolor=INK, capsize=5, zorder=3
+    )
+    for place, height, span, top in zip(places, heights, spans, tops):
+        axes.annotate(
+            f"{height:.1f} ± {span:.1f}",
+            (place, top),
+            (0, 5),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+        )
+    wrap = max(90 // len(heights), 8)
+    labels = [textwrap.fill(label.replace("_", " "), wrap) for label in accuracies]
+    axes.set_xticks(places, labels, parse_math=False, color=INK)
+    axes.set_xlim(-0.6, len(heights) - 0.4)
+    axes.set_ylim(0, max(*tops, 1.0) * 1.15)
+    axes.set_ylabel("accuracy (%)", color=MUTED)
+    return _png(figure)
+
+
+def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    present = [row for row in rows if row.get(name) is not None]
+    steps = [row["step"] for row in present]
+    values = [row[name] for row in present]
+    _style(axes)
+    marker = "o" if len(steps) <= 40 else None  # a lone point has no line to see
+    axes.plot(steps, values, color=BLUE, linewidth=1.6, marker=marker, markersize=3)
+    if name.endswith("_mean"):
+        spread = name.removesuffix("_mean") + "_std"
+        band = [row for row in present if row.get(spread) is not None]
+        axes.fill_between(
+            [row["step"] for row in band],
+            [row[name] - row[spread] for row in band],
+            [row[name] + row[spread] for row in band],
+            color=BLUE,
+            alpha=0.15,
+            linewidth=0,
+        )
+    words = re.split("[/_]", name)
+    axes.set_title(
+        " ".join(words), loc="left", fontsize=10, color=INK, parse_math=False
+    )
+    axes.set_xlabel("step", color=MUTED)
+    axes.set_ylabel(
+        next((unit for word, unit in UNITS.items() if word in words), "value"),
+        color=MUTED,
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_formatter("{x:.6g}")
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(colors=MUTED, length=0, labelsize=9)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144, facecolor="white")
+    return buffer.getvalue()

@@ -1,0 +1,146 @@
+"""The reward of a reinforcement-learned teacher (arXiv 2506.08388, section 3.2)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from rlt_jax import masked
+from rlt_jax.errors import UserError
+from rlt_jax.inference.scoring import gather, segment_mask, segment_sums
+from rlt_jax.rl import kl
+from rlt_jax.types import Reward, ScoringBatch
+
+Reduction = Callable[..., jax.Array]
+
+REDUCTIONS: dict[str, Reduction] = {
+    "mean": masked.mean,
+    "min": masked.minimum,
+    "max": masked.maximum,
+    "median": masked.median,
+    "first_quartile": lambda x, m, empty: masked.quantile(x, m, 0.25, empty),
+    "third_quartile": lambda x, m, empty: masked.quantile(x, m, 0.75, empty),
+    "sum": lambda x, m, empty: masked.total(x, m),
+}
+
+MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "none": lambda x: x,
+    "exp": jnp.exp,
+    "exp_norm": lambda x: 1 - jnp.exp(-x),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RLTRewardConfig:
+    """Weights and shapes of the terms; the defaults are the published ones.
+
+    Attributes:
+      student_temperature: tau_S, divides the student's logits.
+      solution_coef: weight of the solution score.
+      solution_reductions: reduction -> weight within the solution score.
+      solution_map: applied to each solution log-prob, one of `MAPS`.
+      solution_clip: mapped log-probs are kept above minus this; None for no clip.
+      explanation_kl_coef: weight of the explanation KL, subtracted.
+      kl_reductions: reduction -> weight within the explanation KL.
+      kl_map: applied to each per-token KL.
+      kl_clip: mapped KLs are kept below this; None for no clip.
+      kl_estimator: "k1" (published) or "k3".
+      format_penalty: added when the closing tag is missing.
+      empty_penalty: an empty span counts as minus this in every reduction of its
+        log-probs, and as this in every reduction of its KL.
+    """
+
+    student_temperature: float = 0.7
+    solution_coef: float = 1.0
+    solution_reductions: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"mean": 1.0, "min": 0.01}
+    )
+    solution_map: str = "none"
+    solution_clip: float | None = None
+    explanation_kl_coef: float = 3.0
+    kl_reductions: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"mean": 1.0, "max": 0.01}
+    )
+    kl_map: str = "none"
+    kl_clip: float | None = None
+    kl_estimator: str = "k1"
+    format_penalty: float = -1.0
+    empty_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in (*self.solution_reductions, *self.kl_reductions):
+            _check(name, REDUCTIONS, "reductions")
+        _check(self.solution_map, MAPS, "solution_map")
+        _check(self.kl_map, MAPS, "kl_map")
+        _check(self.kl_estimator, kl.ESTIMATORS, "kl_estimator")
+
+
+def rlt_reward(
+    config: RLTRewardConfig,
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
+    batch: ScoringBatch,
+) -> Reward:
+    """r = solution_coef * r_SS - explanation_kl_coef * r_KL + format penalty.
+
+    r_SS reduces the student's log-probs of the solution tokens; r_KL reduces, per segment
+    of the explanation, log p_T - log p_S, teacher in the teacher row and student in the
+    student row (section 3.2; the reductions of mean with 0.01 min or max are published).
+
+    Args:
+      config: weights.
+      student_log_probs: [M, B, T] of the student rows at `student_temperature`.
+      teacher_log_probs: [M, B, T] of the teacher rows at the sampling temperature.
+      batch: spans of N completions.
+
+    Returns:
+      Values [N], and terms: solution_score, explanation_kl, format_penalty,
+      `solution_<reduction>` and `kl_<reduction>` for each in use, and the indicators
+      empty_explanation, empty_solution.
+    """
+    on_solution = gather(student_log_probs, batch.student_solution)
+    solution = MAPS[config.solution_map](on_solution)
+    if config.solution_clip is not None:
+        solution = jnp.maximum(solution, -config.solution_clip)
+    in_student = gather(student_log_probs, batch.student_explanation)
+    in_teacher = gather(teacher_log_probs, batch.teacher_explanation)
+    log_ratio = segment_sums(in_teacher, batch.teacher_explanation) - segment_sums(
+        in_student, batch.student_explanation
+    )
+    divergence = MAPS[config.kl_map](kl.ESTIMATORS[config.kl_estimator](log_ratio))
+    if config.kl_clip is not None:
+        divergence = jnp.minimum(divergence, config.kl_clip)
+
+    solution_mask = batch.student_solution.mask
+    kl_mask = segment_mask(batch.student_explanation)
+    penalty = config.empty_penalty
+    parts, solution_score, explanation_kl = {}, 0.0, 0.0
+    for name, weight in config.solution_reductions.items():
+        score = REDUCTIONS[name](solution, solution_mask, empty=-penalty)
+        parts[f"solution_{name}"] = score
+        solution_score += weight * score
+    for name, weight in config.kl_reductions.items():
+        score = REDUCTIONS[name](divergence, kl_mask, empty=penalty)
+        parts[f"kl_{name}"] = score
+        explanation_kl += weight * score
+    format_penalty = jnp.where(batch.closed, 0.0, config.format_penalty)
+    value = (
+        config.solution_coef * solution_score
+        - config.explanation_kl_coef * explanation_kl
+        + format_penalty
+    )
+    terms = {
+        "solution_score": solution_score,
+        "explanation_kl": explanation_kl,
+        "format_penalty": format_penalty,
+        "empty_explanation": ~kl_mask.any(-1),
+        "empty_solution": ~solution_mask.any(-1),
+        **parts,
+    }
+    return Reward(value, {k: v.astype(jnp.float32) for k, v in terms.items()})
+
+
+def _check(name: str, known: Mapping[str, object], what: str) -> None:
+    if name not in known:
+        raise UserError(f"reward.{what}: {name!r} is not one of {', '.join(known)}.")

@@ -1,0 +1,160 @@
+"""The stages by name, and the pipeline that runs them in order."""
+
+import importlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from rlt_jax.errors import UserError
+
+_LOG = logging.getLogger("rlt_jax")
+
+STAGES = ("sft", "rl", "collect", "evaluate", "export", "report")
+
+
+def run_pipeline(
+    config: ml_collections.ConfigDict, workdir: str | Path, only: str | None = None
+) -> None:
+    """Runs every stage of the config that is not complete.
+
+    A config has `seed` and either `stage` (the config is that one stage) or `pipeline`,
+    an ordered tuple of names of sections that each have a `stage`. In any string of a
+    section `{workdir}` stands for the workdir.
+
+    Args:
+      config: the config.
+      workdir: folder that holds a folder for each stage.
+      only: name of the one stage to run, afresh if it was complete.
+
+    Raises:
+      UserError: bad input, anywhere in a stage.
+    """
+    root = Path(workdir)
+    sections = stage_sections(config)
+    if only is not None:
+        if only not in sections:
+            raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
+        sections = {only: sections[only]}
+        _set_aside(root / only, _settings(sections[only], root, config.seed))
+    for name, section in sections.items():
+        _run_stage(name, section, root, config.seed)
+
+
+def stage_sections(
+    config: ml_collections.ConfigDict,
+) -> dict[str, ml_collections.ConfigDict]:
+    """Name -> config of every stage, in order.
+
+    Raises:
+      UserError: neither `stage` nor `pipeline`, or a name without section.
+    """
+    if "seed" not in config:
+        raise UserError("config: the key 'seed' is missing.")
+    if "stage" in config:
+        section = ml_collections.ConfigDict(config.to_dict())
+        del section.seed
+        return {_stage_of(section, "config"): section}
+    if "pipeline" not in config:
+        raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
+    for name in config.pipeline:
+        if name not in config:
+            raise UserError(
+                f"config.pipeline names {name!r}, config.{name} is missing."
+            )
+        _stage_of(config[name], f"config.{name}")
+    return {name: config[name] for name in config.pipeline}
+
+
+def _stage_of(section: ml_collections.ConfigDict, where: str) -> str:
+    stage = section.get("stage")
+    if stage not in STAGES:
+        raise UserError(f"{where}.stage={stage!r}: one of {', '.join(STAGES)}.")
+    return stage
+
+
+def _run_stage(
+    name: str, section: ml_collections.ConfigDict, root: Path, seed: int
+) -> None:
+    folder = root / name
+    values = _settings(section, root, seed)
+    difference = _difference(folder, values)
+    if difference is not None:
+        raise UserError(
+            f"stage {name}: {folder} was made with other settings ({difference}). Use "
+            f"another --workdir, or --only={name} to run this stage afresh."
+        )
+    if (folder / "done.json").is_file():
+        _LOG.info("stage %s is complete, skipped", name)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "settings.json", values)
+    _LOG.info("stage %s (%s) begins", name, section.stage)
+    start = time.monotonic()
+    config = ml_collections.ConfigDict(values)
+    del config.seed, config.stage
+    summary = importlib.import_module(f"rlt_jax.stages.{section.stage}").run(
+        config, folder, seed
+    )
+    seconds = time.monotonic() - start
+    done = {"stage": section.stage, "seconds": seconds, "summary": summary}
+    _write_json(folder / "done.json", done)
+    _LOG.info("stage %s took %.0f s: %s", name, seconds, json.dumps(summary))
+
+
+def _settings(
+    section: ml_collections.ConfigDict, root: Path, seed: int
+) -> dict[str, Any]:
+    """The section as plain JSON values, `{workdir}` filled in."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{workdir}", str(root))
+        if isinstance(value, Mapping):
+            return {key: fill(item) for key, item in value.items()}
+        return (
+            [fill(item) for item in value] if isinstance(value, tuple | list) else value
+        )
+
+    return {"seed": seed, **fill(section.to_dict())}
+
+
+def _difference(folder: Path, values: dict[str, Any]) -> str | None:
+    """The first key in which the folder's settings differ from these."""
+    file = folder / "settings.json"
+    if not file.is_file():
+        return None
+    before, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(values)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+    return None
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        key: leaf
+        for name, item in values.items()
+        for key, leaf in _flat(item, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _set_aside(folder: Path, values: dict[str, Any]) -> None:
+    """Renames the folder of a complete stage, or of one with other settings."""
+    done = (folder / "done.json").is_file()
+    if not done and _difference(folder, values) is None:
+        return
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    _LOG.info("the earlier %s is kept as %s", folder, kept)
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Stage `collect`: the trained teacher explains every question with its solution.
+
+Writes `traces.jsonl`, one row a completion, as they are finished: question, solution,
+answer, reasoning_trace, closed, reward and its terms. The file is read by `sft`.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from rlt_jax.data import pipeline
+from rlt_jax.inference.engine import completions_of, jit_rollout
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scoring import score_rows
+from rlt_jax.rl.rlt_reward import RLTRewardConfig, rlt_reward
+from rlt_jax.settings import build
+from rlt_jax.stages.roles import (
+    check_fit,
+    generate,
+    load_roles,
+    sample_rows,
+    scoring_batch,
+)
+from rlt_jax.training import sharding
+from rlt_jax.training.metrics import append_jsonl, progress, read_jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """Settings of the stage.
+
+    Attributes:
+      batch_size: completions per device batch.
+      samples_per_problem: completions of each problem.
+    """
+
+    batch_size: int
+    samples_per_problem: int = 1
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+    """Writes and scores explanations; goes on where an earlier run stopped.
+
+    Args:
+      config: sections `teacher`, `student`, `template`, `data`, `rows`, `sampling`,
+        `reward`, `collect`, `mesh`.
+      workdir: folder of the stage.
+      seed: of the sampling.
+
+    Returns:
+      Number of traces, mean reward and share of closed explanations.
+    """
+    c = build(CollectConfig, config.collect, "collect")
+    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    roles = load_roles(config, mesh, seed)
+    sampling = build(SamplingConfig, config.sampling, "sampling")
+    reward_config = build(RLTRewardConfig, config.reward, "reward")
+    problems = pipeline.load_problems(config.data, roles.template)
+    check_fit(roles, sampling, problems)
+    todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
+
+    teacher, student = roles.teacher, roles.student
+    rollout = jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh)
+    score_teacher = jax.jit(
+        functools.partial(score_rows, teacher.model, sampling.temperature)
+    )
+    score_student = jax.jit(
+        functools.partial(score_rows, student.model, reward_config.student_temperature)
+    )
+    rewards = jax.jit(functools.partial(rlt_reward, reward_config))
+    file = workdir / "traces.jsonl"
+    first = len(read_jsonl(file)) if file.is_file() else 0
+    key = jax.random.key(seed)
+    with progress(first, len(todo), workdir.name, unit="trace") as bar:
+        for start in range(first, len(todo), c.batch_size):
+            part = todo[start : start + c.batch_size]
+            padded = part + part[-1:] * (c.batch_size - len(part))
+            result = generate(rollout, roles, teacher.params, padded, start, key)
+            completions = completions_of(result)
+            batch, _ = scoring_batch(roles, padded, completions)
+            reward = rewards(
+                score_student(student.params, batch.student),
+                score_teacher(teacher.params, batch.teacher),
+                batch,
+            )
+            chosen = slice(0, len(part))
+            append_jsonl(file, sample_rows(roles, padded, completions, reward, chosen))
+            bar.update(len(part))
+    rows = read_jsonl(file)
+    return {
+        "traces": len(rows),
+        "reward": float(np.mean([row["reward"] for row in rows])),
+        "closed": float(np.mean([row["closed"] for row in rows])),
+    }

@@ -1,0 +1,112 @@
+"""Stage `evaluate`: a student answers held-out questions, the answers are graded.
+
+Writes `samples.jsonl`, every completion with its verdict, and `results.json`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from rlt_jax.data import examples, pipeline
+from rlt_jax.data.templates import load_template
+from rlt_jax.errors import UserError
+from rlt_jax.inference.engine import completions_of, jit_rollout, pad_prompts
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.rl.grading import is_correct
+from rlt_jax.settings import build
+from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training.metrics import append_jsonl, progress, read_jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of the stage.
+
+    Attributes:
+      batch_size: completions per device batch.
+      samples_per_problem: k, completions of each question.
+    """
+
+    batch_size: int
+    samples_per_problem: int = 1
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+    """Samples and grades answers; goes on where an earlier run stopped.
+
+    Args:
+      config: sections `model`, `template`, `data`, `sampling`, `evaluate`, `mesh`.
+      workdir: folder of the stage.
+      seed: of the sampling.
+
+    Returns:
+      Accuracy (pass@1, the mean over samples and questions), its standard error over
+      questions, and the counts.
+    """
+    c = build(EvaluateConfig, config.evaluate, "evaluate")
+    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    source = build(checkpoint.ModelSource, config.model, "model")
+    model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
+    sampling = build(SamplingConfig, config.sampling, "sampling")
+    template = load_template(config.template)
+    problems = pipeline.load_problems(config.data, template)
+    if any(problem.answer is None for problem in problems):
+        raise UserError("evaluate: the data needs an 'answer' for every question.")
+    prompts = [
+        tokenizer.encode(examples.student_prompt(tokenizer, template, p.question)).ids
+        for p in problems
+    ]
+    room = model.config.max_length - sampling.max_new_tokens
+    what = "question (model max_length - sampling.max_new_tokens)"
+    examples.check_lengths(prompts, room, what)
+    todo = [i for i in range(len(problems)) for _ in range(c.samples_per_problem)]
+
+    rollout = jit_rollout(model, sampling, tokenizer.stop_ids, mesh)
+    file = workdir / "samples.jsonl"
+    first = len(read_jsonl(file)) if file.is_file() else 0
+    key = jax.random.key(seed)
+    with progress(first, len(todo), workdir.name, unit="sample") as bar:
+        for start in range(first, len(todo), c.batch_size):
+            part = todo[start : start + c.batch_size]
+            padded = part + part[-1:] * (c.batch_size - len(part))
+            request_ids = start + np.arange(c.batch_size)
+            batch = pad_prompts([prompts[i] for i in padded], request_ids)
+            completions = completions_of(rollout(params, batch, key))[: len(part)]
+            texts = [examples.completion_text(tokenizer, c)[0] for c in completions]
+            append_jsonl(
+                file, [_verdict(template, problems[i], t) for i, t in zip(part, texts)]
+            )
+            bar.update(len(part))
+    correct = np.array([row["correct"] for row in read_jsonl(file)], float)
+    results = summarise(correct.reshape(len(problems), c.samples_per_problem))
+    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def summarise(correct: np.ndarray) -> dict[str, float]:
+    """Accuracy and its standard error over questions, from verdicts [questions, k]."""
+    per_question = correct.mean(axis=1)
+    questions, samples = correct.shape
+    spread = per_question.std(ddof=1) if questions > 1 else 0.0
+    return {
+        "accuracy": float(per_question.mean()),
+        "standard_error": float(spread / np.sqrt(questions)),
+        "num_questions": questions,
+        "samples_per_question": samples,
+    }
+
+
+def _verdict(template: Any, problem: Any, completion: str) -> dict[str, Any]:
+    extracted = template.solution_of(completion)
+    return {
+        "question": problem.question,
+        "answer": problem.answer,
+        "completion": completion,
+        "extracted": extracted,
+        "correct": is_correct(extracted, problem.answer),
+    }

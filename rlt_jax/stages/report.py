@@ -1,0 +1,25 @@
+"""Stage `report`: pictures, a page and `summary.json` from what the stages left."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from rlt_jax.report.pages import ReportConfig, write_report
+from rlt_jax.settings import build
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+    """Writes the report next to the stages that it reads.
+
+    Args:
+      config: fields of `ReportConfig`.
+      workdir: folder of the stage, `<workdir>/report`.
+      seed: named in the summary.
+
+    Returns:
+      The summary.
+    """
+    return write_report(
+        workdir.parent, build(ReportConfig, config, "report"), seed=seed
+    )

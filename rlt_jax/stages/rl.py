@@ -1,0 +1,308 @@
+"""Stage `rl`: GRPO on a teacher, rewarded by what a student makes of its explanations.
+
+`run` sets up, `train` is the loop. One step, with P prompts of R completions each:
+prompts -> rollout -> rows -> score -> reward -> advantages -> update.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rlt_jax.data import pipeline
+from rlt_jax.data.templates import Problem
+from rlt_jax.errors import UserError
+from rlt_jax.inference.engine import completions_of, jit_rollout
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scoring import score_rows
+from rlt_jax.rl import policy_update
+from rlt_jax.rl.advantages import group_advantages
+from rlt_jax.rl.metrics import reward_metrics, rollout_metrics
+from rlt_jax.rl.rlt_reward import RLTRewardConfig, rlt_reward
+from rlt_jax.settings import build
+from rlt_jax.stages.roles import (
+    Roles,
+    check_fit,
+    generate,
+    load_roles,
+    sample_rows,
+    scoring_batch,
+)
+from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training.metrics import (
+    MetricWriter,
+    append_jsonl,
+    keep_rows_before,
+    progress,
+)
+from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlt_jax.training.state import new_state, state_shardings
+from rlt_jax.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Settings of the loop.
+
+    Attributes:
+      steps: optimizer steps, one rollout each.
+      batch_size: P, prompts per step.
+      group_size: R, completions per prompt.
+      beta: weight of the KL to the reference.
+      sync_every: steps between two mixings of the reference.
+      sync_alpha: share of the policy in the mixed reference.
+      sample_every: steps between explanations written to samples.jsonl.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many of them stay.
+    """
+
+    steps: int
+    batch_size: int
+    group_size: int
+    beta: float = 0.04
+    sync_every: int = 32
+    sync_alpha: float = 0.9
+    sample_every: int = 10
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 1
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise UserError(f"group_size={self.group_size}: a group needs at least 2.")
+
+
+class Programs(NamedTuple):
+    """The compiled device programs of a step, in the order of their use."""
+
+    rollout: Any  # policy params, prompts, key -> Rollout
+    score_student: Any  # student params, student rows -> log_probs
+    score_policy: Any  # params, teacher rows -> log_probs
+    reward: Any  # student and teacher log-probs, batch -> Reward
+    advantages: Any  # rewards -> advantages
+    update: Any  # state, PolicyBatch -> state, metrics
+    mix: Any  # reference, policy -> reference
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+    """Trains a teacher with the RLT reward.
+
+    Args:
+      config: sections `teacher`, `student`, `template`, `data`, `held_out`, `rows`,
+        `sampling`, `reward`, `grpo`, `optimizer`, `mesh`.
+      workdir: folder of the stage.
+      seed: of everything random.
+
+    Returns:
+      Held-out reward and terms before and after, with standard errors.
+    """
+    c = build(GRPOConfig, config.grpo, "grpo")
+    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    roles = load_roles(config, mesh, seed)
+    teacher = roles.teacher
+    sampling = build(SamplingConfig, config.sampling, "sampling")
+    problems = pipeline.load_problems(config.data, roles.template)
+    held_out = pipeline.load_problems(config.held_out, roles.template)
+    check_fit(roles, sampling, [*problems, *held_out])
+
+    tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
+    shardings = state_shardings(teacher.model, tx, mesh)
+    reward_config = build(RLTRewardConfig, config.reward, "reward")
+    programs = compile_programs(c, roles, sampling, reward_config, tx, mesh, shardings)
+    state = new_state(teacher.params, tx, shardings)
+    reference = jax.tree.map(jnp.copy, teacher.params)
+    roles = roles._replace(teacher=teacher._replace(params=None))
+    checkpoint.describe(workdir, teacher.model, teacher.tokenizer)
+    batches = pipeline.problem_batches(problems, c.batch_size, seed)
+    key = jax.random.key(seed)
+    held_out = held_out[: c.batch_size * c.group_size]
+    return train(
+        c, programs, roles, problems, held_out, batches, state, reference, key, workdir
+    )
+
+
+def train(
+    c: GRPOConfig,
+    programs: Programs,
+    roles: Roles,
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem],
+    batches: grain.DatasetIterator,
+    state: TrainState,
+    reference: Params,
+    key: jax.Array,
+    workdir: Path,
+) -> dict[str, Any]:
+    """The loop; resumes from the latest checkpoint in the workdir."""
+    samples = workdir / "samples.jsonl"
+    with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
+        first, state, reference, start = _restore(manager, state, reference, batches)
+        keep_rows_before(samples, first)
+        if start is None:
+            start = evaluate_held_out(
+                programs, roles, held_out, state, key, c, samples, "first"
+            )
+        with (
+            MetricWriter(workdir, first) as writer,
+            progress(first, c.steps, workdir.name) as bar,
+        ):
+            for step in range(first, c.steps):
+                began = time.monotonic()
+                step_key = jax.random.fold_in(key, step)
+                chosen = [problems[i] for i in next(batches)]
+                group = [problem for problem in chosen for _ in range(c.group_size)]
+
+                rollout = generate(
+                    programs.rollout, roles, state.params, group, 0, step_key
+                )
+                completions = completions_of(rollout)
+                batch, overlong = scoring_batch(roles, group, completions)
+                student_log_probs = programs.score_student(
+                    roles.student.params, batch.student
+                )
+                old_log_probs = programs.score_policy(state.params, batch.teacher)
+                ref_log_probs = programs.score_policy(reference, batch.teacher)
+                reward = programs.reward(student_log_probs, old_log_probs, batch)
+                state, metrics = programs.update(
+                    state,
+                    policy_update.PolicyBatch(
+                        batch.teacher,
+                        batch.completion,
+                        programs.advantages(reward.value),
+                        old_log_probs,
+                        ref_log_probs,
+                    ),
+                )
+                if (step + 1) % c.sync_every == 0:
+                    reference = programs.mix(reference, state.params)
+
+                metrics |= reward_metrics(reward) | rollout_metrics(rollout)
+                metrics["rollout/overlong"] = overlong
+                metrics["time/step_seconds"] = time.monotonic() - began
+                writer.write(step, metrics)
+                if step % c.sample_every == 0:
+                    firsts = slice(0, None, c.group_size)
+                    written = sample_rows(roles, group, completions, reward, firsts)
+                    _write_samples(samples, step, "train", written)
+                if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                    trees = _trees(state, reference)
+                    data = {"batches": batches.get_state(), "start": start}
+                    checkpoint.save(manager, step + 1, trees, data)
+                bar.update()
+        end = evaluate_held_out(
+            programs, roles, held_out, state, key, c, samples, "last"
+        )
+        manager.wait_until_finished()
+    return start | end
+
+
+def compile_programs(
+    c: GRPOConfig,
+    roles: Roles,
+    sampling: SamplingConfig,
+    reward: RLTRewardConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Programs:
+    """Jits every program once, with the shardings of the mesh."""
+    teacher, student = roles.teacher, roles.student
+    score_policy = functools.partial(score_rows, teacher.model, sampling.temperature)
+    update = functools.partial(
+        policy_update.update, teacher.model, tx, sampling.temperature, c.beta
+    )
+
+    def mix(reference: Params, policy: Params) -> Params:
+        return optax.incremental_update(policy, reference, c.sync_alpha)
+
+    return Programs(
+        rollout=jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh),
+        score_student=jax.jit(
+            functools.partial(score_rows, student.model, reward.student_temperature)
+        ),
+        score_policy=jax.jit(score_policy),
+        reward=jax.jit(functools.partial(rlt_reward, reward)),
+        advantages=jax.jit(
+            functools.partial(group_advantages, group_size=c.group_size)
+        ),
+        update=jax.jit(
+            update,
+            in_shardings=(shardings, None),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+        mix=jax.jit(mix, donate_argnums=0),
+    )
+
+
+def evaluate_held_out(
+    programs: Programs,
+    roles: Roles,
+    problems: Sequence[Problem],
+    state: TrainState,
+    key: jax.Array,
+    c: GRPOConfig,
+    samples: Path,
+    when: str,
+) -> dict[str, float]:
+    """Mean reward and terms on held-out problems, one completion each.
+
+    The batch has the shape of a training step, so nothing new is compiled, and the same
+    key at every call, so two calls differ by the policy alone.
+    """
+    rows = c.batch_size * c.group_size
+    padded = [problems[i % len(problems)] for i in range(rows)]
+    held_out_key = jax.random.fold_in(key, 2**31 - 1)
+    rollout = generate(programs.rollout, roles, state.params, padded, 0, held_out_key)
+    completions = completions_of(rollout)
+    batch, _ = scoring_batch(roles, padded, completions)
+    student_log_probs = programs.score_student(roles.student.params, batch.student)
+    log_probs = programs.score_policy(state.params, batch.teacher)
+    reward = programs.reward(student_log_probs, log_probs, batch)
+    step = 0 if when == "first" else c.steps
+    chosen = slice(0, min(32, len(problems)))
+    written = sample_rows(roles, padded, completions, reward, chosen)
+    _write_samples(samples, step, "held_out", written)
+    values = jax.device_get({"reward": reward.value, **reward.terms})
+    result = {}
+    for name, value in values.items():
+        value = value[: len(problems)]
+        result[f"held_out_{name}_{when}"] = float(value.mean())
+        error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
+        result[f"held_out_{name}_{when}_standard_error"] = float(error)
+    return result
+
+
+def _write_samples(
+    file: Path, step: int, split: str, rows: list[dict[str, Any]]
+) -> None:
+    append_jsonl(file, [{"step": step, "split": split, **row} for row in rows])
+
+
+def _trees(state: TrainState, reference: Params) -> dict[str, Any]:
+    return {
+        "params": state.params,
+        "optimizer": (state.step, state.opt_state),
+        "reference": reference,
+    }
+
+
+def _restore(
+    manager: Any, state: TrainState, reference: Params, batches: Any
+) -> tuple[int, TrainState, Params, dict[str, float] | None]:
+    restored = checkpoint.restore_latest(manager, _trees(state, reference))
+    if restored is None:
+        return 0, state, reference, None
+    first, trees, data = restored
+    batches.set_state(data["batches"])
+    state = TrainState(trees["optimizer"][0], trees["params"], trees["optimizer"][1])
+    return first, state, trees["reference"], data["start"]

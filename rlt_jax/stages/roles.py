@@ -1,0 +1,113 @@
+"""Teacher, student and template of a run, and what stages do with them on the host."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlt_jax.data import examples, scoring
+from rlt_jax.data.templates import Problem, Template, load_template
+from rlt_jax.inference.engine import PromptBatch, pad_prompts
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.settings import build
+from rlt_jax.training import checkpoint
+from rlt_jax.types import Params, Reward, Rollout, ScoringBatch
+
+
+class Roles(NamedTuple):
+    """The frozen things that rows are made with."""
+
+    teacher: checkpoint.LoadedModel
+    student: checkpoint.LoadedModel
+    template: Template
+    rows: scoring.RowShape
+
+
+def load_roles(config: Mapping[str, Any], mesh: Mesh, seed: int) -> Roles:
+    """Loads sections `teacher`, `student`, `template` and `rows` of a config."""
+    models = [
+        checkpoint.load(
+            build(checkpoint.ModelSource, config[name], name),
+            mesh,
+            jax.random.fold_in(jax.random.key(seed), number),
+        )
+        for number, name in enumerate(("teacher", "student"))
+    ]
+    rows = build(scoring.RowShape, config["rows"], "rows")
+    return Roles(*models, load_template(config["template"]), rows)
+
+
+def generate(
+    rollout: Callable[[Params, PromptBatch, jax.Array], Rollout],
+    roles: Roles,
+    params: Params,
+    problems: Sequence[Problem],
+    first_request: int,
+    key: jax.Array,
+) -> Rollout:
+    """One completion for every problem; request ids count from `first_request`."""
+    prompts = [teacher_prompt_ids(roles, problem) for problem in problems]
+    request_ids = first_request + np.arange(len(prompts))
+    return rollout(params, pad_prompts(prompts, request_ids), key)
+
+
+def teacher_prompt_ids(roles: Roles, problem: Problem) -> np.ndarray:
+    """Ids of the teacher's prompt, [T] int32."""
+    tokenizer = roles.teacher.tokenizer
+    text = examples.teacher_prompt(tokenizer, roles.template, problem)
+    return tokenizer.encode(text).ids
+
+
+def scoring_batch(
+    roles: Roles, problems: Sequence[Problem], completions: Sequence[np.ndarray]
+) -> tuple[ScoringBatch, int]:
+    """`data.scoring.scoring_batch` for the models at hand."""
+    return scoring.scoring_batch(
+        roles.teacher.tokenizer,
+        roles.student.tokenizer,
+        roles.template,
+        roles.rows,
+        problems,
+        completions,
+    )
+
+
+def check_fit(
+    roles: Roles, sampling: SamplingConfig, problems: Sequence[Problem]
+) -> None:
+    """Refuses problems whose prompt and longest completion do not fit in a row."""
+    room = roles.rows.row_length - sampling.max_new_tokens
+    prompts = [teacher_prompt_ids(roles, problem) for problem in problems]
+    what = "teacher prompt (rows.row_length - sampling.max_new_tokens)"
+    examples.check_lengths(prompts, room, what)
+
+
+def sample_rows(
+    roles: Roles,
+    problems: Sequence[Problem],
+    completions: Sequence[np.ndarray],
+    reward: Reward,
+    chosen: slice = slice(None),
+) -> list[dict[str, Any]]:
+    """What the teacher wrote and how it was rewarded, as JSON rows."""
+    values = jax.device_get(reward)
+    result = []
+    for n in range(len(problems))[chosen]:
+        problem = problems[n]
+        trace, closed = examples.trace_of(
+            roles.teacher.tokenizer, roles.template, problem, completions[n]
+        )
+        result.append(
+            {
+                "question": problem.question,
+                "solution": problem.solution,
+                "answer": problem.answer,
+                "reasoning_trace": trace.explanation,
+                "closed": closed,
+                "reward": float(values.value[n]),
+                "terms": {name: float(t[n]) for name, t in values.terms.items()},
+            }
+        )
+    return result

@@ -1,0 +1,155 @@
+"""Stage `sft`: next-token training on packed rows of traces.
+
+Used three times: to pretrain a base, to warm up a teacher (`format="teacher"`, loss on
+the explanation only), and to distil a student (`format="student"`, loss on thought and
+solution).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from rlt_jax.data import examples, pipeline
+from rlt_jax.data.templates import load_template
+from rlt_jax.errors import UserError
+from rlt_jax.inference.log_probs import token_stats
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.settings import build
+from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training.metrics import MetricWriter, progress
+from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlt_jax.training.state import apply_gradients, new_state, state_shardings
+from rlt_jax.types import Params, TrainState
+
+FORMATS = {"teacher": examples.teacher_row, "student": examples.student_row}
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Settings of the loop.
+
+    Attributes:
+      format: which rows are made of the traces, "teacher" or "student".
+      steps: optimizer steps.
+      batch_size: packed rows per step.
+      row_length: tokens per packed row; no single row may be longer.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many of them stay.
+    """
+
+    format: str
+    steps: int
+    batch_size: int
+    row_length: int
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 1
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UserError(f"format={self.format!r}: one of {', '.join(FORMATS)}.")
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+    """Trains a model on traces; leaves checkpoints that other stages load.
+
+    Args:
+      config: sections `model`, `data`, `template`, `sft`, `optimizer`, `mesh`.
+      workdir: folder of the stage.
+      seed: of everything random.
+
+    Returns:
+      Last loss, number of traces and of tokens seen.
+    """
+    c = build(SFTConfig, config.sft, "sft")
+    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    source = build(checkpoint.ModelSource, config.model, "model")
+    model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
+    template = load_template(config.template)
+    traces = pipeline.load_traces(config.data, template)
+    rows = [FORMATS[c.format](tokenizer, template, trace) for trace in traces]
+    examples.check_lengths([row.tokens for row in rows], c.row_length, "sft.row_length")
+    batches = pipeline.packed_batches(rows, c.batch_size, c.row_length, seed)
+
+    tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
+    shardings = state_shardings(model, tx, mesh)
+    state = new_state(params, tx, shardings)
+    del params
+    update = jit_update(model, tx, mesh, shardings)
+    checkpoint.describe(workdir, model, tokenizer)
+    with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
+        first, state = _restore(manager, state, batches)
+        with (
+            MetricWriter(workdir, first) as writer,
+            progress(first, c.steps, workdir.name) as bar,
+        ):
+            for step in range(first, c.steps):
+                batch = jax.device_put(next(batches), sharding.batch_sharding(mesh))
+                state, metrics = update(state, batch)
+                writer.write(step, metrics)
+                if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                    _save(manager, step + 1, state, batches)
+                bar.update()
+        manager.wait_until_finished()
+    return {"traces": len(traces), "loss": float(metrics["sft/loss"])}
+
+
+def jit_update(
+    model: Transformer,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Any:
+    """Compiles `update` for the mesh; the state is donated."""
+    return jax.jit(
+        functools.partial(update, model, tx),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def update(
+    model: Transformer,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on one batch of packed rows, arrays [B, T]."""
+
+    def loss_fn(params: Params) -> jax.Array:
+        stats = token_stats(
+            model, params, batch["tokens"], batch["segment_ids"], batch["positions"]
+        )
+        weight = batch["loss_mask"] & (batch["positions"] > 0)
+        return -(stats.log_probs * weight).sum() / weight.sum()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    state, metrics = apply_gradients(state, grads, tx)
+    tokens = (batch["segment_ids"] > 0).sum()
+    fill = tokens / batch["segment_ids"].size
+    return state, {"sft/loss": loss, "sft/tokens": tokens, "sft/fill": fill, **metrics}
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "optimizer": (state.step, state.opt_state)}
+
+
+def _save(manager: Any, step: int, state: TrainState, batches: Any) -> None:
+    checkpoint.save(manager, step, _trees(state), {"batches": batches.get_state()})
+
+
+def _restore(manager: Any, state: TrainState, batches: Any) -> tuple[int, TrainState]:
+    restored = checkpoint.restore_latest(manager, _trees(state))
+    if restored is None:
+        return 0, state
+    first, trees, data = restored
+    batches.set_state(data["batches"])
+    step, opt_state = trees["optimizer"]
+    return first, TrainState(step, trees["params"], opt_state)

@@ -1,0 +1,181 @@
+"""Orbax checkpoints of a run, and where initial weights come from.
+
+A checkpoint holds the train state, whatever else the loop needs on the device, and the
+position of the data iterator. Next to the checkpoints of a stage lie `model.json` (the
+shape of the model) and `tokenizer/`, so a stage folder can be named wherever a model is
+asked for.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlt_jax.errors import UserError
+from rlt_jax.models import convert
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.training.sharding import param_shardings
+from rlt_jax.types import Params
+
+SHIPPED = {"embedded": Path(__file__).parents[1] / "models" / "assets" / "embedded"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a path, or an architecture to start from scratch.
+
+    Attributes:
+      path: "embedded", a folder in Hugging Face layout, or the folder of a stage.
+      architecture: fields of `ModelConfig`, for random initial weights; the tokenizer's
+        vocab_size is the default of its field.
+      tokenizer: tokenizer folder; the one beside the weights where empty.
+      dtype: of activations.
+      remat: what the backward pass computes again, see `ModelConfig`.
+    """
+
+    path: str = ""
+    architecture: Mapping[str, Any] | None = None
+    tokenizer: str = ""
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == (self.architecture is not None):
+            raise UserError("model: give either a path or an architecture.")
+        if self.architecture is not None and not self.tokenizer:
+            raise UserError("model: an architecture needs a tokenizer beside it.")
+
+
+class LoadedModel(NamedTuple):
+    """A model with its weights and tokenizer."""
+
+    model: Transformer
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
+    """Loads a model, parameters sharded over the mesh, in float32.
+
+    Args:
+      source: where from.
+      mesh: where to.
+      key: for random initial weights.
+
+    Raises:
+      UserError: nothing that can be read is there.
+    """
+    numerics = {"dtype": source.dtype, "remat": source.remat}
+    if source.architecture is not None:
+        tokenizer = load_tokenizer(source.tokenizer)
+        shape = {"vocab_size": tokenizer.vocab_size, **source.architecture}
+        model = Transformer(ModelConfig(**shape, **numerics))
+        init = jax.jit(
+            lambda key: init_params(model.config, key),
+            out_shardings=param_shardings(model, mesh),
+        )
+        return LoadedModel(model, init(key), tokenizer)
+    path = SHIPPED.get(source.path, Path(source.path))
+    if (path / "model.json").is_file():
+        model, params, tokenizer = _load_stage(path, numerics, mesh)
+    elif (path / "config.json").is_file():
+        model = Transformer(convert.read_config(path, **numerics))
+        shardings = param_shardings(model, mesh)
+        params = convert.read_params(path, model.config, shardings)
+        tokenizer = path
+    else:
+        raise UserError(
+            f"model {source.path!r}: there is neither a config.json (Hugging Face "
+            f"layout) nor a model.json (a finished stage) in {path}."
+        )
+    return LoadedModel(model, params, load_tokenizer(source.tokenizer or tokenizer))
+
+
+def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Writes what `load` needs beside the checkpoints of a stage."""
+    shutil.copytree(tokenizer.path, stage_dir / "tokenizer", dirs_exist_ok=True)
+    text = json.dumps(dataclasses.asdict(model.config), indent=1)
+    (stage_dir / "model.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _load_stage(
+    path: Path, numerics: Mapping[str, str], mesh: Mesh
+) -> tuple[Transformer, Params, Path]:
+    fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    model = Transformer(ModelConfig(**{**fields, **numerics}))
+    abstract = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        param_shardings(model, mesh),
+    )
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(_folder(path), options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"model {path}: the stage there has no checkpoint yet.")
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+        return model, manager.restore(step, args=args)["params"], path / "tokenizer"
+
+
+def open_manager(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
+    """The checkpoints of a stage, the last `keep` of them kept."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    return ocp.CheckpointManager(_folder(stage_dir), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    trees: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> None:
+    """Saves asynchronously.
+
+    Args:
+      manager: of the stage.
+      step: completed steps.
+      trees: name -> tree of arrays; "params" is what `load` reads.
+      data: JSON values, such as the position of the data iterator.
+    """
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
+    manager.save(step, args=args)
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager, trees: Mapping[str, Any]
+) -> tuple[int, Mapping[str, Any], Mapping[str, Any]] | None:
+    """The latest checkpoint of this run, or None when there is none.
+
+    Args:
+      manager: of the stage.
+      trees: name -> tree at hand; its shapes, dtypes and shardings are kept.
+
+    Returns:
+      Completed steps, the trees, and the JSON values.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    items = {
+        name: ocp.args.StandardRestore(
+            jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+        )
+        for name, tree in trees.items()
+    }
+    args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=args)
+    return step, {name: restored[name] for name in trees}, restored["data"]
+
+
+def _folder(stage_dir: Path) -> Path:
+    return (stage_dir / "checkpoints").absolute()

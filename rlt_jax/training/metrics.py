@@ -1,0 +1,96 @@
+"""Metrics to JSONL and TensorBoard, samples for people, progress bars."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+class MetricWriter:
+    """Writes the metrics of a stage one step late, so that the device never waits.
+
+    `metrics.jsonl` holds one object per step; the same numbers go to TensorBoard event
+    files under `tensorboard/`. Rows of steps after `first_step`, left by a run that was
+    cut off later than its last checkpoint, are removed.
+    """
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        self._file = workdir / "metrics.jsonl"
+        keep_rows_before(self._file, first_step)
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step
+        )
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the (device) scalars of this step and writes those of the last."""
+        self.flush()
+        self._pending = (step, dict(metrics))
+
+    def flush(self) -> None:
+        """Writes what is pending."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        append_jsonl(self._file, [{"step": step, **numbers}])
+        for name, number in numbers.items():
+            self._events.add_scalar(name, number, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.flush()
+        self._events.close()
+
+
+def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Appends one JSON object a line."""
+    with file.open("a", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file of ours; a last line cut off in writing is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def keep_rows_before(file: Path, step: int) -> None:
+    """Drops rows whose "step" is `step` or later, as resuming will write them again."""
+    if file.is_file():
+        rows = [row for row in read_jsonl(file) if row["step"] < step]
+        file.unlink()
+        append_jsonl(file, rows)
+
+
+def summarise(name: str, values: np.ndarray) -> dict[str, float]:
+    """`name_mean`, `name_std`, `name_min`, `name_max` of an array."""
+    return {
+        f"{name}_mean": float(np.mean(values)),
+        f"{name}_std": float(np.std(values)),
+        f"{name}_min": float(np.min(values)),
+        f"{name}_max": float(np.max(values)),
+    }
+
+
+def progress(first: int, total: int, what: str, unit: str = "step") -> tqdm.tqdm:
+    """A progress bar with rate and time left."""
+    return tqdm.tqdm(initial=first, total=total, desc=what, unit=unit, smoothing=0.1)

@@ -1,0 +1,50 @@
+"""Packaging of rlt_jax."""
+
+from pathlib import Path
+
+import setuptools
+
+setuptools.setup(
+    name="rlt_jax",
+    version="0.1.0",
+    description="Reinforcement-learned teachers in JAX, for TPU pods and GPUs.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["rlt_jax", "rlt_jax.*"]),
+    package_data={"rlt_jax": ["data/assets/*/*", "models/assets/*/*", "report/*.html"]},
+    entry_points={"console_scripts": ["rlt_jax=rlt_jax.main:cli"]},
+    install_requires=[
+        "absl-py",
+        "flax>=0.12",
+        "grain>=0.2.10",
+        "jax>=0.10",
+        "jinja2",
+        "math-verify[antlr4_13_2]",
+        "matplotlib",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint>=0.11",
+        "pyarrow",
+        "safetensors",
+        "sentencepiece>=0.2.1",
+        "tensorboardX",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "dev": [
+            "ipykernel",
+            "nbclient",
+            "nbformat",
+            "pytest",
+            "ruff",
+            "torch==2.13.0",
+            "transformers",
+        ],
+    },
+)

@@ -1,0 +1,315 @@
+"""Reading problems and traces: every format, and every message."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlt_jax.data.templates import Problem, Trace, load_template
+from rlt_jax.data.traces import read_problems, read_traces
+from rlt_jax.errors import UserError
+
+TEMPLATE = load_template("rlt")
+REPLY = (
+    "<|begin_of_thought|>\n\n3 + 4 = 7\n\n<|end_of_thought|>\n\n"
+    "<|begin_of_solution|>\n\nIt is 7.\n\n<|end_of_solution|>"
+)
+ROW = {"question": "3+4?", "solution": "It is 7.", "reasoning_trace": "3 + 4 = 7"}
+TRACE = Trace(Problem("3+4?", "It is 7."), "3 + 4 = 7")
+BODIES = Trace(Problem("3+4?", "\n\nIt is 7.\n\n"), "\n\n3 + 4 = 7\n\n")
+
+
+def chat(*turns: tuple[str, Any], keys: tuple[str, str] = ("from", "value")) -> dict:
+    turns = turns or (("user", "3+4?"), ("assistant", REPLY))
+    return {"conversations": [dict(zip(keys, turn, strict=True)) for turn in turns]}
+
+
+def write(file: Path, *rows: Any) -> str:
+    """Writes the rows in the format of the file's ending; strings are raw lines."""
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    else:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(params=["data.jsonl", "data.json", "data.parquet"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / request.param
+
+
+def test_plain_columns_round_trip(file: Path) -> None:
+    rows = [ROW | {"answer": str(i), "question": f"{i}?"} for i in range(5)]
+    traces = read_traces(write(file, *rows), TEMPLATE)
+    assert [t.problem.question for t in traces] == [f"{i}?" for i in range(5)]
+    assert [t.problem.answer for t in traces] == [str(i) for i in range(5)]
+    assert {t.explanation for t in traces} == {ROW["reasoning_trace"]}
+    assert read_problems(str(file), TEMPLATE) == [t.problem for t in traces]
+
+
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+@pytest.mark.parametrize("user, assistant", [("user", "assistant"), ("human", "gpt")])
+def test_conversations(
+    file: Path, keys: tuple[str, str], user: str, assistant: str
+) -> None:
+    row = chat(
+        ("system", "Be good."), (user, "3+4?"), (assistant, REPLY), keys=keys
+    ) | {"system": "Think."}
+    assert read_traces(write(file, row), TEMPLATE) == [BODIES]
+    assert read_problems(str(file), TEMPLATE) == [BODIES.problem]
+
+
+def test_a_published_conversation_becomes_the_same_student_turn(file: Path) -> None:
+    (trace,) = read_traces(write(file, chat()), TEMPLATE)
+    assert TEMPLATE.student_turn(trace) == REPLY
+
+
+def test_written_and_plain_rows_make_the_same_student_turn(file: Path) -> None:
+    (trace,) = read_traces(write(file, ROW), TEMPLATE)
+    assert trace == TRACE
+    assert TEMPLATE.student_turn(trace) == REPLY
+
+
+def test_a_thought_may_quote_the_tags_of_the_solution(file: Path) -> None:
+    quoted = "<|begin_of_solution|>no<|end_of_solution|>"
+    row = chat(("user", "3+4?"), ("assistant", REPLY.replace("3 + 4", quoted)))
+    (trace,) = read_traces(write(file, row), TEMPLATE)
+    assert trace.problem == BODIES.problem
+    assert quoted in trace.explanation
+    assert read_problems(str(file), TEMPLATE) == [BODIES.problem]
+
+
+def test_problems_need_no_trace(file: Path) -> None:
+    row = {"question": "3+4?", "solution": "It is 7.", "reasoning_trace": None}
+    assert read_problems(write(file, row), TEMPLATE) == [TRACE.problem]
+    reply = REPLY.partition("<|end_of_thought|>\n\n")[2]
+    row = chat(("user", "3+4?"), ("assistant", reply))
+    assert read_problems(write(file, row), TEMPLATE) == [BODIES.problem]
+
+
+def test_prompt_is_another_name_of_question(file: Path) -> None:
+    row = {"prompt": "3+4?", "solution": "It is 7.", "question": None}
+    assert read_problems(write(file, row), TEMPLATE) == [TRACE.problem]
+
+
+def test_a_conversation_takes_its_answer_from_the_row(file: Path) -> None:
+    row = chat() | {"answer": "7", "question": "another", "solution": None}
+    expected = BODIES.problem._replace(answer="7")
+    assert read_problems(write(file, row), TEMPLATE) == [expected]
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [("7", "7"), ("", ""), (7, "7"), (0, "0"), (0.5, "0.5"), (None, None)],
+)
+def test_answers_become_text(file: Path, answer: Any, text: str | None) -> None:
+    (problem,) = read_problems(write(file, ROW | {"answer": answer}), TEMPLATE)
+    assert problem.answer == text
+
+
+def test_texts_are_verbatim(file: Path) -> None:
+    odd = " \n\ttwo\u2028lines \u00e9\U0001f600\x0b\r\n"
+    row = dict.fromkeys(ROW, odd)
+    assert read_traces(write(file, row), TEMPLATE) == [Trace(Problem(odd, odd), odd)]
+
+
+def test_unescaped_separators_do_not_end_a_line(tmp_path: Path) -> None:
+    line = json.dumps(ROW | {"question": "a\u2028b\x85c"}, ensure_ascii=False)
+    (problem,) = read_problems(write(tmp_path / "a.jsonl", line), TEMPLATE)
+    assert problem.question == "a\u2028b\x85c"
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "", ROW, "  \t", ROW, "")
+    assert read_traces(path, TEMPLATE) == [TRACE, TRACE]
+    path = write(tmp_path / "a.jsonl", "", ROW, "", "{")
+    with pytest.raises(UserError, match="a.jsonl, line 4: not valid JSON"):
+        read_traces(path, TEMPLATE)
+
+
+def test_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROW), encoding="utf-8-sig")
+    assert read_traces(str(path), TEMPLATE) == [TRACE]
+
+
+def test_other_parquet_columns_are_not_even_converted(tmp_path: Path) -> None:
+    # Nanoseconds have no Python value: converting this column raises.
+    table = pa.Table.from_pylist([ROW]).append_column(
+        "time", pa.array([1], pa.timestamp("ns"))
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_traces(str(tmp_path / "a.parquet"), TEMPLATE) == [TRACE]
+
+
+def test_directories_and_globs_are_read_in_order(tmp_path: Path) -> None:
+    names = ["c.parquet", "a.jsonl", "b.json"]
+    for name in names:
+        write(tmp_path / name, ROW | {"question": name})
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "d.jsonl").mkdir()
+
+    def questions(path: Path) -> list[str]:
+        return [p.question for p in read_problems(str(path), TEMPLATE)]
+
+    assert questions(tmp_path) == sorted(names)
+    assert questions(tmp_path / "*.json*") == ["a.jsonl", "b.json"]
+    assert questions(tmp_path / "**" / "*.parquet") == ["c.parquet"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    path = write(tmp_path / "a[1].jsonl", ROW)
+    assert read_traces(path, TEMPLATE) == [TRACE]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"solution": "s"}, "no value for question or prompt; found solution. Rows"),
+        ({"question": None, "solution": "s"}, "found question, solution. Rows"),
+        ({"text": "t"}, "no value for question or prompt; found text. Rows hold"),
+        ({"question": "q", "id": 1}, "no value for solution; found question, id. Rows"),
+        (ROW | {"question": 5}, "question is 5 (int), not text; write a string"),
+        (ROW | {"solution": ["s"]}, "solution is ['s'] (list), not text"),
+        (ROW | {"question": " \n"}, "the question is empty; write one or drop"),
+        (ROW | {"answer": True}, "answer is True (bool); write text, a number or null"),
+        (
+            ROW | {"answer": ["7"]},
+            "answer is ['7'] (list); write text, a number or null",
+        ),
+        (ROW | {"answer": float("nan")}, "answer is nan (float); write text"),
+        ({"conversations": "hi"}, "conversations is 'hi' (str), not a list of turns"),
+        (
+            {"conversations": ["hi"]},
+            "conversations is ['hi'] (list), not a list of turns",
+        ),
+        (
+            chat(("tool", "x")),
+            "roles in conversations are ['tool']; give one turn of user",
+        ),
+        (chat(("user", 5)), ", turn 1: value is 5 (int), not text; write a string"),
+        (chat(("user", "q"), ("gpt", None)), ", turn 2: no value for value or content"),
+        (chat(("system", "s")), "the roles in conversations are []; give one turn"),
+        (chat(("gpt", REPLY)), "the roles in conversations are ['gpt']; give one"),
+        (chat(("user", " "), ("gpt", REPLY)), "the question is empty"),
+        (
+            chat(*[("user", "q"), ("gpt", REPLY)] * 2),
+            "conversations are ['user', 'gpt', 'user', 'gpt']; give one turn of user",
+        ),
+        (
+            chat(("user", "q"), ("gpt", "7")),
+            "the assistant's turn has no <|begin_of_solution|> in its place; write",
+        ),
+        (
+            chat(("user", "q"), ("gpt", REPLY.replace("<|end_of_solution|>", ""))),
+            "the assistant's turn has no <|end_of_solution|> in its place; write",
+        ),
+    ],
+)
+def test_bad_rows_are_named(file: Path, row: dict, message: str) -> None:
+    place = "row 1" if file.suffix == ".parquet" else "line 1"
+    with pytest.raises(UserError) as error:
+        read_problems(write(file, row), TEMPLATE)
+    assert str(error.value).startswith(f"{file}, {place}")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"question": "q", "solution": "s"},
+            "no value for reasoning_trace; found question, solution. Rows hold",
+        ),
+        (ROW | {"reasoning_trace": 1.5}, "reasoning_trace is 1.5 (float), not text"),
+        (
+            chat(("user", "q"), ("gpt", REPLY.replace("<|begin_of_thought|>", ""))),
+            "no <|begin_of_thought|> in its place; write the thought, then the",
+        ),
+        (
+            chat(("user", "q"), ("gpt", REPLY.replace("<|end_of_thought|>", ""))),
+            "no <|end_of_thought|> in its place; write the thought, then the",
+        ),
+    ],
+)
+def test_rows_without_a_trace_are_named(file: Path, row: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_traces(write(file, row), TEMPLATE)
+    assert str(error.value).startswith(f"{file}, ")
+    assert message in str(error.value)
+
+
+def test_the_row_in_the_message_is_the_bad_one(file: Path) -> None:
+    place = "row 3" if file.suffix == ".parquet" else "line 3"
+    path = write(file, ROW, ROW, ROW | {"question": ""}, ROW)
+    with pytest.raises(UserError, match=f"{file.name}, {place}: the question is empty"):
+        read_traces(path, TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{'q': 1}\n", "line 1: not valid JSON: Expecting property name"),
+        (b'{"question": "\xff"}\n', "line 1: not valid JSON: 'utf-8' codec"),
+        (b"[\n", "line 1: not valid JSON: Expecting value: .*one JSON object a line"),
+        (
+            b"[1, 2]\n",
+            r"line 1: the row is \[1, 2\] \(list\), not an object; write one",
+        ),
+        (b"null\n", r"line 1: the row is None \(NoneType\), not an object"),
+        (b"", "a.jsonl: the file has no rows; fill it or leave it out"),
+        (b"\n  \n", "a.jsonl: the file has no rows"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_traces(str(tmp_path / "a.jsonl"), TEMPLATE)
+
+
+def test_unreadable_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    whole = Path(write(path, ROW)).read_bytes()
+    for content in (b"", b"no parquet", whole[:-4], whole[:4] + whole[40:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a.parquet: not a readable Parquet file: "):
+            read_traces(str(path), TEMPLATE)
+
+
+def test_parquet_without_rows_is_named(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"question": pa.array([], pa.string())}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match="a.parquet: the file has no rows"):
+        read_problems(str(tmp_path / "a.parquet"), TEMPLATE)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none*", "no/where"])
+def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="no such file or directory, and as a") as error:
+        read_traces(str(tmp_path / name), TEMPLATE)
+    assert str(error.value).startswith(repr(str(tmp_path / name)))
+
+
+def test_directories_without_data_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(
+        UserError, match="no file in it ends in .jsonl, .json, .parquet"
+    ):
+        read_traces(str(tmp_path), TEMPLATE)
+
+
+@pytest.mark.parametrize("pattern", ["a.csv", "*"])
+def test_other_endings_are_named(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.csv").write_text("question,solution\n")
+    with pytest.raises(UserError, match="a.csv: unknown ending '.csv'; convert to one"):
+        read_traces(str(tmp_path / pattern), TEMPLATE)
+
+
+def test_an_empty_path_is_not_the_working_directory() -> None:
+    with pytest.raises(UserError, match="'': no such file or directory"):
+        read_traces("", TEMPLATE)

@@ -1,0 +1,266 @@
+"""The report of a made-up run: its numbers, its pictures, and that nothing leaks out."""
+
+import html.parser
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlt_jax.errors import UserError
+from rlt_jax.report import plots
+from rlt_jax.report.pages import ReportConfig, write_report
+
+HOSTILE = "<script>alert(\"1\")</script> & 'é' 数 \u2028 </pre><img src=x onerror=y>"
+PNG = b"\x89PNG\r\n\x1a\n"
+CONFIG = ReportConfig(
+    rl="rl",
+    traces={"warmup": "collect_warmup", "r$l<b>t": "collect_rlt"},
+    evaluations={
+        "base": "eval_base",
+        "student_warmup_traces": "eval_student_warmup",
+        "student_<i>$rlt_traces": "eval_student_rlt",
+    },
+    num_examples=2,
+)
+# Right answers of each evaluation: two samples of each of four questions.
+MARKS = {
+    "eval_base": [[0, 0], [0, 0], [0, 0], [0, 1]],
+    "eval_student_warmup": [[0, 0], [0, 1], [1, 1], [0, 0]],
+    "eval_student_rlt": [[1, 1], [0, 1], [1, 1], [0, 1]],
+}
+
+
+def _write(path: Path, *records: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _question(number: int) -> str:
+    return f"{HOSTILE} question {number}"
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """A run with every file that the report reads, and hostile text in all of them."""
+    held_out = {
+        "held_out_reward_first": -0.5,
+        "held_out_reward_first_standard_error": 0.02,
+        "held_out_reward_last": -0.25,
+        "held_out_reward_last_standard_error": 0.01,
+        "held_out_solution_score_first": -0.4,
+        "held_out_solution_score_last": -0.2,
+    }
+    stages = ("rl", *CONFIG.traces.values(), *CONFIG.evaluations.values())
+    for seconds, stage in enumerate(stages, start=1):
+        summary = held_out if stage == "rl" else {}
+        done = {"stage": stage, "seconds": seconds + 0.5, "summary": summary}
+        _write(tmp_path / stage / "done.json", done)
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "reward/value_mean": -0.5, "reward/value_std": 0.1},
+        {"step": 1, "reward/value_mean": -0.4, "reward/solution_score_mean": -0.3},
+        {"step": 2, "policy/entropy": 1.5, "rollout/length_mean": None},
+        {"step": 3, "rollout/length_mean": 40.0, "time/step_seconds": 2.0},
+    ]
+    _write(tmp_path / "rl" / "metrics.jsonl", *rows)
+    for folder in CONFIG.traces.values():
+        traces = [
+            {
+                "question": _question(number),
+                "solution": f"{HOSTILE} solution",
+                "answer": HOSTILE,
+                "reasoning_trace": f"{HOSTILE} {folder} explanation {number}",
+                "closed": number == 0,
+                "reward": -0.125,
+                "terms": {"solution_score": -0.0625, HOSTILE: 1},
+            }
+            for number in (0, 0, 1, 2)
+        ]
+        _write(tmp_path / folder / "traces.jsonl", *traces)
+    for folder, marks in MARKS.items():
+        flat = [mark for of_question in marks for mark in of_question]
+        results = {
+            "accuracy": sum(flat) / len(flat),
+            "standard_error": 0.125,
+            "num_questions": 4,
+            "samples_per_question": 2,
+        }
+        _write(tmp_path / folder / "results.json", results)
+        samples = [
+            {
+                "question": _question(number),
+                "answer": HOSTILE,
+                "completion": f"{HOSTILE} completion \ud83d",
+                "extracted": HOSTILE if mark else None,
+                "correct": bool(mark),
+            }
+            for number, of_question in enumerate(marks)
+            for mark in of_question
+        ]
+        lines = [json.dumps(sample) + "\n" for sample in samples]
+        (tmp_path / folder / "samples.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
+    summary = write_report(workdir, CONFIG, seed=7)
+    # Accuracy of each question, after minus before: 1, 0, 0, 0.5.
+    mean = 1.5 / 4
+    variance = ((1 - mean) ** 2 + 2 * mean**2 + (0.5 - mean) ** 2) / 3
+    assert summary == {
+        "teacher_reward_warmup": -0.5,
+        "teacher_reward_warmup_standard_error": 0.02,
+        "teacher_reward_rl": -0.25,
+        "teacher_reward_rl_standard_error": 0.01,
+        "accuracy_base": 0.125,
+        "accuracy_base_standard_error": 0.125,
+        "accuracy_student_warmup_traces": 0.375,
+        "accuracy_student_warmup_traces_standard_error": 0.125,
+        "accuracy_student_<i>$rlt_traces": 0.75,
+        "accuracy_student_<i>$rlt_traces_standard_error": 0.125,
+        "accuracy_difference": pytest.approx(mean),
+        "accuracy_difference_standard_error": pytest.approx(math.sqrt(variance / 4)),
+        "n_eval": 4,
+        "samples_per_question": 2,
+        "seed": 7,
+        "seconds_total": 24.0,
+        "seconds": {
+            "rl": 1.5,
+            "collect_warmup": 2.5,
+            "collect_rlt": 3.5,
+            "eval_base": 4.5,
+            "eval_student_warmup": 5.5,
+            "eval_student_rlt": 6.5,
+        },
+    }
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+
+
+def test_a_second_report_does_not_count_the_first(workdir: Path) -> None:
+    first = write_report(workdir, CONFIG, seed=0)
+    _write(workdir / "report" / "done.json", {"seconds": 100.0})
+    assert write_report(workdir, CONFIG, seed=0) == first
+
+
+class _Page(html.parser.HTMLParser):
+    """What a browser would see: elements, addresses, and the text of each <pre>."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: dict[str, list[str]] = {}
+        self.pres: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(
+        self, tag: str, attributes: list[tuple[str, str | None]]
+    ) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            self.attributes.setdefault(name, []).append(value or "")
+        if tag == "pre":
+            self.pres.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == "pre":
+            self.pres[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tags.append("/" + tag)
+
+
+def test_everything_is_escaped_and_nothing_is_loaded(workdir: Path) -> None:
+    write_report(workdir, CONFIG, seed=0)
+    page = _Page((workdir / "report" / "index.html").read_text(encoding="utf-8"))
+    assert not {"script", "link", "iframe", "i", "/i"} & set(page.tags)
+    assert not {"onerror", "href", "srcset"} & set(page.attributes)
+    sources = page.attributes["src"]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert f"{HOSTILE} collect_warmup explanation 0" in page.pres
+    assert f"{HOSTILE} collect_rlt explanation 1" in page.pres
+    assert f"{HOSTILE} solution" in page.pres
+    assert f"{HOSTILE} completion ?" in page.pres  # half a surrogate pair
+    # Two examples of each kind, and no question twice.
+    assert page.pres.count(_question(0)) == page.pres.count(_question(1)) == 2
+    assert _question(2) not in page.pres
+
+
+def test_pictures_lie_beside_the_page_and_in_it(workdir: Path) -> None:
+    write_report(workdir, CONFIG, seed=0)
+    names = {path.stem for path in (workdir / "report").glob("*.png")}
+    areas = {"reward", "reward_terms", "policy", "rollout", "time"}
+    assert names == areas | {"accuracy"}
+    for path in (workdir / "report").glob("*.png"):
+        assert path.read_bytes().startswith(PNG)
+    text = (workdir / "report" / "index.html").read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,iVBOR") == len(names)
+
+
+def test_report_without_traces_and_evaluations(workdir: Path) -> None:
+    config = ReportConfig(rl="rl", traces={}, evaluations={})
+    summary = write_report(workdir, config, seed=0)
+    assert not any("accuracy" in name or name == "n_eval" for name in summary)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rl/done.json",
+        "rl/metrics.jsonl",
+        "collect_rlt/traces.jsonl",
+        "eval_base/results.json",
+        "eval_student_rlt/samples.jsonl",
+    ],
+)
+def test_a_missing_file_is_named_with_its_stage(workdir: Path, name: str) -> None:
+    (workdir / name).unlink()
+    stage, file = name.split("/")
+    with pytest.raises(UserError, match=rf"{file} is missing.*stage '{stage}'"):
+        write_report(workdir, CONFIG, seed=0)
+
+
+def test_a_broken_file_is_named(workdir: Path) -> None:
+    (workdir / "rl" / "metrics.jsonl").write_text('{"step": 0}\n{"step')
+    with pytest.raises(UserError, match="metrics.jsonl: not valid JSON"):
+        write_report(workdir, CONFIG, seed=0)
+
+
+def test_evaluations_on_other_questions_are_refused(workdir: Path) -> None:
+    path = workdir / "eval_student_rlt" / "samples.jsonl"
+    path.write_text(path.read_text().replace("question 3", "question 4"))
+    with pytest.raises(UserError, match="3 of them the same"):
+        write_report(workdir, CONFIG, seed=0)
+    path = workdir / "eval_base" / "results.json"
+    path.write_text(
+        path.read_text().replace('"num_questions": 4', '"num_questions": 5')
+    )
+    with pytest.raises(UserError, match="differ in questions"):
+        write_report(workdir, CONFIG, seed=0)
+
+
+def test_a_std_is_the_band_of_its_mean() -> None:
+    row = {
+        "step": 0,
+        "reward/value_mean": 1.0,
+        "reward/value_std": 1.0,
+        "reward/explanation_kl_mean": 1.0,
+        "policy/lonely_std": 1.0,
+    }
+    assert plots.metric_groups([row]) == {
+        "reward": ["reward/value_mean"],
+        "reward_terms": ["reward/explanation_kl_mean"],
+        "policy": ["policy/lonely_std"],
+    }
+
+
+def test_an_accuracy_of_zero_can_be_drawn() -> None:
+    assert plots.accuracy_bars({"base": 0.0}, {"base": 0.0}).startswith(PNG)
+
+
+def test_the_report_needs_no_jax() -> None:
+    code = "import sys, rlt_jax.report.pages; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
