@@ -130,7 +130,7 @@ def student_row(tokenizer: Tokenizer, template: Template, trace: Trace) -> Row:
     thought_start = len(prompt) + len(template.thought_tags[0])
     thought_end = thought_start + len(template.body(trace.explanation))
     solution_end = len(prompt) + len(turn) - len(template.solution_tags[1])
-    solution_start = solution_end - len(template.body(trace.problem.solution))
+    solution_start = solution_end - len(trace.problem.solution)
     return Row(
         tokens,
         offsets[:, 0] >= len(prompt),
@@ -175,6 +175,27 @@ def sampled_teacher_row(
     return Row(
         tokens,
         np.arange(len(tokens)) >= len(prompt_tokens),
+        find_span(offsets, start, start + len(body)),
+        EMPTY,
+    )
+
+
+def written_teacher_row(
+    tokenizer: Tokenizer, template: Template, problem: Problem, completion: str
+) -> Row:
+    """Canonical row of a problem and a completion of which only the text is known.
+
+    Prompt and completion are encoded as one text. A missing closing tag is added, so
+    that the last token of the explanation is the same as in a closed one.
+    """
+    prompt = teacher_prompt(tokenizer, template, problem)
+    body, closed = template.explanation_of(completion)
+    ending = "" if closed else template.explanation_tags[1]
+    tokens, offsets = tokenizer.encode(prompt + completion + ending + tokenizer.eos)
+    start = len(prompt) - len(template.pad)
+    return Row(
+        tokens,
+        offsets[:, 0] >= len(prompt),
         find_span(offsets, start, start + len(body)),
         EMPTY,
     )

@@ -64,15 +64,16 @@ def scoring_batch(
             examples.sampled_teacher_row(teacher, template, problem, completion)
         )
         closed.append(ended)
-    return _batch(shape, student_rows, teacher_rows, np.array(closed)), overlong
+    return batch_of_rows(shape, student_rows, teacher_rows, np.array(closed)), overlong
 
 
-def _batch(
+def batch_of_rows(
     shape: RowShape,
     student_rows: list[examples.Row],
     teacher_rows: list[examples.Row],
     closed: np.ndarray,
 ) -> ScoringBatch:
+    """Packs student and teacher rows of N completions and finds their spans."""
     size, width = shape.micro_batch_size, shape.row_length
     student, student_starts = packing.pack(
         [r.tokens for r in student_rows], size, width

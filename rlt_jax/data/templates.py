@@ -1,9 +1,9 @@
 """Templates: the system prompts, tags and delimiters of teacher and student rows.
 
-A template is data, read from a JSON file with exactly the fields of `Template`. The text
-that stands between an opening and a closing tag is called a body. A body includes the
-whitespace next to the tags: with `pad="\\n\\n"`, the body of the explanation `x = 5` is
-`"\\n\\nx = 5\\n\\n"`.
+A template is data, read from a JSON file with exactly the fields of `Template`. A solution
+stands between its tags as it is. So does an explanation, except that its text always
+begins with `pad`, which belongs to the teacher's prompt: with `pad="\\n\\n"`, the plain
+text `x = 5` becomes the body `"\\n\\nx = 5\\n\\n"`.
 
     teacher row: chat(teacher_system, q) + <solution> s </solution> + delimiter
                  + <explanation> pad | rest of the explanation + </explanation>
@@ -48,7 +48,7 @@ class Template:
       explanation_tags: opening and closing tag of the teacher's explanation.
       thought_tags: opening and closing tag of the student's thought.
       solution_tags: opening and closing tag of the solution.
-      pad: whitespace between a tag and its text.
+      pad: whitespace between the tags of an explanation or thought and its text.
       delimiter: text between the two tagged parts.
     """
 
@@ -71,14 +71,14 @@ class Template:
             object.__setattr__(self, name, tuple(tags))
 
     def body(self, text: str) -> str:
-        """Text as it stands between tags: padded, unless it already is."""
+        """An explanation as it stands between tags: padded, unless it already is."""
         if text.startswith(self.pad):
             return text
         return self.pad + text + self.pad
 
     def solution(self, problem: Problem) -> str:
         """The solution of the problem with its tags."""
-        return _tagged(self.solution_tags, self.body(problem.solution))
+        return _tagged(self.solution_tags, problem.solution)
 
     def teacher_messages(self, problem: Problem) -> list[dict[str, str]]:
         """Chat messages of the teacher before its turn."""

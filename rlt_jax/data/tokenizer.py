@@ -5,6 +5,7 @@ Face), and `tokenizer_config.json` with the chat template and the special tokens
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -139,8 +140,26 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 class _SentencePieceCodec:
     def __init__(self, file: Path) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        pieces = [self._model.id_to_piece(i) for i in range(self.size())]
+        control = [p for i, p in enumerate(pieces) if self._model.is_control(i)]
+        longest_first = sorted(map(re.escape, control), key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
     def encode(self, text: str) -> Encoding:
+        # SentencePiece never makes control pieces such as </s> from text.
+        ids, offsets, place = [], [], 0
+        for number, part in enumerate(self._control.split(text)):
+            if number % 2:
+                ids.append(np.array([self._model.piece_to_id(part)], np.int32))
+                offsets.append(np.array([[place, place + len(part)]], np.int32))
+            else:
+                encoding = self._encode_part(part)
+                ids.append(encoding.ids)
+                offsets.append(encoding.offsets + np.int32(place))
+            place += len(part)
+        return Encoding(np.concatenate(ids), np.concatenate(offsets))
+
+    def _encode_part(self, text: str) -> Encoding:
         pieces = self._model.encode(text, return_type="proto").pieces
         ids = np.array([piece.id for piece in pieces], np.int32)
         _, char_of_byte = _decode_utf8(text.encode("utf-8"))
@@ -156,9 +175,11 @@ class _SentencePieceCodec:
         return Encoding(ids, np.stack([start, end], axis=-1).astype(np.int32))
 
     def token_bytes(self, token: int) -> bytes:
-        if token >= self.size() or self._model.is_control(token):
+        if token >= self.size():
             return b""
         piece = self._model.id_to_piece(token)
+        if self._model.is_control(token):
+            return piece.encode("utf-8")
         if self._model.is_byte(token):
             return bytes([int(piece[3:-1], 16)])
         return piece.replace("\u2581", " ").encode("utf-8")
@@ -174,6 +195,9 @@ class _SentencePieceCodec:
 class _FastCodec:
     def __init__(self, file: Path) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        # The file may hold the settings of whoever saved it last.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._added = {
             token_id: token.content
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()

@@ -1,4 +1,6 @@
-"""Rotary positions, attention masks and attention itself."""
+"""Attention: who sees whom, and the weighted sum."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,45 +8,58 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Applies rotary position embeddings (Su et al., arXiv 2104.09864).
+class Visibility(NamedTuple):
+    """A query sees the keys of its own segment up to its own position.
 
-    The first half of the head is paired with the second half, as in Llama and Qwen.
-
-    Args:
-      x: [B, T, N, H] queries or keys.
-      positions: [B, T] int32.
-      theta: base of the angles.
-
-    Returns:
-      [B, T, N, H] in the dtype of x; angles are float32.
+    Attributes:
+      query_positions: [B, T] int32.
+      query_segments: [B, T] int32.
+      key_positions: [B, S] int32.
+      key_segments: [B, S] int32.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
+
+    query_positions: jax.Array
+    query_segments: jax.Array
+    key_positions: jax.Array
+    key_segments: jax.Array
 
 
-def packed_mask(segment_ids: jax.Array) -> jax.Array:
-    """Causal mask within segments: [B, T] int32 -> [B, T, T] bool."""
-    length = segment_ids.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & causal
+def packed_visibility(positions: jax.Array, segment_ids: jax.Array) -> Visibility:
+    """Queries and keys are the same tokens of packed rows, both args [B, T] int32."""
+    return Visibility(positions, segment_ids, positions, segment_ids)
 
 
-def cache_mask(positions: jax.Array, cache_length: int) -> jax.Array:
-    """Queries see the slots up to their own position: [B, T] -> [B, T, S] bool."""
-    return jnp.arange(cache_length) <= positions[:, :, None]
+def cache_visibility(positions: jax.Array, cache_length: int) -> Visibility:
+    """Queries at positions [B, T] and a cache whose slot s holds position s."""
+    B = positions.shape[0]
+    slots = jnp.broadcast_to(jnp.arange(cache_length), (B, cache_length))
+    one = jnp.ones_like
+    return Visibility(positions, one(positions), slots, one(slots))
+
+
+def dense_mask(
+    visibility: Visibility, window: int | None, windowed: jax.Array
+) -> jax.Array:
+    """[B, T, S] bool, True where the query sees the key; see `attention`."""
+    v = visibility
+    distance = v.query_positions[:, :, None] - v.key_positions[:, None, :]
+    same = v.query_segments[:, :, None] == v.key_segments[:, None, :]
+    mask = same & (distance >= 0)
+    if window is not None:
+        mask &= (distance < window) | ~windowed
+    return mask
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    windowed: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Grouped-query attention with a float32 softmax.
 
@@ -52,17 +67,29 @@ def attention(
       query: [B, T, N, H].
       key: [B, S, K, H]; query head n reads key head n // G with G = N / K.
       value: [B, S, K, H].
-      mask: [B, T, S] bool, True where the query sees the key.
+      visibility: of the T queries and S keys.
+      windowed: [] bool, whether the window holds in this layer.
+      scale: multiplies the queries.
+      softcap: scores become softcap * tanh(score / softcap).
+      window: how many tokens, its own included, a query sees in a windowed layer.
 
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
     B, T, N, H = query.shape
     K = key.shape[2]
-    query = query.reshape(B, T, K, N // K, H) * H**-0.5
+    query = query.reshape(B, T, K, N // K, H) * scale
     scores = jnp.einsum(
         "BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32
     )
+    if softcap is not None:
+        scores = soft_cap(scores, softcap)
+    mask = dense_mask(visibility, window, windowed)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Squeezes values smoothly into (-cap, cap)."""
+    return cap * jnp.tanh(x / cap)

@@ -4,12 +4,10 @@ A directory holds config.json and model.safetensors, or shards of it listed in
 model.safetensors.index.json. What tensors are called is written in `families.py`.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,26 +18,27 @@ import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlt_jax.errors import UserError
-from rlt_jax.models import families
+from rlt_jax.models import weight_files
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.families import Family
+from rlt_jax.models.config_json import config_from_json, config_to_json
+from rlt_jax.models.families import Family, family
 from rlt_jax.models.layouts import (
     Index,
+    Tensor,
     axis_sizes,
     read_part,
     stored_shape,
     to_stored,
 )
 from rlt_jax.models.transformer import init_params
+from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.types import Params
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -62,8 +61,14 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
     Raises:
       UserError: no config.json, an unknown architecture or an unsupported setting.
     """
-    config = families.config_from_json(_read_json(Path(path) / "config.json"))
+    config = config_from_json(read_json(Path(path) / CONFIG))
     return dataclasses.replace(config, **overrides)
+
+
+def read_stop_ids(path: str | Path) -> tuple[int, ...]:
+    """The ids that end a completion, from generation_config.json; () without one."""
+    file = Path(path) / GENERATION
+    return _stop_ids(read_json(file)) if file.is_file() else ()
 
 
 def read_params(
@@ -90,19 +95,24 @@ def read_params(
       UserError: files missing, cut short, or not holding exactly this model.
     """
     path = Path(path)
-    content = _read_json(path / "config.json")
-    family = families.family(content.get("model_type"))
+    kind = family(read_json(path / CONFIG).get("model_type"))
     shapes = _shapes(config)
     if shardings is None:
         shardings = dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         shardings = traverse_util.flatten_dict(shardings, sep="/")
     sizes = axis_sizes(config)
+    expected = {
+        stored_name: stored_shape(tensor, sizes)
+        for stored_name, (tensor, _, _) in _stored_tensors(config, kind).items()
+    }
     placed = {}
-    with _open_tensors(path) as stored:
-        _check_tensors(path, stored, family, shapes, sizes)
+    with weight_files.open_tensors(path, kind) as stored:
+        # A tied head may be there a second time under its own name.
+        spare = {kind.tensors["output"].name}
+        weight_files.check_tensors(path, stored, expected, spare)
         for name, shape in shapes.items():
-            tensor = family.tensors[name]
+            tensor = kind.tensors[name]
             reads = [
                 partial(read_part, stored[stored_name], tensor, sizes, dtype)
                 for stored_name in tensor.names(config.num_layers)
@@ -133,7 +143,7 @@ def write_model(
       params: its parameters, on any devices of any processes.
       model_type: family to write it as, one of `families.FAMILIES`.
       tokenizer_dir: where to copy tokenizer and generation_config.json from.
-      stop_ids: ids that end a completion; by default what tokenizer_dir says.
+      stop_ids: ids that end a completion, beside those that tokenizer_dir names.
       dtype: of the written weights, float32 or bfloat16.
       max_shard_bytes: a larger model is split into files of at most that size.
 
@@ -141,8 +151,7 @@ def write_model(
       UserError: the family cannot express the config, or `path` holds something.
     """
     path = Path(path)
-    family = families.family(model_type)
-    content = families.config_to_json(config, model_type)
+    content, kind = config_to_json(config, model_type), family(model_type)
     content["torch_dtype"] = str(jnp.dtype(dtype))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists; remove it or name another directory.")
@@ -153,21 +162,37 @@ def write_model(
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
         generation = _copy_tokenizer(tokenizer_dir, unfinished)
-        if stop_ids:
-            generation["eos_token_id"] = sorted(int(token) for token in stop_ids)
-        content["eos_token_id"] = generation.get("eos_token_id")
-        _write_json(unfinished / "generation_config.json", generation)
-        _write_json(unfinished / "config.json", content)
-    plan = _plan_files(config, family, jnp.dtype(dtype), max_shard_bytes)
-    _write_tensors(unfinished, plan, params, family, axis_sizes(config), dtype)
+        stops = sorted({*map(int, stop_ids), *_stop_ids(generation)})
+        generation["eos_token_id"] = content["eos_token_id"] = stops or None
+        write_json(unfinished / GENERATION, generation)
+        write_json(unfinished / CONFIG, content)
+    _write_tensors(unfinished, config, params, kind, dtype, max_shard_bytes)
     if writes:
         unfinished.replace(path)
     multihost_utils.sync_global_devices(f"write_model {path}")
 
 
+class _Stored(NamedTuple):
+    """Of which parameter, and which layer of it, a stored tensor is."""
+
+    tensor: Tensor
+    leaf: str
+    layer: int | None
+
+
+def _stored_tensors(config: ModelConfig, kind: Family) -> dict[str, _Stored]:
+    """Stored name -> what it is, layer after layer."""
+    found = {}
+    for leaf in _shapes(config):
+        tensor = kind.tensors[leaf]
+        for layer, name in enumerate(tensor.names(config.num_layers)):
+            found[name] = _Stored(tensor, leaf, layer if tensor.stacked else None)
+    return dict(sorted(found.items(), key=lambda item: item[1].layer or 0))
+
+
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Parameter path -> shape, without making any parameter."""
-    tree = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     leaves = traverse_util.flatten_dict(tree, sep="/")
     return {name: leaf.shape for name, leaf in leaves.items()}
 
@@ -213,140 +238,48 @@ def _place_layers(
     return stack
 
 
-@contextlib.contextmanager
-def _open_tensors(path: Path) -> Iterator[dict[str, Any]]:
-    """Opens every weights file; yields stored name -> safetensors slice."""
-    if (path / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif (path / INDEX).is_file():
-        files = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
-    else:
-        raise UserError(f"model {path}: neither {WEIGHTS} nor {INDEX} is there.")
-    with contextlib.ExitStack() as stack:
-        stored = {}
-        for file in files:
-            try:
-                opened = stack.enter_context(safe_open(path / file, "numpy"))
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"model {path}: {file} is missing, though {INDEX} names it."
-                ) from error
-            except SafetensorError as error:
-                raise UserError(
-                    f"model {path}: {file} is damaged or cut short ({error}); fetch it "
-                    "again."
-                ) from error
-            names = opened.keys()
-            stored |= {name: opened.get_slice(name) for name in names}
-        yield stored
-
-
-def _check_tensors(
-    path: Path,
-    stored: dict[str, Any],
-    family: Family,
-    shapes: dict[str, tuple[int, ...]],
-    sizes: dict[str, int],
-) -> None:
-    expected = {
-        name: stored_shape(family.tensors[leaf], sizes)
-        for leaf, shape in shapes.items()
-        for name in family.tensors[leaf].names(shape[0])
-    }
-    # A tied head may be stored a second time under its own name.
-    ignored = {family.tensors["output"].name}
-    missing = sorted(set(expected) - set(stored))
-    extra = sorted(set(stored) - set(expected) - ignored)
-    for problem, names in (("lacks", missing), ("has unexpected", extra)):
-        if names:
-            raise UserError(
-                f"model {path}: {problem} {len(names)} tensors for this config.json: "
-                f"{', '.join(names[:3])}{', ...' if names[3:] else ''}."
-            )
-    for name, shape in expected.items():
-        if stored[name].get_shape() != shape:
-            raise UserError(
-                f"model {path}: {name} has shape {stored[name].get_shape()}, but "
-                f"config.json asks for {shape}."
-            )
-        if stored[name].get_dtype() not in FLOATS:
-            raise UserError(
-                f"model {path}: {name} is {stored[name].get_dtype()}; only weights in "
-                f"{', '.join(FLOATS)} can be read."
-            )
-
-
-class _Part(NamedTuple):
-    """A stored tensor to write: its name, whence it comes, and how large it is."""
-
-    name: str
-    leaf: str
-    layer: int | None
-    num_bytes: int
-
-
-def _plan_files(
-    config: ModelConfig, family: Family, dtype: np.dtype, max_bytes: int
-) -> dict[str, list[_Part]]:
-    """Which tensors go into which file, layer after layer."""
-    sizes = axis_sizes(config)
-    parts = []
-    for leaf in _shapes(config):
-        tensor = family.tensors[leaf]
-        num_bytes = math.prod(stored_shape(tensor, sizes)) * dtype.itemsize
-        for layer, name in enumerate(tensor.names(config.num_layers)):
-            parts.append(
-                _Part(name, leaf, layer if tensor.stacked else None, num_bytes)
-            )
-    parts.sort(key=lambda part: -1 if part.layer is None else part.layer)
-    groups: list[list[_Part]] = [[]]
-    room = max_bytes
-    for part in parts:
-        if part.num_bytes > room and groups[-1]:
-            groups.append([])
-            room = max_bytes
-        groups[-1].append(part)
-        room -= part.num_bytes
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-        for i, group in enumerate(groups, start=1)
-    }
-
-
 def _write_tensors(
     path: Path,
-    plan: dict[str, list[_Part]],
+    config: ModelConfig,
     params: Params,
-    family: Family,
-    sizes: dict[str, int],
+    kind: Family,
     dtype: Any,
+    limit: int,
 ) -> None:
+    """Writes the weights, one file after the other, so the host holds one file."""
+    stored, sizes = _stored_tensors(config, kind), axis_sizes(config)
     leaves = traverse_util.flatten_dict(params, sep="/")
+    num_bytes = {
+        name: math.prod(stored_shape(item.tensor, sizes)) * jnp.dtype(dtype).itemsize
+        for name, item in stored.items()
+    }
+    plan = weight_files.plan_files(num_bytes, limit)
     writes = jax.process_index() == 0
-    for file, parts in plan.items():
+    for file, names in plan.items():
         tensors = {}
-        for part in parts:
-            leaf = leaves[part.leaf]
-            value = _to_host(leaf if part.layer is None else leaf[part.layer])
+        for name in names:
+            tensor, leaf, layer = stored[name]
+            value = _to_host(leaves[leaf] if layer is None else leaves[leaf][layer])
             if writes:
-                tensor = family.tensors[part.leaf]
-                tensors[part.name] = to_stored(value, tensor, sizes, dtype)
+                tensors[name] = to_stored(value, tensor, sizes, dtype)
         if writes:
             save_file(tensors, path / file, metadata={"format": "pt"})
-            shutil.copymode(path / "config.json", path / file)  # not the writer's only
+            shutil.copymode(path / CONFIG, path / file)  # the writer's alone so far
     if writes and len(plan) > 1:
-        total = sum(part.num_bytes for parts in plan.values() for part in parts)
-        weight_map = {part.name: f for f, parts in plan.items() for part in parts}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(path / INDEX, index)
+        weight_files.write_index(path, plan, sum(num_bytes.values()))
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _stop_ids(generation: dict[str, Any]) -> tuple[int, ...]:
+    ids = generation.get("eos_token_id")
+    if ids is None:
+        return ()
+    return tuple(sorted(ids)) if isinstance(ids, list) else (ids,)
 
 
 def _copy_tokenizer(source: str | Path | None, target: Path) -> dict[str, Any]:
@@ -356,19 +289,5 @@ def _copy_tokenizer(source: str | Path | None, target: Path) -> dict[str, Any]:
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, target / name)
-    generation = Path(source) / "generation_config.json"
-    return _read_json(generation) if generation.is_file() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}.") from error
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True)
-    file.write_text(text + "\n", encoding="utf-8")
+    generation = Path(source) / GENERATION
+    return read_json(generation) if generation.is_file() else {}

@@ -3,11 +3,11 @@
 A family is one entry of `FAMILIES`.
 """
 
-import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rlt_jax.errors import UserError
-from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.layouts import Tensor
 
 
@@ -20,6 +20,10 @@ class Family(NamedTuple):
       settings: field of ModelConfig -> key of config.json.
       fixed: fields that the architecture itself decides.
       defaults: values of keys that a config.json may leave out.
+      windowed: whether a layer is windowed where config.json has no `layer_types`;
+        None where the family has no windows.
+      renamed: start of a stored name -> what it stands for, or None to skip the tensor;
+        for models of which we read a part.
     """
 
     architecture: str
@@ -27,32 +31,51 @@ class Family(NamedTuple):
     settings: dict[str, str]
     fixed: dict[str, Any]
     defaults: dict[str, Any]
+    windowed: Callable[[Mapping[str, Any], int], bool] | None = None
+    renamed: Mapping[str, str | None] = MappingProxyType({})
 
 
-_LAYER = "model.layers.{}."
+def _in_layers(tensors: dict[str, tuple[str, str, str]]) -> dict[str, Tensor]:
+    return {
+        f"layers/{path}": Tensor(f"model.layers.{{}}.{name}", stored, ours)
+        for path, (name, stored, ours) in tensors.items()
+    }
+
+
 _TENSORS = {
     "embedding": Tensor("model.embed_tokens.weight", "V,D", "VD"),
     "final_norm/scale": Tensor("model.norm.weight", "D", "D"),
     "output": Tensor("lm_head.weight", "V,D", "DV"),
-} | {
-    f"layers/{path}": Tensor(_LAYER + name, stored, ours)
-    for path, (name, stored, ours) in {
+} | _in_layers(
+    {
         "attention_norm/scale": ("input_layernorm.weight", "D", "D"),
         "attention/query/kernel": ("self_attn.q_proj.weight", "NH,D", "DNH"),
-        "attention/key/kernel": ("self_attn.k_proj.weight", "KH,D", "DKH"),
-        "attention/value/kernel": ("self_attn.v_proj.weight", "KH,D", "DKH"),
-        "attention/out/kernel": ("self_attn.o_proj.weight", "D,NH", "NHD"),
         "attention/query/bias": ("self_attn.q_proj.bias", "NH", "NH"),
-        "attention/key/bias": ("self_attn.k_proj.bias", "KH", "KH"),
-        "attention/value/bias": ("self_attn.v_proj.bias", "KH", "KH"),
         "attention/query_norm/scale": ("self_attn.q_norm.weight", "H", "H"),
+        "attention/key/kernel": ("self_attn.k_proj.weight", "KH,D", "DKH"),
+        "attention/key/bias": ("self_attn.k_proj.bias", "KH", "KH"),
         "attention/key_norm/scale": ("self_attn.k_norm.weight", "H", "H"),
+        "attention/value/kernel": ("self_attn.v_proj.weight", "KH,D", "DKH"),
+        "attention/value/bias": ("self_attn.v_proj.bias", "KH", "KH"),
+        "attention/out/kernel": ("self_attn.o_proj.weight", "D,NH", "NHD"),
+        "attention/out/bias": ("self_attn.o_proj.bias", "D", "D"),
         "mlp_norm/scale": ("post_attention_layernorm.weight", "D", "D"),
         "mlp/gate/kernel": ("mlp.gate_proj.weight", "F,D", "DF"),
+        "mlp/gate/bias": ("mlp.gate_proj.bias", "F", "F"),
         "mlp/up/kernel": ("mlp.up_proj.weight", "F,D", "DF"),
+        "mlp/up/bias": ("mlp.up_proj.bias", "F", "F"),
         "mlp/down/kernel": ("mlp.down_proj.weight", "D,F", "FD"),
-    }.items()
-}
+        "mlp/down/bias": ("mlp.down_proj.bias", "D", "D"),
+    }
+)
+_POST_NORM_TENSORS = _TENSORS | _in_layers(
+    {
+        "attention_post_norm/scale": ("post_attention_layernorm.weight", "D", "D"),
+        "mlp_norm/scale": ("pre_feedforward_layernorm.weight", "D", "D"),
+        "mlp_post_norm/scale": ("post_feedforward_layernorm.weight", "D", "D"),
+    }
+)
+
 _SETTINGS = {
     "vocab_size": "vocab_size",
     "embed_dim": "hidden_size",
@@ -65,91 +88,128 @@ _SETTINGS = {
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
+    "activation": "hidden_act",
 }
+_ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+_GEMMA_SETTINGS = {
+    **_SETTINGS,
+    **_ATTENTION_BIAS,
+    "activation": "hidden_activation",
+    "query_scale_dim": "query_pre_attn_scalar",
+    "attention_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+}
+
+# What transformers takes for a key that a config.json leaves out.
 _DEFAULTS = {
     "hidden_act": "silu",
     "rope_theta": 10_000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+_QWEN_DEFAULTS = {
+    **_DEFAULTS,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_FIXED = {"norm_plus_one": True, "post_norms": True, "scale_embeddings": True}
+
+
+def _qwen_windowed(content: Mapping[str, Any], layer: int) -> bool:
+    return content["use_sliding_window"] and layer >= content["max_window_layers"]
+
 
 FAMILIES = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        tensors=_TENSORS,
+        settings=_SETTINGS | _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
+        fixed={},
+        defaults=_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
+    ),
     "qwen2": Family(
-        "Qwen2ForCausalLM", _TENSORS, _SETTINGS, {"qkv_bias": True}, _DEFAULTS
+        architecture="Qwen2ForCausalLM",
+        tensors=_TENSORS,
+        settings=_SETTINGS,
+        fixed={"qkv_bias": True},
+        defaults=_QWEN_DEFAULTS,
+        windowed=_qwen_windowed,
     ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", _TENSORS, _SETTINGS, {"qk_norm": True}, _DEFAULTS
+        architecture="Qwen3ForCausalLM",
+        tensors=_TENSORS,
+        settings=_SETTINGS | _ATTENTION_BIAS,
+        fixed={"qk_norm": True},
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+        windowed=_qwen_windowed,
     ),
-    "llama": Family("LlamaForCausalLM", _TENSORS, _SETTINGS, {}, _DEFAULTS),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        tensors=_POST_NORM_TENSORS,
+        settings=_GEMMA_SETTINGS,
+        fixed=_GEMMA_FIXED,
+        defaults=_GEMMA_DEFAULTS
+        | {
+            "rope_theta": 10_000.0,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        windowed=lambda content, layer: layer % 2 == 0,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        tensors=_POST_NORM_TENSORS,
+        settings=_GEMMA_SETTINGS | {"local_rope_theta": "rope_local_base_freq"},
+        fixed=_GEMMA_FIXED | {"qk_norm": True},
+        defaults=_GEMMA_DEFAULTS
+        | {
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window_pattern": 6,
+        },
+        windowed=lambda content, layer: (
+            (layer + 1) % content["sliding_window_pattern"] != 0
+        ),
+    ),
 }
+FAMILIES["gemma3"] = FAMILIES["gemma3_text"]._replace(
+    architecture="Gemma3ForConditionalGeneration",
+    renamed={
+        "language_model.": "",
+        "model.language_model.": "model.",
+        "vision_tower.": None,
+        "multi_modal_projector.": None,
+        "model.vision_tower.": None,
+        "model.multi_modal_projector.": None,
+    },
+)
 
 
 def family(model_type: str | None) -> Family:
-    """The family of a `model_type`; UserError names the known ones."""
+    """The family of a `model_type`.
+
+    Raises:
+      UserError: it is not supported; the message lists those that are.
+    """
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type {model_type!r} is not supported; supported are "
             f"{', '.join(FAMILIES)}."
         )
     return FAMILIES[model_type]
-
-
-def config_from_json(content: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that the content of a config.json describes.
-
-    Raises:
-      UserError: unknown family, a missing key, or a setting we do not implement.
-    """
-    kind = family(content.get("model_type"))
-    content = kind.defaults | {k: v for k, v in content.items() if v is not None}
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    content.setdefault("num_key_value_heads", content.get("num_attention_heads"))
-    missing = set(kind.settings.values()) - set(content) - {"head_dim"}
-    if missing:
-        raise UserError(f"config.json lacks {', '.join(sorted(missing))}.")
-    content.setdefault(
-        "head_dim", content["hidden_size"] // content["num_attention_heads"]
-    )
-    content["rope_theta"] = float(rope.get("rope_theta", content["rope_theta"]))
-    _refuse_unsupported(content, rope)
-    read = {field: content[key] for field, key in kind.settings.items()}
-    return ModelConfig(**read, **kind.fixed)
-
-
-def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The content of a config.json for `config` as a model of that family.
-
-    Raises:
-      UserError: unknown family, or one that cannot express the config.
-    """
-    kind = family(model_type)
-    content = {
-        "architectures": [kind.architecture],
-        "model_type": model_type,
-    } | kind.defaults
-    content |= {key: getattr(config, field) for field, key in kind.settings.items()}
-    back = dataclasses.asdict(config_from_json(content))
-    differing = [
-        f"{field}={value!r}"
-        for field, value in dataclasses.asdict(config).items()
-        if field not in ("dtype", "remat") and back[field] != value
-    ]
-    if differing:
-        raise UserError(f"A {model_type} model cannot have {', '.join(differing)}.")
-    return content
-
-
-def _refuse_unsupported(content: dict[str, Any], rope: dict[str, Any]) -> None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, supported in (
-        ("rope_type", rope_type, "default"),
-        ("hidden_act", content["hidden_act"], "silu"),
-        ("use_sliding_window", content.get("use_sliding_window", False), False),
-        ("attention_bias", content.get("attention_bias", False), False),
-        ("mlp_bias", content.get("mlp_bias", False), False),
-        ("quantization_config", content.get("quantization_config"), None),
-    ):
-        if value != supported:
-            raise UserError(
-                f"config.json: {key}={value!r} is not supported, only {supported!r}."
-            )

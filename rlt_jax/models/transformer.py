@@ -5,17 +5,47 @@ is an argument and a result. Hidden states and head are apart, so that log-proba
 never need all logits at once.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlt_jax.models import attention as attention_lib
+from rlt_jax.models.attention import (
+    Visibility,
+    attention,
+    cache_visibility,
+    packed_visibility,
+    soft_cap,
+)
 from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.rope import Rope, layer_ropes, rotate
 from rlt_jax.types import KVCache, Params
 
 Axes = tuple[str | None, ...]
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # gelu is tanh's
+
+
+class Layer(NamedTuple):
+    """What differs between layers besides their parameters; stacked on L.
+
+    Attributes:
+      index: [] int32.
+      windowed: [] bool.
+      rope: rotary parameters.
+    """
+
+    index: jax.Array
+    windowed: jax.Array
+    rope: Rope
+
+
+def _layers(config: ModelConfig) -> Layer:
+    L = config.num_layers
+    windowed = jnp.array(config.windowed_layers or (False,) * L)
+    return Layer(jnp.arange(L), windowed, jax.tree.map(jnp.array, layer_ropes(config)))
 
 
 def _kernel_init(axes: Axes, fan_in: int) -> Any:
@@ -31,15 +61,17 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm, statistics in float32, over the last axis."""
 
     eps: float
+    plus_one: bool
     axis_name: str = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
-        scale = self.param("scale", init, (x.shape[-1],))
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        init = nn.with_logical_partitioning(init, (self.axis_name,))
+        scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return (y * (scale + 1.0 if self.plus_one else scale)).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -75,10 +107,10 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
         kv_cache: KVCache | None,
-        layer: jax.Array,
+        layer: Layer,
+        positions: jax.Array,
+        visibility: Visibility,
     ) -> tuple[jax.Array, KVCache | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -88,35 +120,45 @@ class Attention(nn.Module):
         key = Projection((D,), (K, H), kv_axes, c.qkv_bias, name="key")(x)
         value = Projection((D,), (K, H), kv_axes, c.qkv_bias, name="value")(x)
         if c.qk_norm:
-            query = RMSNorm(c.norm_eps, "head_dim", name="query_norm")(query)
-            key = RMSNorm(c.norm_eps, "head_dim", name="key_norm")(key)
-        query = attention_lib.rotate(query, positions, c.rope_theta)
-        key = attention_lib.rotate(key, positions, c.rope_theta)
+            norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one, "head_dim")
+            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+        query = rotate(query, positions, layer.rope)
+        key = rotate(key, positions, layer.rope)
         query = _constrain(query, "batch", "length", "heads", "head_dim")
         if kv_cache is not None:
             row = jnp.arange(x.shape[0])[:, None]
             kv_cache = KVCache(
-                kv_cache.keys.at[layer, row, positions].set(key),
-                kv_cache.values.at[layer, row, positions].set(value),
+                kv_cache.keys.at[layer.index, row, positions].set(key),
+                kv_cache.values.at[layer.index, row, positions].set(value),
             )
-            key, value = kv_cache.keys[layer], kv_cache.values[layer]
-        y = attention_lib.attention(query, key, value, mask)
+            key, value = kv_cache.keys[layer.index], kv_cache.values[layer.index]
+        y = attention(
+            query,
+            key,
+            value,
+            visibility,
+            layer.windowed,
+            scale=(c.query_scale_dim or H) ** -0.5,
+            softcap=c.attention_softcap,
+            window=c.sliding_window,
+        )
         o_axes = ("heads", "head_dim", "embed")
-        return Projection((N, H), (D,), o_axes, name="out")(y), kv_cache
+        return Projection((N, H), (D,), o_axes, c.out_bias, name="out")(y), kv_cache
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x))."""
+    """Gated MLP: down(activation(gate(x)) * up(x))."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        D, F = self.config.embed_dim, self.config.mlp_dim
-        gate = Projection((D,), (F,), ("embed", "mlp"), name="gate")(x)
-        up = Projection((D,), (F,), ("embed", "mlp"), name="up")(x)
-        y = _constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        return Projection((F,), (D,), ("mlp", "embed"), name="down")(y)
+        c = self.config
+        D, F, bias = c.embed_dim, c.mlp_dim, c.mlp_bias
+        gate = Projection((D,), (F,), ("embed", "mlp"), bias, name="gate")(x)
+        up = Projection((D,), (F,), ("embed", "mlp"), bias, name="up")(x)
+        y = _constrain(ACTIVATIONS[c.activation](gate) * up, "batch", "length", "mlp")
+        return Projection((F,), (D,), ("mlp", "embed"), bias, name="down")(y)
 
 
 class Block(nn.Module):
@@ -128,17 +170,19 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[jax.Array, KVCache | None],
-        layer: jax.Array,
+        layer: Layer,
         positions: jax.Array,
-        mask: jax.Array,
+        visibility: Visibility,
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        c = self.config
+        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
-        eps = self.config.norm_eps
-        y, kv_cache = Attention(self.config, name="attention")(
-            RMSNorm(eps, name="attention_norm")(x), positions, mask, kv_cache, layer
+        y, kv_cache = Attention(c, name="attention")(
+            norm(name="attention_norm")(x), kv_cache, layer, positions, visibility
         )
-        x = x + y
-        x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
+        y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
+        x = x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)
         return (_constrain(x, "batch", "length", "embed"), kv_cache), None
 
 
@@ -173,7 +217,7 @@ class Transformer(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_plus_one)
         if not c.tie_embeddings:
             self.output = self.param(
                 "output",
@@ -205,22 +249,25 @@ class Transformer(nn.Module):
         """
         c = self.config
         if kv_cache is not None:
-            mask = attention_lib.cache_mask(positions, kv_cache.keys.shape[2])
+            visibility = cache_visibility(positions, kv_cache.keys.shape[2])
         elif segment_ids is not None:
-            mask = attention_lib.packed_mask(segment_ids)
+            visibility = packed_visibility(positions, segment_ids)
         else:
             raise ValueError("Pass segment_ids, or a kv_cache.")
         x = self.embedding[tokens].astype(c.activation_dtype)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
         x = _constrain(x, "batch", "length", "embed")
-        layers = jnp.arange(c.num_layers)
-        (x, kv_cache), _ = self.layers((x, kv_cache), layers, positions, mask)
+        (x, kv_cache), _ = self.layers((x, kv_cache), _layers(c), positions, visibility)
         return self.final_norm(x), kv_cache
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.output
         kernel = kernel.astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        cap = self.config.final_softcap
+        return logits if cap is None else soft_cap(logits, cap)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

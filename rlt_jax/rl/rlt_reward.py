@@ -20,7 +20,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "max": masked.maximum,
     "median": masked.median,
     "first_quartile": lambda x, m, empty: masked.quantile(x, m, 0.25, empty),
-    "third_quartile": lambda x, m, empty: masked.quantile(x, m, 0.75, empty),
+    "last_quartile": lambda x, m, empty: masked.quantile(x, m, 0.75, empty),
     "sum": lambda x, m, empty: masked.total(x, m),
 }
 
@@ -46,6 +46,8 @@ class RLTRewardConfig:
       kl_map: applied to each per-token KL.
       kl_clip: mapped KLs are kept below this; None for no clip.
       kl_estimator: "k1" (published) or "k3".
+      kl_teacher_term: without it, the divergence is the student's surprise alone,
+        -log p_S, and the estimator is not used.
       format_penalty: added when the closing tag is missing.
       empty_penalty: an empty span counts as minus this in every reduction of its
         log-probs, and as this in every reduction of its KL.
@@ -65,6 +67,7 @@ class RLTRewardConfig:
     kl_map: str = "none"
     kl_clip: float | None = None
     kl_estimator: str = "k1"
+    kl_teacher_term: bool = True
     format_penalty: float = -1.0
     empty_penalty: float = 1.0
 
@@ -105,10 +108,13 @@ def rlt_reward(
         solution = jnp.maximum(solution, -config.solution_clip)
     in_student = gather(student_log_probs, batch.student_explanation)
     in_teacher = gather(teacher_log_probs, batch.teacher_explanation)
-    log_ratio = segment_sums(in_teacher, batch.teacher_explanation) - segment_sums(
-        in_student, batch.student_explanation
-    )
-    divergence = MAPS[config.kl_map](kl.ESTIMATORS[config.kl_estimator](log_ratio))
+    surprise = -segment_sums(in_student, batch.student_explanation)
+    if config.kl_teacher_term:
+        log_ratio = segment_sums(in_teacher, batch.teacher_explanation) + surprise
+        divergence = kl.ESTIMATORS[config.kl_estimator](log_ratio)
+    else:
+        divergence = surprise
+    divergence = MAPS[config.kl_map](divergence)
     if config.kl_clip is not None:
         divergence = jnp.minimum(divergence, config.kl_clip)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+
 from rlt_jax.errors import UserError
 
 _LOG = logging.getLogger("rlt_jax")

@@ -22,6 +22,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.models import convert
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.settings import build
 from rlt_jax.training.sharding import param_shardings
 from rlt_jax.types import Params
 
@@ -76,8 +77,9 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
     numerics = {"dtype": source.dtype, "remat": source.remat}
     if source.architecture is not None:
         tokenizer = load_tokenizer(source.tokenizer)
-        shape = {"vocab_size": tokenizer.vocab_size, **source.architecture}
-        model = Transformer(ModelConfig(**shape, **numerics))
+        fields = {"vocab_size": tokenizer.vocab_size, **source.architecture}
+        config = build(ModelConfig, fields | numerics, "model.architecture")
+        model = Transformer(config)
         init = jax.jit(
             lambda key: init_params(model.config, key),
             out_shardings=param_shardings(model, mesh),

@@ -1,6 +1,7 @@
 """Metrics to JSONL and TensorBoard, samples for people, progress bars."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -58,27 +59,32 @@ class MetricWriter:
 
 
 def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends one JSON object a line."""
-    with file.open("a", encoding="utf-8") as lines:
+    """Appends one JSON object a line, after dropping a last line cut off in writing."""
+    with file.open("ab+") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            if lines.read() != b"\n":
+                lines.seek(0)
+                lines.truncate(lines.read().rfind(b"\n") + 1)
         for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file of ours; a last line cut off in writing is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    # Not splitlines(): texts may hold other characters that it takes for line ends.
+    complete = file.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in complete]
 
 
 def keep_rows_before(file: Path, step: int) -> None:
     """Drops rows whose "step" is `step` or later, as resuming will write them again."""
     if file.is_file():
         rows = [row for row in read_jsonl(file) if row["step"] < step]
-        file.unlink()
-        append_jsonl(file, rows)
+        rewritten = file.with_name(file.name + ".partial")
+        rewritten.unlink(missing_ok=True)
+        append_jsonl(rewritten, rows)
+        rewritten.replace(file)
 
 
 def summarise(name: str, values: np.ndarray) -> dict[str, float]:

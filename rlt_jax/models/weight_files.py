@@ -1,0 +1,147 @@
+"""The files of a model directory: which tensors are there, and in which file."""
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rlt_jax.errors import UserError
+from rlt_jax.models.families import Family
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, kind: Family) -> Iterator[dict[str, Any]]:
+    """Opens every weights file; yields the family's name -> safetensors slice.
+
+    Raises:
+      UserError: a file is missing or cut short.
+    """
+    if (path / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    elif (path / INDEX).is_file():
+        files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+    else:
+        raise UserError(f"model {path}: neither {WEIGHTS} nor {INDEX} is there.")
+    with contextlib.ExitStack() as stack:
+        stored = {}
+        for file in files:
+            opened = stack.enter_context(_open(path, file))
+            names = opened.keys()
+            for name in names:
+                ours = _family_name(name, kind)
+                if ours is not None:
+                    stored[ours] = opened.get_slice(name)
+        yield stored
+
+
+def check_tensors(
+    path: Path,
+    stored: Mapping[str, Any],
+    expected: Mapping[str, list[int]],
+    spare: Collection[str],
+) -> None:
+    """Makes sure that a model is what it says it is.
+
+    Args:
+      path: of the model, for messages.
+      stored: from `open_tensors`.
+      expected: name -> shape that the config asks for.
+      spare: names that may be there without being needed.
+
+    Raises:
+      UserError: tensors missing, too many, of another shape, or not floating point.
+    """
+    missing = sorted(set(expected) - set(stored))
+    extra = sorted(set(stored) - set(expected) - set(spare))
+    for problem, names in (("lacks", missing), ("has unexpected", extra)):
+        if names:
+            raise UserError(
+                f"model {path}: for its config.json it {problem} {len(names)} tensors: "
+                f"{', '.join(names[:3])}{', ...' if names[3:] else ''}."
+            )
+    for name, shape in expected.items():
+        if stored[name].get_shape() != shape:
+            raise UserError(
+                f"model {path}: {name} has shape {stored[name].get_shape()}, but its "
+                f"config.json asks for {shape}."
+            )
+        if stored[name].get_dtype() not in FLOATS:
+            raise UserError(
+                f"model {path}: {name} is {stored[name].get_dtype()}; only weights in "
+                f"{', '.join(FLOATS)} can be read."
+            )
+
+
+def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Names of files -> names of the tensors in them, in the given order.
+
+    Args:
+      sizes: name -> bytes of a tensor.
+      max_bytes: of a file; a larger tensor has a file of its own.
+    """
+    groups: list[list[str]] = [[]]
+    room = max_bytes
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, start=1)
+    }
+
+
+def write_index(path: Path, plan: dict[str, list[str]], total_size: int) -> None:
+    """Writes which file of several holds which tensor."""
+    weight_map = {name: file for file, names in plan.items() for name in names}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_json(path / INDEX, index)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file; UserError where it is missing or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}.") from error
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file for people to read."""
+    text = json.dumps(content, indent=2, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _open(path: Path, file: str) -> safe_open:
+    try:
+        return safe_open(path / file, "numpy")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"model {path}: {file} is missing, though {INDEX} names it."
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"model {path}: {file} is damaged or cut short ({error}); fetch it again."
+        ) from error
+
+
+def _family_name(name: str, kind: Family) -> str | None:
+    """What the family calls a stored tensor; None for one that is not its own."""
+    for start, ours in kind.renamed.items():
+        if name.startswith(start):
+            return None if ours is None else ours + name.removeprefix(start)
+    # Old files hold the constants of RoPE as well.
+    return None if name.endswith("rotary_emb.inv_freq") else name
