@@ -33,7 +33,6 @@ def get_config() -> ml_collections.ConfigDict:
             "task": "arithmetic",
             "split": "train",
             "size": 60_000,
-            "seed": 0,
             "kinds": {
                 "careful": 0.08,
                 "skipping": 0.40,

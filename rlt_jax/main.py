@@ -14,10 +14,12 @@ was complete (its earlier folder is kept under another name).
 
 import logging
 import sys
+import traceback
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
 
 from rlt_jax.errors import UserError
 
@@ -45,9 +47,26 @@ def main(argv: list[str]) -> None:
         sys.exit(f"rlt_jax: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser; a config that is missing or lacks a key is one message, too."""
+    try:
+        arguments = app.parse_flags_with_usage(argv)
+        _CONFIG.value.lock()  # a file that could not be read shows on its first use
+        return arguments
+    except OSError as error:
+        sys.exit(f"rlt_jax: --config: {str(error).splitlines()[-1].strip()}")
+    except (AttributeError, LookupError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if all(frame.filename != config_path.__file__ for frame in frames):
+            raise  # an error in the config file itself keeps its traceback
+        reason = error.args[0] if isinstance(error.args[0], LookupError) else error
+        text = " ".join(str(reason.args[0]).split())
+        sys.exit(f"rlt_jax: a --config.KEY=VALUE has a key the config lacks: {text}")
+
+
 def cli() -> None:
     """Entry point of the console script."""
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From a section of the config to the dataclass or function that owns its keys."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -25,16 +25,45 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
     parameters = inspect.signature(factory).parameters
-    unknown = sorted(set(values) - set(parameters))
-    if unknown:
-        raise UserError(
-            f"{where}: unknown key {unknown[0]!r}; known are {', '.join(parameters)}."
-        )
-    missing = [
+    required = [
         name
         for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and name not in values
+        if parameter.default is inspect.Parameter.empty
     ]
+    _check_keys(values, parameters, required, where)
+    return factory(**values)
+
+
+def check(owner: Any, values: Any, where: str) -> None:
+    """Checks all keys of a section before anything is done with them.
+
+    Args:
+      owner: what `build` takes; or a mapping from every key of the section to the owner
+        of its value; or None for a value that is checked by its reader.
+      values: the config section, or a value in it.
+      where: name of the section, for messages.
+
+    Raises:
+      UserError: unknown or missing keys, or values that their owner refuses.
+    """
+    if isinstance(owner, Mapping):
+        _check_keys(values, owner, owner, where)
+        for name, part in owner.items():
+            check(part, values[name], f"{where}.{name}")
+    elif owner is not None:
+        build(owner, values, where)
+
+
+def _check_keys(
+    values: Any, known: Collection[str], required: Collection[str], where: str
+) -> None:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is {values!r}; give it as keys and values.")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(
+            f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}."
+        )
+    missing = [name for name in required if name not in values]
     if missing:
         raise UserError(f"{where}: the key {missing[0]!r} is missing.")
-    return factory(**values)

@@ -1,5 +1,6 @@
 """Sources of problems and traces, and the Grain iterators over them."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,25 +26,34 @@ TRACES: dict[str, Callable[..., list[Trace]]] = {
 }
 
 
-def load_problems(config: Mapping[str, Any], template: Template) -> list[Problem]:
-    """Problems of a `data` section: `task` picks the source, the rest is passed on."""
-    return _load(PROBLEMS, config, template)
+def load_problems(
+    config: Mapping[str, Any], template: Template, seed: int
+) -> list[Problem]:
+    """Problems of a `data` section: `task` picks the source, the rest is passed on.
+
+    Sources that parse tags are given the template, those that generate the run's seed.
+    """
+    return _load(PROBLEMS, config, {"template": template, "seed": seed})
 
 
-def load_traces(config: Mapping[str, Any], template: Template) -> list[Trace]:
+def load_traces(
+    config: Mapping[str, Any], template: Template, seed: int
+) -> list[Trace]:
     """Traces of a `data` section; see `load_problems`."""
-    return _load(TRACES, config, template)
+    return _load(TRACES, config, {"template": template, "seed": seed})
 
 
 def _load(
-    sources: dict[str, Callable[..., list]], config: Mapping[str, Any], template: Any
+    sources: dict[str, Callable[..., list]],
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> list:
     keys = dict(config)
     task = keys.pop("task", None)
     if task not in sources:
         raise UserError(f"data.task={task!r}: choose one of {', '.join(sources)}.")
-    if task == "file":
-        keys["template"] = template
+    wanted = inspect.signature(sources[task]).parameters
+    keys |= {name: value for name, value in given.items() if name in wanted}
     return settings.build(sources[task], keys, f"data of task {task!r}")
 
 

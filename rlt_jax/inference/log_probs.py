@@ -51,7 +51,7 @@ def token_stats(
       tokens: [B, T] int32.
       segment_ids: [B, T] int32, 0 for padding.
       positions: [B, T] int32, from 0 within each segment.
-      temperature: logits are divided by it.
+      temperature: logits are divided by it; 0 counts as 1, as it does in `sample`.
 
     Returns:
       Both zero for padding and for the first token of each segment.
@@ -66,7 +66,7 @@ def token_stats(
     @jax.checkpoint
     def one_chunk(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
         states, target = chunk
-        scaled = logits(model, params, states) / temperature
+        scaled = logits(model, params, states) / (temperature or 1.0)
         normaliser = jax.nn.logsumexp(scaled, axis=-1)
         chosen = jnp.take_along_axis(scaled, target[..., None], axis=-1)[..., 0]
         weights = jnp.exp(scaled - normaliser[..., None])

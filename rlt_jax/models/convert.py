@@ -117,8 +117,10 @@ def read_params(
                 partial(read_part, stored[stored_name], tensor, sizes, dtype)
                 for stored_name in tensor.names(config.num_layers)
             ]
-            place = _place_layers if tensor.stacked else _place
-            placed[name] = place(shape, shardings[name], dtype, reads)
+            if tensor.stacked:
+                placed[name] = _place_layers(shape, shardings[name], dtype, reads)
+            else:
+                placed[name] = _place(shape, shardings[name], dtype, *reads)
     return traverse_util.unflatten_dict(placed, sep="/")
 
 
@@ -201,9 +203,8 @@ def _place(
     shape: tuple[int, ...],
     sharding: Sharding,
     dtype: Any,
-    reads: list[Callable[[Index], np.ndarray]],
+    read: Callable[[Index], np.ndarray],
 ) -> jax.Array:
-    (read,) = reads
     parts: dict[str, np.ndarray] = {}
 
     def read_once(index: Index) -> np.ndarray:
@@ -234,7 +235,7 @@ def _place_layers(
     )
     stack = zeros()
     for i, read in enumerate(reads):
-        stack = put(stack, _place(shape[1:], layer_sharding, dtype, [read]), i)
+        stack = put(stack, _place(shape[1:], layer_sharding, dtype, read), i)
     return stack
 
 

@@ -30,15 +30,15 @@ class ReportConfig:
 
     Attributes:
       rl: the teacher's reinforcement learning.
-      traces: label -> a collect stage; explanations are shown in this order.
-      evaluations: label -> an evaluate stage, all on the same questions; the last is
+      traces: (label, collect stage) pairs; explanations are shown in this order.
+      evaluations: (label, evaluate stage) pairs, all on the same questions; the last is
         compared with the one before it.
       num_examples: how many questions are shown with explanations and with answers.
     """
 
     rl: str
-    traces: Mapping[str, str]
-    evaluations: Mapping[str, str]
+    traces: Sequence[tuple[str, str]]
+    evaluations: Sequence[tuple[str, str]]
     num_examples: int = 6
 
 
@@ -53,15 +53,15 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
     metrics = _read_lines(workdir / config.rl / "metrics.jsonl")
     traces = {
         label: _read_lines(workdir / folder / "traces.jsonl")
-        for label, folder in config.traces.items()
+        for label, folder in config.traces
     }
     results = {
         label: _read(workdir / folder / "results.json")
-        for label, folder in config.evaluations.items()
+        for label, folder in config.evaluations
     }
     answers = {
         label: _read_lines(workdir / folder / "samples.jsonl")
-        for label, folder in config.evaluations.items()
+        for label, folder in config.evaluations
     }
     summary = {
         "teacher_reward_warmup": teacher["held_out_reward_first"],

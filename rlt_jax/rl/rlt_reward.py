@@ -50,7 +50,7 @@ class RLTRewardConfig:
         -log p_S, and the estimator is not used.
       format_penalty: added when the closing tag is missing.
       empty_penalty: an empty span counts as minus this in every reduction of its
-        log-probs, and as this in every reduction of its KL.
+        log-probs, and as this in every reduction of its KL; its sum is 0.
     """
 
     student_temperature: float = 0.7
@@ -121,7 +121,8 @@ def rlt_reward(
     solution_mask = batch.student_solution.mask
     kl_mask = segment_mask(batch.student_explanation)
     penalty = config.empty_penalty
-    parts, solution_score, explanation_kl = {}, 0.0, 0.0
+    parts: dict[str, jax.Array] = {}
+    solution_score = explanation_kl = jnp.zeros(batch.closed.shape)
     for name, weight in config.solution_reductions.items():
         score = REDUCTIONS[name](solution, solution_mask, empty=-penalty)
         parts[f"solution_{name}"] = score

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from rlt_jax import settings
 from rlt_jax.errors import UserError
 
 _LOG = logging.getLogger("rlt_jax")
@@ -51,14 +52,15 @@ def stage_sections(
     """Name -> config of every stage, in order.
 
     Raises:
-      UserError: neither `stage` nor `pipeline`, or a name without section.
+      UserError: neither `stage` nor `pipeline`, a name without section, or a section
+        with unknown or missing keys.
     """
     if "seed" not in config:
         raise UserError("config: the key 'seed' is missing.")
     if "stage" in config:
         section = ml_collections.ConfigDict(config.to_dict())
         del section.seed
-        return {_stage_of(section, "config"): section}
+        return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
         raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
     for name in config.pipeline:
@@ -66,15 +68,24 @@ def stage_sections(
             raise UserError(
                 f"config.pipeline names {name!r}, config.{name} is missing."
             )
-        _stage_of(config[name], f"config.{name}")
+        _checked_stage(config[name], f"config.{name}")
     return {name: config[name] for name in config.pipeline}
 
 
-def _stage_of(section: ml_collections.ConfigDict, where: str) -> str:
-    stage = section.get("stage")
+def _checked_stage(section: Any, where: str) -> str:
+    """The stage of a section; all keys are checked now, before any stage works."""
+    if not isinstance(section, ml_collections.ConfigDict):
+        raise UserError(f"{where} is {section!r}, not the section of a stage.")
+    values = section.to_dict()
+    stage = values.pop("stage", None)
     if stage not in STAGES:
         raise UserError(f"{where}.stage={stage!r}: one of {', '.join(STAGES)}.")
+    settings.check(_module(stage).SECTIONS, values, where)
     return stage
+
+
+def _module(stage: str) -> Any:
+    return importlib.import_module(f"rlt_jax.stages.{stage}")
 
 
 def _run_stage(
@@ -97,9 +108,11 @@ def _run_stage(
     start = time.monotonic()
     config = ml_collections.ConfigDict(values)
     del config.seed, config.stage
-    summary = importlib.import_module(f"rlt_jax.stages.{section.stage}").run(
-        config, folder, seed
-    )
+    try:
+        summary = _module(section.stage).run(config, folder, seed)
+    except UserError:
+        _remove_untouched(folder)
+        raise
     seconds = time.monotonic() - start
     done = {"stage": section.stage, "seconds": seconds, "summary": summary}
     _write_json(folder / "done.json", done)
@@ -157,5 +170,15 @@ def _set_aside(folder: Path, values: dict[str, Any]) -> None:
     _LOG.info("the earlier %s is kept as %s", folder, kept)
 
 
+def _remove_untouched(folder: Path) -> None:
+    """Removes a stage's folder without any work in it: a mended config may use it."""
+    if [path.name for path in folder.iterdir()] == ["settings.json"]:
+        (folder / "settings.json").unlink()
+        folder.rmdir()
+
+
 def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    """Writes all of the file or, cut off in between, nothing under its name."""
+    unfinished = file.with_name(file.name + ".partial")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)

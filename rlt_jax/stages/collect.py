@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from rlt_jax.data import pipeline
+from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import completions_of, jit_rollout
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scoring import score_rows
@@ -26,7 +27,7 @@ from rlt_jax.stages.roles import (
     sample_rows,
     scoring_batch,
 )
-from rlt_jax.training import sharding
+from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.metrics import append_jsonl, progress, read_jsonl
 
 
@@ -41,6 +42,19 @@ class CollectConfig:
 
     batch_size: int
     samples_per_problem: int = 1
+
+
+SECTIONS = {
+    "teacher": checkpoint.ModelSource,
+    "student": checkpoint.ModelSource,
+    "template": None,
+    "data": None,
+    "rows": RowShape,
+    "sampling": SamplingConfig,
+    "reward": RLTRewardConfig,
+    "collect": CollectConfig,
+    "mesh": sharding.MeshConfig,
+}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
@@ -60,7 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     roles = load_roles(config, mesh, seed)
     sampling = build(SamplingConfig, config.sampling, "sampling")
     reward_config = build(RLTRewardConfig, config.reward, "reward")
-    problems = pipeline.load_problems(config.data, roles.template)
+    problems = pipeline.load_problems(config.data, roles.template, seed)
     check_fit(roles, sampling, problems)
     todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
 

@@ -36,6 +36,16 @@ class EvaluateConfig:
     samples_per_problem: int = 1
 
 
+SECTIONS = {
+    "model": checkpoint.ModelSource,
+    "template": None,
+    "data": None,
+    "sampling": SamplingConfig,
+    "evaluate": EvaluateConfig,
+    "mesh": sharding.MeshConfig,
+}
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Samples and grades answers; goes on where an earlier run stopped.
 
@@ -54,7 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
     sampling = build(SamplingConfig, config.sampling, "sampling")
     template = load_template(config.template)
-    problems = pipeline.load_problems(config.data, template)
+    problems = pipeline.load_problems(config.data, template, seed)
     if any(problem.answer is None for problem in problems):
         raise UserError("evaluate: the data needs an 'answer' for every question.")
     prompts = [

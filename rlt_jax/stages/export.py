@@ -11,6 +11,13 @@ from rlt_jax.models import convert
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
 
+SECTIONS = {
+    "model": checkpoint.ModelSource,
+    "model_type": None,
+    "dtype": None,
+    "mesh": sharding.MeshConfig,
+}
+
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Exports a model.

@@ -8,6 +8,8 @@ import ml_collections
 from rlt_jax.report.pages import ReportConfig, write_report
 from rlt_jax.settings import build
 
+SECTIONS = ReportConfig
+
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Writes the report next to the stages that it reads.

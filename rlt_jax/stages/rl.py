@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from rlt_jax.data import pipeline
+from rlt_jax.data.scoring import RowShape
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import completions_of, jit_rollout
@@ -81,6 +82,21 @@ class GRPOConfig:
             raise UserError(f"group_size={self.group_size}: a group needs at least 2.")
 
 
+SECTIONS = {
+    "teacher": checkpoint.ModelSource,
+    "student": checkpoint.ModelSource,
+    "template": None,
+    "data": None,
+    "held_out": None,
+    "rows": RowShape,
+    "sampling": SamplingConfig,
+    "reward": RLTRewardConfig,
+    "grpo": GRPOConfig,
+    "optimizer": OptimizerConfig,
+    "mesh": sharding.MeshConfig,
+}
+
+
 class Programs(NamedTuple):
     """The compiled device programs of a step, in the order of their use."""
 
@@ -110,8 +126,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     roles = load_roles(config, mesh, seed)
     teacher = roles.teacher
     sampling = build(SamplingConfig, config.sampling, "sampling")
-    problems = pipeline.load_problems(config.data, roles.template)
-    held_out = pipeline.load_problems(config.held_out, roles.template)
+    problems = pipeline.load_problems(config.data, roles.template, seed)
+    held_out = pipeline.load_problems(config.held_out, roles.template, seed)
     check_fit(roles, sampling, [*problems, *held_out])
 
     tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)

@@ -56,6 +56,16 @@ class SFTConfig:
             raise UserError(f"format={self.format!r}: one of {', '.join(FORMATS)}.")
 
 
+SECTIONS = {
+    "model": checkpoint.ModelSource,
+    "template": None,
+    "data": None,
+    "sft": SFTConfig,
+    "optimizer": OptimizerConfig,
+    "mesh": sharding.MeshConfig,
+}
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Trains a model on traces; leaves checkpoints that other stages load.
 
@@ -72,7 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
     template = load_template(config.template)
-    traces = pipeline.load_traces(config.data, template)
+    traces = pipeline.load_traces(config.data, template, seed)
     rows = [FORMATS[c.format](tokenizer, template, trace) for trace in traces]
     examples.check_lengths([row.tokens for row in rows], c.row_length, "sft.row_length")
     batches = pipeline.packed_batches(rows, c.batch_size, c.row_length, seed)

@@ -2,22 +2,27 @@
 
 import dataclasses
 import functools
+import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlt_jax.models.config import ModelConfig
+from rlt_jax.errors import UserError
+from rlt_jax.models.config import ModelConfig, RopeScaling
 from rlt_jax.models.transformer import (
     Transformer,
     empty_cache,
     hidden_states,
     init_params,
-    logits,
+    logical_axes,
 )
-from rlt_jax.types import KVCache
+from rlt_jax.types import Params
 
+Function = Callable[..., Any]
 PLAIN = ModelConfig(
     vocab_size=61,
     embed_dim=32,
@@ -30,8 +35,25 @@ PLAIN = ModelConfig(
 )
 CONFIGS = {
     "plain": PLAIN,
-    "biases": dataclasses.replace(PLAIN, qkv_bias=True, tie_embeddings=False),
-    "qk_norm": dataclasses.replace(PLAIN, qk_norm=True, num_kv_heads=1),
+    "biases": dataclasses.replace(
+        PLAIN, qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=False
+    ),
+    "windows": dataclasses.replace(
+        PLAIN,
+        qk_norm=True,
+        num_kv_heads=1,
+        activation="gelu_tanh",
+        norm_plus_one=True,
+        post_norms=True,
+        scale_embeddings=True,
+        query_scale_dim=4,
+        attention_softcap=5.0,
+        final_softcap=3.0,
+        sliding_window=4,
+        windowed_layers=(True, False, True),
+        local_rope_theta=100.0,
+        rope_scaling=RopeScaling("yarn", 4.0, original_length=8),
+    ),
 }
 LENGTH = 12
 
@@ -42,7 +64,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 @functools.cache
-def random_params(config: ModelConfig) -> dict:
+def random_params(config: ModelConfig) -> Params:
     """Like a trained model's: no bias is zero, no norm scale is its initial value."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
@@ -55,35 +77,9 @@ def random_tokens(config: ModelConfig, *shape: int) -> np.ndarray:
     return np.random.default_rng(2).integers(1, config.vocab_size, shape, np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def forward(
-    config: ModelConfig,
-    params: dict,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-) -> jax.Array:
-    model = Transformer(config)
-    hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
-    return logits(model, params, hidden)
-
-
-def full_logits(
-    config: ModelConfig,
-    tokens: np.ndarray,
-    segment_ids: np.ndarray | None = None,
-    positions: np.ndarray | None = None,
-) -> np.ndarray:
-    """Logits [B, T, V] of one forward pass without a cache."""
-    if segment_ids is None:
-        segment_ids = np.ones_like(tokens)
-    if positions is None:
-        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    params = random_params(config)
-    return np.asarray(forward(config, params, tokens, segment_ids, positions))
-
-
-def test_each_logit_depends_on_its_past_alone(config: ModelConfig) -> None:
+def test_each_logit_depends_on_its_past_alone(
+    config: ModelConfig, forward: Function
+) -> None:
     """d logits[t] / d embedding of token s is zero exactly where s > t."""
     params = random_params(config)
     params = {"output": np.ones((config.embed_dim, config.vocab_size)), **params}
@@ -100,90 +96,59 @@ def test_each_logit_depends_on_its_past_alone(config: ModelConfig) -> None:
     np.testing.assert_array_equal(depends, np.tri(LENGTH, dtype=bool))
 
 
-def test_packed_rows_equal_unpacked_rows(config: ModelConfig) -> None:
+def test_packed_rows_equal_unpacked_rows(
+    config: ModelConfig, full_logits: Function
+) -> None:
     tokens = random_tokens(config, 1, LENGTH)
     lengths = (5, 4, 3)
     segment_ids = np.repeat([1, 2, 3], lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    packed = full_logits(config, tokens, segment_ids, positions)
+    packed = full_logits(config, random_params(config), tokens, segment_ids, positions)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
-        alone = full_logits(config, tokens[:, part])
+        alone = full_logits(config, random_params(config), tokens[:, part])
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-5, rtol=1e-5)
         start += length
 
 
-def test_padding_does_not_matter(config: ModelConfig) -> None:
+def test_padding_does_not_matter(config: ModelConfig, full_logits: Function) -> None:
     tokens = random_tokens(config, 2, LENGTH)
-    alone = full_logits(config, tokens[:, :7])
+    alone = full_logits(config, random_params(config), tokens[:, :7])
     segment_ids = np.where(np.arange(LENGTH) < 7, 1, 0)[None].repeat(2, axis=0)
-    padded = full_logits(config, tokens, segment_ids)
+    padded = full_logits(config, random_params(config), tokens, segment_ids)
     assert np.isfinite(padded).all()
     np.testing.assert_allclose(padded[:, :7], alone, atol=1e-5, rtol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def cached_forward(
-    config: ModelConfig,
-    params: dict,
-    tokens: jax.Array,
-    positions: jax.Array,
-    cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
-    model = Transformer(config)
-    hidden, cache = hidden_states(model, params, tokens, positions, None, cache)
-    return logits(model, params, hidden), cache
-
-
-def cached_logits(
-    config: ModelConfig, tokens: np.ndarray, prompt_lengths: np.ndarray
-) -> np.ndarray:
-    """Logits [B, T, V]: right-padded prompts first, then a token of each row a time."""
-    params = random_params(config)
-    B, T = tokens.shape
-    P = int(prompt_lengths.max())
-    row = np.arange(B)
-    prompt = np.where(np.arange(P) < prompt_lengths[:, None], tokens[:, :P], 0)
-    positions = np.broadcast_to(np.arange(P), (B, P))
-    cache = empty_cache(config, B, T)
-    first, cache = cached_forward(config, params, prompt, positions, cache)
-    out = np.zeros((B, T, config.vocab_size), np.float32)
-    for b, length in enumerate(prompt_lengths):
-        out[b, :length] = first[b, :length]
-    for i in range(T - int(prompt_lengths.min())):
-        # A row that is done writes its last token again.
-        at = np.minimum(prompt_lengths + i, T - 1)
-        step = tokens[row, at][:, None], at[:, None]
-        new, cache = cached_forward(config, params, *step, cache)
-        out[row, at] = new[:, 0]
-    return out
-
-
-def test_cached_decoding_equals_the_full_forward(config: ModelConfig) -> None:
+def test_cached_decoding_equals_the_full_forward(
+    config: ModelConfig, full_logits: Function, cached_logits: Function
+) -> None:
     tokens = random_tokens(config, 3, LENGTH)
-    cached = cached_logits(config, tokens, np.array([2, 7, 4]))
-    full = full_logits(config, tokens)
+    cached = cached_logits(config, random_params(config), tokens, np.array([2, 7, 4]))
+    full = full_logits(config, random_params(config), tokens)
     np.testing.assert_allclose(cached, full, atol=1e-5, rtol=1e-5)
 
 
-def value_and_grad(config: ModelConfig) -> tuple[jax.Array, dict]:
+def value_and_grad(config: ModelConfig, forward: Function) -> tuple[jax.Array, Params]:
     tokens = random_tokens(config, 2, LENGTH)
     positions = np.broadcast_to(np.arange(LENGTH), tokens.shape)
 
     @jax.jit
     @jax.value_and_grad
-    def loss(params: dict) -> jax.Array:
+    def loss(params: Params) -> jax.Array:
         out = forward(config, params, tokens, np.ones_like(tokens), positions)
         return jax.nn.logsumexp(out, axis=-1).mean()
 
     return loss(random_params(config))
 
 
-def test_remat_changes_neither_values_nor_gradients(config: ModelConfig) -> None:
-    plain = value_and_grad(config)
+def test_remat_changes_neither_values_nor_gradients(
+    config: ModelConfig, forward: Function
+) -> None:
+    plain = value_and_grad(config, forward)
     for remat in ("full", "dots"):
-        again = value_and_grad(dataclasses.replace(config, remat=remat))
+        again = value_and_grad(dataclasses.replace(config, remat=remat), forward)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
             plain,
@@ -191,7 +156,9 @@ def test_remat_changes_neither_values_nor_gradients(config: ModelConfig) -> None
         )
 
 
-def test_activations_have_the_configured_dtype(config: ModelConfig) -> None:
+def test_activations_have_the_configured_dtype(
+    config: ModelConfig, full_logits: Function
+) -> None:
     config = dataclasses.replace(config, dtype="bfloat16")
     tokens = random_tokens(config, 1, LENGTH)
     hidden, cache = jax.eval_shape(
@@ -203,7 +170,8 @@ def test_activations_have_the_configured_dtype(config: ModelConfig) -> None:
         empty_cache(config, 1, LENGTH),
     )
     assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert full_logits(config, tokens).dtype == np.float32
+    logits = full_logits(config, random_params(config), tokens)
+    assert logits.dtype == np.float32
 
 
 def test_rows_need_segments_or_a_cache() -> None:
@@ -220,8 +188,50 @@ def test_rows_need_segments_or_a_cache() -> None:
         ({"head_dim": 7}, "head_dim=7"),
         ({"remat": "half"}, "remat='half'"),
         ({"dtype": "float16"}, "dtype='float16'"),
+        ({"activation": "relu"}, "activation='relu'"),
+        ({"sliding_window": 4}, "sliding_window"),
+        ({"windowed_layers": (True,) * 3}, "sliding_window"),
+        ({"windowed_layers": (True,), "sliding_window": 4}, "1 layers"),
+        ({"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, "kind='dynamic'"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "original_length"),
     ],
 )
 def test_impossible_configs_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(PLAIN, **changes)
+
+
+def test_a_config_survives_json(config: ModelConfig) -> None:
+    text = json.dumps(dataclasses.asdict(config))
+    assert ModelConfig(**json.loads(text)) == config
+    assert hash(ModelConfig(**json.loads(text))) == hash(config)
+
+
+def test_a_window_hides_what_lies_before_it(full_logits: Function) -> None:
+    """One windowed layer of 4 tokens: logit t does not depend on token t - 4."""
+    config = dataclasses.replace(
+        PLAIN, num_layers=1, sliding_window=4, windowed_layers=(True,)
+    )
+    tokens = random_tokens(config, 1, LENGTH)
+    changed = tokens.copy()
+    changed[0, 3] = (changed[0, 3] + 1) % config.vocab_size
+    params = random_params(config)
+    before = full_logits(config, params, tokens)
+    after = full_logits(config, params, changed)
+    differs = np.abs(after - before).max(axis=-1)[0] > 0
+    assert differs.nonzero()[0].tolist() == [3, 4, 5, 6]
+
+
+def test_every_parameter_has_logical_axes(config: ModelConfig) -> None:
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    axes = logical_axes(config)
+    assert jax.tree.structure(shapes) == jax.tree.structure(axes)
+    for path, spec in jax.tree_util.tree_leaves_with_path(axes):
+        stacked = path[0].key == "layers"
+        assert (spec[0] == "layers") == stacked
+        assert None not in spec
+
+
+def test_initial_norms_change_nothing(config: ModelConfig) -> None:
+    norm = init_params(config, jax.random.key(0))["final_norm"]["scale"]
+    np.testing.assert_array_equal(norm + config.norm_plus_one, 1.0)

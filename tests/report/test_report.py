@@ -18,12 +18,12 @@ HOSTILE = "<script>alert(\"1\")</script> & 'é' 数 \u2028 </pre><img src=x oner
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIG = ReportConfig(
     rl="rl",
-    traces={"warmup": "collect_warmup", "r$l<b>t": "collect_rlt"},
-    evaluations={
-        "base": "eval_base",
-        "student_warmup_traces": "eval_student_warmup",
-        "student_<i>$rlt_traces": "eval_student_rlt",
-    },
+    traces=(("warmup", "collect_warmup"), ("r$l<b>t", "collect_rlt")),
+    evaluations=(
+        ("base", "eval_base"),
+        ("student_warmup_traces", "eval_student_warmup"),
+        ("student_<i>$rlt_traces", "eval_student_rlt"),
+    ),
     num_examples=2,
 )
 # Right answers of each evaluation: two samples of each of four questions.
@@ -55,7 +55,7 @@ def workdir(tmp_path: Path) -> Path:
         "held_out_solution_score_first": -0.4,
         "held_out_solution_score_last": -0.2,
     }
-    stages = ("rl", *CONFIG.traces.values(), *CONFIG.evaluations.values())
+    stages = ("rl", *dict(CONFIG.traces).values(), *dict(CONFIG.evaluations).values())
     for seconds, stage in enumerate(stages, start=1):
         summary = held_out if stage == "rl" else {}
         done = {"stage": stage, "seconds": seconds + 0.5, "summary": summary}
@@ -67,7 +67,7 @@ def workdir(tmp_path: Path) -> Path:
         {"step": 3, "rollout/length_mean": 40.0, "time/step_seconds": 2.0},
     ]
     _write(tmp_path / "rl" / "metrics.jsonl", *rows)
-    for folder in CONFIG.traces.values():
+    for _, folder in CONFIG.traces:
         traces = [
             {
                 "question": _question(number),
@@ -201,7 +201,7 @@ def test_pictures_lie_beside_the_page_and_in_it(workdir: Path) -> None:
 
 
 def test_report_without_traces_and_evaluations(workdir: Path) -> None:
-    config = ReportConfig(rl="rl", traces={}, evaluations={})
+    config = ReportConfig(rl="rl", traces=(), evaluations=())
     summary = write_report(workdir, config, seed=0)
     assert not any("accuracy" in name or name == "n_eval" for name in summary)
 

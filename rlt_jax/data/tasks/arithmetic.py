@@ -116,9 +116,12 @@ def _wrong_steps(
     return " ".join(lines), value
 
 
-def problems(split: str, size: int, seed: int) -> list[Problem]:
-    """`size` different problems of the split "train" or "test"."""
-    return [_problem(chain) for chain in _chains(split, size, seed)]
+def problems(split: str, size: int, seed: int, stream: int = 0) -> list[Problem]:
+    """`size` different problems of the split "train" or "test".
+
+    Runs of one seed that shall see different problems name different streams.
+    """
+    return [_problem(chain) for chain in _chains(split, size, (seed, stream))]
 
 
 def traces(
@@ -127,6 +130,7 @@ def traces(
     seed: int,
     kinds: Mapping[str, float],
     known_answer: bool,
+    stream: int = 0,
     drills: int = 0,
 ) -> list[Trace]:
     """`size` different problems with explanations of the kinds in the given shares.
@@ -135,26 +139,28 @@ def traces(
       split: "train" or "test".
       size: number of traces.
       seed: of chains and kinds.
+      stream: see `problems`.
       kinds: kind -> share; shares sum to 1.
       known_answer: see `explain`. Without it, the solution of a trace with a wrong step
         is the digit that follows from its steps.
       drills: so many careful traces of one or two operations are added, from which the
         single steps are learned.
     """
-    if set(kinds) - set(KINDS) or abs(sum(kinds.values()) - 1) > 1e-6:
+    shares = list(kinds.values())
+    if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
         raise UserError(f"kinds {dict(kinds)}: shares of {KINDS} that sum to 1.")
-    rng = np.random.default_rng([seed, 1])
-    chosen = rng.choice(list(kinds), size, p=list(kinds.values()))
+    rng = np.random.default_rng([seed, stream, 1])
+    chosen = rng.choice(list(kinds), size, p=shares)
     result = []
-    for chain, kind in zip(_chains(split, size, seed), chosen, strict=True):
+    for chain, kind in zip(_chains(split, size, (seed, stream)), chosen, strict=True):
         explanation, digit = explain(chain, str(kind), rng, known_answer)
         problem = Problem(chain.question, str(digit), str(digit))
         result.append(Trace(problem, explanation))
-    return result + _drills(drills, seed)
+    return result + _drills(drills, (seed, stream))
 
 
-def _drills(size: int, seed: int) -> list[Trace]:
-    rng = np.random.default_rng([seed, 2])
+def _drills(size: int, seed: tuple[int, int]) -> list[Trace]:
+    rng = np.random.default_rng([*seed, 2])
     result = []
     for _ in range(size):
         chain = sample_chain(rng, int(rng.integers(1, 3)))
@@ -168,10 +174,10 @@ def _problem(chain: Chain) -> Problem:
     return Problem(chain.question, digit, digit)
 
 
-def _chains(split: str, size: int, seed: int) -> Iterator[Chain]:
+def _chains(split: str, size: int, seed: tuple[int, int]) -> Iterator[Chain]:
     if split not in ("train", "test"):
         raise UserError(f"split {split!r} of the arithmetic task: train or test.")
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([*seed, 0])
     seen: set[Chain] = set()
     while len(seen) < size:
         chain = sample_chain(rng)

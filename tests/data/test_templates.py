@@ -1,0 +1,118 @@
+"""Templates: bodies, tags, and the messages about bad template files."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from rlt_jax.data.templates import Problem, Template, Trace, load_template
+from rlt_jax.errors import UserError
+
+PROBLEM = Problem("3+4?", "It is 7.", "7")
+PLAIN = Template(
+    teacher_system="",
+    student_system="Think.",
+    explanation_tags=("<e>", "</e>"),
+    thought_tags=("<t>", "</t>"),
+    solution_tags=("<s>", "</s>"),
+    pad="\n",
+    delimiter=" | ",
+)
+
+
+def test_turns_are_put_together_as_documented() -> None:
+    assert PLAIN.teacher_prefix(PROBLEM) == "<s>It is 7.</s> | <e>\n"
+    turn = PLAIN.student_turn(Trace(PROBLEM, "3+4=7"))
+    assert turn == "<t>\n3+4=7\n</t> | <s>It is 7.</s>"
+
+
+def test_an_empty_system_prompt_is_left_out() -> None:
+    user = {"role": "user", "content": "3+4?"}
+    assert PLAIN.teacher_messages(PROBLEM) == [user]
+    system = {"role": "system", "content": "Think."}
+    assert PLAIN.student_messages("3+4?") == [system, user]
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        ("x", "\nx\n"),
+        ("\nx\n", "\nx\n"),
+        ("\nx", "\nx"),
+        ("", "\n\n"),
+        ("x\n", "\nx\n\n"),
+    ],
+)
+def test_a_body_is_padded_unless_it_is_already(text: str, body: str) -> None:
+    assert PLAIN.body(text) == body
+    assert PLAIN.body(body) == body
+
+
+def test_without_pad_a_body_is_the_text() -> None:
+    bare = dataclasses.replace(PLAIN, pad="")
+    assert bare.body("x") == "x"
+    assert bare.explanation_of("x</e>") == ("x", True)
+
+
+@pytest.mark.parametrize(
+    ("completion", "body", "closed"),
+    [
+        ("x\n</e>", "\nx\n", True),
+        ("x\n", "\nx\n", False),
+        ("x</e>y</e>z", "\nx", True),
+        ("x</t></s>y", "\nx</t></s>y", False),
+        ("</e>", "\n", True),
+        ("", "\n", False),
+        ("x</", "\nx</", False),
+        ("<e>x</e>", "\n<e>x", True),
+    ],
+)
+def test_the_explanation_ends_at_the_first_closing_tag(
+    completion: str, body: str, closed: bool
+) -> None:
+    assert PLAIN.explanation_of(completion) == (body, closed)
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution"),
+    [
+        ("<t>..</t> | <s> 7 </s>", "7"),
+        ("<s>7", "7"),
+        ("<s>6</s> no: <s>7</s> done", "7"),
+        ("no tags", None),
+        ("<s></s>", ""),
+    ],
+)
+def test_the_solution_is_the_last_tagged_part(
+    completion: str, solution: str | None
+) -> None:
+    assert PLAIN.solution_of(completion) == solution
+
+
+@pytest.mark.parametrize("name", ["tiny", "rlt"])
+def test_a_shipped_template_can_be_copied_and_named_by_path(
+    name: str, tmp_path: Path
+) -> None:
+    template = load_template(name)
+    copy = tmp_path / "mine.json"
+    copy.write_text(json.dumps(dataclasses.asdict(template)))
+    assert load_template(str(copy)) == template
+
+
+def test_bad_template_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither a file nor .* \(rlt, tiny\)"):
+        load_template("no_such_template")
+    file = tmp_path / "mine.json"
+    file.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_template(str(file))
+    fields = dataclasses.asdict(PLAIN)
+    for bad in ([], fields | {"colour": "red"}, {"pad": ""}):
+        file.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match="the fields must be exactly"):
+            load_template(str(file))
+    for tags in (["<e>"], ["<e>", ""], ["<e>", 1]):
+        file.write_text(json.dumps(fields | {"explanation_tags": tags}))
+        with pytest.raises(UserError, match="explanation_tags"):
+            load_template(str(file))

@@ -1,0 +1,99 @@
+"""Logits of whole rows and of rows decoded with a cache."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, empty_cache, hidden_states, logits
+from rlt_jax.types import KVCache, Params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """Logits [B, T, V] of packed rows."""
+    model = Transformer(config)
+    hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
+    return logits(model, params, hidden)
+
+
+def _full_logits(
+    config: ModelConfig,
+    params: Params,
+    tokens: np.ndarray,
+    segment_ids: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+) -> np.ndarray:
+    """Logits [B, T, V] of one forward pass; by default each row is one segment."""
+    if segment_ids is None:
+        segment_ids = np.ones_like(tokens)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return np.asarray(_forward(config, params, tokens, segment_ids, positions))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cached_forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """Logits [B, T, V] of the next tokens of each row, and the filled cache."""
+    model = Transformer(config)
+    hidden, cache = hidden_states(model, params, tokens, positions, None, cache)
+    return logits(model, params, hidden), cache
+
+
+def _cached_logits(
+    config: ModelConfig,
+    params: Params,
+    tokens: np.ndarray,
+    prompt_lengths: np.ndarray,
+) -> np.ndarray:
+    """Logits [B, T, V]: right-padded prompts first, then a token of each row a time."""
+    B, T = tokens.shape
+    P = int(prompt_lengths.max())
+    row = np.arange(B)
+    prompt = np.where(np.arange(P) < prompt_lengths[:, None], tokens[:, :P], 0)
+    positions = np.broadcast_to(np.arange(P), (B, P))
+    cache = empty_cache(config, B, T)
+    first, cache = _cached_forward(config, params, prompt, positions, cache)
+    out = np.zeros((B, T, config.vocab_size), np.float32)
+    for b, length in enumerate(prompt_lengths):
+        out[b, :length] = first[b, :length]
+    for i in range(T - int(prompt_lengths.min())):
+        # A row that is done writes its last token again.
+        at = np.minimum(prompt_lengths + i, T - 1)
+        step = tokens[row, at][:, None], at[:, None]
+        new, cache = _cached_forward(config, params, *step, cache)
+        out[row, at] = new[:, 0]
+    return out
+
+
+@pytest.fixture(scope="session")
+def forward() -> Callable[..., jax.Array]:
+    """Config, params, tokens, segment_ids, positions -> logits, differentiable."""
+    return _forward
+
+
+@pytest.fixture(scope="session")
+def full_logits() -> Callable[..., np.ndarray]:
+    """Config, params, tokens, and segments and positions if need be -> logits."""
+    return _full_logits
+
+
+@pytest.fixture(scope="session")
+def cached_logits() -> Callable[..., np.ndarray]:
+    """Config, params, tokens, prompt_lengths -> logits."""
+    return _cached_logits
