@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rlt_jax.data import examples, packing
-from rlt_jax.data.templates import Problem, Template
+from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.types import ScoringBatch
 
@@ -22,6 +23,14 @@ class RowShape:
 
     micro_batch_size: int
     row_length: int
+
+
+class WrittenTrace(NamedTuple):
+    """A completion as text, and the trace it makes."""
+
+    completion: str
+    trace: Trace
+    closed: bool
 
 
 def scoring_batch(
@@ -65,6 +74,23 @@ def scoring_batch(
         )
         closed.append(ended)
     return batch_of_rows(shape, student_rows, teacher_rows, np.array(closed)), overlong
+
+
+def student_rows(
+    tokenizer: Tokenizer, template: Template, traces: Sequence[WrittenTrace]
+) -> list[examples.Row]:
+    """Canonical student rows of completions given as text."""
+    return [examples.student_row(tokenizer, template, t.trace) for t in traces]
+
+
+def teacher_rows(
+    tokenizer: Tokenizer, template: Template, traces: Sequence[WrittenTrace]
+) -> list[examples.Row]:
+    """Canonical teacher rows of completions given as text."""
+    return [
+        examples.written_teacher_row(tokenizer, template, t.trace.problem, t.completion)
+        for t in traces
+    ]
 
 
 def batch_of_rows(

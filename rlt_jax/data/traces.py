@@ -35,6 +35,7 @@ COLUMNS = (
     "reasoning_trace",
     "answer",
     "conversations",
+    "completions",
 )
 USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
@@ -62,6 +63,32 @@ def read_problems(path: str, template: Template) -> list[Problem]:
       UserError: as `read_traces`, but a row needs no trace.
     """
     return [_problem(where, row, template) for where, row in _rows(path)]
+
+
+def read_completions(
+    path: str, template: Template
+) -> Iterator[tuple[str, Problem, list[str]]]:
+    """Reads problems with completions to score, one row at a time.
+
+    Args:
+      path: as for `read_traces`.
+      template: as for `read_traces`.
+
+    Yields:
+      Where the row stands, its problem, and the texts under `completions`.
+
+    Raises:
+      UserError: as `read_problems`, or `completions` is not a list of texts.
+    """
+    for where, row in _rows(path):
+        completions = row.get("completions")
+        if not isinstance(completions, list) or not all(
+            isinstance(text, str) for text in completions
+        ):
+            raise UserError(
+                f"{where}: completions is {_shown(completions)}; write a list of texts."
+            )
+        yield where, _problem(where, row, template), completions
 
 
 def _trace(where: str, row: dict[str, Any], template: Template) -> Trace:

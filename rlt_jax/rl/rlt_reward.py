@@ -1,7 +1,8 @@
 """The reward of a reinforcement-learned teacher (arXiv 2506.08388, section 3.2)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "exp_norm": lambda x: 1 - jnp.exp(-x),
 }
 
+OVER_VOCABULARY = ("full", "top_k")
+
 
 @dataclasses.dataclass(frozen=True)
 class RLTRewardConfig:
@@ -41,11 +44,15 @@ class RLTRewardConfig:
       solution_reductions: reduction -> weight within the solution score.
       solution_map: applied to each solution log-prob, one of `MAPS`.
       solution_clip: mapped log-probs are kept above minus this; None for no clip.
-      explanation_kl_coef: weight of the explanation KL, subtracted.
+      explanation_kl_coef: weight of the explanation KL, subtracted; "auto" balances
+        its size to that of the solution score once, at the start of a run.
       kl_reductions: reduction -> weight within the explanation KL.
       kl_map: applied to each per-token KL.
       kl_clip: mapped KLs are kept below this; None for no clip.
-      kl_estimator: "k1" (published) or "k3".
+      kl_estimator: "k1" (published) or "k3", from the sampled token; "full", over the
+        whole vocabulary; "top_k", over the teacher's likeliest tokens and the rest as
+        one (the last two need one tokenizer).
+      kl_top_k: how many tokens "top_k" tells apart.
       kl_teacher_term: without it, the divergence is the student's surprise alone,
         -log p_S, and the estimator is not used.
       format_penalty: added when the closing tag is missing.
@@ -60,30 +67,92 @@ class RLTRewardConfig:
     )
     solution_map: str = "none"
     solution_clip: float | None = None
-    explanation_kl_coef: float = 3.0
+    explanation_kl_coef: float | str = 3.0
     kl_reductions: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"mean": 1.0, "max": 0.01}
     )
     kl_map: str = "none"
     kl_clip: float | None = None
     kl_estimator: str = "k1"
+    kl_top_k: int = 16
     kl_teacher_term: bool = True
     format_penalty: float = -1.0
     empty_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.explanation_kl_coef, str):
+            _check(self.explanation_kl_coef, ("auto",), "explanation_kl_coef")
         for name in (*self.solution_reductions, *self.kl_reductions):
             _check(name, REDUCTIONS, "reductions")
         _check(self.solution_map, MAPS, "solution_map")
         _check(self.kl_map, MAPS, "kl_map")
-        _check(self.kl_estimator, kl.ESTIMATORS, "kl_estimator")
+        _check(self.kl_estimator, (*kl.ESTIMATORS, *OVER_VOCABULARY), "kl_estimator")
 
 
-def rlt_reward(
+class RewardTokens(NamedTuple):
+    """The per-token values that one student's reward reduces, N completions.
+
+    Attributes:
+      solution: [N, T] float32 student log-probs of the solution tokens.
+      solution_mask: [N, T] bool.
+      student_explanation: [N, T] float32 log-prob of each segment of the explanation.
+      teacher_explanation: [N, T] float32 likewise.
+      divergence: [N, T] float32 KL of each segment, before map and clip.
+      explanation_mask: [N, T] bool.
+    """
+
+    solution: jax.Array
+    solution_mask: jax.Array
+    student_explanation: jax.Array
+    teacher_explanation: jax.Array
+    divergence: jax.Array
+    explanation_mask: jax.Array
+
+
+def reward_tokens(
     config: RLTRewardConfig,
     student_log_probs: jax.Array,
     teacher_log_probs: jax.Array,
     batch: ScoringBatch,
+    vocabulary_kl: jax.Array | None = None,
+) -> RewardTokens:
+    """Gathers solution log-probs and explanation KL from per-token arrays.
+
+    Args:
+      config: names the estimator.
+      student_log_probs: [M, B, T] of the student rows at `student_temperature`.
+      teacher_log_probs: [M, B, T] of the teacher rows at the sampling temperature.
+      batch: spans of N completions.
+      vocabulary_kl: [N, T] KL over the vocabulary at each explanation token, for the
+        estimators "full" and "top_k".
+    """
+    in_student = segment_sums(
+        gather(student_log_probs, batch.student_explanation), batch.student_explanation
+    )
+    in_teacher = segment_sums(
+        gather(teacher_log_probs, batch.teacher_explanation), batch.teacher_explanation
+    )
+    if not config.kl_teacher_term:
+        divergence = -in_student
+    elif vocabulary_kl is not None:
+        divergence = segment_sums(vocabulary_kl, batch.student_explanation)
+    else:
+        divergence = kl.ESTIMATORS[config.kl_estimator](in_teacher - in_student)
+    return RewardTokens(
+        gather(student_log_probs, batch.student_solution),
+        batch.student_solution.mask,
+        in_student,
+        in_teacher,
+        divergence,
+        segment_mask(batch.student_explanation),
+    )
+
+
+def rlt_reward(
+    config: RLTRewardConfig,
+    tokens: RewardTokens,
+    closed: jax.Array,
+    kl_coef: float | jax.Array | None = None,
 ) -> Reward:
     """r = solution_coef * r_SS - explanation_kl_coef * r_KL + format penalty.
 
@@ -93,61 +162,47 @@ def rlt_reward(
 
     Args:
       config: weights.
-      student_log_probs: [M, B, T] of the student rows at `student_temperature`.
-      teacher_log_probs: [M, B, T] of the teacher rows at the sampling temperature.
-      batch: spans of N completions.
+      tokens: per-token values of N completions.
+      closed: [N] bool, whether the closing tag is there.
+      kl_coef: replaces `explanation_kl_coef`, as one balanced to the data must.
 
     Returns:
       Values [N], and terms: solution_score, explanation_kl, format_penalty,
       `solution_<reduction>` and `kl_<reduction>` for each in use, and the indicators
       empty_explanation, empty_solution.
     """
-    on_solution = gather(student_log_probs, batch.student_solution)
-    solution = MAPS[config.solution_map](on_solution)
+    solution = MAPS[config.solution_map](tokens.solution)
     if config.solution_clip is not None:
         solution = jnp.maximum(solution, -config.solution_clip)
-    in_student = gather(student_log_probs, batch.student_explanation)
-    in_teacher = gather(teacher_log_probs, batch.teacher_explanation)
-    surprise = -segment_sums(in_student, batch.student_explanation)
-    if config.kl_teacher_term:
-        log_ratio = segment_sums(in_teacher, batch.teacher_explanation) + surprise
-        divergence = kl.ESTIMATORS[config.kl_estimator](log_ratio)
-    else:
-        divergence = surprise
-    divergence = MAPS[config.kl_map](divergence)
+    divergence = MAPS[config.kl_map](tokens.divergence)
     if config.kl_clip is not None:
         divergence = jnp.minimum(divergence, config.kl_clip)
-
-    solution_mask = batch.student_solution.mask
-    kl_mask = segment_mask(batch.student_explanation)
     penalty = config.empty_penalty
     parts: dict[str, jax.Array] = {}
-    solution_score = explanation_kl = jnp.zeros(batch.closed.shape)
+    solution_score = explanation_kl = jnp.zeros(closed.shape)
     for name, weight in config.solution_reductions.items():
-        score = REDUCTIONS[name](solution, solution_mask, empty=-penalty)
+        score = REDUCTIONS[name](solution, tokens.solution_mask, empty=-penalty)
         parts[f"solution_{name}"] = score
         solution_score += weight * score
     for name, weight in config.kl_reductions.items():
-        score = REDUCTIONS[name](divergence, kl_mask, empty=penalty)
+        score = REDUCTIONS[name](divergence, tokens.explanation_mask, empty=penalty)
         parts[f"kl_{name}"] = score
         explanation_kl += weight * score
-    format_penalty = jnp.where(batch.closed, 0.0, config.format_penalty)
-    value = (
-        config.solution_coef * solution_score
-        - config.explanation_kl_coef * explanation_kl
-        + format_penalty
-    )
+    format_penalty = jnp.where(closed, 0.0, config.format_penalty)
+    coef = config.explanation_kl_coef if kl_coef is None else kl_coef
+    value = config.solution_coef * solution_score - coef * explanation_kl
     terms = {
         "solution_score": solution_score,
         "explanation_kl": explanation_kl,
         "format_penalty": format_penalty,
-        "empty_explanation": ~kl_mask.any(-1),
-        "empty_solution": ~solution_mask.any(-1),
+        "empty_explanation": ~tokens.explanation_mask.any(-1),
+        "empty_solution": ~tokens.solution_mask.any(-1),
         **parts,
     }
-    return Reward(value, {k: v.astype(jnp.float32) for k, v in terms.items()})
+    terms = {name: term.astype(jnp.float32) for name, term in terms.items()}
+    return Reward(value + format_penalty, terms)
 
 
-def _check(name: str, known: Mapping[str, object], what: str) -> None:
+def _check(name: str, known: Iterable[str], what: str) -> None:
     if name not in known:
         raise UserError(f"reward.{what}: {name!r} is not one of {', '.join(known)}.")

@@ -1,0 +1,299 @@
+"""Stage `score`: the RLT reward of explanations that somebody else wrote.
+
+Writes `scores.jsonl`, one row a completion in the order of the input, as batches are
+finished; a run that was cut off goes on after the last whole batch. `selected.jsonl`
+holds what the section `select` keeps of them, ready for `sft`, and `report/index.html`
+shows the best and the worst, token by token.
+"""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from rlt_jax import api
+from rlt_jax.data import controls
+from rlt_jax.data.examples import student_row
+from rlt_jax.data.scoring import WrittenTrace
+from rlt_jax.data.selection import Candidate, SelectionConfig, select
+from rlt_jax.data.templates import Problem, Template, Trace, load_template
+from rlt_jax.data.traces import read_completions
+from rlt_jax.report.explanations import write_page
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
+from rlt_jax.settings import build
+from rlt_jax.training import checkpoint, provenance, sharding
+from rlt_jax.training.metrics import (
+    append_jsonl,
+    keep_whole_batches,
+    progress,
+    stream_jsonl,
+)
+
+_LOG = logging.getLogger("rlt_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Settings of the stage, at the top level of its config.
+
+    Attributes:
+      teacher_temperature: divides the teacher's logits.
+      batch_size: completions per device batch.
+      assume_closed: completions without a closing tag are not penalised.
+      per_token: write tokens and per-token arrays, too.
+      controls: also score empty, shuffled and foreign explanations.
+      num_examples: how many of the best and of the worst are shown on the page.
+    """
+
+    teacher_temperature: float = 0.7
+    batch_size: int = 32
+    assume_closed: bool = False
+    per_token: bool = False
+    controls: bool = False
+    num_examples: int = 10
+
+
+SECTIONS = {
+    "teacher": None,
+    "student": None,
+    "students": StudentsConfig,
+    "template": None,
+    "data": None,
+    "reward": RLTRewardConfig,
+    "select": SelectionConfig,
+    "mesh": sharding.MeshConfig,
+}
+
+
+class Judge(NamedTuple):
+    """Everything that turns written traces into output rows."""
+
+    score: Callable[..., list[dict[str, Any]]]
+    count_tokens: Callable[[Trace], int]
+    template: Template
+    origin: dict[str, Any]
+    c: ScoreConfig
+    seed: int
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+    """Scores completions; goes on where an earlier run stopped.
+
+    Args:
+      config: sections `teacher`, `student` (one, or a list of several), `students`,
+        `template`, `data` (with a `path`), `reward`, `select`, `mesh`, and the fields of
+        `ScoreConfig`.
+      workdir: folder of the stage.
+      seed: of the shuffled control.
+
+    Returns:
+      Number of completions and of traces selected, mean reward, and the KL weight.
+    """
+    values = config.to_dict()
+    sections = {name: values.pop(name) for name in SECTIONS}
+    c = build(ScoreConfig, values, "config")
+    reward = build(RLTRewardConfig, sections["reward"], "reward")
+    selection = build(SelectionConfig, sections["select"], "select")
+    judge = _load_judge(c, sections, reward, seed)
+    file = workdir / "scores.jsonl"
+    first = keep_whole_batches(file, c.batch_size)
+    kl_coef = reward.explanation_kl_coef
+    if first and kl_coef == "auto":
+        kl_coef = next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
+    todo = _written(sections["data"]["path"], judge.template, c.assume_closed)
+    write_scores(judge, itertools.islice(todo, first, None), kl_coef, file, first)
+
+    candidates, kl_coef = [], 0.0
+    for row in stream_jsonl(file):
+        candidates.append(
+            Candidate(row["question"], row["reward"], row["student_tokens"])
+        )
+        kl_coef = row["provenance"]["explanation_kl_coef"]
+    kept = set(select(selection, candidates))
+    selected = workdir / "selected.jsonl"
+    selected.unlink(missing_ok=True)
+    for n, row in enumerate(stream_jsonl(file)):
+        if n in kept:
+            append_jsonl(selected, [row])
+    _write_examples(judge, file, candidates, kl_coef, workdir / "report")
+    return {
+        "completions": len(candidates),
+        "reward": float(np.mean([candidate.reward for candidate in candidates])),
+        "selected": len(kept),
+        "explanation_kl_coef": kl_coef,
+    }
+
+
+def write_scores(
+    judge: Judge,
+    todo: Iterator[WrittenTrace],
+    kl_coef: float | str,
+    file: Path,
+    first: int,
+) -> None:
+    """Scores traces batch by batch and appends a row for each.
+
+    Args:
+      judge: models and settings.
+      todo: what is left to score.
+      kl_coef: weight of the explanation KL; "auto" is settled on the first batch.
+      file: where rows are appended.
+      first: how many it holds.
+    """
+    size = judge.c.batch_size
+    with progress(first, None, "score", unit="completion") as bar:
+        while batch := list(itertools.islice(todo, size)):
+            # A last, smaller batch is filled up: nothing is compiled for its size.
+            padded = batch + batch[-1:] * (size - len(batch))
+            if kl_coef == "auto":
+                terms = [row["terms"] for row in judge.score(padded, 0.0)]
+                kl_coef = balanced_kl_coef(
+                    [t["solution_score"] for t in terms],
+                    [t["explanation_kl"] for t in terms],
+                )
+            rows = _rows(judge, padded, kl_coef, first)[: len(batch)]
+            if not first:
+                _log_sizes(rows, kl_coef)
+            append_jsonl(file, rows)
+            first += len(rows)
+            bar.update(len(rows))
+
+
+def _rows(
+    judge: Judge, batch: Sequence[WrittenTrace], kl_coef: float, first: int
+) -> list[dict[str, Any]]:
+    scored = judge.score(batch, kl_coef, per_token=judge.c.per_token)
+    foreign = _controls(judge, batch, kl_coef, first) if judge.c.controls else {}
+    rows = []
+    for n, written in enumerate(batch):
+        problem, explanation = written.trace
+        rows.append(
+            {
+                "question": problem.question,
+                "solution": problem.solution,
+                "answer": problem.answer,
+                "completion": written.completion,
+                "reasoning_trace": explanation,
+                "closed": written.closed,
+                **scored[n],
+                **{f"reward_{name}": values[n] for name, values in foreign.items()},
+                "copied_share": controls.copied_share(explanation, problem.solution),
+                "student_tokens": judge.count_tokens(written.trace),
+                "provenance": judge.origin | {"explanation_kl_coef": kl_coef},
+            }
+        )
+    return rows
+
+
+def _controls(
+    judge: Judge, batch: Sequence[WrittenTrace], kl_coef: float, first: int
+) -> dict[str, list[float | None]]:
+    """Control -> reward of each completion's control, None where there is none."""
+    problems = [written.trace.problem for written in batch]
+    replaced = controls.controlled(
+        [written.completion for written in batch],
+        [problem.question for problem in problems],
+        judge.template.explanation_tags[1],
+        [judge.seed, first],
+    )
+    result = {}
+    for name, texts in replaced.items():
+        closing = judge.template.explanation_tags[1]
+        traces = [
+            api.written(judge.template, problem, text or closing, assume_closed=True)
+            for problem, text in zip(problems, texts, strict=True)
+        ]
+        rewards = [row["reward"] for row in judge.score(traces, kl_coef)]
+        pairs = zip(rewards, texts, strict=True)
+        result[name] = [None if text is None else reward for reward, text in pairs]
+    return result
+
+
+def _load_judge(
+    c: ScoreConfig, sections: dict[str, Any], reward: RLTRewardConfig, seed: int
+) -> Judge:
+    mesh = sharding.make_mesh(build(sharding.MeshConfig, sections["mesh"], "mesh"))
+    template = load_template(sections["template"])
+    students = sections["student"]
+    students = students if isinstance(students, list | tuple) else [students]
+    teacher, *students = (
+        checkpoint.load(
+            build(checkpoint.ModelSource, source, "model"), mesh, jax.random.key(seed)
+        )
+        for source in (sections["teacher"], *students)
+    )
+    several = build(StudentsConfig, sections["students"], "students")
+    score = api.make_scorer(
+        teacher, students, template, reward, several, c.teacher_temperature
+    )
+    origin = {
+        "teacher": provenance.weights_hash(teacher.params),
+        "teacher_tokenizer": provenance.tokenizer_hash(teacher.tokenizer),
+        "students": [provenance.weights_hash(s.params) for s in students],
+        "student_tokenizers": [
+            provenance.tokenizer_hash(s.tokenizer) for s in students
+        ],
+        "template": provenance.template_hash(template),
+        "teacher_temperature": c.teacher_temperature,
+        "student_temperature": reward.student_temperature,
+    }
+
+    def count_tokens(trace: Trace) -> int:
+        return len(student_row(students[0].tokenizer, template, trace).tokens)
+
+    return Judge(score, count_tokens, template, origin, c, seed)
+
+
+def _written(
+    path: str, template: Template, assume_closed: bool
+) -> Iterator[WrittenTrace]:
+    for _, problem, completions in read_completions(path, template):
+        for text in completions:
+            yield api.written(template, problem, text, assume_closed)
+
+
+def _log_sizes(rows: list[dict[str, Any]], kl_coef: float) -> None:
+    score = np.mean([row["terms"]["solution_score"] for row in rows])
+    divergence = np.mean([row["terms"]["explanation_kl"] for row in rows])
+    _LOG.info(
+        "first batch: solution score %.4g, explanation KL %.4g times %.4g = %.4g",
+        score,
+        divergence,
+        kl_coef,
+        divergence * kl_coef,
+    )
+
+
+def _write_examples(
+    judge: Judge, file: Path, candidates: list[Candidate], kl_coef: float, folder: Path
+) -> None:
+    """Scores the best and the worst once more, token by token, for the page."""
+    order = sorted(range(len(candidates)), key=lambda n: -candidates[n].reward)
+    count = judge.c.num_examples
+    shown = list(dict.fromkeys(order[:count] + order[-count:]))
+    wanted = set(shown)
+    rows = {n: row for n, row in enumerate(stream_jsonl(file)) if n in wanted}
+    size = judge.c.batch_size
+    examples = []
+    for start in range(0, len(shown), size):
+        part = [rows[n] for n in shown[start : start + size]]
+        traces = [
+            api.written(
+                judge.template,
+                Problem(row["question"], row["solution"]),
+                row["completion"],
+                row["closed"],
+            )
+            for row in part
+        ]
+        traces += traces[-1:] * (size - len(traces))
+        scored = judge.score(traces, kl_coef, per_token=True)[: len(part)]
+        examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
+    write_page(examples, folder)

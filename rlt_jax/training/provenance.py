@@ -1,0 +1,52 @@
+"""Fingerprints: which weights, tokenizer and template a number came from."""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+
+from rlt_jax.data.templates import Template
+from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.types import Params
+
+
+def weights_hash(params: Params) -> str:
+    """Sixteen hex digits that depend on every bit of the parameters as float32.
+
+    Integer arithmetic modulo 2**32, so the number of devices does not matter.
+    """
+
+    @jax.jit
+    def sums(params: Params) -> list[jax.Array]:
+        result = []
+        for leaf in jax.tree.leaves(params):
+            bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+            place = jnp.zeros(leaf.shape, jnp.uint32)
+            for axis in range(leaf.ndim):
+                step = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+                place = place * jnp.uint32(1_000_003) + step
+            mixed = (bits ^ (place * jnp.uint32(2_654_435_761))) * jnp.uint32(40_503)
+            result.append(jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32))
+        return result
+
+    numbers = [int(value) for value in jax.device_get(sums(params))]
+    return _digest(json.dumps(numbers).encode())
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """Sixteen hex digits of the tokenizer's files."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    files = [tokenizer.path / name for name in names]
+    return _digest(b"\0".join(f.read_bytes() for f in files if f.is_file()))
+
+
+def template_hash(template: Template) -> str:
+    """Sixteen hex digits of the template's fields."""
+    fields = json.dumps(dataclasses.asdict(template), sort_keys=True)
+    return _digest(fields.encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
