@@ -19,6 +19,7 @@ setuptools.setup(
         "absl-py",
         "flax>=0.12",
         "grain>=0.2.10",
+        "huggingface_hub",
         "jax>=0.10",
         "jinja2",
         "math-verify[antlr4_13_2]",

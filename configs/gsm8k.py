@@ -79,8 +79,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.report = {
         "stage": "report",
         "rl": "rl",
-        "traces": {"rlt": "collect"},
-        "evaluations": {"base": "eval_base", "student": "eval_student"},
+        "traces": (("rlt", "collect"),),
+        "evaluations": (("base", "eval_base"), ("student", "eval_student")),
     }
     return config
 

@@ -25,6 +25,9 @@ TRACES: dict[str, Callable[..., list[Trace]]] = {
     "file": files.read_traces,
 }
 
+# No threads that read ahead: they would only compete for the interpreter.
+_IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
 
 def load_problems(
     config: Mapping[str, Any], template: Template, seed: int
@@ -53,8 +56,11 @@ def _load(
     if task not in sources:
         raise UserError(f"data.task={task!r}: choose one of {', '.join(sources)}.")
     wanted = inspect.signature(sources[task]).parameters
+    where = f"data of task {task!r}"
+    if taken := sorted(keys.keys() & given.keys()):
+        raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    return settings.build(sources[task], keys, f"data of task {task!r}")
+    return settings.build(sources[task], keys, where)
 
 
 def packed_batches(
@@ -68,7 +74,7 @@ def packed_batches(
     features = [{"tokens": row.tokens, "loss_mask": row.loss_mask} for row in rows]
     dataset = grain.MapDataset.source(features).seed(seed).shuffle().repeat()
     packed = grain.experimental.FirstFitPackIterDataset(
-        dataset.to_iter_dataset(),
+        dataset.to_iter_dataset(_IN_MEMORY),
         length_struct={"tokens": row_length, "loss_mask": row_length},
         num_packing_bins=2 * batch_size,
         seed=seed,
@@ -85,7 +91,9 @@ def problem_batches(
             f"batch_size={batch_size} prompts, but only {len(problems)} problems."
         )
     dataset = grain.MapDataset.range(len(problems)).seed(seed).shuffle().repeat()
-    return iter(dataset.batch(batch_size).to_iter_dataset())
+    # The remainder of an endless data set is computed in floats, which overflow.
+    batches = dataset.batch(batch_size, drop_remainder=True)
+    return iter(batches.to_iter_dataset(_IN_MEMORY))
 
 
 def _name_fields(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

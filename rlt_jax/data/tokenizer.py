@@ -4,8 +4,10 @@ A tokenizer is a directory: `tokenizer.model` (SentencePiece) or `tokenizer.json
 Face), and `tokenizer_config.json` with the chat template and the special tokens.
 """
 
+import datetime
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -53,10 +55,13 @@ class Tokenizer:
       vocab_size: number of ids.
       eos_id: id that ends a turn.
       pad_id: id that fills rows; never attended to.
-      stop_ids: ids that end a completion.
+      stop_ids: ids that end a completion: the tokenizer's own and those that the
+        model's generation_config.json adds.
     """
 
-    def __init__(self, path: Path, codec: Codec, config: dict) -> None:
+    def __init__(
+        self, path: Path, codec: Codec, config: dict, stop_ids: Iterable[int] = ()
+    ) -> None:
         self.path = path
         self._codec = codec
         self.vocab_size = codec.size()
@@ -72,12 +77,13 @@ class Tokenizer:
                 "not in the vocabulary."
             )
         self.pad_id = 0
-        self.stop_ids = (self.eos_id,)
+        self.stop_ids = tuple(sorted({self.eos_id, *stop_ids}))
         template = config.get("chat_template")
         if not template:
             raise UserError(
-                f"tokenizer {path}: tokenizer_config.json has no chat_template; add the "
-                "one its model was trained with."
+                f"tokenizer {path}: neither tokenizer_config.json nor a file "
+                "chat_template.jinja has a chat template; add the one the model was "
+                "trained with."
             )
         self._chat_template = _compile(template)
 
@@ -112,7 +118,7 @@ class Tokenizer:
     def render(self, messages: list[dict[str, str]]) -> str:
         """The chat as text, up to where the assistant's turn begins."""
         return self._chat_template.render(
-            messages=messages, add_generation_prompt=True, **self._special
+            messages=messages, add_generation_prompt=True, tools=None, **self._special
         )
 
 
@@ -129,12 +135,37 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             f"tokenizer {path}: no tokenizer_config.json there. Name a directory with "
             "tokenizer.model or tokenizer.json and tokenizer_config.json, or 'embedded'."
         )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = _read_json(config_file)
+    if (path / "chat_template.jinja").is_file():
+        text = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        config["chat_template"] = text
+    stop_ids = _generation_stop_ids(path / "generation_config.json")
     if (path / "tokenizer.json").is_file():
-        return Tokenizer(path, _FastCodec(path / "tokenizer.json"), config)
-    if (path / "tokenizer.model").is_file():
-        return Tokenizer(path, _SentencePieceCodec(path / "tokenizer.model"), config)
-    raise UserError(f"tokenizer {path}: neither tokenizer.json nor tokenizer.model.")
+        codec: Codec = _FastCodec(path / "tokenizer.json")
+    elif (path / "tokenizer.model").is_file():
+        codec = _SentencePieceCodec(path / "tokenizer.model")
+    else:
+        raise UserError(
+            f"tokenizer {path}: neither tokenizer.json nor tokenizer.model."
+        )
+    return Tokenizer(path, codec, config, stop_ids)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+
+
+def _generation_stop_ids(file: Path) -> list[int]:
+    """eos_token_id of a generation_config.json: an id, a list of ids, or absent."""
+    if not file.is_file():
+        return []
+    stop_ids = _read_json(file).get("eos_token_id")
+    if stop_ids is None:
+        return []
+    return stop_ids if isinstance(stop_ids, list) else [stop_ids]
 
 
 class _SentencePieceCodec:
@@ -275,7 +306,9 @@ def _token_text(token: str | dict | None) -> str:
     return token["content"] if isinstance(token, dict) else token or ""
 
 
-def _compile(template: str) -> jinja2.Template:
+def _compile(template: str | list[dict[str, str]]) -> jinja2.Template:
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}["default"]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -283,5 +316,9 @@ def _compile(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise UserError(f"chat template: {message}")
 
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().astimezone().strftime(form)
+
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     return environment.from_string(template)

@@ -41,7 +41,8 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
       UserError: unknown family, a missing key, or a setting we do not implement.
     """
     kind = family(content.get("model_type"))
-    content = kind.defaults | dict(content.get("text_config", content))
+    # A model that also sees images keeps what we read in a section of its own.
+    content = kind.defaults | dict(content) | content.get("text_config", {})
     for key in ("quantization_config", "use_bidirectional_attention"):
         if content.get(key):
             raise UserError(f"config.json: {key}={content[key]!r} is not supported.")
@@ -74,11 +75,16 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if kind.windowed is not None:
         content |= _write_windows(config, kind)
     back = config_from_json(content)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        same = getattr(back, field.name) == value
-        if not same and field.name not in ("dtype", "remat"):
-            raise UserError(f"A {model_type} model cannot have {field.name}={value!r}.")
+    differing = [
+        f"{field.name}={getattr(back, field.name)!r}, not {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in ("dtype", "remat")
+        and getattr(back, field.name) != getattr(config, field.name)
+    ]
+    if differing:
+        raise UserError(
+            f"This is no {model_type} model, which would have {'; '.join(differing)}."
+        )
     return content
 
 
@@ -87,8 +93,8 @@ def _derive_heads(content: dict[str, Any]) -> None:
     heads = content.get("num_attention_heads")
     if content.get("num_key_value_heads") is None:
         content["num_key_value_heads"] = heads
-    if content.get("head_dim") is None and heads:
-        content["head_dim"] = content.get("hidden_size", 0) // heads
+    if content.get("head_dim") is None and heads and content.get("hidden_size"):
+        content["head_dim"] = content["hidden_size"] // heads
 
 
 def _our_name(names: Mapping[Any, str], what: str, theirs: str) -> Any:

@@ -213,8 +213,7 @@ def _place(
             parts[str(index)] = read(index)
         return parts[str(index)]
 
-    array = jax.make_array_from_callback(shape, sharding, read_once, dtype)
-    return jax.block_until_ready(array)  # before the host's copy of the next one
+    return jax.make_array_from_callback(shape, sharding, read_once, dtype)
 
 
 def _place_layers(
@@ -235,7 +234,9 @@ def _place_layers(
     )
     stack = zeros()
     for i, read in enumerate(reads):
-        stack = put(stack, _place(shape[1:], layer_sharding, dtype, read), i)
+        layer = _place(shape[1:], layer_sharding, dtype, read)
+        # The host's copy of this layer is gone before there is one of the next.
+        stack = jax.block_until_ready(put(stack, layer, i))
     return stack
 
 

@@ -192,11 +192,8 @@ FAMILIES["gemma3"] = FAMILIES["gemma3_text"]._replace(
     architecture="Gemma3ForConditionalGeneration",
     renamed={
         "language_model.": "",
-        "model.language_model.": "model.",
         "vision_tower.": None,
         "multi_modal_projector.": None,
-        "model.vision_tower.": None,
-        "model.multi_modal_projector.": None,
     },
 )
 

@@ -25,7 +25,7 @@ from rlt_jax.types import KVCache, Params
 
 Axes = tuple[str | None, ...]
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # gelu is tanh's
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # gelu by tanh
 
 
 class Layer(NamedTuple):

@@ -17,5 +17,7 @@ def is_correct(prediction: str | None, answer: str) -> bool:
         return False
     if prediction.strip() == answer.strip():
         return True
+    # math-verify would take several boxes for one answer of several parts.
+    last = prediction[max(prediction.rfind("\\boxed{"), 0) :]
     gold = math_verify.parse(f"\\boxed{{{answer}}}")
-    return math_verify.verify(gold, math_verify.parse(prediction))
+    return math_verify.verify(gold, math_verify.parse(last))

@@ -28,7 +28,12 @@ from rlt_jax.stages.roles import (
     scoring_batch,
 )
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.training.metrics import append_jsonl, progress, read_jsonl
+from rlt_jax.training.metrics import (
+    append_jsonl,
+    keep_whole_batches,
+    progress,
+    read_jsonl,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +93,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     )
     rewards = jax.jit(functools.partial(rlt_reward, reward_config))
     file = workdir / "traces.jsonl"
-    first = len(read_jsonl(file)) if file.is_file() else 0
+    first = keep_whole_batches(file, c.batch_size)
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="trace") as bar:
         for start in range(first, len(todo), c.batch_size):

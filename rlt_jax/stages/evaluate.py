@@ -20,7 +20,12 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.grading import is_correct
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.training.metrics import append_jsonl, progress, read_jsonl
+from rlt_jax.training.metrics import (
+    append_jsonl,
+    keep_whole_batches,
+    progress,
+    read_jsonl,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     rollout = jit_rollout(model, sampling, tokenizer.stop_ids, mesh)
     file = workdir / "samples.jsonl"
-    first = len(read_jsonl(file)) if file.is_file() else 0
+    first = keep_whole_batches(file, c.batch_size)
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="sample") as bar:
         for start in range(first, len(todo), c.batch_size):

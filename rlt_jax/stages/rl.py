@@ -137,8 +137,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     state = new_state(teacher.params, tx, shardings)
     reference = jax.tree.map(jnp.copy, teacher.params)
     roles = roles._replace(teacher=teacher._replace(params=None))
-    checkpoint.describe(workdir, teacher.model, teacher.tokenizer)
     batches = pipeline.problem_batches(problems, c.batch_size, seed)
+    checkpoint.describe(workdir, teacher.model, teacher.tokenizer)
     key = jax.random.key(seed)
     held_out = held_out[: c.batch_size * c.group_size]
     return train(
@@ -210,6 +210,7 @@ def train(
                     written = sample_rows(roles, group, completions, reward, firsts)
                     _write_samples(samples, step, "train", written)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                    writer.flush()  # a checkpoint's steps have their rows
                     trees = _trees(state, reference)
                     data = {"batches": batches.get_state(), "start": start}
                     checkpoint.save(manager, step + 1, trees, data)

@@ -23,7 +23,7 @@ from rlt_jax.inference.log_probs import token_stats
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.training.metrics import MetricWriter, progress
+from rlt_jax.training.metrics import MetricWriter, progress, read_jsonl
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import apply_gradients, new_state, state_shardings
 from rlt_jax.types import Params, TrainState
@@ -104,10 +104,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 state, metrics = update(state, batch)
                 writer.write(step, metrics)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                    writer.flush()  # a checkpoint's steps have their rows
                     _save(manager, step + 1, state, batches)
                 bar.update()
         manager.wait_until_finished()
-    return {"traces": len(traces), "loss": float(metrics["sft/loss"])}
+    loss = read_jsonl(workdir / "metrics.jsonl")[-1]["sft/loss"]
+    return {"traces": len(traces), "loss": loss}
 
 
 def jit_update(

@@ -8,12 +8,16 @@ asked for.
 
 import dataclasses
 import json
+import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -26,6 +30,8 @@ from rlt_jax.settings import build
 from rlt_jax.training.sharding import param_shardings
 from rlt_jax.types import Params
 
+_LOG = logging.getLogger("rlt_jax")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHIPPED = {"embedded": Path(__file__).parents[1] / "models" / "assets" / "embedded"}
 
 
@@ -34,11 +40,14 @@ class ModelSource:
     """Where a model comes from: a path, or an architecture to start from scratch.
 
     Attributes:
-      path: "embedded", a folder in Hugging Face layout, or the folder of a stage.
+      path: "embedded", a folder in Hugging Face layout, the folder of a stage, or the id
+        of a repository on the Hugging Face Hub, such as "Qwen/Qwen2.5-7B-Instruct".
       architecture: fields of `ModelConfig`, for random initial weights; the tokenizer's
         vocab_size is the default of its field.
       tokenizer: tokenizer folder; the one beside the weights where empty.
       dtype: of activations.
+      param_dtype: of the parameters in memory; "float32" keeps master weights where
+        activations are bfloat16, "bfloat16" halves the memory of a frozen model.
       remat: what the backward pass computes again, see `ModelConfig`.
     """
 
@@ -46,9 +55,14 @@ class ModelSource:
     architecture: Mapping[str, Any] | None = None
     tokenizer: str = ""
     dtype: str = "float32"
+    param_dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        if self.param_dtype not in ("float32", "bfloat16"):
+            raise UserError(
+                f"model: param_dtype={self.param_dtype!r} is not float32 or bfloat16."
+            )
         if bool(self.path) == (self.architecture is not None):
             raise UserError("model: give either a path or an architecture.")
         if self.architecture is not None and not self.tokenizer:
@@ -64,7 +78,7 @@ class LoadedModel(NamedTuple):
 
 
 def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
-    """Loads a model, parameters sharded over the mesh, in float32.
+    """Loads a model, parameters sharded over the mesh.
 
     Args:
       source: where from.
@@ -72,50 +86,97 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
       key: for random initial weights.
 
     Raises:
-      UserError: nothing that can be read is there.
+      UserError: nothing that can be read is there, or the tokenizer has ids that the
+        embedding lacks.
     """
     numerics = {"dtype": source.dtype, "remat": source.remat}
+    dtype = jnp.dtype(source.param_dtype)
     if source.architecture is not None:
         tokenizer = load_tokenizer(source.tokenizer)
-        fields = {"vocab_size": tokenizer.vocab_size, **source.architecture}
-        config = build(ModelConfig, fields | numerics, "model.architecture")
-        model = Transformer(config)
-        init = jax.jit(
-            lambda key: init_params(model.config, key),
-            out_shardings=param_shardings(model, mesh),
-        )
-        return LoadedModel(model, init(key), tokenizer)
-    path = SHIPPED.get(source.path, Path(source.path))
-    if (path / "model.json").is_file():
-        model, params, tokenizer = _load_stage(path, numerics, mesh)
-    elif (path / "config.json").is_file():
-        model = Transformer(convert.read_config(path, **numerics))
-        shardings = param_shardings(model, mesh)
-        params = convert.read_params(path, model.config, shardings)
-        tokenizer = path
+        shape = {"vocab_size": tokenizer.vocab_size, **source.architecture}
+        model = Transformer(build(ModelConfig, {**shape, **numerics}, "architecture"))
+        params = _random_params(model, mesh, key, dtype)
+        origin = "random weights"
     else:
+        path = find_model(source.path)
+        origin = str(path)
+        if (path / "model.json").is_file():
+            model, params = _load_stage(path, numerics, mesh, dtype)
+            tokenizer = load_tokenizer(source.tokenizer or path / "tokenizer")
+        else:
+            model = Transformer(convert.read_config(path, **numerics))
+            shardings = param_shardings(model, mesh)
+            params = convert.read_params(path, model.config, shardings, dtype)
+            tokenizer = load_tokenizer(source.tokenizer or path)
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"model {source.path!r}: there is neither a config.json (Hugging Face "
-            f"layout) nor a model.json (a finished stage) in {path}."
+            f"model {origin}: the tokenizer {tokenizer.path} has "
+            f"{tokenizer.vocab_size} ids, the embedding {model.config.vocab_size}. "
+            "Name the tokenizer that belongs to the model."
         )
-    return LoadedModel(model, params, load_tokenizer(source.tokenizer or tokenizer))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    _LOG.info(
+        "%s: %s parameters, %.3f GB as %s", origin, f"{count:,}", size / 1e9, dtype
+    )
+    return LoadedModel(model, params, tokenizer)
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: shipped, on disk, or downloaded from the Hub.
+
+    Raises:
+      UserError: no such folder, or a Hub id that cannot be downloaded.
+    """
+    path = SHIPPED.get(name, Path(name))
+    if (path / "model.json").is_file() or (path / "config.json").is_file():
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model {name!r}: there is neither a config.json (Hugging Face layout) nor "
+            f"a model.json (a finished stage) in {path}."
+        )
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {name!r}: no such folder, and as an id on the Hugging Face Hub it "
+            f"cannot be downloaded: {reason}"
+        ) from error
+
+
+def _random_params(
+    model: Transformer, mesh: Mesh, key: jax.Array, dtype: jnp.dtype
+) -> Params:
+    def init(key: jax.Array) -> Params:
+        params = init_params(model.config, key)
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
 
 
 def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Writes what `load` needs beside the checkpoints of a stage."""
-    shutil.copytree(tokenizer.path, stage_dir / "tokenizer", dirs_exist_ok=True)
+    folder = stage_dir / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    # File by file: the tokenizer may lie beside the weights of its model.
+    for name in (*convert.TOKENIZER_FILES, convert.GENERATION):
+        if (tokenizer.path / name).is_file():
+            shutil.copyfile(tokenizer.path / name, folder / name)
     text = json.dumps(dataclasses.asdict(model.config), indent=1)
     (stage_dir / "model.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _load_stage(
-    path: Path, numerics: Mapping[str, str], mesh: Mesh
-) -> tuple[Transformer, Params, Path]:
+    path: Path, numerics: Mapping[str, str], mesh: Mesh, dtype: jnp.dtype
+) -> tuple[Transformer, Params]:
     fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
     model = Transformer(ModelConfig(**{**fields, **numerics}))
     abstract = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
     target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
         abstract,
         param_shardings(model, mesh),
     )
@@ -125,7 +186,7 @@ def _load_stage(
         if step is None:
             raise UserError(f"model {path}: the stage there has no checkpoint yet.")
         args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        return model, manager.restore(step, args=args)["params"], path / "tokenizer"
+        return model, manager.restore(step, args=args)["params"]
 
 
 def open_manager(stage_dir: Path, keep: int) -> ocp.CheckpointManager:

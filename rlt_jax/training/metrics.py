@@ -81,10 +81,32 @@ def keep_rows_before(file: Path, step: int) -> None:
     """Drops rows whose "step" is `step` or later, as resuming will write them again."""
     if file.is_file():
         rows = [row for row in read_jsonl(file) if row["step"] < step]
-        rewritten = file.with_name(file.name + ".partial")
-        rewritten.unlink(missing_ok=True)
-        append_jsonl(rewritten, rows)
-        rewritten.replace(file)
+        _rewrite(file, rows)
+
+
+def keep_whole_batches(file: Path, batch_size: int) -> int:
+    """Drops the rows of a batch cut off in writing, as resuming will write it again.
+
+    Rows depend, in their last bits, on the others of their batch: only from the start
+    of a batch does a resumed run write what an uninterrupted one would have written.
+
+    Returns:
+      Number of rows that are left; 0 when there is no file.
+    """
+    if not file.is_file():
+        return 0
+    rows = read_jsonl(file)
+    whole = len(rows) // batch_size * batch_size
+    _rewrite(file, rows[:whole])
+    return whole
+
+
+def _rewrite(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces the rows of a file; cut off in between, the old ones stay."""
+    rewritten = file.with_name(file.name + ".partial")
+    rewritten.unlink(missing_ok=True)
+    append_jsonl(rewritten, rows)
+    rewritten.replace(file)
 
 
 def summarise(name: str, values: np.ndarray) -> dict[str, float]:

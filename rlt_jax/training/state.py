@@ -44,7 +44,7 @@ def apply_gradients(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-        "optimizer/gradient_norm": optax.global_norm(grads),
-        "optimizer/update_norm": optax.global_norm(updates),
+        "optimizer/gradient_norm": optax.tree.norm(grads),
+        "optimizer/update_norm": optax.tree.norm(updates),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,6 +1,7 @@
 """Rows and spans, token by token."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_teacher_row_of_the_tiny_template(tokenizer: Tokenizer, tiny: Template) 
         "<|end|>",
     ]
     assert (row.explanation.start, row.explanation.end) == (17, 22)
-    assert row.solution == examples.EMPTY
+    assert not len(row.solution.offsets)
     np.testing.assert_array_equal(row.loss_mask, np.arange(24) >= 17)
 
 
@@ -137,8 +138,9 @@ def test_spans_hold_exactly_their_text(tokenizer: Tokenizer, rlt: Template) -> N
 def test_empty_texts_have_empty_spans(tokenizer: Tokenizer, tiny: Template) -> None:
     trace = Trace(Problem("3+4?", ""), "")
     row = examples.student_row(tokenizer, tiny, trace)
-    assert row.explanation == row.solution == examples.EMPTY
-    assert examples.teacher_row(tokenizer, tiny, trace).explanation == examples.EMPTY
+    teacher = examples.teacher_row(tokenizer, tiny, trace)
+    for span in (row.explanation, row.solution, teacher.explanation):
+        assert span.start == span.end and not len(span.offsets)
 
 
 def test_sampled_ids_are_kept(tokenizer: Tokenizer, tiny: Template) -> None:
@@ -250,9 +252,7 @@ def test_alignment_is_common_and_finest() -> None:
     for _ in range(50):
         text = "abcdefghijkl"
         cuts = [sorted({0, *rng.integers(1, 12, 5), 12}) for _ in range(2)]
-        sides = [
-            [text[a:b] for a, b in zip(side, side[1:], strict=False)] for side in cuts
-        ]
+        sides = [[text[a:b] for a, b in itertools.pairwise(side)] for side in cuts]
         segments = examples.align(*(span_of(*side) for side in sides))
         texts = []
         for side, numbers in zip(sides, segments, strict=True):
@@ -261,7 +261,7 @@ def test_alignment_is_common_and_finest() -> None:
                 joined[int(number)] = joined.get(int(number), "") + token
             texts.append(joined)
         common = sorted(set(cuts[0]) & set(cuts[1]))
-        expected = [text[a:b] for a, b in zip(common, common[1:], strict=False)]
+        expected = [text[a:b] for a, b in itertools.pairwise(common)]
         assert texts[0] == texts[1] == dict(enumerate(expected))
 
 

@@ -246,6 +246,35 @@ def test_chat_templates_see_special_tokens_and_may_refuse(tmp_path: Path) -> Non
         chat.render([{"role": "system", "content": "x"}])
 
 
+def test_a_chat_template_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED["embedded"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    turns = [{"role": "user", "content": "x"}]
+    assert load_tokenizer(tmp_path).render(turns) == "x!"
+
+
+def test_the_default_of_several_chat_templates_is_used(tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED["embedded"], tmp_path, dirs_exist_ok=True)
+    named = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "chat {{ strftime_now('%Y') | length }}"},
+    ]
+    write_config(tmp_path, eos_token="<|end|>", chat_template=named)
+    assert load_tokenizer(tmp_path).render([]) == "chat 4"
+
+
+@pytest.mark.parametrize(
+    ("stated", "stops"), [(None, {6}), (6, {6}), (3, {3, 6}), ([6, 4, 2], {2, 4, 6})]
+)
+def test_the_model_may_state_more_stop_tokens(
+    tmp_path: Path, stated: object, stops: set[int]
+) -> None:
+    shutil.copytree(SHIPPED["embedded"], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({} if stated is None else {"eos_token_id": stated}))
+    assert set(load_tokenizer(tmp_path).stop_ids) == stops
+
+
 def test_the_chat_of_a_real_tokenizer(deepseek: Tokenizer) -> None:
     text = deepseek.render([{"role": "user", "content": "1+1?"}])
     assert text.startswith("<｜begin▁of▁sentence｜><｜User｜>1+1?<｜Assistant｜>")
@@ -267,5 +296,5 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="eos_token ''"):
         load_tokenizer(tmp_path)
     write_config(tmp_path, eos_token="<|end|>", chat_template=None)
-    with pytest.raises(UserError, match="no chat_template"):
+    with pytest.raises(UserError, match="has a chat template"):
         load_tokenizer(tmp_path)

@@ -1,0 +1,180 @@
+"""Log-probabilities against a log-softmax of all logits."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlt_jax.data.packing import pack
+from rlt_jax.inference import log_probs, scoring
+from rlt_jax.inference.log_probs import token_log_probs, token_stats
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.types import Params, TokenSpans
+
+V = 40
+ROWS = [np.random.default_rng(n).integers(1, V, n + 4, np.int32) for n in range(6)]
+LINES = np.random.default_rng(9).integers(1, V, (2, 11), np.int32)
+NaiveLogProbs = Callable[..., np.ndarray]
+
+
+def unpacked(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, segment ids and positions of rows of one segment each."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return tokens, np.ones_like(tokens), positions
+
+
+def close(ours: Any, theirs: Any) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_the_log_softmax_of_all_logits(
+    model: Transformer,
+    params: Params,
+    naive_log_probs: NaiveLogProbs,
+    temperature: float,
+) -> None:
+    ours = token_log_probs(model, params, LINES, temperature)
+    close(ours, naive_log_probs(model, params, LINES, temperature))
+    assert ours.dtype == jnp.float32
+    np.testing.assert_array_equal(ours[:, 0], 0.0)
+    assert (ours[:, 1:] < 0).all()
+
+
+def test_a_temperature_of_zero_counts_as_one(
+    model: Transformer, params: Params
+) -> None:
+    np.testing.assert_array_equal(
+        token_log_probs(model, params, LINES, 0.0),
+        token_log_probs(model, params, LINES, 1.0),
+    )
+
+
+def test_entropy_is_that_of_the_distribution_a_token_came_from(
+    model: Transformer,
+    params: Params,
+    full_logits: Callable[..., np.ndarray],
+) -> None:
+    stats = token_stats(model, params, *unpacked(LINES), 0.7)
+    scaled = full_logits(model, params, LINES) / 0.7
+    p = np.exp(scaled) / np.exp(scaled).sum(-1, keepdims=True)
+    close(stats.entropy[:, 1:], -(p * np.log(p)).sum(-1)[:, :-1])
+    np.testing.assert_array_equal(stats.entropy[:, 0], 0.0)
+
+
+def test_chunks_change_neither_values_nor_gradients(
+    model: Transformer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[jax.Array, Params]:
+        def weighted(params: Params) -> tuple[jax.Array, jax.Array]:
+            values = token_log_probs(model, params, LINES, 0.7)
+            return (values * jnp.arange(11)).sum(), values
+
+        (_, values), gradients = jax.jit(jax.value_and_grad(weighted, has_aux=True))(
+            params
+        )
+        return values, gradients
+
+    values, gradients = run()
+    for chunk in (1, 4):  # with 4, the last chunk is not full
+        monkeypatch.setattr(log_probs, "LOGITS_PER_CHUNK", chunk * V * len(LINES))
+        chunked_values, chunked_gradients = run()
+        close(chunked_values, values)
+        for ours, whole in zip(
+            jax.tree.leaves(chunked_gradients), jax.tree.leaves(gradients), strict=True
+        ):
+            np.testing.assert_allclose(ours, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_packed_row_has_the_values_of_its_parts(
+    model: Transformer, params: Params, naive_log_probs: NaiveLogProbs
+) -> None:
+    packed, starts = pack(ROWS, micro_batch_size=2, row_length=20)
+    assert packed.num_micro_batches < len(packed.tokens), "nothing was packed"
+    score = jax.jit(lambda p, rows: scoring.score_rows(model, 0.7, p, rows))
+    ours = np.asarray(score(params, packed)).reshape(-1)
+    longest = max(map(len, ROWS))
+    padded = np.stack([np.pad(row, (0, longest - len(row))) for row in ROWS])
+    expected = naive_log_probs(model, params, padded, 0.7)
+    covered = np.zeros(len(ours), bool)
+    for row, start, values in zip(ROWS, starts, expected, strict=True):
+        place = slice(start, start + len(row))
+        close(ours[place], values[: len(row)])
+        covered[place] = True
+    np.testing.assert_array_equal(ours[~covered], 0.0)
+
+
+def test_micro_batches_that_hold_nothing_are_not_computed(
+    model: Transformer, params: Params
+) -> None:
+    packed, _ = pack(ROWS, micro_batch_size=2, row_length=20)
+    score = jax.jit(lambda p, rows: scoring.score_rows(model, 1.0, p, rows))
+    none = score(params, packed._replace(num_micro_batches=np.int32(0)))
+    np.testing.assert_array_equal(none, 0.0)
+    one = score(params, packed._replace(num_micro_batches=np.int32(1)))
+    np.testing.assert_array_equal(one[1:], 0.0)
+    np.testing.assert_array_equal(one[0], score(params, packed)[0])
+
+
+def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of everything computed in a jaxpr and in those it calls."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
+
+
+def test_all_logits_are_never_held_at_once(
+    model: Transformer, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Longer than the model is wide, so that the embedding is not taken for logits.
+    tokens = np.ones((1, 33), np.int32)
+
+    def most_logits(chunk: int) -> int:
+        """Positions of the largest array with an axis over the vocabulary."""
+        monkeypatch.setattr(log_probs, "LOGITS_PER_CHUNK", chunk * V)
+
+        def loss(params: Params) -> jax.Array:
+            return token_log_probs(model, params, tokens).sum()
+
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr
+        shapes = list(shapes_in(jaxpr))
+        return max(int(np.prod(shape)) // V for shape in shapes if V in shape)
+
+    assert most_logits(33) == 33
+    assert most_logits(20) <= 20
+    assert most_logits(1) <= model.config.embed_dim
+
+
+# The reward's reads and the loss's writes, by hand. Three completions of two, one and
+# no tokens; the middle one's second token is masked out.
+SPANS = TokenSpans(
+    index=np.array([[1, 2], [5, 4], [0, 0]], np.int32),
+    segment=np.array([[0, 0], [1, 0], [0, 0]], np.int32),
+    mask=np.array([[True, True], [True, False], [False, False]]),
+)
+
+
+def test_gather_reads_the_tokens_of_spans() -> None:
+    per_token = np.arange(8.0).reshape(2, 1, 4)
+    gathered = scoring.gather(per_token, SPANS)
+    np.testing.assert_array_equal(gathered, [[1, 2], [5, 0], [0, 0]])
+
+
+def test_segments_add_up() -> None:
+    values = np.array([[1.0, 2.0], [5.0, np.nan], [np.nan, np.nan]])
+    sums = scoring.segment_sums(values, SPANS)
+    np.testing.assert_array_equal(sums, [[3, 0], [0, 5], [0, 0]])
+    np.testing.assert_array_equal(scoring.segment_mask(SPANS), [[1, 0], [0, 1], [0, 0]])
+
+
+def test_scatter_is_the_way_back() -> None:
+    scattered = scoring.scatter(np.array([7, 8, 9], np.float32), SPANS, (2, 1, 4))
+    np.testing.assert_array_equal(scattered.reshape(-1), [0, 7, 7, 0, 0, 8, 0, 0])

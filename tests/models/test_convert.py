@@ -1,0 +1,346 @@
+"""Model directories as files: what is written, read and refused."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rlt_jax.errors import UserError
+from rlt_jax.models.config import ModelConfig, RopeScaling
+from rlt_jax.models.config_json import config_from_json, config_to_json
+from rlt_jax.models.convert import (
+    read_config,
+    read_params,
+    read_stop_ids,
+    write_model,
+)
+from rlt_jax.models.layouts import Tensor, axis_sizes, read_part
+from rlt_jax.models.transformer import init_params
+from rlt_jax.types import Params
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    embed_dim=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=32,
+    max_length=64,
+    qkv_bias=True,
+)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def random_params(config: ModelConfig) -> Params:
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes
+    )
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return random_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def whole(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in one file; not to be changed."""
+    path = tmp_path_factory.mktemp("whole")
+    write_model(path, CONFIG, params, "qwen2")
+    return path
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A model in one file, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, path / WEIGHTS)
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_shards_hold_what_one_file_holds(
+    params: Params, whole: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path, CONFIG, params, "qwen2", max_shard_bytes=10_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    assert all(file.stat().st_size < 12_000 for file in files)
+    expected = load_file(whole / WEIGHTS)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in expected.values())
+    for name, file in index["weight_map"].items():
+        np.testing.assert_array_equal(load_file(tmp_path / file)[name], expected[name])
+    jax.tree.map(np.testing.assert_array_equal, read_params(tmp_path, CONFIG), params)
+
+
+def test_overrides_replace_what_the_file_says(whole: Path) -> None:
+    config = read_config(whole, dtype="bfloat16", remat="full", max_length=32)
+    assert (config.dtype, config.remat, config.max_length) == ("bfloat16", "full", 32)
+    assert read_config(whole) == CONFIG
+
+
+def test_only_the_rows_asked_for_are_read() -> None:
+    """Two of four heads and half the width are rows 4 to 8 and columns 0 to 8."""
+    asked = []
+
+    class Stored:
+        def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+            asked.append(index)
+            return matrix[index]
+
+    matrix = np.arange(16 * 16, dtype=np.float32).reshape(16, 16)
+    tensor = Tensor("query", "NH,D", "DNH")
+    part = slice(0, 8), slice(1, 3), slice(None)
+    read = read_part(Stored(), tensor, axis_sizes(CONFIG), np.float32, part)
+    assert asked == [(slice(4, 12), slice(0, 8))]
+    np.testing.assert_array_equal(read, matrix.T.reshape(16, 4, 4)[part])
+
+
+def test_a_split_head_is_read_right() -> None:
+    matrix = np.arange(16 * 16, dtype=np.float32).reshape(16, 16)
+    tensor = Tensor("query", "NH,D", "DNH")
+    part = slice(4, 16), slice(0, 2), slice(2, 4)
+    read = read_part(matrix, tensor, axis_sizes(CONFIG), np.float32, part)
+    np.testing.assert_array_equal(read, matrix.T.reshape(16, 4, 4)[part])
+
+
+def test_the_host_never_holds_a_whole_parameter(tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=64,
+        embed_dim=256,
+        num_layers=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=2048,
+        max_length=64,
+    )
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(jnp.zeros_like, shapes)
+    write_model(tmp_path, config, params, "llama")
+    tracemalloc.start()
+    read_params(tmp_path, config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    one_parameter = 16 * 256 * 2048 * 4
+    assert peak < one_parameter / 2
+
+
+def test_two_processes_read_their_parts_and_write_the_whole(
+    whole: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).with_name("two_processes.py")
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "error",
+                script,
+                str(i),
+                port,
+                whole,
+                tmp_path / "out",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    written = (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert written == (whole / WEIGHTS).read_bytes()
+
+
+def test_tensors_that_carry_nothing_are_passed_over(copy: Path, params: Params) -> None:
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+
+    change_tensors(copy, add)
+    jax.tree.map(np.testing.assert_array_equal, read_params(copy, CONFIG), params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(GATE), f"lacks 1 tensors: {GATE}"),
+        (lambda t: t.update(odd=t[GATE]), "has unexpected 1 tensors: odd"),
+        (lambda t: t.update({GATE: t[GATE][1:]}), r"has shape \[31, 16\]"),
+        (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), "is I8"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    copy: Path, change: Callable[[dict], Any], message: str
+) -> None:
+    change_tensors(copy, change)
+    with pytest.raises(UserError, match=message):
+        read_params(copy, CONFIG)
+
+
+def test_a_file_cut_short_is_refused(copy: Path) -> None:
+    content = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(content[:-100])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        read_params(copy, CONFIG)
+
+
+def test_a_missing_shard_is_refused(params: Params, tmp_path: Path) -> None:
+    write_model(tmp_path, CONFIG, params, "qwen2", max_shard_bytes=10_000)
+    (tmp_path / "model-00001-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00001-of-00003.safetensors is missing"):
+        read_params(tmp_path, CONFIG)
+
+
+def test_a_directory_without_weights_is_refused(copy: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"neither {WEIGHTS} nor {INDEX}"):
+        read_params(copy, CONFIG)
+
+
+def test_a_missing_or_broken_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config.json is missing"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama, qwen2"),
+        ({"hidden_size": None, "head_dim": None}, "lacks 'hidden_size'"),
+        ({"num_attention_heads": None}, "lacks 'num_attention_heads'"),
+        ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1.0}},
+            "yarn RoPE with 'mscale'",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layer type 'linear_attention'",
+        ),
+    ],
+)
+def test_configs_we_do_not_implement_are_refused(
+    copy: Path, changes: dict, message: str
+) -> None:
+    change_json(copy / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        read_config(copy)
+
+
+def test_head_sizes_may_be_left_out(copy: Path) -> None:
+    left_out = {"head_dim": None, "num_key_value_heads": None}
+    change_json(copy / "config.json", **left_out)
+    config = read_config(copy)
+    assert (config.head_dim, config.num_kv_heads) == (4, 4)
+
+
+def test_both_spellings_of_rope_are_read(copy: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0}
+    change_json(copy / "config.json", rope_theta=7.0, rope_scaling=scaling)
+    earlier = read_config(copy)
+    change_json(copy / "config.json", rope_theta=None, rope_scaling=None)
+    change_json(copy / "config.json", rope_parameters={**scaling, "rope_theta": 7.0})
+    assert read_config(copy) == earlier
+    assert earlier.rope_theta == 7.0
+    assert earlier.rope_scaling == RopeScaling("yarn", 2.0, original_length=64)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [("llama", "qkv_bias"), ("qwen3", "qk_norm"), ("gemma2", "post_norms")],
+)
+def test_a_family_that_cannot_express_a_config_is_refused(
+    params: Params, tmp_path: Path, model_type: str, field: str
+) -> None:
+    with pytest.raises(UserError, match=f"no {model_type} model.*{field}="):
+        write_model(tmp_path / "out", CONFIG, params, model_type)
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    with pytest.raises(UserError, match="remove it or name another"):
+        write_model(tmp_path, CONFIG, params, "qwen2")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes"]
+
+
+def test_an_interrupted_export_leaves_no_model(params: Params, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyError):
+        write_model(out, CONFIG, {**params, "layers": {}}, "qwen2")
+    assert not out.exists()
+    write_model(out, CONFIG, params, "qwen2")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_tokenizer_and_stop_ids_go_along(params: Params, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "optimizer.bin").write_text("not a tokenizer")
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [9, 5], "top_p": 0.8})
+    )
+    assert read_stop_ids(source) == (5, 9)
+    write_model(out, CONFIG, params, "qwen2", source, stop_ids=[np.int32(3), 5])
+    assert read_stop_ids(out) == (3, 5, 9)
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert not (out / "optimizer.bin").exists()
+    assert json.loads((out / "generation_config.json").read_text())["top_p"] == 0.8
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [3, 5, 9]
+
+
+def test_stop_ids_may_be_one_or_none(tmp_path: Path) -> None:
+    assert read_stop_ids(tmp_path) == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert read_stop_ids(tmp_path) == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert read_stop_ids(tmp_path) == ()
+
+
+def test_a_window_needs_a_family_with_windows() -> None:
+    plain = config_from_json(config_to_json(CONFIG, "qwen2"))
+    assert plain == CONFIG
+    windowed = {"windowed_layers": (False, True), "sliding_window": 8}
+    config = ModelConfig(**{**vars(CONFIG), **windowed})
+    assert config_from_json(config_to_json(config, "qwen2")) == config
+    llama = ModelConfig(**{**vars(config), "qkv_bias": False})
+    with pytest.raises(UserError, match="sliding_window=None, not 8"):
+        config_to_json(llama, "llama")

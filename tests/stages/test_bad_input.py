@@ -1,0 +1,145 @@
+"""Bad input is one clear message, and whatever was done before it is kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import pytest
+
+from rlt_jax.errors import UserError
+from rlt_jax.stages import run_pipeline
+
+Section = Callable[[str], dict[str, Any]]
+RunStage = Callable[[dict[str, Any], Path], Path]
+GOOD_ROW = {"question": "1+1?", "solution": "2", "reasoning_trace": "1+1=2"}
+LONG = "1+1?" * 99
+
+
+def write(file: Path, *lines: str | dict[str, Any]) -> dict[str, str]:
+    """Writes lines, or rows as lines; gives the data section that reads them."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return {"task": "file", "path": str(file)}
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (None, ["data.jsonl", "no such file"]),
+        ([], ["data.jsonl", "no rows"]),
+        ([GOOD_ROW, "{"], ["data.jsonl, line 2", "not valid JSON"]),
+        ([GOOD_ROW, "", "[1]"], ["data.jsonl, line 3", "not an object"]),
+        ([{"question": "1+1?", "solution": "2"}], ["line 1", "reasoning_trace"]),
+        ([{"solution": "2", "reasoning_trace": ""}], ["line 1", "question"]),
+        (
+            [GOOD_ROW | {"question": LONG}],
+            ["sft.row_length", "row 0 has", "the limit is 128"],
+        ),
+    ],
+)
+def test_bad_data_is_one_message_and_mended_data_goes_on(
+    lines: list[str | dict[str, Any]] | None,
+    expected: list[str],
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "data.jsonl"
+    values = section("sft")
+    values["data"] = write(file, *(lines or []))
+    values["sft"]["steps"] = 1
+    if lines is None:
+        file.unlink()
+    with pytest.raises(UserError) as error:
+        run_stage(values, tmp_path / "run")
+    for text in expected:
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "run").iterdir()) == []
+    write(file, GOOD_ROW)
+    assert (run_stage(values, tmp_path / "run") / "done.json").is_file()
+
+
+def test_stages_before_the_bad_one_are_kept_and_not_run_again(
+    section: Section, tmp_path: Path
+) -> None:
+    first, second = section("sft"), section("sft")
+    first["sft"]["steps"] = second["sft"]["steps"] = 1
+    second["model"] = {"path": "{workdir}/first"}
+    second["data"] = {"task": "file", "path": str(tmp_path / "data.jsonl")}
+    values = {"seed": 0, "pipeline": ("first", "second")}
+    config = ml_collections.ConfigDict(values | {"first": first, "second": second})
+    with pytest.raises(UserError, match="data.jsonl"):
+        run_pipeline(config, tmp_path / "run")
+    done = tmp_path / "run" / "first" / "done.json"
+    before = done.read_bytes()
+    write(tmp_path / "data.jsonl", GOOD_ROW)
+    run_pipeline(config, tmp_path / "run")
+    assert done.read_bytes() == before
+    assert (tmp_path / "run" / "second" / "done.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("stage", "what", "limit"),
+    [
+        ("evaluate", "question (model max_length - sampling.max_new_tokens)", 120),
+        ("collect", "teacher prompt (rows.row_length - sampling.max_new_tokens)", 120),
+        ("rl", "teacher prompt (rows.row_length - sampling.max_new_tokens)", 120),
+    ],
+)
+def test_a_question_longer_than_the_context(
+    stage: str,
+    what: str,
+    limit: int,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+) -> None:
+    rows = [{"question": q, "solution": "2", "answer": "2"} for q in ("?", LONG)]
+    values = section(stage) | {"data": write(tmp_path / "data.jsonl", *rows)}
+    with pytest.raises(UserError) as error:
+        run_stage(values, tmp_path / "run")
+    assert str(error.value).startswith(f"{what}: row 1 has ")
+    assert f"the limit is {limit} (1 of " in str(error.value)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_question_without_answer_cannot_be_graded(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    values = section("evaluate") | {"data": write(tmp_path / "data.jsonl", GOOD_ROW)}
+    with pytest.raises(UserError, match="needs an 'answer' for every question"):
+        run_stage(values, tmp_path / "run")
+
+
+def test_fewer_problems_than_a_batch(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    values = section("rl") | {"data": write(tmp_path / "data.jsonl", GOOD_ROW)}
+    with pytest.raises(UserError, match="batch_size=2 prompts, but only 1 problems"):
+        run_stage(values, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_model_that_is_not_there(
+    exists: bool, section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    if exists:
+        model.mkdir()
+    values = section("sft") | {"model": {"path": str(model)}}
+    with pytest.raises(UserError, match="neither a config.json .* nor a model.json"):
+        run_stage(values, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_unknown_key_of_an_architecture(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    values = section("sft")
+    values["model"]["architecture"]["embed_dims"] = 16
+    with pytest.raises(UserError, match="architecture: unknown key 'embed_dims'"):
+        run_stage(values, tmp_path / "run")

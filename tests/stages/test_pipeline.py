@@ -1,0 +1,263 @@
+"""The runner: what it runs, skips, keeps and refuses. The stages in it are stand-ins."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import pytest
+
+from rlt_jax.errors import UserError
+from rlt_jax.stages import run_pipeline, sft, stage_sections
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+class Stage:
+    """Stands in for `sft.run`: counts, writes a file, and fails where told to."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.fails: dict[str, BaseException] = {}
+
+    def __call__(
+        self, config: ml_collections.ConfigDict, folder: Path, seed: int
+    ) -> dict[str, Any]:
+        self.ran.append(folder.name)
+        if isinstance(self.fails.get(folder.name), UserError):
+            raise self.fails[folder.name]
+        with (folder / "work").open("a", encoding="utf-8") as work:
+            work.write("x")
+        if folder.name in self.fails:
+            raise self.fails[folder.name]
+        return {"path": config.options.path, "seed": seed}
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stand_in = Stage()
+    monkeypatch.setattr(sft, "run", stand_in)
+    monkeypatch.setattr(sft, "SECTIONS", {"options": None})
+    return stand_in
+
+
+def config_of(**sections: Any) -> ml_collections.ConfigDict:
+    """A config whose pipeline is all of the sections."""
+    return ml_collections.ConfigDict(
+        {"seed": 7, "pipeline": tuple(sections), **sections}
+    )
+
+
+def section_of(path: str = "data") -> dict[str, Any]:
+    return {"stage": "sft", "options": {"path": path, "sizes": (1, 2.5)}}
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+    return config_of(a=section_of(), b=section_of("{workdir}/a"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def done(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "done.json").read_text(encoding="utf-8"))
+
+
+def test_stages_run_in_order_and_leave_what_they_did(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["a", "b"]
+    assert done(tmp_path / "a")["summary"] == {"path": "data", "seed": 7}
+    assert done(tmp_path / "b")["summary"] == {"path": f"{tmp_path}/a", "seed": 7}
+    assert done(tmp_path / "b")["stage"] == "sft"
+    assert done(tmp_path / "b")["seconds"] >= 0
+    written = json.loads((tmp_path / "b" / "settings.json").read_text("utf-8"))
+    assert written["options"] == {"path": f"{tmp_path}/a", "sizes": [1, 2.5]}
+
+
+def test_complete_stages_are_skipped(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    run_pipeline(config, tmp_path)
+    before = contents(tmp_path)
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["a", "b"]
+    assert contents(tmp_path) == before
+
+
+def test_a_stage_that_was_cut_off_goes_on_in_its_folder(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    stage.fails["b"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(config, tmp_path)
+    assert not (tmp_path / "b" / "done.json").exists()
+    stage.fails.clear()
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["a", "b", "b"]
+    assert (tmp_path / "b" / "work").read_text(encoding="utf-8") == "xx"
+
+
+def test_only_runs_one_stage_afresh_and_keeps_the_old_folders(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    run_pipeline(config, tmp_path)
+    first, other = contents(tmp_path / "a"), contents(tmp_path / "b")
+    run_pipeline(config, tmp_path, only="a")
+    second = contents(tmp_path / "a")
+    run_pipeline(config, tmp_path, only="a")
+    assert stage.ran == ["a", "b", "a", "a"]
+    assert contents(tmp_path / "a.1") == first
+    assert contents(tmp_path / "a.2") == second
+    assert (tmp_path / "a" / "work").read_text(encoding="utf-8") == "x"
+    assert contents(tmp_path / "b") == other
+
+
+def test_only_goes_on_with_a_stage_that_was_cut_off(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    stage.fails["a"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(config, tmp_path)
+    stage.fails.clear()
+    run_pipeline(config, tmp_path, only="a")
+    assert stage.ran == ["a", "a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "work").read_text(encoding="utf-8") == "xx"
+
+
+def test_changed_settings_are_refused_with_the_first_difference(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    run_pipeline(config, tmp_path)
+    before = contents(tmp_path)
+    config.b.options.path, config.b.options.sizes = "elsewhere", (1, 3.5)
+    with pytest.raises(UserError) as error:
+        run_pipeline(config, tmp_path)
+    assert f"options.path was '{tmp_path}/a', is 'elsewhere'" in str(error.value)
+    assert "--only=b" in str(error.value)
+    assert contents(tmp_path) == before
+    run_pipeline(config, tmp_path, only="b")
+    assert done(tmp_path / "b")["summary"]["path"] == "elsewhere"
+    assert contents(tmp_path / "b.1") == {
+        name.removeprefix("b/"): value
+        for name, value in before.items()
+        if name.startswith("b/")
+    }
+
+
+def test_another_seed_is_another_setting(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    run_pipeline(config, tmp_path)
+    config.seed = 8
+    with pytest.raises(UserError, match="seed was 7, is 8"):
+        run_pipeline(config, tmp_path)
+
+
+def test_bad_input_found_before_any_work_leaves_no_folder(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    stage.fails["b"] = UserError("no such data")
+    with pytest.raises(UserError, match="no such data"):
+        run_pipeline(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    stage.fails.clear()
+    config.b.options.path = "mended"
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["a", "b", "b"]
+
+
+def test_bad_input_found_later_keeps_the_work(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    stage.fails["b"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(config, tmp_path)
+    before = contents(tmp_path)
+    stage.fails["b"] = UserError("the disk is full")
+    with pytest.raises(UserError, match="disk"):
+        run_pipeline(config, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_config_may_be_one_stage(stage: Stage, tmp_path: Path) -> None:
+    run_pipeline(ml_collections.ConfigDict({"seed": 7, **section_of()}), tmp_path)
+    assert stage.ran == ["sft"]
+    assert done(tmp_path / "sft")["summary"] == {"path": "data", "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("seed"), "config: the key 'seed' is missing"),
+        (lambda c: c.pop("pipeline"), "needs a 'stage', or a 'pipeline'"),
+        (lambda c: c.pop("b"), "config.pipeline names 'b', config.b is missing"),
+        (lambda c: c.update(b=3), "config.b is 3, not the section of a stage"),
+        (lambda c: c["b"].update(stage="sfx"), "config.b.stage='sfx': one of sft, rl"),
+        (lambda c: c["b"].pop("stage"), "config.b.stage=None"),
+        (lambda c: c["b"].update(optoins={}), "config.b: unknown key 'optoins'"),
+        (lambda c: c["b"].pop("options"), "config.b: the key 'options' is missing"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_the_first_stage(
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+    stage: Stage,
+    config: ml_collections.ConfigDict,
+    tmp_path: Path,
+) -> None:
+    values = config.to_dict()
+    change(values)
+    with pytest.raises(UserError) as error:
+        run_pipeline(ml_collections.ConfigDict(values), tmp_path / "run")
+    assert message in str(error.value)
+    assert stage.ran == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_of_an_unknown_stage_names_the_known_ones(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--only=c: the config has a, b"):
+        run_pipeline(config, tmp_path / "run", only="c")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_configs_have_the_keys_of_their_stages(file: Path) -> None:
+    config = load_config(file)
+    sections = stage_sections(config)
+    assert list(sections) == list(config.pipeline)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("warmup.sft.step", "config.warmup.sft: unknown key 'step'; known are format"),
+        ("rl.grpo.stepz", "config.rl.grpo: unknown key 'stepz'; known are steps"),
+        ("rl.reward.lamda", "config.rl.reward: unknown key 'lamda'"),
+        ("eval_base.mesh.rows", "config.eval_base.mesh: unknown key 'rows'"),
+        ("report.pictures", "config.report: unknown key 'pictures'"),
+    ],
+)
+def test_unknown_keys_are_found_in_every_depth(path: str, message: str) -> None:
+    config = load_config(CONFIGS[-1].with_name("quickstart.py"))
+    config.update_from_flattened_dict({path: 1})
+    with pytest.raises(UserError) as error:
+        stage_sections(config)
+    assert message in str(error.value)
+
+
+def load_config(file: Path) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

@@ -1,0 +1,140 @@
+"""A run that was killed and resumed leaves what an uninterrupted one leaves, exactly.
+
+A killed run is a copy of the folder of a running one, taken at the moment of the kill.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from rlt_jax.stages import collect, evaluate
+from rlt_jax.training import checkpoint
+from rlt_jax.training.metrics import read_jsonl
+
+Section = Callable[[str], dict[str, Any]]
+RunStage = Callable[[dict[str, Any], Path], Path]
+# Of steps after the checkpoint, the last one half written.
+LEFTOVERS = '{"step": 3, "value": 0}\n{"step": 4, "val'
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A copy of tmp_path/whole from when its first checkpoint had been written."""
+    save, killed = checkpoint.save, tmp_path / "killed"
+
+    def save_and_copy(manager: Any, *args: Any) -> None:
+        save(manager, *args)
+        manager.wait_until_finished()
+        if not killed.exists():
+            shutil.copytree(tmp_path / "whole", killed)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_copy)
+    return killed
+
+
+@pytest.mark.parametrize(("stage", "steps"), [("sft", 5), ("rl", 5)])
+def test_training_resumes_bit_for_bit(
+    stage: str,
+    steps: int,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    killed: Path,
+) -> None:
+    whole = run_stage(section(stage), tmp_path / "whole")
+    assert saved_steps(killed / "part") == [3]
+    assert not (killed / "part" / "done.json").exists()
+    for file in killed.glob("*/*.jsonl"):
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(LEFTOVERS)
+
+    resumed = run_stage(section(stage), killed)
+    assert [row["step"] for row in metric_rows(whole)] == list(range(steps))
+    assert metric_rows(resumed) == metric_rows(whole)
+    assert saved_steps(resumed) == saved_steps(whole) == [steps]
+    assert_same_checkpoint(resumed, whole, steps)
+    assert summary(resumed) == summary(whole)
+    for file in whole.glob("samples.jsonl"):
+        assert (resumed / file.name).read_bytes() == file.read_bytes()
+
+
+def test_training_that_was_killed_after_its_last_step_only_ends(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    folder = run_stage(section("sft"), tmp_path)
+    before = summary(folder), metric_rows(folder)
+    (folder / "done.json").unlink()
+    run_stage(section("sft"), tmp_path)
+    assert (summary(folder), metric_rows(folder)) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "name"),
+    [("collect", collect, "traces.jsonl"), ("evaluate", evaluate, "samples.jsonl")],
+)
+def test_sampling_goes_on_with_the_batch_that_was_cut_off(
+    stage: str,
+    module: Any,
+    name: str,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = run_stage(section(stage), tmp_path)
+    whole, results = (folder / name).read_bytes(), summary(folder)
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 10
+    (folder / "done.json").unlink()
+    # Batches of 4: the second one lacks a line, and another is cut in half.
+    (folder / name).write_bytes(b"".join(lines[:6]) + lines[6][:20])
+    written: list[int] = []
+
+    def append(file: Path, rows: list[dict[str, Any]]) -> None:
+        written.append(len(rows))
+        append_jsonl(file, rows)
+
+    append_jsonl = module.append_jsonl
+    monkeypatch.setattr(module, "append_jsonl", append)
+    run_stage(section(stage), tmp_path)
+    assert written == [4, 2]
+    assert (folder / name).read_bytes() == whole
+    assert summary(folder) == results
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def metric_rows(folder: Path) -> list[dict[str, float]]:
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "done.json").read_text(encoding="utf-8"))["summary"]
+
+
+def assert_same_checkpoint(left: Path, right: Path, step: int) -> None:
+    """Same trees (parameters, optimizer, reference), same data position."""
+    name = f"checkpoints/{step}"
+    items = {path.name for path in (left / name).iterdir() if path.is_dir()}
+    assert items == {path.name for path in (right / name).iterdir() if path.is_dir()}
+    assert items >= {"params", "optimizer", "data"}
+    for item in items - {"data"}:
+        trees = [read_tree(folder / name / item) for folder in (left, right)]
+        jax.tree.map(np.testing.assert_array_equal, *trees)
+    data = [(folder / name / "data" / "metadata") for folder in (left, right)]
+    assert data[0].read_bytes() == data[1].read_bytes()
+
+
+def read_tree(folder: Path) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder)

@@ -1,0 +1,229 @@
+"""Checkpoints there and back, and every place that a model is loaded from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from rlt_jax.data import pipeline
+from rlt_jax.data.templates import Problem
+from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.errors import UserError
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.training import checkpoint
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.state import new_state, state_shardings
+from rlt_jax.types import Params
+
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "mlp_dim": 24,
+    "max_length": 64,
+}
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def stage(
+    tmp_path_factory: pytest.TempPathFactory,
+    text_model: Transformer,
+    teacher_params: Params,
+    tokenizer: Tokenizer,
+) -> Path:
+    """The folder of a finished stage."""
+    folder = tmp_path_factory.mktemp("stage")
+    checkpoint.describe(folder, text_model, tokenizer)
+    with checkpoint.open_manager(folder, keep=1) as manager:
+        trees = {"params": teacher_params, "other": {"x": np.arange(3)}}
+        checkpoint.save(manager, 3, trees, {})
+        manager.wait_until_finished()
+    return folder
+
+
+def assert_equal(ours: object, theirs: object) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_state_and_data_come_back(
+    tmp_path: Path, model: Transformer, params: Params, mesh: Mesh
+) -> None:
+    tx = optax.adam(0.1)
+    shardings = state_shardings(model, tx, mesh)
+    state = new_state(params, tx, shardings)._replace(step=jnp.int32(7))
+    batches = pipeline.problem_batches([Problem("", "")] * 9, 4, seed=0)
+    next(batches)
+    trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        assert checkpoint.restore_latest(manager, trees) is None
+        for step in (5, 6, 7):
+            data = {"batches": batches.get_state(), "start": {"loss": 0.5 + step}}
+            checkpoint.save(manager, step, trees, data)
+        manager.wait_until_finished()
+        assert manager.all_steps() == [6, 7]
+    upcoming = [next(batches) for _ in range(4)]
+
+    blank = jax.tree.map(jnp.zeros_like, trees)
+    again = pipeline.problem_batches([Problem("", "")] * 9, 4, seed=0)
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        step, restored, data = checkpoint.restore_latest(manager, blank)
+    assert step == 7
+    assert_equal(restored["params"], state.params)
+    assert_equal(tuple(restored["optimizer"]), (state.step, state.opt_state))
+    for leaf, sharding in zip(
+        jax.tree.leaves(restored["params"]),
+        jax.tree.leaves(shardings.params),
+        strict=True,
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert data["start"] == {"loss": 7.5}
+    again.set_state(data["batches"])
+    for batch in upcoming:
+        np.testing.assert_array_equal(next(again), batch)
+
+
+def test_a_stage_folder_is_a_model(
+    stage: Path,
+    mesh: Mesh,
+    text_model: Transformer,
+    teacher_params: Params,
+    tokenizer: Tokenizer,
+) -> None:
+    model, params, loaded = checkpoint.load(ModelSource(str(stage)), mesh, KEY)
+    assert model.config == text_model.config
+    assert_equal(params, teacher_params)
+    assert loaded.encode("3+4=7").ids.tolist() == tokenizer.encode("3+4=7").ids.tolist()
+    assert loaded.stop_ids == tokenizer.stop_ids
+
+
+def test_numerics_are_those_of_the_source_not_of_the_stage(
+    stage: Path, mesh: Mesh, teacher_params: Params
+) -> None:
+    source = ModelSource(
+        str(stage), dtype="bfloat16", param_dtype="bfloat16", remat="full"
+    )
+    model, params, _ = checkpoint.load(source, mesh, KEY)
+    assert (model.config.dtype, model.config.remat) == ("bfloat16", "full")
+    assert_equal(params, jax.tree.map(lambda x: x.astype("bfloat16"), teacher_params))
+
+
+def test_the_tokenizer_is_kept_without_what_lies_beside_it(
+    tmp_path: Path, text_model: Transformer, tokenizer: Tokenizer
+) -> None:
+    beside = tmp_path / "model"
+    shutil.copytree(tokenizer.path, beside)
+    (beside / "model.safetensors").write_text("large")
+    (beside / "generation_config.json").write_text('{"eos_token_id": [6, 9]}')
+    checkpoint.describe(
+        tmp_path / "stage", text_model, checkpoint.load_tokenizer(beside)
+    )
+    kept = tmp_path / "stage" / "tokenizer"
+    assert not (kept / "model.safetensors").exists()
+    assert checkpoint.load_tokenizer(kept).stop_ids == (6, 9)
+
+
+def test_an_architecture_gets_random_weights(mesh: Mesh, tokenizer: Tokenizer) -> None:
+    source = ModelSource(architecture=ARCHITECTURE, tokenizer="embedded")
+    model, params, _ = checkpoint.load(source, mesh, KEY)
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert params["embedding"].shape == (tokenizer.vocab_size, 16)
+    assert 0.01 < params["embedding"].std() < 0.03
+
+
+def test_the_shipped_model_is_loaded_by_name(mesh: Mesh, tokenizer: Tokenizer) -> None:
+    loaded = checkpoint.load(ModelSource("embedded"), mesh, KEY)
+    assert loaded.model.config.vocab_size == tokenizer.vocab_size
+    assert loaded.params["embedding"].dtype == jnp.float32
+    assert loaded.tokenizer.stop_ids == tokenizer.stop_ids
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "either a path or an architecture"),
+        ({"path": "embedded", "architecture": ARCHITECTURE}, "either a path or an"),
+        ({"architecture": ARCHITECTURE}, "needs a tokenizer"),
+        ({"path": "embedded", "param_dtype": "float16"}, "param_dtype='float16'"),
+    ],
+)
+def test_sources_that_contradict_themselves_are_refused(
+    fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ModelSource(**fields)
+
+
+def test_bad_architectures_are_refused(mesh: Mesh) -> None:
+    for fields, message in (
+        (ARCHITECTURE | {"width": 3}, "unknown key 'width'"),
+        ({"embed_dim": 16}, "the key 'num_layers' is missing"),
+    ):
+        source = ModelSource(architecture=fields, tokenizer="embedded")
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(source, mesh, KEY)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(
+    tmp_path: Path, mesh: Mesh, model: Transformer, params: Params, tokenizer: Tokenizer
+) -> None:
+    checkpoint.describe(tmp_path, model, tokenizer)
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, 1, {"params": params}, {})
+    with pytest.raises(UserError, match="has 512 ids, the embedding 40"):
+        checkpoint.load(ModelSource(str(tmp_path)), mesh, KEY)
+
+
+def test_places_without_a_model_are_refused(
+    tmp_path: Path, mesh: Mesh, text_model: Transformer, tokenizer: Tokenizer
+) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(
+            UserError, match="neither a config.json .* nor a model.json"
+        ):
+            checkpoint.load(ModelSource(str(path)), mesh, KEY)
+    checkpoint.describe(tmp_path, text_model, tokenizer)
+    with pytest.raises(UserError, match="the stage there has no checkpoint yet"):
+        checkpoint.load(ModelSource(str(tmp_path)), mesh, KEY)
+
+
+def test_hub_ids_are_downloaded(
+    stage: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, teacher_params: Params
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(stage)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = checkpoint.load(ModelSource("someone/some-model"), mesh, KEY)
+    assert asked == ["someone/some-model"]
+    assert_equal(loaded.params, teacher_params)
+
+    def fails(name: str, **_: object) -> str:
+        raise OSError("no route\nto the host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(UserError, match="cannot be downloaded: no route$"):
+        checkpoint.load(ModelSource("someone/some-model"), mesh, KEY)
+
+
+def test_model_json_says_what_the_model_is(
+    stage: Path, text_model: Transformer
+) -> None:
+    fields = json.loads((stage / "model.json").read_text())
+    assert fields["embed_dim"] == text_model.config.embed_dim
+    assert fields["num_layers"] == text_model.config.num_layers

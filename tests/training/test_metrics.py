@@ -1,0 +1,129 @@
+"""Metrics files: when rows are written, and what a cut-off run leaves."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlt_jax.training.metrics import (
+    MetricWriter,
+    append_jsonl,
+    keep_rows_before,
+    keep_whole_batches,
+    read_jsonl,
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
+
+
+def steps_of(file: Path) -> list[int]:
+    return [row["step"] for row in read_jsonl(file)]
+
+
+def test_metrics_are_written_one_step_late(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(0, {"a/b": jnp.float32(1.5)})
+        assert not file.exists()
+        writer.write(1, {"a/b": np.float64(2.5), "c": 3})
+        assert read_jsonl(file) == [{"step": 0, "a/b": 1.5}]
+        writer.flush()
+        assert steps_of(file) == [0, 1]
+        writer.flush()
+        assert steps_of(file) == [0, 1]
+        writer.write(2, {"a/b": 4.0})
+    assert read_jsonl(file) == [
+        {"step": 0, "a/b": 1.5},
+        {"step": 1, "a/b": 2.5, "c": 3.0},
+        {"step": 2, "a/b": 4.0},
+    ]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_last_step_is_written_though_the_run_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), MetricWriter(tmp_path, 0) as writer:
+        writer.write(0, {"a": 1.0})
+        raise ZeroDivisionError
+    assert steps_of(tmp_path / "metrics.jsonl") == [0]
+
+
+def test_numbers_that_are_not_finite_are_kept(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(0, {"a": jnp.nan, "b": -jnp.inf})
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert np.isnan(row["a"]) and row["b"] == -np.inf
+
+
+def test_resuming_drops_the_rows_that_come_again(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, 0) as writer:
+        for step in range(5):
+            writer.write(step, {"run": 1})
+    with MetricWriter(tmp_path, 3) as writer:
+        for step in range(3, 6):
+            writer.write(step, {"run": 2})
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["run"]) for row in rows] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 2),
+    ]
+
+
+def test_rows_survive_whatever_they_hold(file: Path) -> None:
+    # Line ends of other alphabets, controls, and what JSON itself uses.
+    texts = ["a\nb", "a\u2028b\u2029c\x85d", '"{}\\', "naïve 🦉", "\x00\x0b\x0c\x1c\r"]
+    append_jsonl(file, [{"text": text} for text in texts[:2]])
+    append_jsonl(file, [{"text": text} for text in texts[2:]])
+    assert [row["text"] for row in read_jsonl(file)] == texts
+    assert "naïve 🦉" in file.read_text(encoding="utf-8"), "people read these files"
+
+
+def test_a_last_line_cut_off_in_writing_is_left_out(file: Path) -> None:
+    rows = [{"step": step, "text": "🦉"} for step in range(3)]
+    append_jsonl(file, rows)
+    whole = file.read_bytes()
+    # Also in the middle of a character, and after the last line but for its end.
+    for cut in (1, 4, 5, 10):
+        file.write_bytes(whole[:-cut])
+        assert read_jsonl(file) == rows[:2]
+        append_jsonl(file, rows[2:])
+        assert read_jsonl(file) == rows
+        assert file.read_bytes() == whole
+
+
+def test_a_file_of_one_cut_off_line_is_begun_afresh(file: Path) -> None:
+    file.write_text('{"step": 0')
+    assert read_jsonl(file) == []
+    append_jsonl(file, [{"step": 0}])
+    assert read_jsonl(file) == [{"step": 0}]
+
+
+def test_keep_rows_before(file: Path) -> None:
+    keep_rows_before(file, 3)
+    assert not file.exists()
+    append_jsonl(file, [{"step": step} for step in (0, 1, 3, 2, 7)])
+    with file.open("a") as lines:
+        lines.write('{"step": 1')
+    keep_rows_before(file, 3)
+    assert steps_of(file) == [0, 1, 2]
+    keep_rows_before(file, 0)
+    assert steps_of(file) == []
+    assert list(file.parent.iterdir()) == [file], "nothing else is left behind"
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(0, 0), (3, 0), (4, 4), (9, 8)])
+def test_only_whole_batches_are_kept(file: Path, rows: int, kept: int) -> None:
+    assert keep_whole_batches(file, 4) == 0
+    append_jsonl(file, [{"step": step} for step in range(rows)])
+    with file.open("a") as lines:
+        lines.write(json.dumps({"step": rows})[:-1])
+    assert keep_whole_batches(file, 4) == kept
+    assert steps_of(file) == list(range(kept))
