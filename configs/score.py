@@ -13,27 +13,31 @@ Hardware: any; two forward passes a completion.
 
 import ml_collections
 
+from rlt_jax.data.selection import SelectionConfig
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.settings import section
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.sharding import MeshConfig
+
 
 def get_config() -> ml_collections.ConfigDict:
     """One stage."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.stage = "score"
-    config.teacher = {"path": "embedded"}
-    config.student = {"path": "embedded"}
-    config.students = {"combine": "mean"}
+    config.teacher = section(ModelSource, path="embedded")
+    config.student = section(ModelSource, path="embedded")
+    config.students = section(StudentsConfig)
     config.template = "rlt"
     config.data = {"path": "rows.jsonl"}
-    config.reward = {
-        "explanation_kl_coef": ml_collections.config_dict.placeholder(object)
-    }
-    config.reward = {}
-    config.select = {"max_tokens": 0, "best_per_question": 0, "top_fraction": 1.0}
+    config.reward = section(RLTRewardConfig)
+    config.select = section(SelectionConfig)
     config.teacher_temperature = 0.7
     config.batch_size = 32
     config.assume_closed = False
     config.per_token = False
     config.controls = False
     config.num_examples = 10
-    config.mesh = {}
+    config.mesh = section(MeshConfig)
     return config

@@ -1,14 +1,40 @@
 """From a section of the config to the dataclass or function that owns its keys."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
+from ml_collections import config_dict
 
 from rlt_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
+    """A config section with all settings of a dataclass, so that all can be overridden.
+
+    Args:
+      owner: the dataclass.
+      **values: where the section differs from its defaults, and what has none.
+
+    Raises:
+      UserError: unknown or missing keys.
+    """
+    config = ml_collections.ConfigDict()
+    built = build(owner, values, owner.__name__)
+    for field in dataclasses.fields(owner):
+        value = getattr(built, field.name)
+        if field.type in (int, float, str, bool):
+            config[field.name] = value
+        elif isinstance(value, Mapping):
+            config[field.name] = dict(value)
+        else:  # several types, or none: the owner checks what is given
+            config[field.name] = config_dict.placeholder(object)
+            config[field.name] = value
+    return config
 
 
 def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T:

@@ -25,7 +25,7 @@ from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.inference.scoring import score_rows
 from rlt_jax.models.convert import read_config, read_params
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.rl.rlt_reward import RLTRewardConfig, rlt_reward
+from rlt_jax.rl.rlt_reward import RLTRewardConfig, reward_tokens, rlt_reward
 from rlt_jax.types import Reward, ScoringBatch
 
 TOKEN_ATOL = 5e-4
@@ -230,12 +230,13 @@ def reward_of_config(
         config = reward_config(entry["reward"])
         biased = entry["reward"]["unbias_teacher_log_probs"] is False
         teacher_temperature = 1.0 if biased else entry["gen_temperature"]
-        yield (
-            name,
-            jax.jit(functools.partial(rlt_reward, config))(
-                student[config.student_temperature], teacher[teacher_temperature], batch
-            ),
+        tokens = reward_tokens(
+            config,
+            student[config.student_temperature],
+            teacher[teacher_temperature],
+            batch,
         )
+        yield name, jax.jit(functools.partial(rlt_reward, config))(tokens, batch.closed)
 
 
 def check(folder: Path) -> Differences:
@@ -251,7 +252,7 @@ def check(folder: Path) -> Differences:
             compare_rows(found, case, arrays, student, teacher)
         longest = max(len(row.tokens) for pair in rows for row in pair[:2])
         batch = scoring.batch_of_rows(
-            scoring.RowShape(4, longest),
+            scoring.RowShape(4, -(-longest // 512) * 512),
             [student for student, _, _ in rows],
             [teacher for _, teacher, _ in rows],
             np.array([closed for _, _, closed in rows]),

@@ -5,7 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlt_jax.models.blocked_attention import Settings, Tokens, blocked_attention
+
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
+LONG = 1024  # rows of at least so many tokens are attended to block by block
+BLOCKS = (512, 256, 128)
 
 
 class Visibility(NamedTuple):
@@ -63,6 +67,9 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention with a float32 softmax.
 
+    Long rows are computed block by block, with memory linear in their length. Queries
+    and keys are then the same tokens, as they are whenever T equals S.
+
     Args:
       query: [B, T, N, H].
       key: [B, S, K, H]; query head n reads key head n // G with G = N / K.
@@ -79,6 +86,12 @@ def attention(
     B, T, N, H = query.shape
     K = key.shape[2]
     query = query.reshape(B, T, K, N // K, H) * scale
+    block = next((size for size in BLOCKS if T % size == 0), None)
+    if T == key.shape[1] and T >= LONG and block:
+        tokens = Tokens(visibility.query_positions, visibility.query_segments, windowed)
+        settings = Settings(block, softcap, window)
+        out = blocked_attention(query, key, value, tokens, settings)
+        return out.reshape(B, T, N, H)
     scores = jnp.einsum(
         "BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32
     )

@@ -5,11 +5,11 @@ answer, reasoning_trace, closed, reward and its terms. The file is read by `sft`
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -17,15 +17,17 @@ from rlt_jax.data import pipeline
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import completions_of, jit_rollout
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scoring import score_rows
-from rlt_jax.rl.rlt_reward import RLTRewardConfig, rlt_reward
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import (
     check_fit,
+    fixed_kl_coef,
     generate,
+    jit_scorer,
     load_roles,
     sample_rows,
-    scoring_batch,
+    scoring_batches,
 )
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.metrics import (
@@ -51,7 +53,8 @@ class CollectConfig:
 
 SECTIONS = {
     "teacher": checkpoint.ModelSource,
-    "student": checkpoint.ModelSource,
+    "student": None,  # a ModelSource, or several
+    "students": StudentsConfig,
     "template": None,
     "data": None,
     "rows": RowShape,
@@ -66,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """Writes and scores explanations; goes on where an earlier run stopped.
 
     Args:
-      config: sections `teacher`, `student`, `template`, `data`, `rows`, `sampling`,
+      config: sections `teacher`, `student`, `students`, `template`, `data`, `rows`, `sampling`,
         `reward`, `collect`, `mesh`.
       workdir: folder of the stage.
       seed: of the sampling.
@@ -78,20 +81,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     roles = load_roles(config, mesh, seed)
     sampling = build(SamplingConfig, config.sampling, "sampling")
-    reward_config = build(RLTRewardConfig, config.reward, "reward")
     problems = pipeline.load_problems(config.data, roles.template, seed)
     check_fit(roles, sampling, problems)
     todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
 
-    teacher, student = roles.teacher, roles.student
+    teacher = roles.teacher
     rollout = jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh)
-    score_teacher = jax.jit(
-        functools.partial(score_rows, teacher.model, sampling.temperature)
-    )
-    score_student = jax.jit(
-        functools.partial(score_rows, student.model, reward_config.student_temperature)
-    )
-    rewards = jax.jit(functools.partial(rlt_reward, reward_config))
+    score, reward_config = jit_scorer(roles, config, sampling.temperature)
+    kl_coef = jnp.float32(fixed_kl_coef(reward_config))
     file = workdir / "traces.jsonl"
     first = keep_whole_batches(file, c.batch_size)
     key = jax.random.key(seed)
@@ -101,12 +98,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             padded = part + part[-1:] * (c.batch_size - len(part))
             result = generate(rollout, roles, teacher.params, padded, start, key)
             completions = completions_of(result)
-            batch, _ = scoring_batch(roles, padded, completions)
-            reward = rewards(
-                score_student(student.params, batch.student),
-                score_teacher(teacher.params, batch.teacher),
-                batch,
-            )
+            batches, _ = scoring_batches(roles, padded, completions)
+            reward = score(
+                teacher.params, roles.student_params, batches, kl_coef
+            ).reward
             chosen = slice(0, len(part))
             append_jsonl(file, sample_rows(roles, padded, completions, reward, chosen))
             bar.update(len(part))

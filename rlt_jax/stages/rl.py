@@ -6,8 +6,9 @@ prompts -> rollout -> rows -> score -> reward -> advantages -> update.
 
 import dataclasses
 import functools
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +30,17 @@ from rlt_jax.inference.scoring import score_rows
 from rlt_jax.rl import policy_update
 from rlt_jax.rl.advantages import group_advantages
 from rlt_jax.rl.metrics import reward_metrics, rollout_metrics
-from rlt_jax.rl.rlt_reward import RLTRewardConfig, rlt_reward
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import Scored, StudentsConfig, balanced_kl_coef
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import (
     Roles,
     check_fit,
     generate,
+    jit_scorer,
     load_roles,
     sample_rows,
-    scoring_batch,
+    scoring_batches,
 )
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.metrics import (
@@ -49,6 +52,8 @@ from rlt_jax.training.metrics import (
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import new_state, state_shardings
 from rlt_jax.types import Params, TrainState
+
+_LOG = logging.getLogger("rlt_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +89,8 @@ class GRPOConfig:
 
 SECTIONS = {
     "teacher": checkpoint.ModelSource,
-    "student": checkpoint.ModelSource,
+    "student": None,  # a ModelSource, or several
+    "students": StudentsConfig,
     "template": None,
     "data": None,
     "held_out": None,
@@ -101,9 +107,8 @@ class Programs(NamedTuple):
     """The compiled device programs of a step, in the order of their use."""
 
     rollout: Any  # policy params, prompts, key -> Rollout
-    score_student: Any  # student params, student rows -> log_probs
-    score_policy: Any  # params, teacher rows -> log_probs
-    reward: Any  # student and teacher log-probs, batch -> Reward
+    score: Any  # policy and student params, batches, KL weight -> Scored
+    reference: Any  # reference params, teacher rows -> log_probs
     advantages: Any  # rewards -> advantages
     update: Any  # state, PolicyBatch -> state, metrics
     mix: Any  # reference, policy -> reference
@@ -113,7 +118,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """Trains a teacher with the RLT reward.
 
     Args:
-      config: sections `teacher`, `student`, `template`, `data`, `held_out`, `rows`,
+      config: sections `teacher`, `student`, `students`, `template`, `data`, `held_out`, `rows`,
         `sampling`, `reward`, `grpo`, `optimizer`, `mesh`.
       workdir: folder of the stage.
       seed: of everything random.
@@ -132,17 +137,28 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
     shardings = state_shardings(teacher.model, tx, mesh)
-    reward_config = build(RLTRewardConfig, config.reward, "reward")
-    programs = compile_programs(c, roles, sampling, reward_config, tx, mesh, shardings)
+    score, reward = jit_scorer(roles, config, sampling.temperature)
+    programs = compile_programs(c, roles, sampling, score, tx, mesh, shardings)
     state = new_state(teacher.params, tx, shardings)
     reference = jax.tree.map(jnp.copy, teacher.params)
     roles = roles._replace(teacher=teacher._replace(params=None))
-    batches = pipeline.problem_batches(problems, c.batch_size, seed)
+    prompts = pipeline.problem_batches(problems, c.batch_size, seed)
     checkpoint.describe(workdir, teacher.model, teacher.tokenizer)
     key = jax.random.key(seed)
     held_out = held_out[: c.batch_size * c.group_size]
+    balanced = reward.explanation_kl_coef == "auto"
     return train(
-        c, programs, roles, problems, held_out, batches, state, reference, key, workdir
+        c,
+        programs,
+        roles,
+        problems,
+        held_out,
+        prompts,
+        state,
+        reference,
+        None if balanced else reward.explanation_kl_coef,
+        key,
+        workdir,
     )
 
 
@@ -152,21 +168,28 @@ def train(
     roles: Roles,
     problems: Sequence[Problem],
     held_out: Sequence[Problem],
-    batches: grain.DatasetIterator,
+    prompts: grain.DatasetIterator,
     state: TrainState,
     reference: Params,
+    kl_coef: float | None,
     key: jax.Array,
     workdir: Path,
 ) -> dict[str, Any]:
-    """The loop; resumes from the latest checkpoint in the workdir."""
+    """The loop; resumes from the latest checkpoint in the workdir.
+
+    Without a `kl_coef` the weight of the explanation KL is balanced to the solution
+    score on the held-out problems before the first step.
+    """
     samples = workdir / "samples.jsonl"
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        first, state, reference, start = _restore(manager, state, reference, batches)
+        first, state, reference, start = _restore(manager, state, reference, prompts)
         keep_rows_before(samples, first)
         if start is None:
             start = evaluate_held_out(
-                programs, roles, held_out, state, key, c, samples, "first"
+                programs, roles, held_out, state, key, c, samples, "first", kl_coef
             )
+            _log_sizes(start)
+        kl_coef = start["kl_coef"]
         with (
             MetricWriter(workdir, first) as writer,
             progress(first, c.steps, workdir.name) as bar,
@@ -174,28 +197,26 @@ def train(
             for step in range(first, c.steps):
                 began = time.monotonic()
                 step_key = jax.random.fold_in(key, step)
-                chosen = [problems[i] for i in next(batches)]
+                chosen = [problems[i] for i in next(prompts)]
                 group = [problem for problem in chosen for _ in range(c.group_size)]
 
                 rollout = generate(
                     programs.rollout, roles, state.params, group, 0, step_key
                 )
                 completions = completions_of(rollout)
-                batch, overlong = scoring_batch(roles, group, completions)
-                student_log_probs = programs.score_student(
-                    roles.student.params, batch.student
+                batches, overlong = scoring_batches(roles, group, completions)
+                scored = programs.score(
+                    state.params, roles.student_params, batches, kl_coef
                 )
-                old_log_probs = programs.score_policy(state.params, batch.teacher)
-                ref_log_probs = programs.score_policy(reference, batch.teacher)
-                reward = programs.reward(student_log_probs, old_log_probs, batch)
+                reward, rows = scored.reward, batches[0].teacher
                 state, metrics = programs.update(
                     state,
                     policy_update.PolicyBatch(
-                        batch.teacher,
-                        batch.completion,
+                        rows,
+                        batches[0].completion,
                         programs.advantages(reward.value),
-                        old_log_probs,
-                        ref_log_probs,
+                        scored.teacher_log_probs,
+                        programs.reference(reference, rows),
                     ),
                 )
                 if (step + 1) % c.sync_every == 0:
@@ -212,11 +233,11 @@ def train(
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
                     writer.flush()  # a checkpoint's steps have their rows
                     trees = _trees(state, reference)
-                    data = {"batches": batches.get_state(), "start": start}
+                    data = {"prompts": prompts.get_state(), "start": start}
                     checkpoint.save(manager, step + 1, trees, data)
                 bar.update()
         end = evaluate_held_out(
-            programs, roles, held_out, state, key, c, samples, "last"
+            programs, roles, held_out, state, key, c, samples, "last", kl_coef
         )
         manager.wait_until_finished()
     return start | end
@@ -226,14 +247,14 @@ def compile_programs(
     c: GRPOConfig,
     roles: Roles,
     sampling: SamplingConfig,
-    reward: RLTRewardConfig,
+    score: Callable[..., Scored],
     tx: optax.GradientTransformation,
     mesh: Mesh,
     shardings: TrainState,
 ) -> Programs:
     """Jits every program once, with the shardings of the mesh."""
-    teacher, student = roles.teacher, roles.student
-    score_policy = functools.partial(score_rows, teacher.model, sampling.temperature)
+    teacher = roles.teacher
+    reference = functools.partial(score_rows, teacher.model, sampling.temperature)
     update = functools.partial(
         policy_update.update, teacher.model, tx, sampling.temperature, c.beta
     )
@@ -243,11 +264,8 @@ def compile_programs(
 
     return Programs(
         rollout=jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh),
-        score_student=jax.jit(
-            functools.partial(score_rows, student.model, reward.student_temperature)
-        ),
-        score_policy=jax.jit(score_policy),
-        reward=jax.jit(functools.partial(rlt_reward, reward)),
+        score=score,
+        reference=jax.jit(reference),
         advantages=jax.jit(
             functools.partial(group_advantages, group_size=c.group_size)
         ),
@@ -270,8 +288,9 @@ def evaluate_held_out(
     c: GRPOConfig,
     samples: Path,
     when: str,
+    kl_coef: float | None,
 ) -> dict[str, float]:
-    """Mean reward and terms on held-out problems, one completion each.
+    """Mean reward and terms on held-out problems, one completion each, and the KL weight.
 
     The batch has the shape of a training step, so nothing new is compiled, and the same
     key at every call, so two calls differ by the policy alone.
@@ -281,22 +300,42 @@ def evaluate_held_out(
     held_out_key = jax.random.fold_in(key, 2**31 - 1)
     rollout = generate(programs.rollout, roles, state.params, padded, 0, held_out_key)
     completions = completions_of(rollout)
-    batch, _ = scoring_batch(roles, padded, completions)
-    student_log_probs = programs.score_student(roles.student.params, batch.student)
-    log_probs = programs.score_policy(state.params, batch.teacher)
-    reward = programs.reward(student_log_probs, log_probs, batch)
+    batches, _ = scoring_batches(roles, padded, completions)
+    params = state.params, roles.student_params
+    if kl_coef is None:
+        terms = jax.device_get(programs.score(*params, batches, 0.0).reward.terms)
+        kl_coef = balanced_kl_coef(terms["solution_score"], terms["explanation_kl"])
+    reward = programs.score(*params, batches, kl_coef).reward
     step = 0 if when == "first" else c.steps
     chosen = slice(0, min(32, len(problems)))
     written = sample_rows(roles, padded, completions, reward, chosen)
     _write_samples(samples, step, "held_out", written)
     values = jax.device_get({"reward": reward.value, **reward.terms})
-    result = {}
+    result = {"kl_coef": float(kl_coef)}
     for name, value in values.items():
         value = value[: len(problems)]
         result[f"held_out_{name}_{when}"] = float(value.mean())
         error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
         result[f"held_out_{name}_{when}_standard_error"] = float(error)
     return result
+
+
+def _log_sizes(start: dict[str, float]) -> None:
+    score, divergence, kl_coef = (
+        start[name]
+        for name in (
+            "held_out_solution_score_first",
+            "held_out_explanation_kl_first",
+            "kl_coef",
+        )
+    )
+    _LOG.info(
+        "before the first step: solution score %.4g, explanation KL %.4g * %.4g = %.4g",
+        score,
+        divergence,
+        kl_coef,
+        divergence * kl_coef,
+    )
 
 
 def _write_samples(
@@ -314,12 +353,12 @@ def _trees(state: TrainState, reference: Params) -> dict[str, Any]:
 
 
 def _restore(
-    manager: Any, state: TrainState, reference: Params, batches: Any
+    manager: Any, state: TrainState, reference: Params, prompts: Any
 ) -> tuple[int, TrainState, Params, dict[str, float] | None]:
     restored = checkpoint.restore_latest(manager, _trees(state, reference))
     if restored is None:
         return 0, state, reference, None
     first, trees, data = restored
-    batches.set_state(data["batches"])
+    prompts.set_state(data["prompts"])
     state = TrainState(trees["optimizer"][0], trees["params"], trees["optimizer"][1])
     return first, state, trees["reference"], data["start"]

@@ -9,8 +9,11 @@ from jax.sharding import Mesh
 
 from rlt_jax.data import examples, scoring
 from rlt_jax.data.templates import Problem, Template, load_template
+from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import PromptBatch, pad_prompts
 from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint
 from rlt_jax.types import Params, Reward, Rollout, ScoringBatch
@@ -20,23 +23,57 @@ class Roles(NamedTuple):
     """The frozen things that rows are made with."""
 
     teacher: checkpoint.LoadedModel
-    student: checkpoint.LoadedModel
+    students: tuple[checkpoint.LoadedModel, ...]
     template: Template
     rows: scoring.RowShape
 
+    @property
+    def student_params(self) -> tuple[Params, ...]:
+        """Parameters of each student."""
+        return tuple(student.params for student in self.students)
+
 
 def load_roles(config: Mapping[str, Any], mesh: Mesh, seed: int) -> Roles:
-    """Loads sections `teacher`, `student`, `template` and `rows` of a config."""
-    models = [
-        checkpoint.load(
-            build(checkpoint.ModelSource, config[name], name),
-            mesh,
-            jax.random.fold_in(jax.random.key(seed), number),
-        )
-        for number, name in enumerate(("teacher", "student"))
-    ]
+    """Loads sections `teacher`, `student` (one or several), `template` and `rows`."""
     rows = build(scoring.RowShape, config["rows"], "rows")
-    return Roles(*models, load_template(config["template"]), rows)
+    teacher, *students = load_models(config, mesh, seed)
+    return Roles(teacher, tuple(students), load_template(config["template"]), rows)
+
+
+def load_models(
+    config: Mapping[str, Any], mesh: Mesh, seed: int
+) -> list[checkpoint.LoadedModel]:
+    """The teacher, then every student of a config."""
+    students = config["student"]
+    several = students if isinstance(students, list | tuple) else [students]
+    return [
+        checkpoint.load(
+            build(checkpoint.ModelSource, section, "teacher" if not n else "student"),
+            mesh,
+            jax.random.fold_in(jax.random.key(seed), n),
+        )
+        for n, section in enumerate([config["teacher"], *several])
+    ]
+
+
+def jit_scorer(
+    roles: Roles, config: Mapping[str, Any], temperature: float
+) -> tuple[Callable[..., Scored], RLTRewardConfig]:
+    """Compiles the reward of sections `reward` and `students`; and its settings."""
+    reward = build(RLTRewardConfig, config["reward"], "reward")
+    students = build(StudentsConfig, config["students"], "students")
+    models = [student.model for student in roles.students]
+    return jit_score(reward, students, roles.teacher.model, models, temperature), reward
+
+
+def fixed_kl_coef(config: RLTRewardConfig) -> float:
+    """The weight of the explanation KL where there is no run to balance it in."""
+    if isinstance(config.explanation_kl_coef, str):
+        raise UserError(
+            f"reward.explanation_kl_coef={config.explanation_kl_coef!r} is for rl and "
+            "score; give the number that they logged."
+        )
+    return config.explanation_kl_coef
 
 
 def generate(
@@ -60,18 +97,22 @@ def teacher_prompt_ids(roles: Roles, problem: Problem) -> np.ndarray:
     return tokenizer.encode(text).ids
 
 
-def scoring_batch(
+def scoring_batches(
     roles: Roles, problems: Sequence[Problem], completions: Sequence[np.ndarray]
-) -> tuple[ScoringBatch, int]:
-    """`data.scoring.scoring_batch` for the models at hand."""
-    return scoring.scoring_batch(
-        roles.teacher.tokenizer,
-        roles.student.tokenizer,
-        roles.template,
-        roles.rows,
-        problems,
-        completions,
-    )
+) -> tuple[tuple[ScoringBatch, ...], int]:
+    """A batch for each student, and how many completions were too long for any."""
+    pairs = [
+        scoring.scoring_batch(
+            roles.teacher.tokenizer,
+            student.tokenizer,
+            roles.template,
+            roles.rows,
+            problems,
+            completions,
+        )
+        for student in roles.students
+    ]
+    return tuple(batch for batch, _ in pairs), max(overlong for _, overlong in pairs)
 
 
 def check_fit(

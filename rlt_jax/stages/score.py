@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -28,6 +27,7 @@ from rlt_jax.report.explanations import write_page
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 from rlt_jax.settings import build
+from rlt_jax.stages.roles import load_models
 from rlt_jax.training import checkpoint, provenance, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
@@ -60,16 +60,17 @@ class ScoreConfig:
     num_examples: int = 10
 
 
-SECTIONS = {
-    "teacher": None,
-    "student": None,
+PARTS = {
+    "teacher": checkpoint.ModelSource,
+    "student": None,  # a ModelSource, or several
     "students": StudentsConfig,
     "template": None,
-    "data": None,
+    "data": {"path": None},
     "reward": RLTRewardConfig,
     "select": SelectionConfig,
     "mesh": sharding.MeshConfig,
 }
+SECTIONS = PARTS | {field.name: None for field in dataclasses.fields(ScoreConfig)}
 
 
 class Judge(NamedTuple):
@@ -97,7 +98,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       Number of completions and of traces selected, mean reward, and the KL weight.
     """
     values = config.to_dict()
-    sections = {name: values.pop(name) for name in SECTIONS}
+    sections = {name: values.pop(name) for name in PARTS}
     c = build(ScoreConfig, values, "config")
     reward = build(RLTRewardConfig, sections["reward"], "reward")
     selection = build(SelectionConfig, sections["select"], "select")
@@ -221,14 +222,7 @@ def _load_judge(
 ) -> Judge:
     mesh = sharding.make_mesh(build(sharding.MeshConfig, sections["mesh"], "mesh"))
     template = load_template(sections["template"])
-    students = sections["student"]
-    students = students if isinstance(students, list | tuple) else [students]
-    teacher, *students = (
-        checkpoint.load(
-            build(checkpoint.ModelSource, source, "model"), mesh, jax.random.key(seed)
-        )
-        for source in (sections["teacher"], *students)
-    )
+    teacher, *students = load_models(sections, mesh, seed)
     several = build(StudentsConfig, sections["students"], "students")
     score = api.make_scorer(
         teacher, students, template, reward, several, c.teacher_temperature

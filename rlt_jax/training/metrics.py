@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -72,9 +72,15 @@ def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file of ours; a last line cut off in writing is left out."""
-    # Not splitlines(): texts may hold other characters that it takes for line ends.
-    complete = file.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in complete]
+    return list(stream_jsonl(file))
+
+
+def stream_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    """The same, a row at a time."""
+    with file.open("rb") as lines:  # bytes: texts may hold other line ends
+        for line in lines:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
 
 
 def keep_rows_before(file: Path, step: int) -> None:
