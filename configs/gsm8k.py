@@ -13,7 +13,7 @@ learns nothing worth having; what this run shows is that the questions, prompts 
 together. For a result, set `model` to a pretrained checkpoint, raise steps, batch sizes
 and `max_new_tokens`, and drop the limits.
 
-Hardware: 2 CPU cores, about 2 minutes, 3 GB of memory, 0.7 GB of disk.
+Hardware: 2 CPU cores, about 2 minutes, 2 GB of memory, 0.4 GB of disk.
 Expected result: all stages complete, losses are finite and near log(vocabulary) = 11.8,
 no explanation is closed, and every accuracy is 0.
 """

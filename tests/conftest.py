@@ -24,6 +24,9 @@ from rlt_jax.models.transformer import (
 from rlt_jax.training.sharding import MeshConfig, make_mesh
 from rlt_jax.types import Params
 
+# Tests compile much and compute little.
+jax.config.update("jax_disable_most_optimizations", True)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -121,7 +121,7 @@ def problems(split: str, size: int, seed: int, stream: int = 0) -> list[Problem]
 
     Runs of one seed that shall see different problems name different streams.
     """
-    return [_problem(chain) for chain in _chains(split, size, (seed, stream))]
+    return [_problem(chain) for chain in _chains(split, size, seed, stream)]
 
 
 def traces(
@@ -149,18 +149,18 @@ def traces(
     shares = list(kinds.values())
     if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
         raise UserError(f"kinds {dict(kinds)}: shares of {KINDS} that sum to 1.")
-    rng = np.random.default_rng([seed, stream, 1])
+    rng = np.random.default_rng([seed, 1, stream])
     chosen = rng.choice(list(kinds), size, p=shares)
     result = []
-    for chain, kind in zip(_chains(split, size, (seed, stream)), chosen, strict=True):
+    for chain, kind in zip(_chains(split, size, seed, stream), chosen, strict=True):
         explanation, digit = explain(chain, str(kind), rng, known_answer)
         problem = Problem(chain.question, str(digit), str(digit))
         result.append(Trace(problem, explanation))
-    return result + _drills(drills, (seed, stream))
+    return result + _drills(drills, seed, stream)
 
 
-def _drills(size: int, seed: tuple[int, int]) -> list[Trace]:
-    rng = np.random.default_rng([*seed, 2])
+def _drills(size: int, seed: int, stream: int) -> list[Trace]:
+    rng = np.random.default_rng([seed, 2, stream])
     result = []
     for _ in range(size):
         chain = sample_chain(rng, int(rng.integers(1, 3)))
@@ -174,10 +174,10 @@ def _problem(chain: Chain) -> Problem:
     return Problem(chain.question, digit, digit)
 
 
-def _chains(split: str, size: int, seed: tuple[int, int]) -> Iterator[Chain]:
+def _chains(split: str, size: int, seed: int, stream: int) -> Iterator[Chain]:
     if split not in ("train", "test"):
         raise UserError(f"split {split!r} of the arithmetic task: train or test.")
-    rng = np.random.default_rng([*seed, 0])
+    rng = np.random.default_rng([seed, 0, stream])
     seen: set[Chain] = set()
     while len(seen) < size:
         chain = sample_chain(rng)
