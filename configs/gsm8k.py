@@ -102,6 +102,7 @@ def _explaining(student: dict[str, Any], teacher: str) -> dict[str, Any]:
     return {
         "teacher": {"path": teacher},
         "student": student,
+        "students": {},
         "template": TEMPLATE,
         "rows": ROWS,
         "sampling": {"max_new_tokens": 96, "temperature": 0.7},

@@ -10,10 +10,22 @@ Hardware: 2 CPU cores.
 
 import ml_collections
 
+from rlt_jax.data.scoring import RowShape
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.report.pages import ReportConfig
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.settings import section
+from rlt_jax.stages.collect import CollectConfig
+from rlt_jax.stages.evaluate import EvaluateConfig
+from rlt_jax.stages.rl import GRPOConfig
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
+
+BASE = "embedded"
 TEMPLATE = "tiny"
-BASE = {"path": "embedded"}
-ROWS = {"micro_batch_size": 16, "row_length": 160}
-SAMPLING = {"max_new_tokens": 56, "temperature": 0.7}
 KINDS = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}
 
 
@@ -33,102 +45,92 @@ def get_config() -> ml_collections.ConfigDict:
         "eval_student_rlt",
         "report",
     )
-    config.warmup = {
-        "stage": "sft",
-        "model": BASE,
-        "template": TEMPLATE,
-        "data": {
-            "task": "arithmetic",
-            "split": "train",
-            "size": 8000,
-            "stream": 1,
-            "kinds": KINDS,
-            "known_answer": True,
-        },
-        "sft": {
-            "format": "teacher",
-            "steps": 350,
-            "batch_size": 24,
-            "row_length": 160,
-        },
-        "optimizer": {
-            "learning_rate": 2e-3,
-            "schedule": "cosine",
-            "warmup_fraction": 0.05,
-        },
-        "mesh": {},
-    }
-    config.rl = {
+    worked = _problems("train", 8000, stream=1)
+    config.warmup = _sft(
+        "teacher", {**worked, "kinds": KINDS, "known_answer": True}, 350, 2e-3
+    )
+    config.rl = _roles("{workdir}/warmup") | {
         "stage": "rl",
-        "teacher": {"path": "{workdir}/warmup"},
-        "student": BASE,
-        "template": TEMPLATE,
-        "data": {"task": "arithmetic", "split": "train", "size": 4000, "stream": 2},
-        "held_out": {"task": "arithmetic", "split": "test", "size": 128, "stream": 3},
-        "rows": ROWS,
-        "sampling": SAMPLING,
-        "reward": {},
-        "grpo": {"steps": 40, "batch_size": 16, "group_size": 8},
-        "optimizer": {"learning_rate": 3e-4},
-        "mesh": {},
+        "data": _problems("train", 4000, stream=2),
+        "held_out": _problems("test", 128, stream=3),
+        "grpo": section(GRPOConfig, steps=40, batch_size=16, group_size=8),
+        "optimizer": section(OptimizerConfig, learning_rate=3e-4),
     }
     for name, teacher in (("collect_warmup", "warmup"), ("collect_rlt", "rl")):
-        config[name] = {
+        config[name] = _roles(f"{{workdir}}/{teacher}") | {
             "stage": "collect",
-            "teacher": {"path": f"{{workdir}}/{teacher}"},
-            "student": BASE,
-            "template": TEMPLATE,
-            "data": {"task": "arithmetic", "split": "train", "size": 1024, "stream": 4},
-            "rows": ROWS,
-            "sampling": SAMPLING,
-            "reward": {},
-            "collect": {"batch_size": 128},
-            "mesh": {},
+            "data": _problems("train", 1024, stream=4),
+            "collect": section(CollectConfig, batch_size=128),
         }
-    for name, traces in (
+    for name, source in (
         ("distil_warmup", "collect_warmup"),
         ("distil_rlt", "collect_rlt"),
     ):
-        config[name] = {
-            "stage": "sft",
-            "model": BASE,
-            "template": TEMPLATE,
-            "data": {"task": "file", "path": f"{{workdir}}/{traces}/traces.jsonl"},
-            "sft": {
-                "format": "student",
-                "steps": 60,
-                "batch_size": 24,
-                "row_length": 160,
-            },
-            "optimizer": {
-                "learning_rate": 5e-4,
-                "schedule": "cosine",
-                "warmup_fraction": 0.05,
-            },
-            "mesh": {},
-        }
+        traces = {"task": "file", "path": f"{{workdir}}/{source}/traces.jsonl"}
+        config[name] = _sft("student", traces, 60, 5e-4)
     for name, model in (
         ("eval_base", BASE),
-        ("eval_student_warmup", {"path": "{workdir}/distil_warmup"}),
-        ("eval_student_rlt", {"path": "{workdir}/distil_rlt"}),
+        ("eval_student_warmup", "{workdir}/distil_warmup"),
+        ("eval_student_rlt", "{workdir}/distil_rlt"),
     ):
         config[name] = {
             "stage": "evaluate",
-            "model": model,
+            "model": section(ModelSource, path=model),
             "template": TEMPLATE,
-            "data": {"task": "arithmetic", "split": "test", "size": 256, "stream": 5},
-            "sampling": SAMPLING,
-            "evaluate": {"batch_size": 128, "samples_per_problem": 4},
-            "mesh": {},
+            "data": _problems("test", 256, stream=5),
+            "sampling": _sampling(),
+            "evaluate": section(EvaluateConfig, batch_size=128, samples_per_problem=4),
+            "mesh": section(MeshConfig),
         }
-    config.report = {
-        "stage": "report",
-        "rl": "rl",
-        "traces": (("warmup", "collect_warmup"), ("rlt", "collect_rlt")),
-        "evaluations": (
+    config.report = section(
+        ReportConfig,
+        rl="rl",
+        traces=(("warmup", "collect_warmup"), ("rlt", "collect_rlt")),
+        evaluations=(
             ("base", "eval_base"),
             ("student_warmup_traces", "eval_student_warmup"),
             ("student_rlt_traces", "eval_student_rlt"),
         ),
-    }
+    )
+    config.report.stage = "report"
     return config
+
+
+def _problems(split: str, size: int, stream: int) -> dict:
+    return {"task": "arithmetic", "split": split, "size": size, "stream": stream}
+
+
+def _sampling() -> ml_collections.ConfigDict:
+    return section(SamplingConfig, max_new_tokens=56, temperature=0.7)
+
+
+def _sft(form: str, data: dict, steps: int, learning_rate: float) -> dict:
+    return {
+        "stage": "sft",
+        "model": section(ModelSource, path=BASE),
+        "template": TEMPLATE,
+        "data": data,
+        "sft": section(
+            SFTConfig, format=form, steps=steps, batch_size=24, row_length=160
+        ),
+        "optimizer": section(
+            OptimizerConfig,
+            learning_rate=learning_rate,
+            schedule="cosine",
+            warmup_fraction=0.05,
+        ),
+        "mesh": section(MeshConfig),
+    }
+
+
+def _roles(teacher: str) -> dict:
+    return {
+        "teacher": section(ModelSource, path=teacher),
+        "student": section(ModelSource, path=BASE),
+        "students": section(StudentsConfig),
+        "template": TEMPLATE,
+        "rows": section(RowShape, micro_batch_size=16, row_length=160),
+        "sampling": _sampling(),
+        "reward": section(RLTRewardConfig),
+        "mesh": section(MeshConfig),
+    }

@@ -68,10 +68,14 @@ def test_a_published_conversation_becomes_the_same_student_turn(file: Path) -> N
     assert TEMPLATE.student_turn(trace) == REPLY
 
 
-def test_written_and_plain_rows_make_the_same_student_turn(file: Path) -> None:
+def test_a_plain_row_makes_a_student_turn_with_a_padded_thought(file: Path) -> None:
     (trace,) = read_traces(write(file, ROW), TEMPLATE)
     assert trace == TRACE
-    assert TEMPLATE.student_turn(trace) == REPLY
+    # The explanation is padded; the solution stands between its tags as it is.
+    solution = ROW["solution"]
+    assert TEMPLATE.student_turn(trace) == REPLY.replace(
+        f"\n\n{solution}\n\n", solution
+    )
 
 
 def test_a_thought_may_quote_the_tags_of_the_solution(file: Path) -> None:

@@ -12,7 +12,13 @@ from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.scoring import score_rows
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.rl.rlt_reward import MAPS, REDUCTIONS, RLTRewardConfig, rlt_reward
+from rlt_jax.rl.rlt_reward import (
+    MAPS,
+    REDUCTIONS,
+    RLTRewardConfig,
+    reward_tokens,
+    rlt_reward,
+)
 from rlt_jax.types import Params, Reward, ScoringBatch, TokenSpans
 
 WIDTH = 6
@@ -89,7 +95,9 @@ class Case:
             return np.array([*values, 99.0], np.float32)[None, None]
 
         config = RLTRewardConfig(**settings)
-        reward = jax.jit(lambda s, t, b: rlt_reward(config, s, t, b))
+        reward = jax.jit(
+            lambda s, t, b: rlt_reward(config, reward_tokens(config, s, t, b), b.closed)
+        )
         return jax.device_get(reward(packed(self.student), packed(self.teacher), batch))
 
 
@@ -304,7 +312,9 @@ def test_real_rows_against_plain_numpy(
             strict=True,
         )
     )
-    ours = rlt_reward(config, student, teacher, batch)
+    ours = rlt_reward(
+        config, reward_tokens(config, student, teacher, batch), batch.closed
+    )
 
     def log_probs(params: Params, ids: np.ndarray, temperature: float) -> np.ndarray:
         row = np.pad(ids, (0, LENGTH - len(ids))).astype(np.int32)[None]

@@ -27,6 +27,7 @@ PROBLEMS = {"task": "arithmetic", "split": "train", "size": 10}
 EXPLAINING = {
     "teacher": MODEL,
     "student": MODEL,
+    "students": {},
     "template": "tiny",
     "rows": {"micro_batch_size": 2, "row_length": 128},
     "sampling": {"max_new_tokens": 8, "temperature": 1.0},
