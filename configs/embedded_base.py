@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.export = {
         "stage": "export",
         "model": {"path": "{workdir}/pretrain"},
-        "model_type": "llama",
+        "model_type": "",
         "dtype": "bfloat16",
         "mesh": {},
     }

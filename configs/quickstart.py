@@ -46,9 +46,10 @@ def get_config() -> ml_collections.ConfigDict:
         "report",
     )
     worked = _problems("train", 8000, stream=1)
-    config.warmup = _sft(
-        "teacher", {**worked, "kinds": KINDS, "known_answer": True}, 350, 2e-3
-    )
+    # Copying the known answer is learned in a sudden step after some 300 updates, so
+    # there are many small ones.
+    worked |= {"kinds": KINDS, "known_answer": True}
+    config.warmup = _sft("teacher", worked, steps=750, batch_size=8, rate=2e-3)
     config.rl = _roles("{workdir}/warmup") | {
         "stage": "rl",
         "data": _problems("train", 4000, stream=2),
@@ -67,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
         ("distil_rlt", "collect_rlt"),
     ):
         traces = {"task": "file", "path": f"{{workdir}}/{source}/traces.jsonl"}
-        config[name] = _sft("student", traces, 60, 5e-4)
+        config[name] = _sft("student", traces, steps=60, batch_size=24, rate=5e-4)
     for name, model in (
         ("eval_base", BASE),
         ("eval_student_warmup", "{workdir}/distil_warmup"),
@@ -104,18 +105,23 @@ def _sampling() -> ml_collections.ConfigDict:
     return section(SamplingConfig, max_new_tokens=56, temperature=0.7)
 
 
-def _sft(form: str, data: dict, steps: int, learning_rate: float) -> dict:
+def _sft(form: str, data: dict, steps: int, batch_size: int, rate: float) -> dict:
     return {
         "stage": "sft",
         "model": section(ModelSource, path=BASE),
         "template": TEMPLATE,
         "data": data,
         "sft": section(
-            SFTConfig, format=form, steps=steps, batch_size=24, row_length=160
+            SFTConfig,
+            format=form,
+            steps=steps,
+            batch_size=batch_size,
+            row_length=160,
+            checkpoint_every=250,
         ),
         "optimizer": section(
             OptimizerConfig,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             schedule="cosine",
             warmup_fraction=0.05,
         ),

@@ -24,8 +24,9 @@ RANKS = {
     "inference": 4,
     "rl": 5,
     "report": 5,
-    "stages": 6,
-    "main": 7,
+    "api": 6,
+    "stages": 7,
+    "main": 8,
 }
 DEVICE_LIBRARIES = {"jax", "flax", "optax", "orbax"}
 LINES_PER_FILE = 400

@@ -46,6 +46,8 @@ class Codec(Protocol):
 
     def size(self) -> int: ...
 
+    def base_size(self) -> int: ...
+
 
 class Tokenizer:
     """Text to ids and back, special tokens, and the model's own chat template.
@@ -53,6 +55,7 @@ class Tokenizer:
     Attributes:
       path: directory that the tokenizer was read from.
       vocab_size: number of ids.
+      base_vocab_size: number of ids without added special tokens.
       eos_id: id that ends a turn.
       pad_id: id that fills rows; never attended to.
       stop_ids: ids that end a completion: the tokenizer's own and those that the
@@ -65,6 +68,7 @@ class Tokenizer:
         self.path = path
         self._codec = codec
         self.vocab_size = codec.size()
+        self.base_vocab_size = codec.base_size()
         self.eos = _token_text(config.get("eos_token"))
         self._special = {
             name: _token_text(config.get(name))
@@ -222,6 +226,9 @@ class _SentencePieceCodec:
     def size(self) -> int:
         return self._model.get_piece_size()
 
+    def base_size(self) -> int:
+        return self.size()
+
 
 class _FastCodec:
     def __init__(self, file: Path) -> None:
@@ -259,6 +266,9 @@ class _FastCodec:
 
     def size(self) -> int:
         return self._tokenizer.get_vocab_size()
+
+    def base_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
 
 def _byte_alphabet() -> dict[str, int]:

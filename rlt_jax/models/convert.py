@@ -24,7 +24,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.models import weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
-from rlt_jax.models.families import Family, family
+from rlt_jax.models.families import FAMILIES, Family, family
 from rlt_jax.models.layouts import (
     Index,
     Tensor,
@@ -65,10 +65,19 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def read_stop_ids(path: str | Path) -> tuple[int, ...]:
-    """The ids that end a completion, from generation_config.json; () without one."""
-    file = Path(path) / GENERATION
-    return _stop_ids(read_json(file)) if file.is_file() else ()
+def model_type_of(config: ModelConfig) -> str:
+    """The first family in `families.FAMILIES` that can express the config.
+
+    Raises:
+      UserError: none can.
+    """
+    for model_type in FAMILIES:
+        try:
+            config_to_json(config, model_type)
+        except UserError:
+            continue
+        return model_type
+    raise UserError(f"no family of {', '.join(FAMILIES)} has a model of this shape.")
 
 
 def read_params(

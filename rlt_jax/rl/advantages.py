@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from rlt_jax import masked
+
 
 def group_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
     """(r - mean) / (std + 1e-4) within each group, std with n - 1.
@@ -18,5 +20,5 @@ def group_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
     """
     groups = rewards.reshape(-1, group_size)
     centred = groups - groups.mean(axis=1, keepdims=True)
-    std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / (group_size - 1))
+    std = masked.std(groups, jnp.ones(groups.shape, bool))[:, None]
     return (centred / (std + 1e-4)).reshape(-1)

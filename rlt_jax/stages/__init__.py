@@ -116,7 +116,7 @@ def _run_stage(
     seconds = time.monotonic() - start
     done = {"stage": section.stage, "seconds": seconds, "summary": summary}
     _write_json(folder / "done.json", done)
-    _LOG.info("stage %s took %.0f s: %s", name, seconds, json.dumps(summary))
+    _LOG.info("stage %s took %.0f s", name, seconds)
 
 
 def _settings(

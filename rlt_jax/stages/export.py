@@ -1,10 +1,12 @@
 """Stage `export`: writes a model in Hugging Face layout, into `<stage>/model/`."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from rlt_jax.models import convert
@@ -20,11 +22,11 @@ SECTIONS = {
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
-    """Exports a model.
+    """Exports a model with its tokenizer, stop ids and a model card.
 
     Args:
-      config: section `model`; `model_type` (family to write it as) and `dtype` of the
-        weights; section `mesh`.
+      config: sections `model` and `mesh`; `dtype` of the weights; `model_type`, the
+        family to write it as, or "" for the first that can express it.
       workdir: folder of the stage.
       seed: not used, all stages have it.
 
@@ -41,10 +43,37 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         target,
         model.config,
         params,
-        config.model_type,
+        config.model_type or convert.model_type_of(model.config),
         tokenizer.path,
         tokenizer.stop_ids,
-        dtype=config.dtype,
+        dtype=jnp.dtype(config.dtype),
     )
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    card = _model_card(source, size, str(config.dtype))
+    (target / "README.md").write_text(card, encoding="utf-8")
     return {"path": str(target), "parameters": size}
+
+
+def _model_card(source: checkpoint.ModelSource, size: int, dtype: str) -> str:
+    """What the model was made from, with the settings of every stage on the way."""
+    lines = [
+        "# Model card",
+        "",
+        f"{size:,} parameters in {dtype}, exported by rlt_jax from `{source.path}`.",
+        "",
+    ]
+    for folder, settings in _lineage(Path(source.path)):
+        text = json.dumps(settings, indent=1)
+        lines += [f"## Stage `{folder.name}`", "", "```json", text, "```", ""]
+    return "\n".join(lines)
+
+
+def _lineage(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Settings of the stage in a folder, and of those that its model came from."""
+    stages = []
+    while (folder / "settings.json").is_file():
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        stages.append((folder, settings))
+        before = settings.get("model") or settings.get("teacher") or {}
+        folder = Path(before.get("path") or "/none")
+    return stages

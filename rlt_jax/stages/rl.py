@@ -83,6 +83,8 @@ class GRPOConfig:
     keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps}: at least 1.")
         if self.group_size < 2:
             raise UserError(f"group_size={self.group_size}: a group needs at least 2.")
 

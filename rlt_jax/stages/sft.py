@@ -52,6 +52,8 @@ class SFTConfig:
     keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps}: at least 1.")
         if self.format not in FORMATS:
             raise UserError(f"format={self.format!r}: one of {', '.join(FORMATS)}.")
 

@@ -89,37 +89,56 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
       UserError: nothing that can be read is there, or the tokenizer has ids that the
         embedding lacks.
     """
-    numerics = {"dtype": source.dtype, "remat": source.remat}
+    path = None if source.architecture is not None else find_model(source.path)
+    staged = path is not None and (path / "model.json").is_file()
+    beside = path / "tokenizer" if staged else path
+    tokenizer = load_tokenizer(source.tokenizer or beside)
+    model = Transformer(_model_config(source, path, tokenizer))
+    origin = path or "random weights"
+    _check_vocabulary(origin, tokenizer, model.config.vocab_size)
+    shardings = param_shardings(model, mesh)
     dtype = jnp.dtype(source.param_dtype)
-    if source.architecture is not None:
-        tokenizer = load_tokenizer(source.tokenizer)
-        shape = {"vocab_size": tokenizer.vocab_size, **source.architecture}
-        model = Transformer(build(ModelConfig, {**shape, **numerics}, "architecture"))
-        params = _random_params(model, mesh, key, dtype)
-        origin = "random weights"
+    if path is None:
+        params = _random_params(model, key, shardings, dtype)
+    elif staged:
+        params = _load_stage(path, model, shardings, dtype)
     else:
-        path = find_model(source.path)
-        origin = str(path)
-        if (path / "model.json").is_file():
-            model, params = _load_stage(path, numerics, mesh, dtype)
-            tokenizer = load_tokenizer(source.tokenizer or path / "tokenizer")
-        else:
-            model = Transformer(convert.read_config(path, **numerics))
-            shardings = param_shardings(model, mesh)
-            params = convert.read_params(path, model.config, shardings, dtype)
-            tokenizer = load_tokenizer(source.tokenizer or path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"model {origin}: the tokenizer {tokenizer.path} has "
-            f"{tokenizer.vocab_size} ids, the embedding {model.config.vocab_size}. "
-            "Name the tokenizer that belongs to the model."
-        )
+        params = convert.read_params(path, model.config, shardings, dtype)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     _LOG.info(
         "%s: %s parameters, %.3f GB as %s", origin, f"{count:,}", size / 1e9, dtype
     )
     return LoadedModel(model, params, tokenizer)
+
+
+def _model_config(
+    source: ModelSource, path: Path | None, tokenizer: Tokenizer
+) -> ModelConfig:
+    numerics = {"dtype": source.dtype, "remat": source.remat}
+    if path is None:
+        fields = {"vocab_size": tokenizer.vocab_size, **source.architecture, **numerics}
+        return build(ModelConfig, fields, "model.architecture")
+    if (path / "model.json").is_file():
+        fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        return ModelConfig(**{**fields, **numerics})
+    return convert.read_config(path, **numerics)
+
+
+def _check_vocabulary(origin: Any, tokenizer: Tokenizer, embeddings: int) -> None:
+    """Refuses a tokenizer that belongs to another model.
+
+    Special tokens that a model never uses may lie beyond its embedding (the image token
+    in the tokenizer of the text-only Gemma 3 does); all others, and those that end a
+    completion, may not.
+    """
+    highest = max(tokenizer.base_vocab_size - 1, *tokenizer.stop_ids)
+    if highest >= embeddings:
+        raise UserError(
+            f"model {origin}: the tokenizer {tokenizer.path} has ids up to {highest}, "
+            f"the embedding {embeddings} rows. Name the tokenizer that belongs to the "
+            "model."
+        )
 
 
 def find_model(name: str) -> Path:
@@ -148,13 +167,13 @@ def find_model(name: str) -> Path:
 
 
 def _random_params(
-    model: Transformer, mesh: Mesh, key: jax.Array, dtype: jnp.dtype
+    model: Transformer, key: jax.Array, shardings: Any, dtype: jnp.dtype
 ) -> Params:
     def init(key: jax.Array) -> Params:
         params = init_params(model.config, key)
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
 def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -170,23 +189,19 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 
 
 def _load_stage(
-    path: Path, numerics: Mapping[str, str], mesh: Mesh, dtype: jnp.dtype
-) -> tuple[Transformer, Params]:
-    fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
-    model = Transformer(ModelConfig(**{**fields, **numerics}))
+    path: Path, model: Transformer, shardings: Any, dtype: jnp.dtype
+) -> Params:
     abstract = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
         abstract,
-        param_shardings(model, mesh),
+        shardings,
     )
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(_folder(path), options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"model {path}: the stage there has no checkpoint yet.")
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        return model, manager.restore(step, args=args)["params"]
+    steps = ocp.utils.checkpoint_steps(_folder(path)) if _folder(path).is_dir() else []
+    if not steps:
+        raise UserError(f"model {path}: the stage there has no checkpoint yet.")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(_folder(path) / str(max(steps)) / "params", target)
 
 
 def open_manager(stage_dir: Path, keep: int) -> ocp.CheckpointManager:

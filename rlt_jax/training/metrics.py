@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
 import tensorboardX
 import tqdm
 
@@ -115,16 +114,6 @@ def _rewrite(file: Path, rows: list[dict[str, Any]]) -> None:
     rewritten.replace(file)
 
 
-def summarise(name: str, values: np.ndarray) -> dict[str, float]:
-    """`name_mean`, `name_std`, `name_min`, `name_max` of an array."""
-    return {
-        f"{name}_mean": float(np.mean(values)),
-        f"{name}_std": float(np.std(values)),
-        f"{name}_min": float(np.min(values)),
-        f"{name}_max": float(np.max(values)),
-    }
-
-
-def progress(first: int, total: int, what: str, unit: str = "step") -> tqdm.tqdm:
+def progress(first: int, total: int | None, what: str, unit: str = "step") -> tqdm.tqdm:
     """A progress bar with rate and time left."""
     return tqdm.tqdm(initial=first, total=total, desc=what, unit=unit, smoothing=0.1)

@@ -298,3 +298,25 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     write_config(tmp_path, eos_token="<|end|>", chat_template=None)
     with pytest.raises(UserError, match="has a chat template"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "added"), [(7, [7]), ([7, 9], [7, 9]), (None, [])]
+)
+def test_generation_config_adds_stop_ids(
+    tmp_path: Path, eos_token_id: int | list[int] | None, added: list[int]
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(SHIPPED["embedded"], folder)
+    eos = load_tokenizer(folder).eos_id
+    assert load_tokenizer(folder).stop_ids == (eos,)
+    text = json.dumps({"eos_token_id": eos_token_id})
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    assert load_tokenizer(folder).stop_ids == tuple(sorted({eos, *added}))
+
+
+def test_a_chat_template_may_be_a_file_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(SHIPPED["embedded"], folder)
+    (folder / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
+    assert load_tokenizer(folder).render([{"role": "user", "content": "q"}]) == "[q]"

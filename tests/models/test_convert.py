@@ -1,5 +1,6 @@
 """Model directories as files: what is written, read and refused."""
 
+import dataclasses
 import json
 import shutil
 import socket
@@ -20,9 +21,9 @@ from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig, RopeScaling
 from rlt_jax.models.config_json import config_from_json, config_to_json
 from rlt_jax.models.convert import (
+    model_type_of,
     read_config,
     read_params,
-    read_stop_ids,
     write_model,
 )
 from rlt_jax.models.layouts import Tensor, axis_sizes, read_part
@@ -318,21 +319,22 @@ def test_tokenizer_and_stop_ids_go_along(params: Params, tmp_path: Path) -> None
     (source / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [9, 5], "top_p": 0.8})
     )
-    assert read_stop_ids(source) == (5, 9)
     write_model(out, CONFIG, params, "qwen2", source, stop_ids=[np.int32(3), 5])
-    assert read_stop_ids(out) == (3, 5, 9)
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [3, 5, 9]
     assert (out / "tokenizer.json").read_text() == "{}"
     assert not (out / "optimizer.bin").exists()
-    assert json.loads((out / "generation_config.json").read_text())["top_p"] == 0.8
+    assert generation["top_p"] == 0.8
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [3, 5, 9]
 
 
-def test_stop_ids_may_be_one_or_none(tmp_path: Path) -> None:
-    assert read_stop_ids(tmp_path) == ()
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert read_stop_ids(tmp_path) == (7,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert read_stop_ids(tmp_path) == ()
+def test_the_family_of_a_shape_is_found() -> None:
+    assert model_type_of(CONFIG) == "qwen2"
+    plain = dataclasses.replace(CONFIG, qkv_bias=False)
+    assert model_type_of(plain) == "llama"
+    assert model_type_of(dataclasses.replace(plain, qk_norm=True)) == "qwen3"
+    with pytest.raises(UserError, match="no family of llama"):
+        model_type_of(dataclasses.replace(plain, qk_norm=True, mlp_bias=True))
 
 
 def test_a_window_needs_a_family_with_windows() -> None:

@@ -182,7 +182,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(
     checkpoint.describe(tmp_path, model, tokenizer)
     with checkpoint.open_manager(tmp_path, keep=1) as manager:
         checkpoint.save(manager, 1, {"params": params}, {})
-    with pytest.raises(UserError, match="has 512 ids, the embedding 40"):
+    with pytest.raises(UserError, match="has ids up to 511, the embedding 40"):
         checkpoint.load(ModelSource(str(tmp_path)), mesh, KEY)
 
 
