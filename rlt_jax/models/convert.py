@@ -116,20 +116,20 @@ def read_params(
         for stored_name, (tensor, _, _) in _stored_tensors(config, kind).items()
     }
     placed = {}
-    with weight_files.open_tensors(path, kind) as stored:
-        # A tied head may be there a second time under its own name.
-        spare = {kind.tensors["output"].name}
-        weight_files.check_tensors(path, stored, expected, spare)
-        for name, shape in shapes.items():
-            tensor = kind.tensors[name]
-            reads = [
-                partial(read_part, stored[stored_name], tensor, sizes, dtype)
-                for stored_name in tensor.names(config.num_layers)
-            ]
-            if tensor.stacked:
-                placed[name] = _place_layers(shape, shardings[name], dtype, reads)
-            else:
-                placed[name] = _place(shape, shardings[name], dtype, *reads)
+    stored = weight_files.find_tensors(path, kind)
+    # A tied head may be there a second time under its own name.
+    spare = {kind.tensors["output"].name}
+    weight_files.check_tensors(path, stored, expected, spare)
+    for name, shape in shapes.items():
+        tensor = kind.tensors[name]
+        reads = [
+            partial(read_part, stored[stored_name], tensor, sizes, dtype)
+            for stored_name in tensor.names(config.num_layers)
+        ]
+        if tensor.stacked:
+            placed[name] = _place_layers(shape, shardings[name], dtype, reads)
+        else:
+            placed[name] = _place(shape, shardings[name], dtype, *reads)
     return traverse_util.unflatten_dict(placed, sep="/")
 
 

@@ -1,11 +1,11 @@
 """The files of a model directory: which tensors are there, and in which file."""
 
-import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlt_jax.errors import UserError
@@ -16,9 +16,29 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-@contextlib.contextmanager
-def open_tensors(path: Path, kind: Family) -> Iterator[dict[str, Any]]:
-    """Opens every weights file; yields the family's name -> safetensors slice.
+class StoredTensor(NamedTuple):
+    """A tensor in a file, read slice by slice.
+
+    Attributes:
+      file: safetensors file.
+      name: of the tensor in it.
+      shape: in the file.
+      dtype: as safetensors writes it, such as "BF16".
+    """
+
+    file: Path
+    name: str
+    shape: list[int]
+    dtype: str
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for each read: pages of a mapped file count as memory until it is closed.
+        with safe_open(self.file, "numpy") as opened:
+            return opened.get_slice(self.name)[index]
+
+
+def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
+    """The tensors of all weights files, by the names that the family gives them.
 
     Raises:
       UserError: a file is missing or cut short.
@@ -29,21 +49,23 @@ def open_tensors(path: Path, kind: Family) -> Iterator[dict[str, Any]]:
         files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
     else:
         raise UserError(f"model {path}: neither {WEIGHTS} nor {INDEX} is there.")
-    with contextlib.ExitStack() as stack:
-        stored = {}
-        for file in files:
-            opened = stack.enter_context(_open(path, file))
+    stored = {}
+    for file in files:
+        with _open(path, file) as opened:
             names = opened.keys()
             for name in names:
                 ours = _family_name(name, kind)
                 if ours is not None:
-                    stored[ours] = opened.get_slice(name)
-        yield stored
+                    part = opened.get_slice(name)
+                    stored[ours] = StoredTensor(
+                        path / file, name, part.get_shape(), part.get_dtype()
+                    )
+    return stored
 
 
 def check_tensors(
     path: Path,
-    stored: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
     expected: Mapping[str, list[int]],
     spare: Collection[str],
 ) -> None:
@@ -51,7 +73,7 @@ def check_tensors(
 
     Args:
       path: of the model, for messages.
-      stored: from `open_tensors`.
+      stored: from `find_tensors`.
       expected: name -> shape that the config asks for.
       spare: names that may be there without being needed.
 
@@ -67,14 +89,14 @@ def check_tensors(
                 f"{', '.join(names[:3])}{', ...' if names[3:] else ''}."
             )
     for name, shape in expected.items():
-        if stored[name].get_shape() != shape:
+        if stored[name].shape != shape:
             raise UserError(
-                f"model {path}: {name} has shape {stored[name].get_shape()}, but its "
+                f"model {path}: {name} has shape {stored[name].shape}, but its "
                 f"config.json asks for {shape}."
             )
-        if stored[name].get_dtype() not in FLOATS:
+        if stored[name].dtype not in FLOATS:
             raise UserError(
-                f"model {path}: {name} is {stored[name].get_dtype()}; only weights in "
+                f"model {path}: {name} is {stored[name].dtype}; only weights in "
                 f"{', '.join(FLOATS)} can be read."
             )
 
