@@ -1,7 +1,7 @@
 """Stage `collect`: the trained teacher explains every question with its solution.
 
 Writes `traces.jsonl`, one row a completion, as they are finished: question, solution,
-answer, reasoning_trace, closed, reward and its terms. The file is read by `sft`.
+answer, reasoning_trace, closed, reward, its terms, and what it came from. The file is read by `sft`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from rlt_jax.stages.roles import (
     generate,
     jit_scorer,
     load_roles,
+    provenance_of,
     sample_rows,
     scoring_batches,
 )
@@ -89,6 +90,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     rollout = jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh)
     score, reward_config = jit_scorer(roles, config, sampling.temperature)
     kl_coef = jnp.float32(fixed_kl_coef(reward_config))
+    origin = provenance_of(
+        teacher,
+        roles.students,
+        roles.template,
+        sampling.temperature,
+        reward_config.student_temperature,
+    ) | {"explanation_kl_coef": float(kl_coef), "seed": seed}
     file = workdir / "traces.jsonl"
     first = keep_whole_batches(file, c.batch_size)
     key = jax.random.key(seed)
@@ -103,7 +111,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 teacher.params, roles.student_params, batches, kl_coef
             ).reward
             chosen = slice(0, len(part))
-            append_jsonl(file, sample_rows(roles, padded, completions, reward, chosen))
+            rows = sample_rows(roles, padded, completions, reward, chosen)
+            append_jsonl(file, [row | {"provenance": origin} for row in rows])
             bar.update(len(part))
     rows = read_jsonl(file)
     return {

@@ -15,7 +15,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint
+from rlt_jax.training import checkpoint, provenance
 from rlt_jax.types import Params, Reward, Rollout, ScoringBatch
 
 
@@ -64,6 +64,27 @@ def jit_scorer(
     students = build(StudentsConfig, config["students"], "students")
     models = [student.model for student in roles.students]
     return jit_score(reward, students, roles.teacher.model, models, temperature), reward
+
+
+def provenance_of(
+    teacher: checkpoint.LoadedModel,
+    students: Sequence[checkpoint.LoadedModel],
+    template: Template,
+    teacher_temperature: float,
+    student_temperature: float,
+) -> dict[str, Any]:
+    """What a reward came from: fingerprints of weights, tokenizers and template."""
+    return {
+        "teacher": provenance.weights_hash(teacher.params),
+        "teacher_tokenizer": provenance.tokenizer_hash(teacher.tokenizer),
+        "students": [provenance.weights_hash(s.params) for s in students],
+        "student_tokenizers": [
+            provenance.tokenizer_hash(s.tokenizer) for s in students
+        ],
+        "template": provenance.template_hash(template),
+        "teacher_temperature": teacher_temperature,
+        "student_temperature": student_temperature,
+    }
 
 
 def fixed_kl_coef(config: RLTRewardConfig) -> float:

@@ -27,8 +27,8 @@ from rlt_jax.report.explanations import write_page
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 from rlt_jax.settings import build
-from rlt_jax.stages.roles import load_models
-from rlt_jax.training import checkpoint, provenance, sharding
+from rlt_jax.stages.roles import load_models, provenance_of
+from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
     keep_whole_batches,
@@ -227,17 +227,9 @@ def _load_judge(
     score = api.make_scorer(
         teacher, students, template, reward, several, c.teacher_temperature
     )
-    origin = {
-        "teacher": provenance.weights_hash(teacher.params),
-        "teacher_tokenizer": provenance.tokenizer_hash(teacher.tokenizer),
-        "students": [provenance.weights_hash(s.params) for s in students],
-        "student_tokenizers": [
-            provenance.tokenizer_hash(s.tokenizer) for s in students
-        ],
-        "template": provenance.template_hash(template),
-        "teacher_temperature": c.teacher_temperature,
-        "student_temperature": reward.student_temperature,
-    }
+    origin = provenance_of(
+        teacher, students, template, c.teacher_temperature, reward.student_temperature
+    )
 
     def count_tokens(trace: Trace) -> int:
         return len(student_row(students[0].tokenizer, template, trace).tokens)

@@ -320,3 +320,45 @@ def test_a_chat_template_may_be_a_file_of_its_own(tmp_path: Path) -> None:
     shutil.copytree(SHIPPED["embedded"], folder)
     (folder / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
     assert load_tokenizer(folder).render([{"role": "user", "content": "q"}]) == "[q]"
+
+
+def published_texts(shared: Path) -> list[str]:
+    texts = []
+    for file in ("gsm8k/test.jsonl", "aime24/test.jsonl"):
+        lines = (shared / "data" / file).read_text(encoding="utf-8").splitlines()
+        for line in lines[:300]:
+            row = json.loads(line)
+            texts += [value for value in row.values() if isinstance(value, str)]
+    return texts
+
+
+def test_published_problems_survive_a_real_byte_level_tokenizer(shared: Path) -> None:
+    folder = shared / "data" / "tokenizers" / "deepseek_r1"
+    tokenizer = load_tokenizer(folder)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in published_texts(shared):
+        ids, offsets = tokenizer.encode(text)
+        assert ids.tolist() == library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            piece = tokenizer.decode([token])
+            assert piece == text[start:end] or "\ufffd" in piece
+
+
+def test_published_problems_survive_a_real_sentencepiece_model(
+    shared: Path, tmp_path: Path
+) -> None:
+    source = shared / "data" / "tokenizers" / "sentencepiece_32k" / "tokenizer.model"
+    shutil.copy(source, tmp_path)
+    tokenizer = load_tokenizer(write_config(tmp_path))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    for text in published_texts(shared):
+        ids, offsets = tokenizer.encode(text)
+        assert ids.tolist() == library.encode(text)
+        starts, ends = offsets[:, 0], offsets[:, 1]
+        assert (starts[1:] >= starts[:-1]).all()
+        assert ends.max() <= len(text)
+        if library.unk_id() in ids:
+            continue  # a character that this model cannot write
+        # It was trained to fold runs of white space.
+        assert tokenizer.decode(ids).split() == library.decode(ids.tolist()).split()
