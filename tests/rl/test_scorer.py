@@ -1,6 +1,8 @@
 """Scoring through the public function: students, estimators, packing, tokenizers."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,3 +226,33 @@ def test_the_balanced_weight() -> None:
     assert balanced_kl_coef([-2.0, -4.0], [0.5, -1.0]) == pytest.approx(4.0)
     with pytest.raises(UserError, match="give a number instead"):
         balanced_kl_coef([-2.0], [0.0])
+
+
+SCORE_ON = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+import rlt_jax
+role = (*rlt_jax.load_model("embedded"), rlt_jax.load_tokenizer("embedded"))
+assert jax.device_count() == int(sys.argv[1])
+rows = rlt_jax.score_explanations(
+    [{"question": "Start at 4: +3 *7. Last digit?", "solution": "9"}],
+    [["4+3=7 7*7=9<|end_of_explanation|>", "it is 9"]], role, [role], "tiny",
+)[0]
+print(*(row["reward"] for row in rows))
+"""
+
+
+def test_the_number_of_devices_does_not_matter() -> None:
+    one, eight = (
+        subprocess.run(
+            [sys.executable, "-c", SCORE_ON, count],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for count in ("1", "8")
+    )
+    np.testing.assert_allclose(
+        np.array(one, float), np.array(eight, float), rtol=1e-5, atol=1e-5
+    )
