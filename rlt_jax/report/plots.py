@@ -115,9 +115,9 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
             alpha=0.15,
             linewidth=0,
         )
-        # A few far outliers widen the band; the line shall stay readable.
-        usual = sorted(row[spread] for row in band)[len(band) // 2] if band else 0.0
-        axes.set_ylim(min(values) - 2 * usual - 1e-3, max(values) + 2 * usual + 1e-3)
+        if band:  # a few far outliers widen it; the line shall stay readable
+            usual = sorted(row[spread] for row in band)[len(band) // 2]
+            axes.set_ylim(min(values) - usual - 0.1, max(values) + usual + 0.1)
     words = re.split("[/_]", name)
     axes.set_title(
         " ".join(words), loc="left", fontsize=10, color=INK, parse_math=False
