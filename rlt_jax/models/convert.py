@@ -237,7 +237,10 @@ def _place_layers(
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     put = jax.jit(
-        lambda stack, layer, i: stack.at[i].set(layer),
+        # In place; `stack.at[i].set` is a scatter, which XLA on CPU copies for.
+        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(
+            stack, layer, i, axis=0
+        ),
         donate_argnums=0,
         out_shardings=sharding,
     )
