@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """Dense map of trailing axes, `contract` names the axes it sums over."""
+    """Dense map of the trailing axes `in_shape` to `out_shape`; `axes` names both."""
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]

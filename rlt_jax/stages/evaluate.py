@@ -15,7 +15,7 @@ import numpy as np
 from rlt_jax.data import examples, pipeline
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import completions_of, jit_rollout, pad_prompts
+from rlt_jax.inference.engine import complete_all, jit_rollout
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.grading import is_correct
 from rlt_jax.settings import build
@@ -88,10 +88,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     with progress(first, len(todo), workdir.name, unit="sample") as bar:
         for start in range(first, len(todo), c.batch_size):
             part = todo[start : start + c.batch_size]
-            padded = part + part[-1:] * (c.batch_size - len(part))
-            request_ids = start + np.arange(c.batch_size)
-            batch = pad_prompts([prompts[i] for i in padded], request_ids)
-            completions = completions_of(rollout(params, batch, key))[: len(part)]
+            asked = [prompts[i] for i in part]
+            completions = complete_all(
+                rollout, params, asked, c.batch_size, key, first_request=start
+            )
             texts = [examples.completion_text(tokenizer, c)[0] for c in completions]
             append_jsonl(
                 file, [_verdict(template, problems[i], t) for i, t in zip(part, texts)]
