@@ -9,7 +9,7 @@ from rlt_jax.models.blocked_attention import Settings, Tokens, blocked_attention
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 LONG = 1024  # rows of at least so many tokens are attended to block by block
-BLOCKS = (512, 256, 128)
+BLOCK = 512
 
 
 class Visibility(NamedTuple):
@@ -86,12 +86,17 @@ def attention(
     B, T, N, H = query.shape
     K = key.shape[2]
     query = query.reshape(B, T, K, N // K, H) * scale
-    block = next((size for size in BLOCKS if T % size == 0), None)
-    if T == key.shape[1] and T >= LONG and block:
-        tokens = Tokens(visibility.query_positions, visibility.query_segments, windowed)
-        settings = Settings(block, softcap, window)
-        out = blocked_attention(query, key, value, tokens, settings)
-        return out.reshape(B, T, N, H)
+    if T == key.shape[1] and T >= LONG:
+
+        def whole(x: jax.Array) -> jax.Array:
+            """Padded to whole blocks; what is added is padding's segment 0."""
+            return jnp.pad(x, [(0, 0), (0, -T % BLOCK), *[(0, 0)] * (x.ndim - 2)])
+
+        positions, segments = visibility.query_positions, visibility.query_segments
+        tokens = Tokens(whole(positions), whole(segments), windowed)
+        settings = Settings(BLOCK, softcap, window)
+        out = blocked_attention(*map(whole, (query, key, value)), tokens, settings)
+        return out[:, :T].reshape(B, T, N, H)
     scores = jnp.einsum(
         "BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32
     )

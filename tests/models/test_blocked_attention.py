@@ -24,6 +24,7 @@ def packed() -> tuple[jax.Array, jax.Array]:
     return jnp.array(positions), jnp.array(segment_ids)
 
 
+@pytest.mark.parametrize("block", [16, 24])  # 24 leaves part of a block over
 @pytest.mark.parametrize(
     ("softcap", "window", "windowed"),
     [(None, None, False), (2.0, None, False), (3.0, 10, True), (None, 10, False)],
@@ -33,6 +34,7 @@ def test_blocks_change_neither_values_nor_gradients(
     softcap: float | None,
     window: int | None,
     windowed: bool,
+    block: int,
 ) -> None:
     positions, segment_ids = packed()
     keys = jax.random.split(jax.random.key(0), 3)
@@ -57,7 +59,7 @@ def test_blocks_change_neither_values_nor_gradients(
     grad = jax.value_and_grad(loss, argnums=(0, 1, 2))
     dense = grad(query, key, value)
     monkeypatch.setattr(attention_lib, "LONG", 1)
-    monkeypatch.setattr(attention_lib, "BLOCKS", (16,))
+    monkeypatch.setattr(attention_lib, "BLOCK", block)
     blocked = grad(query, key, value)
     for ours, theirs in zip(
         jax.tree.leaves(blocked), jax.tree.leaves(dense), strict=True
