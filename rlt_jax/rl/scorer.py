@@ -35,7 +35,7 @@ class StudentsConfig:
 
     Attributes:
       combine: "mean", "min" or "weights".
-      weights: one per student, for "weights".
+      weights: one per student, for "weights"; they are divided by their sum.
     """
 
     combine: str = "mean"
@@ -44,6 +44,8 @@ class StudentsConfig:
     def __post_init__(self) -> None:
         if self.combine not in ("mean", *COMBINATIONS):
             raise UserError(f"students.combine={self.combine!r}: mean, min or weights.")
+        if self.weights and not sum(self.weights) > 0:
+            raise UserError(f"students.weights={self.weights}: their sum must be > 0.")
 
 
 class Scored(NamedTuple):
@@ -153,7 +155,7 @@ def combine(config: StudentsConfig, rewards: Sequence[Reward]) -> Reward:
     if len(rewards) == 1:
         return rewards[0]
     if config.combine == "weights":
-        weights = jnp.array(config.weights, jnp.float32)
+        weights = jnp.array(config.weights, jnp.float32) / sum(config.weights)
     else:
         weights = jnp.full(len(rewards), 1 / len(rewards))
     kind = "min" if config.combine == "min" else "weights"

@@ -110,7 +110,7 @@ def test_students_are_combined(teacher: Role, student: Role) -> None:
     )
     weighted = StudentsConfig("weights", (0.2, 0.5))
     np.testing.assert_allclose(
-        scored(both, weighted), 0.2 * one + 0.5 * two, rtol=1e-4, atol=1e-5
+        scored(both, weighted), (0.2 * one + 0.5 * two) / 0.7, rtol=1e-4, atol=1e-5
     )
     with pytest.raises(UserError, match="1 numbers for 2 students"):
         scored(both, StudentsConfig("weights", (1.0,)))
