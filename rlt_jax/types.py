@@ -13,16 +13,18 @@ Array = jax.Array
 Params = Any
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one batch of growing rows; slot s holds position s.
+class PagedCache(NamedTuple):
+    """Keys and values of growing rows; see `models/paged_cache.py`.
 
     Attributes:
-      keys: [L, B, S, K, H] activation dtype.
-      values: [L, B, S, K, H] activation dtype.
+      keys: [K, L, pages, C, H] activation dtype, C tokens a page.
+      values: the same.
+      table: [B, S / C] int32, the pages of each row in order; 0 where there is none.
     """
 
     keys: Array
     values: Array
+    table: Array
 
 
 class PackedRows(NamedTuple):
@@ -89,20 +91,18 @@ class Reward(NamedTuple):
     terms: dict[str, Array]
 
 
-class Rollout(NamedTuple):
-    """Completions of a batch of prompts.
+class Completion(NamedTuple):
+    """What a model wrote after a prompt; NumPy arrays on the host.
 
     Attributes:
-      tokens: [B, T] int32, the completion alone, 0 after its end.
-      completion_mask: [B, T] bool, True up to and including the stop token.
-      log_probs: [B, T] float32 at the sampling temperature, 0 where masked.
-      finished: [B] bool, True where a stop token was sampled.
+      tokens: [T] int32, up to and including the stop token.
+      log_probs: [T] float32 of each token at the sampling temperature.
+      finished: whether it ended by itself and not at its longest length.
     """
 
-    tokens: Array
-    completion_mask: Array
-    log_probs: Array
-    finished: Array
+    tokens: Any
+    log_probs: Any
+    finished: bool
 
 
 class TrainState(NamedTuple):

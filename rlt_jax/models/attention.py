@@ -33,14 +33,6 @@ def packed_visibility(positions: jax.Array, segment_ids: jax.Array) -> Visibilit
     return Visibility(positions, segment_ids, positions, segment_ids)
 
 
-def cache_visibility(positions: jax.Array, cache_length: int) -> Visibility:
-    """Queries at positions [B, T] and a cache whose slot s holds position s."""
-    B = positions.shape[0]
-    slots = jnp.broadcast_to(jnp.arange(cache_length), (B, cache_length))
-    one = jnp.ones_like
-    return Visibility(positions, one(positions), slots, one(slots))
-
-
 def dense_mask(
     visibility: Visibility, window: int | None, windowed: jax.Array
 ) -> jax.Array:

@@ -15,13 +15,13 @@ from flax import linen as nn
 from rlt_jax.models.attention import (
     Visibility,
     attention,
-    cache_visibility,
     packed_visibility,
     soft_cap,
 )
 from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.paged_cache import paged_attention, write
 from rlt_jax.models.rope import Rope, layer_ropes, rotate
-from rlt_jax.types import KVCache, Params
+from rlt_jax.types import PagedCache, Params
 
 Axes = tuple[str | None, ...]
 
@@ -107,11 +107,11 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        kv_cache: KVCache | None,
+        kv_cache: PagedCache | None,
         layer: Layer,
         positions: jax.Array,
-        visibility: Visibility,
-    ) -> tuple[jax.Array, KVCache | None]:
+        visibility: Visibility | None,
+    ) -> tuple[jax.Array, PagedCache | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         q_axes = ("embed", "heads", "head_dim")
@@ -125,23 +125,15 @@ class Attention(nn.Module):
         query = rotate(query, positions, layer.rope)
         key = rotate(key, positions, layer.rope)
         query = _constrain(query, "batch", "length", "heads", "head_dim")
-        if kv_cache is not None:
-            row = jnp.arange(x.shape[0])[:, None]
-            kv_cache = KVCache(
-                kv_cache.keys.at[layer.index, row, positions].set(key),
-                kv_cache.values.at[layer.index, row, positions].set(value),
-            )
-            key, value = kv_cache.keys[layer.index], kv_cache.values[layer.index]
-        y = attention(
-            query,
-            key,
-            value,
-            visibility,
-            layer.windowed,
-            scale=(c.query_scale_dim or H) ** -0.5,
-            softcap=c.attention_softcap,
-            window=c.sliding_window,
-        )
+        scale = (c.query_scale_dim or H) ** -0.5
+        limits = {"softcap": c.attention_softcap, "window": c.sliding_window}
+        if kv_cache is None:
+            args = (query, key, value, visibility, layer.windowed)
+            y = attention(*args, scale=scale, **limits)
+        else:
+            kv_cache = write(kv_cache, layer.index, positions, key, value)
+            args = (query * scale, kv_cache, layer.index, positions, layer.windowed)
+            y = paged_attention(*args, **limits)
         o_axes = ("heads", "head_dim", "embed")
         return Projection((N, H), (D,), o_axes, c.out_bias, name="out")(y), kv_cache
 
@@ -169,11 +161,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, KVCache | None],
+        carry: tuple[jax.Array, PagedCache | None],
         layer: Layer,
         positions: jax.Array,
-        visibility: Visibility,
-    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        visibility: Visibility | None,
+    ) -> tuple[tuple[jax.Array, PagedCache | None], None]:
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
@@ -230,30 +222,29 @@ class Transformer(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
-        kv_cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        kv_cache: PagedCache | None = None,
+    ) -> tuple[jax.Array, PagedCache | None]:
         """Hidden states after the final norm.
 
         Without a cache, rows may be packed: attention is causal within segments. With a
-        cache, tokens are written to the slots named by their positions and see every
-        slot up to their own; rows are then one segment each.
+        cache, rows are one segment each; tokens are stored in the pages of their row and
+        see every token up to their own position.
 
         Args:
           tokens: [B, T] int32.
           positions: [B, T] int32, counted from 0 within each segment.
           segment_ids: [B, T] int32, 0 for padding; needed without a cache.
-          kv_cache: cache of S slots, or None.
+          kv_cache: pages with a table of the B rows, or None.
 
         Returns:
           Hidden states [B, T, D] in the activation dtype, and the filled cache.
         """
         c = self.config
-        if kv_cache is not None:
-            visibility = cache_visibility(positions, kv_cache.keys.shape[2])
-        elif segment_ids is not None:
+        visibility = None
+        if kv_cache is None:
+            if segment_ids is None:
+                raise ValueError("Pass segment_ids, or a kv_cache.")
             visibility = packed_visibility(positions, segment_ids)
-        else:
-            raise ValueError("Pass segment_ids, or a kv_cache.")
         x = self.embedding[tokens].astype(c.activation_dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
@@ -294,8 +285,8 @@ def hidden_states(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
-    kv_cache: KVCache | None = None,
-) -> tuple[jax.Array, KVCache | None]:
+    kv_cache: PagedCache | None = None,
+) -> tuple[jax.Array, PagedCache | None]:
     """`Transformer.__call__` as a pure function of parameters and inputs."""
     return model.apply({"params": params}, tokens, positions, segment_ids, kv_cache)
 
@@ -303,10 +294,3 @@ def hidden_states(
 def logits(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
     """`Transformer.head` as a pure function: [..., D] -> float32 [..., V]."""
     return model.apply({"params": params}, hidden, method=Transformer.head)
-
-
-def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
-    """A zeroed cache of `length` slots for `batch` rows."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.activation_dtype)
-    return KVCache(zeros, zeros)

@@ -4,12 +4,16 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, empty_cache, hidden_states, logits
-from rlt_jax.types import KVCache, Params
+from rlt_jax.models.paged_cache import empty_pages
+from rlt_jax.models.transformer import Transformer, hidden_states, logits
+from rlt_jax.types import PagedCache, Params
+
+PAGE = 4
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -47,8 +51,8 @@ def _cached_forward(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
+    cache: PagedCache,
+) -> tuple[jax.Array, PagedCache]:
     """Logits [B, T, V] of the next tokens of each row, and the filled cache."""
     model = Transformer(config)
     hidden, cache = hidden_states(model, params, tokens, positions, None, cache)
@@ -61,17 +65,22 @@ def _cached_logits(
     tokens: np.ndarray,
     prompt_lengths: np.ndarray,
 ) -> np.ndarray:
-    """Logits [B, T, V]: right-padded prompts first, then a token of each row a time."""
+    """Logits [B, T, V]: prompts in two chunks, then a token of each row a time."""
     B, T = tokens.shape
     P = int(prompt_lengths.max())
     row = np.arange(B)
     prompt = np.where(np.arange(P) < prompt_lengths[:, None], tokens[:, :P], 0)
     positions = np.broadcast_to(np.arange(P), (B, P))
-    cache = empty_cache(config, B, T)
-    first, cache = _cached_forward(config, params, prompt, positions, cache)
+    columns = -(-T // PAGE)
+    cache = empty_pages(config, 1 + B * columns, PAGE)
+    # No row's pages are neighbours.
+    table = 1 + np.arange(B * columns).reshape(columns, B).T
+    cache = cache._replace(table=jnp.asarray(table))
     out = np.zeros((B, T, config.vocab_size), np.float32)
-    for b, length in enumerate(prompt_lengths):
-        out[b, :length] = first[b, :length]
+    for start, end in ((0, min(P, PAGE)), (PAGE, P)):  # a whole page, then the rest
+        if start < end:
+            chunk = prompt[:, start:end], positions[:, start:end]
+            out[:, start:end], cache = _cached_forward(config, params, *chunk, cache)
     for i in range(T - int(prompt_lengths.min())):
         # A row that is done writes its last token again.
         at = np.minimum(prompt_lengths + i, T - 1)

@@ -13,10 +13,10 @@ import pytest
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig, RopeScaling
+from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import (
     RMSNorm,
     Transformer,
-    empty_cache,
     hidden_states,
     init_params,
     logical_axes,
@@ -169,7 +169,7 @@ def test_activations_have_the_configured_dtype(
         tokens,
         tokens,
         None,
-        empty_cache(config, 1, LENGTH),
+        empty_pages(config, 4, 4)._replace(table=np.array([[1, 2, 3]])),
     )
     assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
     logits = full_logits(config, random_params(config), tokens)
