@@ -1,174 +1,361 @@
-"""Rollouts: one prefill of the prompts, then one jitted decode loop."""
+"""Generation by continuous batching: a fixed number of slots, requests in and out.
 
+The device runs many steps a dispatch. While it does, the host takes the results of the
+dispatch before, frees the slots of what has ended and gives them to the next requests.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.errors import UserError
-from rlt_jax.inference.sampling import SamplingConfig, sample
-from rlt_jax.models.transformer import (
-    Transformer,
-    empty_cache,
-    hidden_states,
-    logits,
-)
-from rlt_jax.training.sharding import batch_sharding
-from rlt_jax.types import Params, Rollout
+from rlt_jax.inference.decode import CPU_TILES, Slots, decode, prefill
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scheduler import Layout, Prefill, Request, Scheduler
+from rlt_jax.models.paged_cache import empty_pages, page_bytes
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.training.sharding import decoding_shardings
+from rlt_jax.types import Completion, PagedCache, Params
+
+SHARD_AXES = ("data", "fsdp")
 
 
-class PromptBatch(NamedTuple):
-    """Prompts, padded on the right.
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine.
 
     Attributes:
-      tokens: [B, T] int32.
-      lengths: [B] int32, at least 1.
-      request_ids: [B] int32; with the key they decide what is drawn for a row.
+      slots: completions decoded at once, over all devices.
+      page_size: C, tokens in a page of the cache.
+      cache_tokens: tokens the cache holds, over all devices; None is room for the longest
+        row in every slot.
+      steps: decode steps a dispatch; a slot that ends waits up to twice as many.
+      prefill_chunk: tokens of a prompt computed at once.
+      weights: "model" decodes with the parameters as they are, "bfloat16" rounds them.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    request_ids: jax.Array
+    slots: int = 16
+    page_size: int = 64
+    cache_tokens: int | None = None
+    steps: int = 8
+    prefill_chunk: int = 512
+    weights: str = "model"
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "page_size", "steps", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"engine.{name}={getattr(self, name)}: at least 1.")
+        if self.prefill_chunk % self.page_size:
+            raise UserError(
+                f"engine.prefill_chunk={self.prefill_chunk} is no multiple of "
+                f"page_size={self.page_size}."
+            )
+        if self.weights not in ("model", "bfloat16"):
+            raise UserError(f"engine.weights={self.weights!r}: model or bfloat16.")
 
 
-def pad_prompts(prompts: Sequence[np.ndarray], request_ids: np.ndarray) -> PromptBatch:
-    """Pads prompts to the next multiple of 32, so that few shapes are compiled.
+class Engine(NamedTuple):
+    """Compiled programs and sizes; see `make_engine`."""
 
-    Raises:
-      UserError: an empty prompt.
+    layout: Layout
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    chunks: tuple[int, ...]
+    new_cache: Callable[[], tuple[PagedCache, Slots]]
+    to_decode: Callable[[Params], Params]
+    prefill: Callable[..., PagedCache]
+    decode: Callable[..., Any]
+
+
+@dataclasses.dataclass
+class Occupancy:
+    """How well the slots were used.
+
+    Attributes:
+      used: slot-steps that drew a token of a completion.
+      run: slot-steps that were computed.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if lengths.min() < 1:
-        raise UserError(f"prompt {int(lengths.argmin())} is empty.")
-    tokens = np.zeros((len(prompts), -(-int(lengths.max()) // 32) * 32), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return PromptBatch(tokens, lengths, np.asarray(request_ids, np.int32))
+
+    used: int = 0
+    run: int = 0
 
 
-def rollout(
+def make_engine(
     model: Transformer,
     sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-    params: Params,
-    prompts: PromptBatch,
-    key: jax.Array,
-) -> Rollout:
-    """Completes every prompt.
-
-    A row stops at a stop token or at `max_new_tokens`; the loop stops with the last row.
-    Slot s of the cache holds position s, so prompts of different length need no shift: a
-    completion overwrites the padding of its prompt before it could be seen.
+    stop_ids: Sequence[int],
+    config: EngineConfig,
+    mesh: Mesh,
+    longest_row: int,
+) -> Engine:
+    """Builds the programs; they compile at their first use.
 
     Args:
       model: the transformer.
-      sampling: temperature and longest completion.
+      sampling: how tokens are drawn.
       stop_ids: tokens that end a completion.
-      params: parameters of the model.
-      prompts: B prompts.
-      key: PRNG key; row b at step t draws with key folded with its request id, then t.
+      config: sizes.
+      mesh: slots and pages are split over data and fsdp, heads over tensor.
+      longest_row: tokens of the longest prompt with its completion.
 
-    Returns:
-      Completions [B, max_new_tokens].
+    Raises:
+      UserError: the cache does not fit on the devices, or a row not in the model.
     """
-    B, prompt_length = prompts.tokens.shape
-    T = sampling.max_new_tokens
-    keys = jax.vmap(lambda request: jax.random.fold_in(key, request))(
-        prompts.request_ids
-    )
-    stops = jnp.array(stop_ids, jnp.int32)
-
-    def draw(hidden: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        step_keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, t))(keys)
-        return sample(logits(model, params, hidden), step_keys, sampling.temperature)
-
-    positions = jnp.broadcast_to(jnp.arange(prompt_length), (B, prompt_length))
-    cache = empty_cache(model.config, B, prompt_length + T)
-    hidden, cache = hidden_states(
-        model, params, prompts.tokens, positions, kv_cache=cache
-    )
-    last = hidden[jnp.arange(B), prompts.lengths - 1]
-    empty = Rollout(
-        jnp.zeros((B, T), jnp.int32),
-        jnp.zeros((B, T), bool),
-        jnp.zeros((B, T), jnp.float32),
-        jnp.zeros(B, bool),
-    )
-
-    def step(carry: tuple) -> tuple:
-        t, token, log_prob, cache, result = carry
-        going = ~result.finished
-        result = Rollout(
-            result.tokens.at[:, t].set(jnp.where(going, token, 0)),
-            result.completion_mask.at[:, t].set(going),
-            result.log_probs.at[:, t].set(jnp.where(going, log_prob, 0.0)),
-            result.finished | (going & jnp.isin(token, stops)),
+    if longest_row > model.config.max_length:
+        raise UserError(
+            f"a prompt with its completion may have {longest_row} tokens, the model's "
+            f"context is {model.config.max_length}: shorten sampling.max_new_tokens or "
+            "the prompts."
         )
-        place = (prompts.lengths + t)[:, None]
-        hidden, cache = hidden_states(
-            model, params, token[:, None], place, kv_cache=cache
-        )
-        token, log_prob = draw(hidden[:, 0], t + 1)
-        return t + 1, token, log_prob, cache, result
+    layout = _layout(model, sampling, config, mesh, longest_row)
+    _check_memory(model, layout, config, mesh)
+    tile = CPU_TILES[1] if _on_cpu(mesh) else layout.slots
+    pages = layout.shards * layout.pages
+    pool = NamedSharding(mesh, Spec("tensor", None, SHARD_AXES))
+    row = NamedSharding(mesh, Spec(SHARD_AXES))
 
-    def going(carry: tuple) -> jax.Array:
-        return (carry[0] < T) & ~carry[-1].finished.all()
+    def new_cache() -> tuple[PagedCache, Slots]:
+        B = layout.shards * layout.slots
+        numbers = jnp.zeros((5, B), jnp.int32)
+        seen = jnp.zeros((B, layout.seen_size), bool)
+        slots = Slots(*numbers, jnp.zeros(B, bool), seen)
+        return empty_pages(model.config, pages, layout.page_size), slots
 
-    first = (jnp.int32(0), *draw(last, jnp.int32(0)), cache, empty)
-    return jax.lax.while_loop(going, step, first)[-1]
+    weights = decoding_shardings(model, mesh)
 
+    def cast(params: Params) -> Params:
+        if config.weights == "model":
+            return params
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
-def jit_rollout(
-    model: Transformer,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-    mesh: Mesh,
-) -> Callable[[Params, PromptBatch, jax.Array], Rollout]:
-    """Compiles `rollout` for the mesh, rows split over data and fsdp."""
-    rows = batch_sharding(mesh)
-    return jax.jit(
-        functools.partial(rollout, model, sampling, stop_ids),
-        in_shardings=(None, rows, None),
-        out_shardings=rows,
+    no_table = NamedSharding(mesh, Spec())
+    cache = PagedCache(pool, pool, no_table)
+    split = functools.partial(_split, mesh)
+    chunk = functools.partial(prefill, model)
+    steps = functools.partial(
+        decode, model, sampling, tuple(stop_ids), config.steps, tile
     )
+    on_rows, on_pool = Spec(SHARD_AXES), Spec(None, None, SHARD_AXES)
+    pools = PagedCache(on_pool, on_pool, Spec())
+    return Engine(
+        layout,
+        sampling,
+        tuple(stop_ids),
+        _chunks(config),
+        jax.jit(new_cache, out_shardings=(cache, row)),
+        jax.jit(cast, out_shardings=weights),
+        jax.jit(
+            split(chunk, (Spec(), pools, on_rows, on_rows, on_rows), pools),
+            donate_argnums=1,
+            out_shardings=cache,
+        ),
+        jax.jit(
+            split(
+                steps,
+                (Spec(), pools, on_rows, on_rows, Spec()),
+                (pools, on_rows, Spec(None, SHARD_AXES)),
+            ),
+            donate_argnums=(1, 2),
+            out_shardings=(cache, row, NamedSharding(mesh, Spec(None, SHARD_AXES))),
+        ),
+    )
+
+
+def complete(
+    engine: Engine,
+    params: Params,
+    requests: Sequence[Request],
+    key: jax.Array,
+    occupancy: Occupancy | None = None,
+    find_stop: Callable[[list[int], int], int | None] | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Completes requests, in the order in which they end.
+
+    Args:
+      engine: of this model.
+      params: in the layout of training or of decoding.
+      requests: see `check_requests`.
+      key: PRNG key; a completion depends on it, its request and the parameters alone.
+      occupancy: is counted up.
+      find_stop: see `Scheduler`.
+
+    Yields:
+      Index of the request and its completion.
+
+    Raises:
+      UserError: a request is empty or too long.
+    """
+    check_requests(engine.layout, requests)
+    params = engine.to_decode(params)
+    cache, slots = engine.new_cache()
+    scheduler = Scheduler(requests, engine.layout, engine.stop_ids, find_stop)
+    under_way = None
+    while scheduler.unfinished:
+        prefills, refill, owners = scheduler.plan()
+        for part in _chunked(prefills, engine.chunks, engine.layout):
+            cache = engine.prefill(params, cache, *part)
+        cache, slots, drawn = engine.decode(params, cache, slots, refill, key)
+        if under_way is not None:
+            yield from _take(scheduler, *under_way, occupancy)
+        under_way = drawn, owners
 
 
 def complete_all(
-    generate: Callable[[Params, PromptBatch, jax.Array], Rollout],
+    engine: Engine,
     params: Params,
-    prompts: Sequence[np.ndarray],
-    batch_size: int,
+    requests: Sequence[Request],
     key: jax.Array,
-    first_request: int = 0,
-) -> list[np.ndarray]:
-    """Completes any number of prompts, `batch_size` at a time.
+    **kwargs,
+) -> list[Completion]:
+    """The same, in the order of the requests."""
+    done = dict(complete(engine, params, requests, key, **kwargs))
+    return [done[n] for n in range(len(requests))]
 
-    Args:
-      generate: a compiled `rollout`.
-      params: parameters.
-      prompts: token ids, [t] each.
-      batch_size: rows per batch; the last batch repeats its last prompt.
-      key: PRNG key.
-      first_request: request id of the first prompt.
 
-    Returns:
-      For each prompt the ids of its completion, stop token included.
+def check_requests(layout: Layout, requests: Sequence[Request]) -> None:
+    """Refuses requests that can never be served.
+
+    Raises:
+      UserError: an empty prompt, or one longer than the rows or the cache with its
+        completion.
     """
-    completions: list[np.ndarray] = []
-    for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
-        part += part[-1:] * (batch_size - len(part))
-        ids = first_request + start + np.arange(batch_size)
-        result = generate(params, pad_prompts(part, ids), key)
-        completions += completions_of(result)
-    return completions[: len(prompts)]
+    C = layout.page_size
+    for n, request in enumerate(requests):
+        T = len(request.prompt)
+        if not T:
+            raise UserError(f"prompt {n} is empty.")
+        if request.longest < 1:
+            raise UserError(
+                f"prompt {n}: max_new_tokens={request.longest}: at least 1."
+            )
+        rows = f"prompt {n} has {T} tokens, with its completion up to "
+        rows += f"{T + request.longest}"
+        if T + request.longest > layout.columns * C:
+            raise UserError(
+                f"{rows}; the engine was made for rows of {layout.columns * C}."
+            )
+        stored = T - 1
+        need = -(-stored // C) - stored // C + -(-(stored + request.longest) // C)
+        if need > layout.pages - 1:
+            raise UserError(
+                f"{rows}; the cache of a device group holds {(layout.pages - 1) * C}. "
+                f"Raise engine.cache_tokens to {need * C * layout.shards}."
+            )
 
 
-def completions_of(result: Rollout) -> list[np.ndarray]:
-    """The ids of every completion, [t] each, without what follows its end."""
-    tokens, mask = jax.device_get((result.tokens, result.completion_mask))
-    return [row[keep] for row, keep in zip(tokens, mask, strict=True)]
+def _take(
+    scheduler: Scheduler, drawn: Any, owners: list, occupancy: Occupancy | None
+) -> list[tuple[int, Completion]]:
+    drawn = jax.device_get(drawn)
+    if occupancy is not None:
+        occupancy.used += int(drawn.mask.sum())
+        occupancy.run += int(drawn.mask.any(axis=1).sum()) * drawn.mask.shape[1]
+    return scheduler.absorb(drawn, owners)
+
+
+def _chunked(
+    prefills: list[Prefill], chunks: tuple[int, ...], layout: Layout
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Parts of prompts, one of every shard at a time: table, tokens, start."""
+    waiting: list[dict[int, list]] = [{} for _ in range(layout.shards)]
+    for one in prefills:
+        start = 0
+        while start < len(one.tokens):
+            rest = len(one.tokens) - start
+            size = next((c for c in chunks if c >= rest), chunks[-1])
+            waiting[one.shard].setdefault(size, []).append((one, start))
+            start += size
+    for size in reversed(chunks):  # a prompt's last part is its smallest
+        queues = [parts.get(size, []) for parts in waiting]
+        for now in itertools.zip_longest(*queues):
+            # A shard without such a part writes to page 0.
+            table = np.zeros((layout.shards, layout.columns), np.int32)
+            tokens = np.zeros((layout.shards, size), np.int32)
+            starts = np.zeros(layout.shards, np.int32)
+            for shard, part in enumerate(now):
+                if part:
+                    one, starts[shard] = part
+                    piece = one.tokens[starts[shard] :][:size]
+                    table[shard], tokens[shard, : len(piece)] = one.pages, piece
+            yield table, tokens, starts
+
+
+def _chunks(config: EngineConfig) -> tuple[int, ...]:
+    """Sizes of the parts of a prompt: page size times powers of two."""
+    sizes = [config.page_size]
+    while sizes[-1] < config.prefill_chunk:
+        sizes.append(min(2 * sizes[-1], config.prefill_chunk))
+    return tuple(sizes)
+
+
+def _split(mesh: Mesh, program: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """A program for each part of slots and pages; tensor is left to the compiler."""
+    if mesh.shape["data"] * mesh.shape["fsdp"] == 1:
+        return program
+    return jax.shard_map(
+        program,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(SHARD_AXES),
+        check_vma=False,
+    )
+
+
+def _layout(
+    model: Transformer,
+    sampling: SamplingConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    longest_row: int,
+) -> Layout:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.slots % shards:
+        raise UserError(
+            f"engine.slots={config.slots} is no multiple of data * fsdp = {shards}."
+        )
+    C, slots = config.page_size, config.slots // shards
+    if _on_cpu(mesh):  # see CPU_TILES
+        tile = CPU_TILES[0] if slots <= CPU_TILES[0] else CPU_TILES[1]
+        slots = -(-slots // tile) * tile
+    columns = -(-longest_row // C)
+    if config.cache_tokens is None:
+        pages = 1 + slots * (columns + 1)
+    else:
+        pages = 1 + config.cache_tokens // (C * shards)
+    penalised = sampling.repetition_penalty != 1
+    seen = model.config.vocab_size if penalised else 0
+    return Layout(shards, slots, pages, C, columns, config.steps, seen)
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _check_memory(
+    model: Transformer, layout: Layout, config: EngineConfig, mesh: Mesh
+) -> None:
+    device = mesh.local_devices[0]
+    a_page = page_bytes(model.config, layout.page_size) // mesh.shape["tensor"]
+    if _on_cpu(mesh):  # all devices share the memory of the machine
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        a_page *= len(mesh.local_devices)
+    else:
+        stats = device.memory_stats()
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    if layout.pages * a_page > free:
+        fit = free // a_page * layout.page_size * layout.shards
+        raise UserError(
+            f"the cache of {layout.shards * layout.pages * layout.page_size} tokens needs "
+            f"{layout.pages * a_page / 1e9:.2f} GB a device, {free / 1e9:.2f} GB are "
+            f"free: at most engine.cache_tokens={fit} fit (engine.slots={config.slots})."
+        )

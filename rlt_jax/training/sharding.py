@@ -12,8 +12,9 @@ from rlt_jax.models.transformer import Transformer, logical_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 # Logical axis of a parameter or activation -> mesh axis it is split over.
-RULES = (
+RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("length", None),
     ("embed", "fsdp"),
@@ -24,6 +25,8 @@ RULES = (
     ("vocab", "tensor"),
     ("layers", None),
 )
+# Generation keeps weights whole over data and fsdp.
+DECODING_RULES = tuple((axis, None if axis == "embed" else to) for axis, to in RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +57,19 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def to_shardings(specs: Any, mesh: Mesh) -> Any:
+def to_shardings(specs: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """PartitionSpecs of logical axes -> NamedShardings on the mesh."""
-    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    return nn.logical_to_mesh_sharding(specs, mesh, rules)
 
 
 def param_shardings(model: Transformer, mesh: Mesh) -> Any:
     """A NamedSharding for every parameter."""
     return to_shardings(logical_axes(model.config), mesh)
+
+
+def decoding_shardings(model: Transformer, mesh: Mesh) -> Any:
+    """The same for generation, where no weight is gathered at every step."""
+    return to_shardings(logical_axes(model.config), mesh, DECODING_RULES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,269 @@
+"""Which request has which slot and which pages: the host's side of generation.
+
+Equal prompts share their pages; a request gets pages of its own as it grows. When no
+page is left, the youngest request gives its own back and starts again later, with the
+same result, as a completion depends on nothing but its request.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rlt_jax.inference.decode import Drawn, Refill, Slots
+from rlt_jax.types import Completion
+
+
+class Request(NamedTuple):
+    """A completion that is wanted.
+
+    Attributes:
+      prompt: [T] int32 token ids, at least one.
+      request_id: with the seed it decides what is drawn.
+      longest: tokens of the completion at most.
+    """
+
+    prompt: np.ndarray
+    request_id: int
+    longest: int
+
+
+class Layout(NamedTuple):
+    """Sizes of a scheduler's arrays.
+
+    Attributes:
+      shards: parts of slots and pages that know nothing of each other.
+      slots: of each shard.
+      pages: of each shard, page 0 included.
+      page_size: C, tokens a page.
+      columns: pages of the longest row.
+      steps: of a dispatch.
+      seen_size: V with a repetition penalty, else 0.
+    """
+
+    shards: int
+    slots: int
+    pages: int
+    page_size: int
+    columns: int
+    steps: int
+    seen_size: int = 0
+
+
+class Prefill(NamedTuple):
+    """A prompt that has to be computed: its shard, its ids, and its pages [columns]."""
+
+    shard: int
+    tokens: np.ndarray
+    pages: np.ndarray
+
+
+@dataclasses.dataclass
+class _Prompt:
+    pages: list[int]
+    users: int = 0
+
+
+@dataclasses.dataclass
+class _Running:
+    index: int
+    shard: int
+    prompt: _Prompt
+    age: int
+    pages: list[int]
+    reserved: int  # tokens that may have been stored after the steps under way
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+
+
+class Scheduler:
+    """Hands slots and pages to requests, in order.
+
+    Args:
+      requests: each must fit in the pages of a shard.
+      layout: sizes.
+      stop_ids: tokens that end a completion.
+      find_stop: given all tokens of a completion and how many of them are new, how many
+        to keep because a stop text ends there, or None.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        layout: Layout,
+        stop_ids: Sequence[int],
+        find_stop: Callable[[list[int], int], int | None] | None = None,
+    ) -> None:
+        self._requests = requests
+        self._layout = layout
+        self._stops = frozenset(stop_ids)
+        self._find_stop = find_stop
+        self._queue = collections.deque(range(len(requests)))
+        rows = layout.shards * layout.slots
+        self._slots: list[_Running | None] = [None] * rows
+        self._free = [
+            list(range(layout.pages - 1, 0, -1)) for _ in range(layout.shards)
+        ]
+        self._prompts: dict[tuple[int, bytes], _Prompt] = {}
+        self._table = np.zeros((rows, layout.columns), np.int32)
+        self._admitted = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request waits or is under way."""
+        return bool(self._queue or self._running())
+
+    def plan(self) -> tuple[list[Prefill], Refill, list[_Running | None]]:
+        """What to compute next.
+
+        Returns:
+          Prompts to prefill, changes of the slots, and who will have which slot.
+        """
+        B = len(self._slots)
+        put_off = []
+        for b in sorted(self._running(), key=lambda b: self._slots[b].age):
+            if self._slots[b] is not None:  # not put off by an older one
+                put_off += self._grow(b)
+        replaced = np.array([running is None for running in self._slots])
+        prefills: list[Prefill] = []
+        copies: list[tuple[int, int, int]] = []
+        fresh = _idle(B, self._layout.seen_size)
+        for b in np.flatnonzero(replaced):
+            if self._queue and not put_off:
+                self._admit(int(b), prefills, copies, fresh)
+        refill = Refill(replaced, fresh, self._table.copy(), *self._copies(copies))
+        return prefills, refill, list(self._slots)
+
+    def absorb(
+        self, drawn: Drawn, owners: Sequence[_Running | None]
+    ) -> list[tuple[int, Completion]]:
+        """Takes what a dispatch has drawn; gives index and completion of what is done."""
+        done = []
+        for b, running in enumerate(owners):
+            if running is None or self._slots[b] is not running:
+                continue  # it ended, or was put off, in an earlier dispatch
+            count = int(drawn.mask[:, b].sum())
+            running.tokens += drawn.tokens[:count, b].tolist()
+            running.log_probs += drawn.log_probs[:count, b].tolist()
+            completion = self._ended(running, count)
+            if completion is not None:
+                self._release(b)
+                done.append((running.index, completion))
+        return done
+
+    def _running(self) -> list[int]:
+        return [b for b, running in enumerate(self._slots) if running is not None]
+
+    def _ended(self, running: _Running, new: int) -> Completion | None:
+        tokens, keep = running.tokens, None
+        if self._find_stop and new:
+            keep = self._find_stop(tokens, new)
+        if keep is None:
+            at_end = bool(tokens) and tokens[-1] in self._stops
+            if not at_end and len(tokens) < self._requests[running.index].longest:
+                return None
+        return Completion(
+            np.array(tokens[:keep], np.int32),
+            np.array(running.log_probs[:keep], np.float32),
+            keep is not None or at_end,
+        )
+
+    def _admit(
+        self,
+        b: int,
+        prefills: list[Prefill],
+        copies: list[tuple[int, int, int]],
+        fresh: Slots,
+    ) -> None:
+        """Gives slot b the next request if there are pages for its first steps."""
+        layout, index = self._layout, self._queue[0]
+        request, shard = self._requests[index], b // layout.slots
+        C, free = layout.page_size, self._free[shard]
+        stored = len(request.prompt) - 1  # the last token is fed by the first step
+        name = (shard, request.prompt.tobytes())
+        prompt = self._prompts.get(name)
+        of_prompt = -(-stored // C) if prompt is None else 0
+        first = min(stored + layout.steps, stored + request.longest)
+        own = -(-first // C) - stored // C
+        if of_prompt + own > len(free):
+            return
+        self._queue.popleft()
+        if prompt is None:
+            prompt = _Prompt([free.pop() for _ in range(of_prompt)])
+            self._prompts[name] = prompt
+            if stored:
+                pages = self._row(prompt.pages)
+                prefills.append(Prefill(shard, request.prompt[:-1], pages))
+        prompt.users += 1
+        pages = [free.pop() for _ in range(own)]
+        if stored % C:
+            copies.append((shard, prompt.pages[-1], pages[0]))
+        self._slots[b] = _Running(index, shard, prompt, self._admitted, pages, first)
+        self._admitted += 1
+        self._table[b] = self._row(prompt.pages[: stored // C] + pages)
+        fresh.token[b] = request.prompt[-1]
+        fresh.position[b] = stored
+        fresh.longest[b] = request.longest
+        fresh.request[b] = request.request_id
+        fresh.active[b] = True
+        if layout.seen_size:
+            fresh.seen[b, request.prompt] = True
+
+    def _grow(self, b: int) -> list[int]:
+        """Pages for the next steps of slot b; gives the slots put off for them."""
+        layout, running = self._layout, self._slots[b]
+        request = self._requests[running.index]
+        most = len(request.prompt) - 1 + request.longest
+        running.reserved = min(running.reserved + layout.steps, most)
+        shared = (len(request.prompt) - 1) // layout.page_size
+        put_off = []
+        while shared + len(running.pages) < -(-running.reserved // layout.page_size):
+            free = self._free[running.shard]
+            if not free:
+                mates = [
+                    i for i in self._running() if self._slots[i].shard == running.shard
+                ]
+                youngest = max(mates, key=lambda i: self._slots[i].age)
+                self._queue.appendleft(self._slots[youngest].index)
+                self._release(youngest)
+                put_off.append(youngest)
+                if youngest == b:
+                    break
+                continue
+            running.pages.append(free.pop())
+            self._table[b, shared + len(running.pages) - 1] = running.pages[-1]
+        return put_off
+
+    def _release(self, b: int) -> None:
+        running = self._slots[b]
+        free = self._free[running.shard]
+        free += running.pages
+        running.prompt.users -= 1
+        if not running.prompt.users:
+            free += running.prompt.pages
+            prompt = self._requests[running.index].prompt
+            del self._prompts[running.shard, prompt.tobytes()]
+        self._slots[b] = None
+        self._table[b] = 0
+
+    def _row(self, pages: list[int]) -> np.ndarray:
+        return np.pad(np.array(pages, np.int32), (0, self._layout.columns - len(pages)))
+
+    def _copies(
+        self, copies: list[tuple[int, int, int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shape = (self._layout.shards, self._layout.slots)
+        source, target = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        counts = np.zeros(self._layout.shards, np.int32)
+        for shard, old, new in copies:
+            source[shard, counts[shard]] = old
+            target[shard, counts[shard]] = new
+            counts[shard] += 1
+        return source.reshape(-1), target.reshape(-1), counts
+
+
+def _idle(B: int, seen_size: int) -> Slots:
+    numbers = [np.zeros(B, np.int32) for _ in range(5)]
+    return Slots(*numbers, np.zeros(B, bool), np.zeros((B, seen_size), bool))
