@@ -140,9 +140,9 @@ def counted_completions(
     all right or all wrong and for overlong completions.
     """
     kept = finished if objective.truncated == "mask" else jnp.ones_like(finished)
-    return (
-        kept & has_signal(rewards, group_size) if objective.skip_equal_groups else kept
-    )
+    if objective.skip_equal_groups:
+        kept &= has_signal(rewards, group_size)
+    return kept
 
 
 def token_weights(
