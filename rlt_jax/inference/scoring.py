@@ -56,7 +56,7 @@ def segment_mask(spans: TokenSpans) -> jax.Array:
 
 
 def scatter(values: jax.Array, spans: TokenSpans, shape: tuple[int, ...]) -> jax.Array:
-    """One value per completion [N] onto its tokens [M, B, T], 0 elsewhere."""
-    on_tokens = jnp.where(spans.mask, values[:, None], 0.0)
+    """Values of completions [N], or of span tokens [N, T], to [M, B, T]; else 0."""
+    on_tokens = jnp.where(spans.mask, values.reshape(len(values), -1), 0.0)
     flat = jnp.zeros(shape, values.dtype).reshape(-1)
     return flat.at[spans.index].add(on_tokens).reshape(shape)

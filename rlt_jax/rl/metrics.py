@@ -1,21 +1,32 @@
-"""Metrics of rewards and rollouts, computed on the device."""
+"""Metrics of rewards, rollouts and updates, computed on the device."""
 
 import jax
+import jax.numpy as jnp
 
-from rlt_jax.types import Reward, Rollout
+from rlt_jax import masked
+from rlt_jax.inference.scoring import gather
+from rlt_jax.rl import losses
+from rlt_jax.rl.advantages import has_signal
+from rlt_jax.types import Reward, Rollout, TokenSpans
 
 
 def reward_metrics(reward: Reward) -> dict[str, jax.Array]:
-    """Mean and spread of the reward, mean of every term, as device scalars."""
-    value = reward.value
-    metrics = {
-        "reward/value_mean": value.mean(),
-        "reward/value_std": value.std(),
-        "reward/value_min": value.min(),
-        "reward/value_max": value.max(),
+    """Mean, std, min and max of the reward ("value") and every term, device scalars."""
+    return {
+        f"reward/{name}_{statistic}": getattr(term, statistic)()
+        for name, term in {"value": reward.value, **reward.terms}.items()
+        for statistic in ("mean", "std", "min", "max")
     }
-    terms = {f"reward/{name}_mean": term.mean() for name, term in reward.terms.items()}
-    return metrics | terms
+
+
+def group_metrics(
+    rewards: jax.Array, advantages: jax.Array, group_size: int
+) -> dict[str, jax.Array]:
+    """Share of groups whose rewards differ, and spread of the advantages [N]."""
+    return {
+        "group/signal_fraction": has_signal(rewards, group_size).mean(),
+        "group/advantage_std": advantages.std(),
+    }
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
@@ -26,3 +37,38 @@ def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
         "rollout/length_max": lengths.max(),
         "rollout/finished_fraction": rollout.finished.mean(),
     }
+
+
+def policy_metrics(
+    objective: losses.ObjectiveConfig,
+    log_probs: jax.Array,
+    entropy: jax.Array,
+    tokens: losses.LossTokens,
+    spans: TokenSpans,
+) -> dict[str, jax.Array]:
+    """How far the policy is from the others, before the step.
+
+    Means are over the tokens of each completion, then over completions, whatever the
+    objective weighs and leaves out. All but the spans [N, T] is [M, B, T] float32.
+    """
+
+    def mean(values: jax.Array) -> jax.Array:
+        return masked.mean(gather(values, spans), spans.mask).mean()
+
+    ratio, bounded = losses.importance_ratio(objective, log_probs, tokens)
+    cut = bounded * tokens.advantages < ratio * tokens.advantages
+    metrics = {
+        "policy/entropy": mean(entropy),
+        "policy/ratio_mean": mean(ratio),
+        "policy/ratio_max": gather(ratio, spans).max(),
+        "policy/clip_fraction": mean(cut.astype(jnp.float32)),
+    }
+    if tokens.ref_log_probs is not None:
+        metrics["policy/kl_to_reference"] = mean(log_probs - tokens.ref_log_probs)
+    if tokens.sampler_log_probs is not None:
+        difference = jnp.abs(tokens.old_log_probs - tokens.sampler_log_probs)
+        metrics["policy/sampler_difference"] = mean(difference)
+    if objective.importance_cap is not None:
+        weights = losses.importance_weights(objective.importance_cap, tokens)
+        metrics["policy/importance_weight_mean"] = mean(weights)
+    return metrics

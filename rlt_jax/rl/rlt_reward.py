@@ -49,8 +49,8 @@ class RLTRewardConfig:
       kl_reductions: reduction -> weight within the explanation KL.
       kl_map: applied to each per-token KL.
       kl_clip: mapped KLs are kept below this; None for no clip.
-      kl_estimator: "k1" (published) or "k3", from the sampled token; "full", over the
-        whole vocabulary; "top_k", over the teacher's likeliest tokens and the rest as
+      kl_estimator: "k1" (published), "k2" or "k3", from the sampled token; "full", over
+        the whole vocabulary; "top_k", over the teacher's likeliest tokens and the rest as
         one (the last two need one tokenizer).
       kl_top_k: how many tokens "top_k" tells apart.
       kl_teacher_term: without it, the divergence is the student's surprise alone,

@@ -29,6 +29,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scoring import score_rows
 from rlt_jax.rl import policy_update
 from rlt_jax.rl.advantages import group_advantages
+from rlt_jax.rl.losses import ObjectiveConfig
 from rlt_jax.rl.metrics import reward_metrics, rollout_metrics
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig, balanced_kl_coef
@@ -258,11 +259,13 @@ def compile_programs(
     teacher = roles.teacher
     reference = functools.partial(score_rows, teacher.model, sampling.temperature)
     update = functools.partial(
-        policy_update.update, teacher.model, tx, sampling.temperature, c.beta
+        policy_update.update,
+        teacher.model,
+        tx,
+        sampling,
+        ObjectiveConfig(beta=c.beta),
     )
-
-    def mix(reference: Params, policy: Params) -> Params:
-        return optax.incremental_update(policy, reference, c.sync_alpha)
+    mix = functools.partial(policy_update.mix_reference, alpha=c.sync_alpha)
 
     return Programs(
         rollout=jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh),

@@ -38,13 +38,29 @@ def new_state(
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, tx: optax.GradientTransformation
+    state: TrainState,
+    grads: Params,
+    tx: optax.GradientTransformation,
+    loss: jax.Array | float = 0.0,
+    max_norm: float | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step; metrics name the norms of gradient and update."""
+    """One optimizer step; metrics name the norms of gradient and update.
+
+    Where loss or gradient is not finite, or the gradient longer than `max_norm`, the
+    step is skipped: the state comes back as it was, and "optimizer/skipped" is 1.
+    """
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
+    if max_norm is not None:
+        sound &= norm <= max_norm
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    stepped = TrainState(state.step + 1, params, opt_state)
     metrics = {
-        "optimizer/gradient_norm": optax.tree.norm(grads),
-        "optimizer/update_norm": optax.tree.norm(updates),
+        "optimizer/gradient_norm": norm,
+        "optimizer/update_norm": jnp.where(sound, optax.tree.norm(updates), 0.0),
+        "optimizer/skipped": 1.0 - sound,
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    # Elementwise, so it is done in place of the old state and needs no copy of it.
+    chosen = jax.tree.map(lambda new, old: jnp.where(sound, new, old), stepped, state)
+    return chosen, metrics

@@ -178,3 +178,6 @@ def test_segments_add_up() -> None:
 def test_scatter_is_the_way_back() -> None:
     scattered = scoring.scatter(np.array([7, 8, 9], np.float32), SPANS, (2, 1, 4))
     np.testing.assert_array_equal(scattered.reshape(-1), [0, 7, 7, 0, 0, 8, 0, 0])
+    each = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    scattered = scoring.scatter(each, SPANS, (2, 1, 4))
+    np.testing.assert_array_equal(scoring.gather(scattered, SPANS), each * SPANS.mask)

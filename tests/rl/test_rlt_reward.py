@@ -251,7 +251,7 @@ def test_no_reduction_of_an_empty_text_is_large(name: str) -> None:
         ({"kl_reductions": {"average": 1.0}}, "'average' is not one of mean"),
         ({"solution_map": "log"}, "solution_map: 'log' is not one of none"),
         ({"kl_map": "log"}, "kl_map: 'log' is not one of none"),
-        ({"kl_estimator": "k2"}, "kl_estimator: 'k2' is not one of k1, k3"),
+        ({"kl_estimator": "k4"}, "kl_estimator: 'k4' is not one of k1, k2, k3"),
     ],
 )
 def test_unknown_names_are_refused(setting: dict[str, object], message: str) -> None:

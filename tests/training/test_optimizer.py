@@ -99,6 +99,39 @@ def test_a_step_is_counted_and_measured() -> None:
     assert metrics["optimizer/update_norm"] == 2.5
 
 
+@pytest.mark.parametrize(
+    ("gradient", "loss", "max_norm"),
+    [
+        ([jnp.nan, 4.0], 0.0, None),
+        ([jnp.inf, 4.0], 0.0, None),
+        ([3.0, 4.0], jnp.nan, None),
+        ([3.0, 4.0], jnp.inf, None),
+        ([3.0, 4.0], 0.0, 4.9),
+    ],
+)
+def test_a_step_in_doubt_changes_no_bit(
+    gradient: list[float], loss: float, max_norm: float | None
+) -> None:
+    tx = make_optimizer(OptimizerConfig(0.1), 10)
+    params = {"a": jnp.array([1.0, -0.0])}
+    state = TrainState(jnp.int32(4), params, tx.init(params))
+    state, _ = apply_gradients(state, {"a": jnp.array([0.1, 0.0])}, tx)
+    grads = {"a": jnp.array(gradient)}
+    after, metrics = apply_gradients(state, grads, tx, jnp.float32(loss), max_norm)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+    assert metrics["optimizer/skipped"] == 1.0
+    assert metrics["optimizer/update_norm"] == 0.0
+
+
+def test_a_long_gradient_within_the_bound_is_followed() -> None:
+    tx = optax.sgd(0.5)
+    state = TrainState(jnp.int32(0), jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)))
+    state, metrics = apply_gradients(state, jnp.array([3.0, 4.0]), tx, 1.0, 5.0)
+    np.testing.assert_allclose(state.params, [-0.5, -1.0])
+    assert metrics["optimizer/skipped"] == 0.0
+
+
 def test_a_new_state_owns_its_parameters(
     model: Transformer, params: Params, mesh: Mesh
 ) -> None:
