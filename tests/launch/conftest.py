@@ -27,7 +27,7 @@ case "$*" in
   *rlt_jax.main*)
     outcome=$([[ ! -s $STUBS/runs ]] || next "$STUBS/runs" all)
     case $outcome in
-      hang) touch "$STUBS/hangs"; exec sleep 30 ;;
+      hang) echo $$ >>"$STUBS/hangs"; exec sleep 30 ;;
       gone)
         echo PREEMPTED >"$STUBS/state.tpu-vm"
         [[ ! -e $STUBS/state.queued-resources ]] ||
@@ -73,7 +73,7 @@ esac
 OUTCOMES = r"""
 while IFS=$'\t' read -r status text; do
   [[ "$*" == *"$text"* ]] || continue
-  [[ $status != hang ]] || { touch "$STUBS/hangs"; exec sleep 30; }
+  [[ $status != hang ]] || { echo $$ >>"$STUBS/hangs"; exec sleep 30; }
   exit "$status"
 done <"$STUBS/outcomes.${0##*/}"
 """
@@ -116,7 +116,7 @@ class Stubs:
         return subprocess.run(
             [str(LAUNCH / f"{script}.sh"), *words],
             capture_output=True,
-            stdin=subprocess.DEVNULL,
+            input="y\n",  # for whoever dares to ask
             text=True,
             cwd=self.cwd,
             env=self.environment | environment,
@@ -142,6 +142,12 @@ class Stubs:
             process.terminate()
             status = process.wait(timeout=60)
         return status, (self.folder / "messages").read_text()
+
+    def still_hanging(self) -> list[int]:
+        """Process ids of programs that hung and have not been ended."""
+        file = self.folder / "hangs"
+        ids = map(int, file.read_text().split()) if file.exists() else ()
+        return [pid for pid in ids if Path(f"/proc/{pid}").exists()]
 
     def shell(self, command: str, cwd: Path | None = None) -> None:
         subprocess.run(

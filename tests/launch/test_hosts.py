@@ -49,6 +49,7 @@ def test_a_run_that_fails_is_not_repeated_and_hangs_up_the_others(stubs) -> None
     result = stubs.launch("hosts", *RUN)
     assert result.returncode == 4
     assert "the run failed with status 4" in result.stderr
+    assert not stubs.still_hanging()
     assert len(stubs.calls()) <= 3  # one may be ended before it is recorded
 
 

@@ -39,20 +39,22 @@ def test_environment_and_prefix(stubs) -> None:
 
 
 def test_one_failure_ends_all_and_its_status_is_the_status(stubs) -> None:
-    stubs.outcomes("python", ("process_id=1", "5"), ("process_id", "hang"))
+    stubs.outcomes("python", ("process_id=2", "5"), ("process_id", "hang"))
     result = stubs.launch("local_pod", "3", *FLAGS)
     assert result.returncode == 5
-    assert "process 1 ended with status 5; ending the others" in result.stderr
+    assert "process 2 ended with status 5; ending the others" in result.stderr
+    assert not stubs.still_hanging()
 
 
 def test_processes_that_do_not_end_are_killed(stubs) -> None:
     stubs.write(
         stubs.bin / "python",
         '[[ "$*" == *process_id=1 ]] && { sleep 0.3; exit 6; }\n'
-        "trap '' TERM\nfor i in {1..300}; do sleep 0.1; done\n",
+        "trap '' TERM\necho $$ >>$STUBS/hangs\nfor i in {1..300}; do sleep 0.1; done\n",
     )
     result = stubs.launch("local_pod", "2", *FLAGS, "--grace_seconds=1")
     assert result.returncode == 6
+    assert not stubs.still_hanging()
 
 
 def test_a_signal_ends_all(stubs) -> None:
@@ -60,6 +62,7 @@ def test_a_signal_ends_all(stubs) -> None:
     status, messages = stubs.terminate("local_pod", "2", *FLAGS)
     assert status == 143
     assert "stopped by a signal; ending all processes" in messages
+    assert not stubs.still_hanging()
 
 
 def test_number_of_processes(stubs) -> None:

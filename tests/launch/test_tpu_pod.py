@@ -241,6 +241,7 @@ def test_a_signal_ends_the_launch_and_deletes_what_it_made(stubs) -> None:
     stubs.set("runs", "hang")
     status, _ = stubs.terminate("tpu_pod", *MAKE, LOCAL)
     assert status == 143
+    assert not stubs.still_hanging()
     assert steps(stubs) == ["create", "send", "install", "run", "fetch", "delete"]
 
 
