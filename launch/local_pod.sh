@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Runs rlt_jax in several processes on this machine: the multi-host path, for tests and
+# for debugging. The processes meet on loopback, have CPU devices, talk through gloo.
+#
+#   launch/local_pod.sh N --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
+#   launch/local_pod.sh 2 --config=configs/quickstart.py --workdir=runs/pod -- --config.seed=1
+#
+# Each line of output is prefixed with the id of its process. When one process fails the
+# others are ended; the exit status is that of the first that failed.
+#
+# Every flag can also be given as an environment variable: RLT_ and its name in capitals.
+#
+#   --processes=N        number of processes; the same as N in front of the flags
+#   --config=FILE        config of the run
+#   --workdir=DIR        workdir of the run
+#   --devices=4          CPU devices of each process
+#   --port=PORT          port of process 0 on loopback; a free one by default
+#   --python=python      Python that has rlt_jax
+#   --grace_seconds=30   time that processes have to end before they are killed
+#   --dry_run            print the commands, run nothing
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+. "$here/flags.sh"
+. "$here/processes.sh"
+
+declare -A flag=(
+  [processes]="" [config]="" [workdir]="" [devices]=4 [port]="" [python]=python
+  [grace_seconds]=30 [dry_run]=false
+)
+[[ ${1-} != [0-9]* ]] || set -- "--processes=$1" "${@:2}"
+parse_flags "$@"
+require processes config workdir
+require_number processes devices grace_seconds
+
+free_port() {
+  local port
+  for _ in {1..100}; do
+    port=$((20000 + RANDOM % 12000)) # below the ports of outgoing connections
+    (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+  done
+  printf '%s' "$port"
+}
+
+process() { # process ID
+  local command=(
+    env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=${flag[devices]}"
+    JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo PYTHONUNBUFFERED=1
+    "${flag[python]}" -m rlt_jax.main "--config=${flag[config]}"
+    "--workdir=${flag[workdir]}" "--coordinator_address=127.0.0.1:${flag[port]}"
+    "--num_processes=${flag[processes]}" "--process_id=$1" "${main_args[@]}"
+  )
+  become "${command[@]}"
+}
+
+[[ -n ${flag[port]} ]] || flag[port]=$(free_port)
+if dry_run; then
+  for ((id = 0; id < flag[processes]; id++)); do process "$id"; done
+else
+  together "${flag[processes]}" process
+fi

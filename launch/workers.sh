@@ -1,0 +1,59 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2154  # `flag` and `main_args` are the launcher's
+# What runs on machines reached by ssh; sourced after flags.sh.
+
+# The Python of the system may be too old for rlt_jax; uv, installed for this user alone,
+# fetches the one that is asked for.
+install_command() { # install_command EXTRA: the shell command that installs on a worker
+  local folder python target steps=()
+  folder=$(quote "${flag[remote_dir]}")
+  python=$(quote "--python=${flag[python]}")
+  [[ -z ${flag[setup]} ]] || steps+=("(${flag[setup]})")
+  if [[ ${flag[install]} != none ]]; then
+    steps+=("mkdir -p $folder")
+    target=$(quote "${flag[install]}")
+    if [[ ${flag[install]} == checkout ]]; then
+      steps+=("tar -xzf rlt_jax.tar.gz -C $folder")
+      target="-e $(quote ".[$1]")"
+    fi
+    steps+=(
+      "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv"
+      "cd $folder"
+      "python3 -m uv venv --quiet --allow-existing $python .venv"
+      "python3 -m uv pip install --quiet --python=.venv/bin/python $target"
+    )
+  fi
+  join ' && ' "${steps[@]}"
+}
+
+run_command() { # run_command WORD...: the shell command that runs rlt_jax.main
+  local variables steps=()
+  mapfile -t variables < <(values env)
+  steps+=("cd $(quote "${flag[remote_dir]}")")
+  on_bucket || steps+=("mkdir -p $(quote "${flag[workdir]}")")
+  steps+=("exec $(quote env "${variables[@]}" .venv/bin/python -m rlt_jax.main \
+    "--config=${flag[config]}" "--workdir=${flag[workdir]}" "$@" "${main_args[@]}")")
+  join ' && ' "${steps[@]}"
+}
+
+on_bucket() { [[ ${flag[workdir]} == gs://* ]]; }
+
+fetches() { [[ ${flag[fetch_to]} != none ]] && ! on_bucket; }
+
+remote_workdir() {
+  if [[ ${flag[workdir]} == /* ]]; then
+    printf '%s' "${flag[workdir]}"
+  else
+    printf '%s/%s' "${flag[remote_dir]}" "${flag[workdir]}"
+  fi
+}
+
+# Packs the last commit of the checkout that holds this launcher into ARCHIVE.
+pack_checkout() { # pack_checkout ARCHIVE
+  local checkout
+  checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  if ! dry_run && [[ -n $(git -C "$checkout" status --porcelain) ]]; then
+    say "warning: changes that are not committed are not sent"
+  fi
+  run git -C "$checkout" archive --format=tar.gz "--output=$1" HEAD
+}

@@ -1,0 +1,61 @@
+FLAGS = [
+    *["--cluster=k", "--zone=z", "--tpu_type=tpu7x-16", "--workload=w"],
+    *["--config=configs/x.py", "--workdir=gs://bucket/x"],
+]
+
+
+def test_adds_the_checkout_to_an_image_and_waits(stubs, hard_words) -> None:
+    words = [
+        "--project=p",
+        "--env=A=b c",
+        "--env=D=e",
+        "--storage=s",
+        "--xpk_flag=--spot",
+    ]
+    result = stubs.launch("gke", *FLAGS, *words, "--", *hard_words)
+    assert result.returncode == 0, result.stderr
+    create, wait = stubs.calls("xpk")
+    assert create[1:9] == [
+        *["workload", "create", "--cluster=k", "--zone=z", "--project=p"],
+        *["--workload=w", "--tpu-type=tpu7x-16", "--num-slices=1"],
+    ]
+    assert create[9] == "--max-restarts=10"
+    assert create[10] == "--base-docker-image=python:3.12"
+    assert create[11].startswith("--script-dir=")
+    assert create[12:16] == ["--spot", "--storage=s", "--env=A=b c", "--env=D=e"]
+    assert wait[1:] == [
+        *["workload", "list", "--cluster=k", "--zone=z", "--project=p"],
+        "--wait-for-job-completion=w",
+    ]
+    stubs.shell(create[16].removeprefix("--command="))
+    install, run = stubs.calls("python")
+    assert install[1:] == ["-m", "pip", "install", "--quiet", "-e", ".[tpu]"]
+    config, workdir = FLAGS[-2:]
+    assert run[1:] == ["-m", "rlt_jax.main", config, workdir, *hard_words]
+
+
+def test_runs_an_image_as_it_is(stubs) -> None:
+    stubs.launch("gke", *FLAGS, "--image=mine", "--wait=false")
+    (call,) = stubs.calls()
+    assert call[-2] == "--docker-image=mine"
+    assert call[-1].startswith("--command=python -m rlt_jax.main ")
+
+
+def test_nothing_can_be_asked(stubs) -> None:
+    stubs.write(stubs.bin / "xpk", "read -r answer && echo asked")
+    assert stubs.launch("gke", *FLAGS, "--image=mine").returncode == 1
+    assert len(stubs.calls("xpk")) == 1
+
+
+def test_status_of_the_workload_is_passed_on(stubs) -> None:
+    stubs.outcomes("xpk", ("list", "125"))
+    assert stubs.launch("gke", *FLAGS).returncode == 125
+
+
+def test_a_workdir_that_would_be_lost_is_refused(stubs) -> None:
+    result = stubs.launch("gke", *FLAGS, "--workdir=runs/x")
+    assert result.returncode == 2
+    assert "--workdir=runs/x ends with its pods" in result.stderr
+    assert not stubs.calls()
+    mounted = ["--workdir=/mnt/x", "--storage=s"]
+    assert stubs.launch("gke", *FLAGS, *mounted).returncode == 0

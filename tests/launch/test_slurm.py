@@ -1,0 +1,21 @@
+FLAGS = ["--gpus_per_node=8", "--config=configs/x.py", "--workdir=/shared/x y"]
+
+
+def test_one_task_a_gpu_and_all_tasks_see_all(stubs, hard_words) -> None:
+    words = ["--nodes=2", "--time=1:00", "--partition=p", "--account=a"]
+    words += ["--cpus_per_task=4", "--srun_flag=--exclusive", "--python=/env/python"]
+    result = stubs.launch("slurm", *FLAGS, *words, "--", *hard_words)
+    assert result.returncode == 0, result.stderr
+    (call,) = stubs.calls()
+    assert call == [
+        *["srun", "--job-name=rlt_jax", "--kill-on-bad-exit=1", "--label"],
+        *["--nodes=2", "--time=1:00", "--partition=p", "--account=a"],
+        *["--cpus-per-task=4", "--ntasks-per-node=8", "--gpus-per-node=8"],
+        *["--gpu-bind=none", "--exclusive", "/env/python", "-m", "rlt_jax.main"],
+        *["--config=configs/x.py", "--workdir=/shared/x y", *hard_words],
+    ]
+
+
+def test_status_is_passed_on(stubs) -> None:
+    stubs.outcomes("srun", ("main", "3"))
+    assert stubs.launch("slurm", *FLAGS).returncode == 3
