@@ -106,6 +106,7 @@ def _explaining(student: dict[str, Any], teacher: str) -> dict[str, Any]:
         "template": TEMPLATE,
         "rows": ROWS,
         "sampling": {"max_new_tokens": 96, "temperature": 0.7},
+        "engine": {"slots": 32},
         "reward": {},
         "mesh": {},
     }
@@ -118,6 +119,7 @@ def _evaluate(model: dict[str, Any], test: Any) -> dict[str, Any]:
         "template": TEMPLATE,
         "data": {"task": "gsm8k", "path": test, "limit": 8},
         "sampling": {"max_new_tokens": 96, "temperature": 0.7},
+        "engine": {"slots": 32},
         "evaluate": {"batch_size": 8},
         "mesh": {},
     }

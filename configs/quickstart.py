@@ -13,6 +13,7 @@ explanations 20 to 27%, that of RLT explanations 90% or more (three seeds).
 import ml_collections
 
 from rlt_jax.data.scoring import RowShape
+from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.report.pages import ReportConfig
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
@@ -82,6 +83,8 @@ def get_config() -> ml_collections.ConfigDict:
             "template": TEMPLATE,
             "data": _problems("test", 256, stream=5),
             "sampling": _sampling(),
+        "engine": _engine(),
+            "engine": _engine(),
             "evaluate": section(EvaluateConfig, batch_size=128, samples_per_problem=4),
             "mesh": section(MeshConfig),
         }
@@ -101,6 +104,10 @@ def get_config() -> ml_collections.ConfigDict:
 
 def _problems(split: str, size: int, stream: int) -> dict:
     return {"task": "arithmetic", "split": split, "size": size, "stream": stream}
+
+
+def _engine() -> ml_collections.ConfigDict:
+    return section(EngineConfig, slots=64, page_size=32, prefill_chunk=64, steps=16)
 
 
 def _sampling() -> ml_collections.ConfigDict:
@@ -139,6 +146,7 @@ def _roles(teacher: str) -> dict:
         "template": TEMPLATE,
         "rows": section(RowShape, micro_batch_size=16, row_length=160),
         "sampling": _sampling(),
+        "engine": _engine(),
         "reward": section(RLTRewardConfig),
         "mesh": section(MeshConfig),
     }

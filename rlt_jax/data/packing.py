@@ -105,3 +105,13 @@ def gather_spans(
         segment[n, :t] = np.maximum(numbers, 0)
         mask[n, :t] = numbers >= 0
     return TokenSpans(index, segment, mask)
+
+
+def on_spans(
+    values: Sequence[np.ndarray], spans: TokenSpans, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Lays values [t] of each span on its tokens: float32 of `shape` [M, B, T], else 0."""
+    flat = np.zeros(shape, np.float32).reshape(-1)
+    for index, mask, row in zip(spans.index, spans.mask, values, strict=True):
+        flat[index[mask]] = row[: mask.sum()]
+    return flat.reshape(shape)

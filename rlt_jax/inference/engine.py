@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import CPU_TILES, Slots, decode, prefill
 from rlt_jax.inference.sampling import SamplingConfig
@@ -69,6 +70,7 @@ class Engine(NamedTuple):
     layout: Layout
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
+    find_stop: StopFinder | None
     chunks: tuple[int, ...]
     new_cache: Callable[[], tuple[PagedCache, Slots]]
     to_decode: Callable[[Params], Params]
@@ -96,6 +98,7 @@ def make_engine(
     config: EngineConfig,
     mesh: Mesh,
     longest_row: int,
+    find_stop: StopFinder | None = None,
 ) -> Engine:
     """Builds the programs; they compile at their first use.
 
@@ -106,6 +109,7 @@ def make_engine(
       config: sizes.
       mesh: slots and pages are split over data and fsdp, heads over tensor.
       longest_row: tokens of the longest prompt with its completion.
+      find_stop: finds the texts of `sampling.stop`; see `stop_finder`.
 
     Raises:
       UserError: the cache does not fit on the devices, or a row not in the model.
@@ -150,6 +154,7 @@ def make_engine(
         layout,
         sampling,
         tuple(stop_ids),
+        find_stop,
         _chunks(config),
         jax.jit(new_cache, out_shardings=(cache, row)),
         jax.jit(cast, out_shardings=weights),
@@ -176,7 +181,6 @@ def complete(
     requests: Sequence[Request],
     key: jax.Array,
     occupancy: Occupancy | None = None,
-    find_stop: Callable[[list[int], int], int | None] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Completes requests, in the order in which they end.
 
@@ -186,7 +190,6 @@ def complete(
       requests: see `check_requests`.
       key: PRNG key; a completion depends on it, its request and the parameters alone.
       occupancy: is counted up.
-      find_stop: see `Scheduler`.
 
     Yields:
       Index of the request and its completion.
@@ -197,7 +200,7 @@ def complete(
     check_requests(engine.layout, requests)
     params = engine.to_decode(params)
     cache, slots = engine.new_cache()
-    scheduler = Scheduler(requests, engine.layout, engine.stop_ids, find_stop)
+    scheduler = Scheduler(requests, engine.layout, engine.stop_ids, engine.find_stop)
     under_way = None
     while scheduler.unfinished:
         prefills, refill, owners = scheduler.plan()
@@ -207,18 +210,6 @@ def complete(
         if under_way is not None:
             yield from _take(scheduler, *under_way, occupancy)
         under_way = drawn, owners
-
-
-def complete_all(
-    engine: Engine,
-    params: Params,
-    requests: Sequence[Request],
-    key: jax.Array,
-    **kwargs,
-) -> list[Completion]:
-    """The same, in the order of the requests."""
-    done = dict(complete(engine, params, requests, key, **kwargs))
-    return [done[n] for n in range(len(requests))]
 
 
 def check_requests(layout: Layout, requests: Sequence[Request]) -> None:

@@ -7,11 +7,12 @@ same result, as a completion depends on nothing but its request.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.inference.decode import Drawn, Refill, Slots
 from rlt_jax.types import Completion
 
@@ -85,8 +86,7 @@ class Scheduler:
       requests: each must fit in the pages of a shard.
       layout: sizes.
       stop_ids: tokens that end a completion.
-      find_stop: given all tokens of a completion and how many of them are new, how many
-        to keep because a stop text ends there, or None.
+      find_stop: finds the texts that end a completion; see `stop_finder`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Scheduler:
         requests: Sequence[Request],
         layout: Layout,
         stop_ids: Sequence[int],
-        find_stop: Callable[[list[int], int], int | None] | None = None,
+        find_stop: StopFinder | None = None,
     ) -> None:
         self._requests = requests
         self._layout = layout

@@ -1,13 +1,17 @@
 """Metrics of rewards, rollouts and updates, computed on the device."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlt_jax import masked
+from rlt_jax.inference.engine import Occupancy
 from rlt_jax.inference.scoring import gather
 from rlt_jax.rl import losses
 from rlt_jax.rl.advantages import has_signal
-from rlt_jax.types import Reward, Rollout, TokenSpans
+from rlt_jax.types import Completion, Reward, TokenSpans
 
 
 def reward_metrics(reward: Reward) -> dict[str, jax.Array]:
@@ -29,13 +33,16 @@ def group_metrics(
     }
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, jax.Array]:
-    """Length and end of the completions, as device scalars."""
-    lengths = rollout.completion_mask.sum(-1)
+def rollout_metrics(
+    rollout: Sequence[Completion], occupancy: Occupancy
+) -> dict[str, float]:
+    """Length and end of the completions, and how full the decode slots were."""
+    lengths = [len(completion.tokens) for completion in rollout]
     return {
-        "rollout/length_mean": lengths.mean(),
-        "rollout/length_max": lengths.max(),
-        "rollout/finished_fraction": rollout.finished.mean(),
+        "rollout/length_mean": float(np.mean(lengths)),
+        "rollout/length_max": max(lengths),
+        "rollout/finished_fraction": float(np.mean([c.finished for c in rollout])),
+        "rollout/occupancy": occupancy.used / occupancy.run if occupancy.run else 0.0,
     }
 
 

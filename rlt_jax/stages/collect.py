@@ -15,16 +15,18 @@ import numpy as np
 
 from rlt_jax.data import pipeline
 from rlt_jax.data.scoring import RowShape
-from rlt_jax.inference.engine import completions_of, jit_rollout
+from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.stored import complete_stored, in_order
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import (
     check_fit,
+    explanation_requests,
     fixed_kl_coef,
-    generate,
     jit_scorer,
+    load_explainer,
     load_roles,
     provenance_of,
     sample_rows,
@@ -60,6 +62,7 @@ SECTIONS = {
     "data": None,
     "rows": RowShape,
     "sampling": SamplingConfig,
+    "engine": EngineConfig,
     "reward": RLTRewardConfig,
     "collect": CollectConfig,
     "mesh": sharding.MeshConfig,
@@ -87,7 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
 
     teacher = roles.teacher
-    rollout = jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh)
+    engine = load_explainer(roles, config, mesh)
     score, reward_config = jit_scorer(roles, config, sampling.temperature)
     kl_coef = jnp.float32(fixed_kl_coef(reward_config))
     origin = provenance_of(
@@ -99,21 +102,24 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     ) | {"explanation_kl_coef": float(kl_coef), "seed": seed}
     file = workdir / "traces.jsonl"
     first = keep_whole_batches(file, c.batch_size)
+    longest = sampling.max_new_tokens
+    requests = explanation_requests(roles, todo[first:], longest, first)
+    stored = workdir / "completions.jsonl"
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="trace") as bar:
-        for start in range(first, len(todo), c.batch_size):
-            part = todo[start : start + c.batch_size]
-            padded = part + part[-1:] * (c.batch_size - len(part))
-            result = generate(rollout, roles, teacher.params, padded, start, key)
-            completions = completions_of(result)
-            batches, _ = scoring_batches(roles, padded, completions)
+        stream = complete_stored(stored, engine, teacher.params, requests, key)
+        for batch in in_order(stream, c.batch_size):
+            short = c.batch_size - len(batch)
+            padded = [one.tokens for one in batch + batch[-1:] * short]
+            part = todo[bar.n : bar.n + len(batch)]
+            part += part[-1:] * short
+            batches, _ = scoring_batches(roles, part, padded)
             reward = score(
                 teacher.params, roles.student_params, batches, kl_coef
             ).reward
-            chosen = slice(0, len(part))
-            rows = sample_rows(roles, padded, completions, reward, chosen)
+            rows = sample_rows(roles, part, padded, reward, slice(0, len(batch)))
             append_jsonl(file, [row | {"provenance": origin} for row in rows])
-            bar.update(len(part))
+            bar.update(len(batch))
     rows = read_jsonl(file)
     return {
         "traces": len(rows),

@@ -15,10 +15,13 @@ import numpy as np
 from rlt_jax.data import examples, pipeline
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import complete_all, jit_rollout
+from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scheduler import Request
+from rlt_jax.inference.stored import complete_stored, in_order
 from rlt_jax.rl.grading import is_correct
 from rlt_jax.settings import build
+from rlt_jax.stages.roles import load_engine
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
@@ -33,7 +36,7 @@ class EvaluateConfig:
     """Settings of the stage.
 
     Attributes:
-      batch_size: completions per device batch.
+      batch_size: rows of samples.jsonl written at once.
       samples_per_problem: k, completions of each question.
     """
 
@@ -46,6 +49,7 @@ SECTIONS = {
     "template": None,
     "data": None,
     "sampling": SamplingConfig,
+    "engine": EngineConfig,
     "evaluate": EvaluateConfig,
     "mesh": sharding.MeshConfig,
 }
@@ -55,7 +59,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """Samples and grades answers; goes on where an earlier run stopped.
 
     Args:
-      config: sections `model`, `template`, `data`, `sampling`, `evaluate`, `mesh`.
+      config: sections `model`, `template`, `data`, `sampling`, `engine`, `evaluate`,
+        `mesh`.
       workdir: folder of the stage.
       seed: of the sampling.
 
@@ -66,8 +71,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     c = build(EvaluateConfig, config.evaluate, "evaluate")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     source = build(checkpoint.ModelSource, config.model, "model")
-    model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
-    sampling = build(SamplingConfig, config.sampling, "sampling")
+    loaded = checkpoint.load(source, mesh, jax.random.key(seed))
+    tokenizer = loaded.tokenizer
     template = load_template(config.template)
     problems = pipeline.load_problems(config.data, template, seed)
     if any(problem.answer is None for problem in problems):
@@ -76,27 +81,28 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         tokenizer.encode(examples.student_prompt(tokenizer, template, p.question)).ids
         for p in problems
     ]
-    room = model.config.max_length - sampling.max_new_tokens
+    longest = config.sampling.max_new_tokens
+    room = loaded.model.config.max_length - longest
     what = "question (model max_length - sampling.max_new_tokens)"
     examples.check_lengths(prompts, room, what)
     todo = [i for i in range(len(problems)) for _ in range(c.samples_per_problem)]
+    requests = [Request(prompts[i], n, longest) for n, i in enumerate(todo)]
 
-    rollout = jit_rollout(model, sampling, tokenizer.stop_ids, mesh)
+    longest_row = max(map(len, prompts)) + longest
+    engine = load_engine(loaded, config, mesh, longest_row)
     file = workdir / "samples.jsonl"
     first = keep_whole_batches(file, c.batch_size)
+    stored = workdir / "completions.jsonl"
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="sample") as bar:
-        for start in range(first, len(todo), c.batch_size):
-            part = todo[start : start + c.batch_size]
-            asked = [prompts[i] for i in part]
-            completions = complete_all(
-                rollout, params, asked, c.batch_size, key, first_request=start
-            )
-            texts = [examples.completion_text(tokenizer, c)[0] for c in completions]
+        stream = complete_stored(stored, engine, loaded.params, requests[first:], key)
+        for batch in in_order(stream, c.batch_size):
+            part = todo[bar.n : bar.n + len(batch)]
+            texts = [examples.completion_text(tokenizer, c.tokens)[0] for c in batch]
             append_jsonl(
                 file, [_verdict(template, problems[i], t) for i, t in zip(part, texts)]
             )
-            bar.update(len(part))
+            bar.update(len(batch))
     correct = np.array([row["correct"] for row in read_jsonl(file)], float)
     results = summarise(correct.reshape(len(problems), c.samples_per_problem))
     (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -21,12 +21,14 @@ import optax
 from jax.sharding import Mesh
 
 from rlt_jax.data import pipeline
+from rlt_jax.data.packing import on_spans
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import completions_of, jit_rollout
+from rlt_jax.inference.engine import Engine, EngineConfig, Occupancy
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scoring import score_rows
+from rlt_jax.inference.stored import roll_out
 from rlt_jax.rl import policy_update
 from rlt_jax.rl.advantages import group_advantages
 from rlt_jax.rl.losses import ObjectiveConfig
@@ -37,8 +39,9 @@ from rlt_jax.settings import build
 from rlt_jax.stages.roles import (
     Roles,
     check_fit,
-    generate,
+    explanation_requests,
     jit_scorer,
+    load_explainer,
     load_roles,
     sample_rows,
     scoring_batches,
@@ -71,6 +74,8 @@ class GRPOConfig:
       sample_every: steps between explanations written to samples.jsonl.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of them stay.
+      rollouts: folder in which the completions of every step are kept; what is there
+        already is taken from there, which replays a run.
     """
 
     steps: int
@@ -82,6 +87,7 @@ class GRPOConfig:
     sample_every: int = 10
     checkpoint_every: int = 20
     keep_checkpoints: int = 1
+    rollouts: str = ""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -99,6 +105,7 @@ SECTIONS = {
     "held_out": None,
     "rows": RowShape,
     "sampling": SamplingConfig,
+    "engine": EngineConfig,
     "reward": RLTRewardConfig,
     "grpo": GRPOConfig,
     "optimizer": OptimizerConfig,
@@ -109,7 +116,7 @@ SECTIONS = {
 class Programs(NamedTuple):
     """The compiled device programs of a step, in the order of their use."""
 
-    rollout: Any  # policy params, prompts, key -> Rollout
+    rollout: Engine
     score: Any  # policy and student params, batches, KL weight -> Scored
     reference: Any  # reference params, teacher rows -> log_probs
     advantages: Any  # rewards -> advantages
@@ -122,7 +129,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     Args:
       config: sections `teacher`, `student`, `students`, `template`, `data`, `held_out`, `rows`,
-        `sampling`, `reward`, `grpo`, `optimizer`, `mesh`.
+        `sampling`, `engine`, `reward`, `grpo`, `optimizer`, `mesh`.
       workdir: folder of the stage.
       seed: of everything random.
 
@@ -141,7 +148,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
     shardings = state_shardings(teacher.model, tx, mesh)
     score, reward = jit_scorer(roles, config, sampling.temperature)
-    programs = compile_programs(c, roles, sampling, score, tx, mesh, shardings)
+    engine = load_explainer(roles, config, mesh)
+    programs = compile_programs(c, roles, engine, score, tx, mesh, shardings)
     state = new_state(teacher.params, tx, shardings)
     reference = jax.tree.map(jnp.copy, teacher.params)
     roles = roles._replace(teacher=teacher._replace(params=None))
@@ -184,6 +192,7 @@ def train(
     score on the held-out problems before the first step.
     """
     samples = workdir / "samples.jsonl"
+    longest = programs.rollout.sampling.max_new_tokens
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first, state, reference, start = _restore(manager, state, reference, prompts)
         keep_rows_before(samples, first)
@@ -198,15 +207,17 @@ def train(
             progress(first, c.steps, workdir.name) as bar,
         ):
             for step in range(first, c.steps):
-                began = time.monotonic()
+                began, occupancy = time.monotonic(), Occupancy()
                 step_key = jax.random.fold_in(key, step)
                 chosen = [problems[i] for i in next(prompts)]
                 group = [problem for problem in chosen for _ in range(c.group_size)]
 
-                rollout = generate(
-                    programs.rollout, roles, state.params, group, 0, step_key
+                requests = explanation_requests(roles, group, longest)
+                kept = c.rollouts and Path(c.rollouts) / f"{step:06d}.jsonl"
+                rollout = roll_out(
+                    programs.rollout, state.params, requests, step_key, occupancy, kept
                 )
-                completions = completions_of(rollout)
+                completions = [completion.tokens for completion in rollout]
                 batches, overlong = scoring_batches(roles, group, completions)
                 scored = programs.score(
                     state.params, roles.student_params, batches, kl_coef
@@ -220,12 +231,18 @@ def train(
                         programs.advantages(reward.value),
                         scored.teacher_log_probs,
                         programs.reference(reference, rows),
+                        sampler_log_probs=on_spans(
+                            [one.log_probs for one in rollout],
+                            batches[0].completion,
+                            rows.tokens.shape,
+                        ),
                     ),
                 )
                 if (step + 1) % c.sync_every == 0:
                     reference = programs.mix(reference, state.params)
 
-                metrics |= reward_metrics(reward) | rollout_metrics(rollout)
+                metrics |= reward_metrics(reward)
+                metrics |= rollout_metrics(rollout, occupancy)
                 metrics["rollout/overlong"] = overlong
                 metrics["time/step_seconds"] = time.monotonic() - began
                 writer.write(step, metrics)
@@ -249,14 +266,14 @@ def train(
 def compile_programs(
     c: GRPOConfig,
     roles: Roles,
-    sampling: SamplingConfig,
+    engine: Engine,
     score: Callable[..., Scored],
     tx: optax.GradientTransformation,
     mesh: Mesh,
     shardings: TrainState,
 ) -> Programs:
     """Jits every program once, with the shardings of the mesh."""
-    teacher = roles.teacher
+    teacher, sampling = roles.teacher, engine.sampling
     reference = functools.partial(score_rows, teacher.model, sampling.temperature)
     update = functools.partial(
         policy_update.update,
@@ -268,7 +285,7 @@ def compile_programs(
     mix = functools.partial(policy_update.mix_reference, alpha=c.sync_alpha)
 
     return Programs(
-        rollout=jit_rollout(teacher.model, sampling, teacher.tokenizer.stop_ids, mesh),
+        rollout=engine,
         score=score,
         reference=jax.jit(reference),
         advantages=jax.jit(
@@ -303,8 +320,10 @@ def evaluate_held_out(
     rows = c.batch_size * c.group_size
     padded = [problems[i % len(problems)] for i in range(rows)]
     held_out_key = jax.random.fold_in(key, 2**31 - 1)
-    rollout = generate(programs.rollout, roles, state.params, padded, 0, held_out_key)
-    completions = completions_of(rollout)
+    engine = programs.rollout
+    requests = explanation_requests(roles, padded, engine.sampling.max_new_tokens)
+    rollout = roll_out(engine, state.params, requests, held_out_key)
+    completions = [completion.tokens for completion in rollout]
     batches, _ = scoring_batches(roles, padded, completions)
     params = state.params, roles.student_params
     if kl_coef is None:

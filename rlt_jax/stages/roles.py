@@ -8,15 +8,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.data import examples, scoring
+from rlt_jax.data.stop_texts import stop_finder
 from rlt_jax.data.templates import Problem, Template, load_template
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import PromptBatch, pad_prompts
+from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scheduler import Request
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, provenance
-from rlt_jax.types import Params, Reward, Rollout, ScoringBatch
+from rlt_jax.types import Params, Reward, ScoringBatch
 
 
 class Roles(NamedTuple):
@@ -97,18 +99,41 @@ def fixed_kl_coef(config: RLTRewardConfig) -> float:
     return config.explanation_kl_coef
 
 
-def generate(
-    rollout: Callable[[Params, PromptBatch, jax.Array], Rollout],
-    roles: Roles,
-    params: Params,
-    problems: Sequence[Problem],
-    first_request: int,
-    key: jax.Array,
-) -> Rollout:
-    """One completion for every problem; request ids count from `first_request`."""
-    prompts = [teacher_prompt_ids(roles, problem) for problem in problems]
-    request_ids = first_request + np.arange(len(prompts))
-    return rollout(params, pad_prompts(prompts, request_ids), key)
+def load_engine(
+    model: checkpoint.LoadedModel,
+    config: Mapping[str, Any],
+    mesh: Mesh,
+    longest_row: int,
+    stop: Sequence[str] = (),
+) -> Engine:
+    """The engine of sections `sampling` and `engine`, and texts that always stop."""
+    sampling = build(SamplingConfig, config["sampling"], "sampling")
+    return make_engine(
+        model.model,
+        sampling,
+        model.tokenizer.stop_ids,
+        build(EngineConfig, config["engine"], "engine"),
+        mesh,
+        longest_row,
+        stop_finder(model.tokenizer, (*stop, *sampling.stop)),
+    )
+
+
+def load_explainer(roles: Roles, config: Mapping[str, Any], mesh: Mesh) -> Engine:
+    """The engine of the teacher; the explanation's closing tag stops it."""
+    closing = roles.template.explanation_tags[1]
+    length = roles.rows.row_length
+    return load_engine(roles.teacher, config, mesh, length, (closing,))
+
+
+def explanation_requests(
+    roles: Roles, problems: Sequence[Problem], longest: int, first: int = 0
+) -> list[Request]:
+    """An explanation of every problem; request ids count from `first`."""
+    return [
+        Request(teacher_prompt_ids(roles, problem), first + n, longest)
+        for n, problem in enumerate(problems)
+    ]
 
 
 def teacher_prompt_ids(roles: Roles, problem: Problem) -> np.ndarray:

@@ -31,6 +31,7 @@ EXPLAINING = {
     "template": "tiny",
     "rows": {"micro_batch_size": 2, "row_length": 128},
     "sampling": {"max_new_tokens": 8, "temperature": 1.0},
+    "engine": {"slots": 4, "page_size": 32, "prefill_chunk": 64},
     "reward": {},
     "mesh": {},
 }
@@ -86,6 +87,7 @@ SECTIONS = {
         "template": "tiny",
         "data": {**PROBLEMS, "split": "test", "size": 5},
         "sampling": {"max_new_tokens": 8, "temperature": 1.0},
+        "engine": {"slots": 4, "page_size": 32, "prefill_chunk": 64},
         "evaluate": {"batch_size": 4, "samples_per_problem": 2},
         "mesh": {},
     },
