@@ -7,7 +7,13 @@ use, so that `import rlt_jax` is cheap and never starts a JAX backend.
 import importlib
 from typing import Any
 
-__all__ = ["load_model", "load_tokenizer", "score_explanations", "token_log_probs"]
+__all__ = [
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "score_explanations",
+    "token_log_probs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,14 @@ scored = rlt_jax.score_explanations(
     template="tiny",
 )
 scored[0][0]["reward"], scored[0][1]["terms"]["explanation_kl"]
+
+prompts = [tokenizer.encode("1+1").ids]
+written = rlt_jax.generate(model, params, prompts, {"max_new_tokens": 8}, seed=0)
+tokenizer.decode(written[0].tokens)
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,17 +29,29 @@ import numpy as np
 
 from rlt_jax.data import scoring
 from rlt_jax.data.examples import Row
+from rlt_jax.data.stop_texts import stop_finder
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.log_probs import token_log_probs
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scheduler import Request
+from rlt_jax.inference.stored import roll_out
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
+from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Params, ScoringBatch, TokenSpans
+from rlt_jax.types import Completion, Params, ScoringBatch, TokenSpans
 
-__all__ = ["load_model", "load_tokenizer", "score_explanations", "token_log_probs"]
+__all__ = [
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "score_explanations",
+    "token_log_probs",
+]
 
 Role = tuple[Transformer, Params, Tokenizer]
 BUCKETS = [2**n for n in range(7, 18)]
@@ -58,6 +76,80 @@ def load_model(path: str, dtype: Any = jnp.float32) -> tuple[Transformer, Params
     source = checkpoint.ModelSource(str(path), dtype=name, param_dtype=name)
     loaded = checkpoint.load(source, mesh, jax.random.key(0))
     return loaded.model, loaded.params
+
+
+def generate(
+    model: Transformer,
+    params: Params,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    sampling: SamplingConfig | Mapping[str, Any],
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    stop_ids: Sequence[int] = (),
+    engine: EngineConfig | None = None,
+) -> list[Completion]:
+    """Completes prompts; equal ones share their part of the cache.
+
+    A second call with the same settings and prompts of about the same lengths compiles
+    nothing.
+
+    Args:
+      model: from `load_model`.
+      params: likewise.
+      prompts: token ids of each, at least one.
+      sampling: a `SamplingConfig`, or a mapping of its fields, in which `max_new_tokens`
+        may be a list, one number a prompt.
+      seed: prompt n draws by the seed and n, whatever else is asked for.
+      tokenizer: its stop tokens end a completion, and texts of `sampling.stop` need it.
+      stop_ids: other tokens that end a completion.
+      engine: sizes of the engine; by default a slot a prompt, up to 32.
+
+    Returns:
+      For each prompt `tokens` and `log_probs` [T], stop token included, and `finished`,
+      False where it was cut off at `max_new_tokens`.
+
+    Raises:
+      UserError: a prompt is empty, too long for the model, or a setting is wrong.
+    """
+    if not prompts:
+        return []
+    longest: Any = None
+    if isinstance(sampling, Mapping):
+        longest = sampling["max_new_tokens"]
+        if not isinstance(longest, int):
+            sampling = {**sampling, "max_new_tokens": max(longest)}
+        sampling = build(SamplingConfig, sampling, "sampling")
+    limits = np.broadcast_to(longest or sampling.max_new_tokens, len(prompts))
+    requests = [
+        Request(np.asarray(prompt, np.int32), n, int(limit))
+        for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    if sampling.stop and tokenizer is None:
+        raise UserError("sampling.stop: texts need a tokenizer.")
+    devices = jax.device_count()
+    slots = -(-min(len(prompts), 32) // devices) * devices
+    engine = engine or EngineConfig(slots=slots)
+    rows = [len(request.prompt) + request.longest for request in requests]
+    pages = 1 << (-(-max(rows) // engine.page_size) - 1).bit_length()
+    row = min(pages * engine.page_size, model.config.max_length)
+    stops = (*stop_ids, *(tokenizer.stop_ids if tokenizer else ()))
+    limits = dataclasses.replace(sampling, max_new_tokens=1)  # one program for any
+    made = _cached_engine(model, limits, stops, engine, max(row, max(rows)), tokenizer)
+    return roll_out(made, params, requests, jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_engine(
+    model: Transformer,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    config: EngineConfig,
+    longest_row: int,
+    tokenizer: Tokenizer | None,
+) -> Engine:
+    find_stop = stop_finder(tokenizer, sampling.stop) if tokenizer else None
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    return make_engine(model, sampling, stop_ids, config, mesh, longest_row, find_stop)
 
 
 def score_explanations(
