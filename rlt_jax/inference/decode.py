@@ -5,6 +5,7 @@ gives it the next one. Nothing here depends on which slot a request has, on its 
 or on how many steps a dispatch takes.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -136,39 +137,11 @@ def decode(
     )
     B = slots.token.shape[0]
     tile = min(tile, B)
-    stops = jnp.array(stop_ids, jnp.int32)
 
     def tiles(x: jax.Array) -> jax.Array:
         return x.reshape(B // tile, tile, *x.shape[1:])
 
-    def one_tile(cache: PagedCache, part: tuple) -> tuple[PagedCache, tuple]:
-        slots, table = part
-        # What an inactive slot stores lands in page 0.
-        table = jnp.where(slots.active[:, None], table, 0)
-        position = jnp.where(slots.active, slots.position, 0)
-        hidden, cache = hidden_states(
-            model,
-            params,
-            slots.token[:, None],
-            position[:, None],
-            kv_cache=cache._replace(table=table),
-        )
-        keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(
-            slots.request, slots.drawn
-        )
-        scores = logits(model, params, hidden[:, 0])
-        token, log_prob = sample(scores, keys, sampling, slots.seen)
-        drawn = slots.drawn + 1
-        going = ~jnp.isin(token, stops) & (drawn < slots.longest)
-        new = slots._replace(
-            token=token,
-            position=slots.position + 1,
-            drawn=drawn,
-            active=slots.active & going,
-            seen=_mark(slots.seen, token),
-        )
-        out = Drawn(token, jnp.where(slots.active, log_prob, 0.0), slots.active)
-        return cache._replace(table=jnp.zeros((0, 0), jnp.int32)), (new, out)
+    one_tile = functools.partial(_step, model, sampling, stop_ids, params, key)
 
     def step(carry: tuple) -> tuple:
         i, cache, slots, drawn = carry
@@ -191,6 +164,45 @@ def decode(
     carry = (jnp.int32(0), cache, slots, nothing)
     _, cache, slots, drawn = jax.lax.while_loop(unfinished, step, carry)
     return cache, slots, drawn
+
+
+def _step(
+    model: Transformer,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    params: Params,
+    key: jax.Array,
+    cache: PagedCache,
+    part: tuple[Slots, jax.Array],
+) -> tuple[PagedCache, tuple[Slots, Drawn]]:
+    """Draws a token in every active slot of a tile."""
+    slots, table = part
+    # What an inactive slot stores lands in page 0.
+    table = jnp.where(slots.active[:, None], table, 0)
+    position = jnp.where(slots.active, slots.position, 0)
+    hidden, cache = hidden_states(
+        model,
+        params,
+        slots.token[:, None],
+        position[:, None],
+        kv_cache=cache._replace(table=table),
+    )
+    keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(
+        slots.request, slots.drawn
+    )
+    scores = logits(model, params, hidden[:, 0])
+    token, log_prob = sample(scores, keys, sampling, slots.seen)
+    drawn = slots.drawn + 1
+    going = ~jnp.isin(token, jnp.array(stop_ids, jnp.int32)) & (drawn < slots.longest)
+    new = slots._replace(
+        token=token,
+        position=slots.position + 1,
+        drawn=drawn,
+        active=slots.active & going,
+        seen=_mark(slots.seen, token),
+    )
+    out = Drawn(token, jnp.where(slots.active, log_prob, 0.0), slots.active)
+    return cache._replace(table=jnp.zeros((0, 0), jnp.int32)), (new, out)
 
 
 def _mark(seen: jax.Array, token: jax.Array) -> jax.Array:

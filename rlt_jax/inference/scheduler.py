@@ -14,43 +14,8 @@ import numpy as np
 
 from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.inference.decode import Drawn, Refill, Slots
+from rlt_jax.inference.layout import Layout, Request
 from rlt_jax.types import Completion
-
-
-class Request(NamedTuple):
-    """A completion that is wanted.
-
-    Attributes:
-      prompt: [T] int32 token ids, at least one.
-      request_id: with the seed it decides what is drawn.
-      longest: tokens of the completion at most.
-    """
-
-    prompt: np.ndarray
-    request_id: int
-    longest: int
-
-
-class Layout(NamedTuple):
-    """Sizes of a scheduler's arrays.
-
-    Attributes:
-      shards: parts of slots and pages that know nothing of each other.
-      slots: of each shard.
-      pages: of each shard, page 0 included.
-      page_size: C, tokens a page.
-      columns: pages of the longest row.
-      steps: of a dispatch.
-      seen_size: V with a repetition penalty, else 0.
-    """
-
-    shards: int
-    slots: int
-    pages: int
-    page_size: int
-    columns: int
-    steps: int
-    seen_size: int = 0
 
 
 class Prefill(NamedTuple):

@@ -1,0 +1,182 @@
+"""Sizes of the engine: slots, pages, chunks, and whether they fit."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from rlt_jax.errors import UserError
+from rlt_jax.inference.decode import CPU_TILES
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.models.paged_cache import page_bytes
+from rlt_jax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine.
+
+    Attributes:
+      slots: completions decoded at once, over all devices.
+      page_size: C, tokens in a page of the cache.
+      cache_tokens: tokens the cache holds, over all devices; None is room for the longest
+        row in every slot.
+      steps: decode steps a dispatch; a slot that ends waits up to twice as many.
+      prefill_chunk: tokens of a prompt computed at once.
+      weights: "model" decodes with the parameters as they are, "bfloat16" rounds them.
+    """
+
+    slots: int = 16
+    page_size: int = 64
+    cache_tokens: int | None = None
+    steps: int = 8
+    prefill_chunk: int = 512
+    weights: str = "model"
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "page_size", "steps", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"engine.{name}={getattr(self, name)}: at least 1.")
+        if self.prefill_chunk % self.page_size:
+            raise UserError(
+                f"engine.prefill_chunk={self.prefill_chunk} is no multiple of "
+                f"page_size={self.page_size}."
+            )
+        if self.weights not in ("model", "bfloat16"):
+            raise UserError(f"engine.weights={self.weights!r}: model or bfloat16.")
+
+
+class Request(NamedTuple):
+    """A completion that is wanted.
+
+    Attributes:
+      prompt: [T] int32 token ids, at least one.
+      request_id: with the seed it decides what is drawn.
+      longest: tokens of the completion at most.
+    """
+
+    prompt: np.ndarray
+    request_id: int
+    longest: int
+
+
+class Layout(NamedTuple):
+    """Sizes of a scheduler's arrays.
+
+    Attributes:
+      shards: parts of slots and pages that know nothing of each other.
+      slots: of each shard.
+      pages: of each shard, page 0 included.
+      page_size: C, tokens a page.
+      columns: pages of the longest row.
+      steps: of a dispatch.
+      seen_size: V with a repetition penalty, else 0.
+    """
+
+    shards: int
+    slots: int
+    pages: int
+    page_size: int
+    columns: int
+    steps: int
+    seen_size: int = 0
+
+
+def make_layout(
+    model: Transformer,
+    sampling: SamplingConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    longest_row: int,
+) -> Layout:
+    """Sizes on this mesh; see `make_engine`."""
+    if longest_row > model.config.max_length:
+        raise UserError(
+            f"a prompt with its completion may have {longest_row} tokens, the model's "
+            f"context is {model.config.max_length}: shorten sampling.max_new_tokens or "
+            "the prompts."
+        )
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.slots % shards:
+        raise UserError(
+            f"engine.slots={config.slots} is no multiple of data * fsdp = {shards}."
+        )
+    C, slots = config.page_size, config.slots // shards
+    if on_cpu(mesh):  # see CPU_TILES
+        tile = CPU_TILES[0] if slots <= CPU_TILES[0] else CPU_TILES[1]
+        slots = -(-slots // tile) * tile
+    columns = -(-longest_row // C)
+    if config.cache_tokens is None:
+        pages = 1 + slots * (columns + 1)
+    else:
+        pages = 1 + config.cache_tokens // (C * shards)
+    penalised = sampling.repetition_penalty != 1
+    seen = model.config.vocab_size if penalised else 0
+    return Layout(shards, slots, pages, C, columns, config.steps, seen)
+
+
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the mesh is made of CPU devices."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def check_memory(model: Transformer, layout: Layout, mesh: Mesh) -> None:
+    """Refuses a cache that the devices have no room for, before it is made."""
+    device = mesh.local_devices[0]
+    a_page = page_bytes(model.config, layout.page_size) // mesh.shape["tensor"]
+    if on_cpu(mesh):  # all devices share the memory of the machine
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        a_page *= len(mesh.local_devices)
+    else:
+        stats = device.memory_stats()
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    if layout.pages * a_page > free:
+        fit = free // a_page * layout.page_size * layout.shards
+        raise UserError(
+            f"the cache of {layout.shards * layout.pages * layout.page_size} tokens needs "
+            f"{layout.pages * a_page / 1e9:.2f} GB a device, {free / 1e9:.2f} GB are "
+            f"free: at most engine.cache_tokens={fit} fit, "
+            f"or fewer engine.slots."
+        )
+
+
+def prefill_sizes(config: EngineConfig) -> tuple[int, ...]:
+    """Sizes of the parts of a prompt: page size times powers of two."""
+    sizes = [config.page_size]
+    while sizes[-1] < config.prefill_chunk:
+        sizes.append(min(2 * sizes[-1], config.prefill_chunk))
+    return tuple(sizes)
+
+
+def check_requests(layout: Layout, requests: Sequence[Request]) -> None:
+    """Refuses requests that can never be served.
+
+    Raises:
+      UserError: an empty prompt, or one longer than the rows or the cache with its
+        completion.
+    """
+    C = layout.page_size
+    for n, request in enumerate(requests):
+        T = len(request.prompt)
+        if not T:
+            raise UserError(f"prompt {n} is empty.")
+        if request.longest < 1:
+            raise UserError(
+                f"prompt {n}: max_new_tokens={request.longest}: at least 1."
+            )
+        rows = f"prompt {n} has {T} tokens, with its completion up to "
+        rows += f"{T + request.longest}"
+        if T + request.longest > layout.columns * C:
+            raise UserError(
+                f"{rows}; the engine was made for rows of {layout.columns * C}."
+            )
+        stored = T - 1
+        need = -(-stored // C) - stored // C + -(-(stored + request.longest) // C)
+        if need > layout.pages - 1:
+            raise UserError(
+                f"{rows}; the cache of a device group holds {(layout.pages - 1) * C}. "
+                f"Raise engine.cache_tokens to {need * C * layout.shards}."
+            )
