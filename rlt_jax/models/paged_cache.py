@@ -115,7 +115,7 @@ def paged_attention(
     """Every query sees its row's keys up to its own position.
 
     One query a row without windows uses the paged kernels that come with JAX on TPU and
-    GPU, everything else plain XLA.
+    GPU where they take the sizes, everything else plain XLA.
 
     Args:
       query: [B, T, N, H], already scaled; query head n reads key head n // G.
@@ -133,10 +133,14 @@ def paged_attention(
     operands = (query, cache, layer, positions, windowed)
     if query.shape[1] > 1 or window is not None:
         return xla(*operands)
+    C, H = cache.keys.shape[3:]
+    # Sizes that the kernels take; that of TPU rounds keys and values to bfloat16.
+    on_tpu = H % 128 == 0 and cache.keys.dtype == jnp.bfloat16
+    on_gpu = C.bit_count() == H.bit_count() == 1
     return jax.lax.platform_dependent(
         *operands,
-        tpu=functools.partial(_tpu_kernel, softcap),
-        cuda=functools.partial(_gpu_kernel, softcap),
+        tpu=functools.partial(_tpu_kernel, softcap) if on_tpu else xla,
+        cuda=functools.partial(_gpu_kernel, softcap) if on_gpu else xla,
         default=xla,
     )
 
@@ -230,8 +234,9 @@ def _gpu_kernel(
 ) -> jax.Array:
     from jax.experimental.pallas.ops.gpu import paged_attention as kernel  # not on CPU
 
-    splits = 16  # of a row's pages; each split reads them 8 at a time
-    columns = splits if cache.table.shape[1] <= 8 * splits else 8 * splits
+    splits = 16  # of a row's pages; each reads them 1, 2, 4 or 8 at a time
+    each = -(-cache.table.shape[1] // splits)
+    columns = splits * min(8, 1 << (each - 1).bit_length())
     table, keys, values = _all_layers(cache, layer, columns)
     out = kernel.paged_attention(
         query[:, 0],
