@@ -60,15 +60,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.warmup = _sft("teacher", base, worked)
     config.rl = {
         "stage": "rl",
-        **_explaining(base, "{workdir}/warmup"),
+        **_explaining(base, "policy", "{workdir}/warmup"),
+        "terms": {"rlt": {}},
+        "objective": {},
         "data": {"task": "gsm8k", "path": train, "limit": 64},
         "held_out": {"task": "gsm8k", "path": test, "limit": 4},
-        "grpo": {"steps": 2, "batch_size": 2, "group_size": 4, "sample_every": 1},
+        "loop": {"steps": 2, "batch_size": 2, "group_size": 4, "sample_every": 1},
         "optimizer": {"learning_rate": 1e-4},
     }
     config.collect = {
         "stage": "collect",
-        **_explaining(base, "{workdir}/rl"),
+        **_explaining(base, "teacher", "{workdir}/rl"),
         "data": {"task": "gsm8k", "path": train, "limit": 8},
         "collect": {"batch_size": 8},
     }
@@ -97,10 +99,10 @@ def _sft(row_format: str, model: dict[str, Any], data: dict[str, Any]) -> dict:
     }
 
 
-def _explaining(student: dict[str, Any], teacher: str) -> dict[str, Any]:
+def _explaining(student: dict[str, Any], role: str, teacher: str) -> dict[str, Any]:
     """What RL and collection share: the roles, and how the teacher writes."""
     return {
-        "teacher": {"path": teacher},
+        role: {"path": teacher},
         "student": student,
         "students": {},
         "template": TEMPLATE,

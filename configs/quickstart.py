@@ -16,12 +16,13 @@ from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.report.pages import ReportConfig
+from rlt_jax.rl.losses import ObjectiveConfig
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
-from rlt_jax.stages.rl import GRPOConfig
+from rlt_jax.stages.rl import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.optimizer import OptimizerConfig
@@ -53,15 +54,17 @@ def get_config() -> ml_collections.ConfigDict:
     # there are many small ones.
     worked |= {"kinds": KINDS, "known_answer": True}
     config.warmup = _sft("teacher", worked, steps=750, batch_size=8, rate=2e-3)
-    config.rl = _roles("{workdir}/warmup") | {
+    config.rl = _roles("policy", "{workdir}/warmup") | {
         "stage": "rl",
+        "terms": {"rlt": {"weight": 1.0}},
+        "objective": section(ObjectiveConfig),
         "data": _problems("train", 4000, stream=2),
         "held_out": _problems("test", 128, stream=3),
-        "grpo": section(GRPOConfig, steps=40, batch_size=16, group_size=8),
+        "loop": section(RLConfig, steps=40, batch_size=16, group_size=8),
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
     }
     for name, teacher in (("collect_warmup", "warmup"), ("collect_rlt", "rl")):
-        config[name] = _roles(f"{{workdir}}/{teacher}") | {
+        config[name] = _roles("teacher", f"{{workdir}}/{teacher}") | {
             "stage": "collect",
             "data": _problems("train", 1024, stream=4),
             "collect": section(CollectConfig, batch_size=128),
@@ -83,7 +86,6 @@ def get_config() -> ml_collections.ConfigDict:
             "template": TEMPLATE,
             "data": _problems("test", 256, stream=5),
             "sampling": _sampling(),
-        "engine": _engine(),
             "engine": _engine(),
             "evaluate": section(EvaluateConfig, batch_size=128, samples_per_problem=4),
             "mesh": section(MeshConfig),
@@ -138,9 +140,9 @@ def _sft(form: str, data: dict, steps: int, batch_size: int, rate: float) -> dic
     }
 
 
-def _roles(teacher: str) -> dict:
+def _roles(role: str, teacher: str) -> dict:
     return {
-        "teacher": section(ModelSource, path=teacher),
+        role: section(ModelSource, path=teacher),
         "student": section(ModelSource, path=BASE),
         "students": section(StudentsConfig),
         "template": TEMPLATE,

@@ -5,7 +5,7 @@
 Any value of the config can be set on the command line:
 
     python -m rlt_jax.main --config=configs/quickstart.py --workdir=runs/other \\
-        --config.seed=1 --config.rl.grpo.steps=20
+        --config.seed=1 --config.rl.loop.steps=20
 
 Each stage works in <workdir>/<name>/. A stage that is complete is skipped; one that was
 cut off goes on from its last checkpoint. --only=NAME runs one stage alone, afresh if it

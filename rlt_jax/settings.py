@@ -43,7 +43,7 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     Args:
       factory: a dataclass or function with named parameters.
       values: the config section.
-      where: name of the section, for messages, such as "config.rl.grpo".
+      where: name of the section, for messages, such as "config.rl.loop".
 
     Raises:
       UserError: unknown or missing keys.

@@ -18,9 +18,9 @@ SHRUNK = {
     "warmup.sft.steps": 2,
     "rl.data.size": 8,
     "rl.held_out.size": 4,
-    "rl.grpo.steps": 2,
-    "rl.grpo.batch_size": 2,
-    "rl.grpo.group_size": 2,
+    "rl.loop.steps": 2,
+    "rl.loop.batch_size": 2,
+    "rl.loop.group_size": 2,
     **{
         f"collect_{teacher}.{key}": value
         for teacher in ("warmup", "rlt")
@@ -132,8 +132,8 @@ def test_help_explains_itself(
     ("arguments", "expected"),
     [
         (["--config.unknown=1"], ["KEY=VALUE", "'unknown'"]),
-        (["--config.rl.grpo.stepz=1"], ["'stepz'", 'Did you mean "steps"']),
-        (["--config.rl.grpo.steps.x=1"], ["KEY=VALUE", "rl.grpo.steps.x"]),
+        (["--config.rl.loop.stepz=1"], ["'stepz'", 'Did you mean "steps"']),
+        (["--config.rl.loop.steps.x=1"], ["KEY=VALUE", "rl.loop.steps.x"]),
         (["--config=nowhere/config.py"], ["No such file", "'nowhere/config.py'"]),
         (["--config=nowhere/config.py", "--config.seed=1"], ["No such file"]),
     ],

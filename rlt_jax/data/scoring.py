@@ -9,7 +9,7 @@ import numpy as np
 from rlt_jax.data import examples, packing
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.types import ScoringBatch
+from rlt_jax.types import PackedRows, ScoringBatch, TokenSpans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,17 @@ def scoring_batch(
         )
         closed.append(ended)
     return batch_of_rows(shape, student_rows, teacher_rows, np.array(closed)), overlong
+
+
+def sampled_rows(
+    shape: RowShape, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]
+) -> tuple[PackedRows, TokenSpans]:
+    """Packed rows of N prompts with their completions, and where the completions lie."""
+    rows = [np.append(p, c) for p, c in zip(prompts, completions, strict=True)]
+    packed, starts = packing.pack(rows, shape.micro_batch_size, shape.row_length)
+    first = starts + np.array([len(prompt) for prompt in prompts])
+    numbers = [np.arange(len(completion)) for completion in completions]
+    return packed, packing.gather_spans(first, numbers, shape.row_length)
 
 
 def student_rows(

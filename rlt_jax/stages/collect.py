@@ -23,12 +23,12 @@ from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import (
     check_fit,
-    explanation_requests,
     fixed_kl_coef,
     jit_scorer,
     load_explainer,
     load_roles,
     provenance_of,
+    requests_of,
     sample_rows,
     scoring_batches,
 )
@@ -103,7 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     file = workdir / "traces.jsonl"
     first = keep_whole_batches(file, c.batch_size)
     longest = sampling.max_new_tokens
-    requests = explanation_requests(roles, todo[first:], longest, first)
+    requests = requests_of(roles, todo[first:], longest, first)
     stored = workdir / "completions.jsonl"
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="trace") as bar:
@@ -117,7 +117,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             reward = score(
                 teacher.params, roles.student_params, batches, kl_coef
             ).reward
-            rows = sample_rows(roles, part, padded, reward, slice(0, len(batch)))
+            rows = sample_rows(
+                roles, "teacher", part, padded, reward, slice(0, len(batch))
+            )
             append_jsonl(file, [row | {"provenance": origin} for row in rows])
             bar.update(len(batch))
     rows = read_jsonl(file)

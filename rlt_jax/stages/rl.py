@@ -1,14 +1,15 @@
-"""Stage `rl`: GRPO on a teacher, rewarded by what a student makes of its explanations.
+"""Stage `rl`: policy gradients on a teacher or a student.
 
+A teacher is rewarded by what a student makes of its explanations, a student by whether its
+answers are right; the reward is a sum of named terms and the loop is the same.
 `run` sets up, `train` is the loop. One step, with P prompts of R completions each:
-prompts -> rollout -> rows -> score -> reward -> advantages -> update.
+prompts -> rollout -> rows -> scores -> reward -> advantages -> updates -> reference.
 """
 
 import dataclasses
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,41 +17,39 @@ import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from rlt_jax.data import pipeline
-from rlt_jax.data.packing import on_spans
 from rlt_jax.data.scoring import RowShape
-from rlt_jax.data.templates import Problem
+from rlt_jax.data.templates import Problem, load_template
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import Engine, EngineConfig, Occupancy
+from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scoring import score_rows
-from rlt_jax.inference.stored import roll_out
 from rlt_jax.rl import policy_update
-from rlt_jax.rl.advantages import group_advantages
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.metrics import reward_metrics, rollout_metrics
+from rlt_jax.rl.metrics import reward_metrics
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import Scored, StudentsConfig, balanced_kl_coef
+from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build
+from rlt_jax.stages.experience import (
+    evaluate_held_out,
+    gather_experience,
+    load_writing,
+)
+from rlt_jax.stages.policy_programs import Programs, compile_programs
 from rlt_jax.stages.roles import (
+    PROMPTS,
     Roles,
     check_fit,
-    explanation_requests,
-    jit_scorer,
-    load_explainer,
-    load_roles,
+    load_models,
     sample_rows,
-    scoring_batches,
 )
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training import checkpoint, offload, sharding
 from rlt_jax.training.metrics import (
     MetricWriter,
     append_jsonl,
     keep_rows_before,
+    memory_metrics,
     progress,
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -61,19 +60,27 @@ _LOG = logging.getLogger("rlt_jax")
 
 
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig:
+class RLConfig:
     """Settings of the loop.
 
     Attributes:
-      steps: optimizer steps, one rollout each.
-      batch_size: P, prompts per step.
+      steps: rollouts.
+      batch_size: P, prompts per step, over all devices.
       group_size: R, completions per prompt.
-      beta: weight of the KL to the reference.
-      sync_every: steps between two mixings of the reference.
+      format: "teacher", which sees the solution and explains it, or "student".
+      updates_per_rollout: optimizer steps on the same completions.
+      sync_every: steps between two mixings of the reference; 0 leaves it as it is.
       sync_alpha: share of the policy in the mixed reference.
-      sample_every: steps between explanations written to samples.jsonl.
+      self_teaching: the reward's student is a copy of the policy.
+      student_sync_every: steps between two mixings of that copy; 0 leaves it as it is.
+      student_sync_alpha: share of the policy in the mixed copy.
+      offload: reference and students are in the host's memory between uses.
+      sample_every: steps between completions written to samples.jsonl.
+      evaluate_every: steps between evaluations on the held-out problems, besides the
+        first and the last; the best checkpoint of them is kept in `best`.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of them stay.
+      max_skipped: updates in a row that may be skipped before the run stops.
       rollouts: folder in which the completions of every step are kept; what is there
         already is taken from there, which replays a run.
     """
@@ -81,24 +88,36 @@ class GRPOConfig:
     steps: int
     batch_size: int
     group_size: int
-    beta: float = 0.04
+    format: str = "teacher"
+    updates_per_rollout: int = 1
     sync_every: int = 32
     sync_alpha: float = 0.9
+    self_teaching: bool = False
+    student_sync_every: int = 1
+    student_sync_alpha: float = 1.0
+    offload: bool = False
     sample_every: int = 10
+    evaluate_every: int = 0
     checkpoint_every: int = 20
     keep_checkpoints: int = 1
+    max_skipped: int = 5
     rollouts: str = ""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps}: at least 1.")
+        for name in ("steps", "batch_size", "updates_per_rollout", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise UserError(f"loop.{name}={getattr(self, name)}: at least 1.")
         if self.group_size < 2:
             raise UserError(f"group_size={self.group_size}: a group needs at least 2.")
+        if self.format not in PROMPTS:
+            raise UserError(
+                f"loop.format={self.format!r}: one of {', '.join(PROMPTS)}."
+            )
 
 
 SECTIONS = {
-    "teacher": checkpoint.ModelSource,
-    "student": None,  # a ModelSource, or several
+    "policy": checkpoint.ModelSource,
+    "student": None,  # a ModelSource, several, or None: self-teaching, or no RLT term
     "students": StudentsConfig,
     "template": None,
     "data": None,
@@ -107,81 +126,80 @@ SECTIONS = {
     "sampling": SamplingConfig,
     "engine": EngineConfig,
     "reward": RLTRewardConfig,
-    "grpo": GRPOConfig,
+    "terms": None,
+    "objective": ObjectiveConfig,
+    "loop": RLConfig,
     "optimizer": OptimizerConfig,
     "mesh": sharding.MeshConfig,
 }
 
 
-class Programs(NamedTuple):
-    """The compiled device programs of a step, in the order of their use."""
+class Trees(NamedTuple):
+    """The arrays of a run, all of them in its checkpoints.
 
-    rollout: Engine
-    score: Any  # policy and student params, batches, KL weight -> Scored
-    reference: Any  # reference params, teacher rows -> log_probs
-    advantages: Any  # rewards -> advantages
-    update: Any  # state, PolicyBatch -> state, metrics
-    mix: Any  # reference, policy -> reference
+    Attributes:
+      state: of the policy.
+      reference: parameters, {} where the objective has none.
+      student: the policy's copy in self-teaching, else {}.
+    """
+
+    state: TrainState
+    reference: Params
+    student: Params
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
-    """Trains a teacher with the RLT reward.
+    """Trains a policy.
 
     Args:
-      config: sections `teacher`, `student`, `students`, `template`, `data`, `held_out`, `rows`,
-        `sampling`, `engine`, `reward`, `grpo`, `optimizer`, `mesh`.
+      config: sections as in `SECTIONS`.
       workdir: folder of the stage.
       seed: of everything random.
 
     Returns:
       Held-out reward and terms before and after, with standard errors.
     """
-    c = build(GRPOConfig, config.grpo, "grpo")
+    c = build(RLConfig, config.loop, "loop")
+    objective = build(ObjectiveConfig, config.objective, "objective")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
-    roles = load_roles(config, mesh, seed)
-    teacher = roles.teacher
+    roles = load_rl_roles(config, c, mesh, seed)
     sampling = build(SamplingConfig, config.sampling, "sampling")
     problems = pipeline.load_problems(config.data, roles.template, seed)
     held_out = pipeline.load_problems(config.held_out, roles.template, seed)
-    check_fit(roles, sampling, [*problems, *held_out])
+    check_fit(roles, sampling, [*problems, *held_out], c.format)
 
-    tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
-    shardings = state_shardings(teacher.model, tx, mesh)
-    score, reward = jit_scorer(roles, config, sampling.temperature)
-    engine = load_explainer(roles, config, mesh)
-    programs = compile_programs(c, roles, engine, score, tx, mesh, shardings)
-    state = new_state(teacher.params, tx, shardings)
-    reference = jax.tree.map(jnp.copy, teacher.params)
-    roles = roles._replace(teacher=teacher._replace(params=None))
+    updates = c.steps * c.updates_per_rollout
+    tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), updates)
+    shardings = state_shardings(roles.teacher.model, tx, mesh)
+    writing, kl_coef = load_writing(config, c.format, roles, mesh)
+    programs = compile_programs(
+        c.group_size, objective, writing, roles, tx, mesh, shardings
+    )
+    params = roles.teacher.params
+    trees = Trees(
+        new_state(params, tx, shardings),
+        _copy(params, c.offload, "reference") if objective.beta else {},
+        _copy(params, c.offload, "student") if c.self_teaching else {},
+    )
+    roles = roles._replace(teacher=roles.teacher._replace(params=None))
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
-    checkpoint.describe(workdir, teacher.model, teacher.tokenizer)
-    key = jax.random.key(seed)
+    checkpoint.describe(workdir, roles.teacher.model, roles.teacher.tokenizer)
+    _log_sizes(c, roles, mesh)
     held_out = held_out[: c.batch_size * c.group_size]
-    balanced = reward.explanation_kl_coef == "auto"
+    key = jax.random.key(seed)
     return train(
-        c,
-        programs,
-        roles,
-        problems,
-        held_out,
-        prompts,
-        state,
-        reference,
-        None if balanced else reward.explanation_kl_coef,
-        key,
-        workdir,
+        c, programs, roles, problems, held_out, prompts, trees, kl_coef, key, workdir
     )
 
 
 def train(
-    c: GRPOConfig,
+    c: RLConfig,
     programs: Programs,
     roles: Roles,
     problems: Sequence[Problem],
     held_out: Sequence[Problem],
     prompts: grain.DatasetIterator,
-    state: TrainState,
-    reference: Params,
+    trees: Trees,
     kl_coef: float | None,
     key: jax.Array,
     workdir: Path,
@@ -191,175 +209,158 @@ def train(
     Without a `kl_coef` the weight of the explanation KL is balanced to the solution
     score on the held-out problems before the first step.
     """
-    samples = workdir / "samples.jsonl"
-    longest = programs.rollout.sampling.max_new_tokens
+    samples, best = workdir / "samples.jsonl", workdir / "best"
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        first, state, reference, start = _restore(manager, state, reference, prompts)
+        first, trees, start = _restore(manager, trees, prompts)
         keep_rows_before(samples, first)
-        if start is None:
-            start = evaluate_held_out(
-                programs, roles, held_out, state, key, c, samples, "first", kl_coef
+
+        def evaluate(step: int, when: str, kl_coef: float | None) -> dict[str, float]:
+            found, rows = evaluate_held_out(
+                programs.writing,
+                roles,
+                trees.state.params,
+                (trees.student,) if c.self_teaching else roles.student_params,
+                held_out,
+                c.batch_size * c.group_size,
+                jax.random.fold_in(key, 2**31 - 1),
+                kl_coef,
+                when,
             )
-            _log_sizes(start)
-        kl_coef = start["kl_coef"]
+            _write_samples(samples, step, "held_out", rows)
+            return found
+
+        if start is None:
+            start = evaluate(0, "first", kl_coef)
+            start["best"] = start["held_out_reward_first"]
+            _log_terms(start)
+        kl_coef, skipped = start["kl_coef"], 0
         with (
             MetricWriter(workdir, first) as writer,
             progress(first, c.steps, workdir.name) as bar,
         ):
             for step in range(first, c.steps):
-                began, occupancy = time.monotonic(), Occupancy()
-                step_key = jax.random.fold_in(key, step)
+                began = time.monotonic()
                 chosen = [problems[i] for i in next(prompts)]
                 group = [problem for problem in chosen for _ in range(c.group_size)]
+                state, reference, student = trees
 
-                requests = explanation_requests(roles, group, longest)
-                kept = c.rollouts and Path(c.rollouts) / f"{step:06d}.jsonl"
-                rollout = roll_out(
-                    programs.rollout, state.params, requests, step_key, occupancy, kept
+                experience = gather_experience(
+                    programs.writing,
+                    roles,
+                    state.params,
+                    (student,) if c.self_teaching else roles.student_params,
+                    group,
+                    jax.random.fold_in(key, step),
+                    kl_coef,
+                    Path(c.rollouts) / f"{step:06d}.jsonl" if c.rollouts else None,
                 )
-                completions = [completion.tokens for completion in rollout]
-                batches, overlong = scoring_batches(roles, group, completions)
-                scored = programs.score(
-                    state.params, roles.student_params, batches, kl_coef
+                reward, rows = experience.reward, experience.rows
+                advantages, counted, metrics = programs.advantages(
+                    reward.value, experience.finished
                 )
-                reward, rows = scored.reward, batches[0].teacher
-                state, metrics = programs.update(
-                    state,
-                    policy_update.PolicyBatch(
-                        rows,
-                        batches[0].completion,
-                        programs.advantages(reward.value),
-                        scored.teacher_log_probs,
-                        programs.reference(reference, rows),
-                        sampler_log_probs=on_spans(
-                            [one.log_probs for one in rollout],
-                            batches[0].completion,
-                            rows.tokens.shape,
-                        ),
-                    ),
+                batch = policy_update.PolicyBatch(
+                    rows,
+                    experience.spans,
+                    advantages,
+                    experience.log_probs,
+                    programs.reference(reference, rows) if reference else None,
+                    counted,
+                    experience.sampler_log_probs,
                 )
-                if (step + 1) % c.sync_every == 0:
-                    reference = programs.mix(reference, state.params)
+                for _ in range(c.updates_per_rollout):
+                    state, updated = programs.update(state, batch)
+                if reference and c.sync_every and (step + 1) % c.sync_every == 0:
+                    reference = programs.mix(reference, state.params, c.sync_alpha)
+                every = c.student_sync_every
+                if student and every and (step + 1) % every == 0:
+                    alpha = c.student_sync_alpha
+                    student = programs.mix(student, state.params, alpha)
+                trees = Trees(state, reference, student)
 
-                metrics |= reward_metrics(reward)
-                metrics |= rollout_metrics(rollout, occupancy)
-                metrics["rollout/overlong"] = overlong
+                metrics |= reward_metrics(reward) | updated | experience.metrics
+                metrics |= memory_metrics()
                 metrics["time/step_seconds"] = time.monotonic() - began
-                writer.write(step, metrics)
+                last = writer.write(step, metrics)
+                skipped = skipped + 1 if last.get("policy/skipped") else 0
+                if skipped >= c.max_skipped:
+                    raise UserError(
+                        f"rl: {skipped} updates in a row were skipped (loss or gradient "
+                        "not finite, or above objective.skip_gradient_norm), the last in "
+                        f"step {step - 1}. Lower optimizer.learning_rate; the run goes "
+                        "on from its last checkpoint."
+                    )
                 if step % c.sample_every == 0:
                     firsts = slice(0, None, c.group_size)
-                    written = sample_rows(roles, group, completions, reward, firsts)
+                    written = sample_rows(
+                        roles, c.format, group, experience.completions, reward, firsts
+                    )
                     _write_samples(samples, step, "train", written)
-                if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                done = step + 1
+                if c.evaluate_every and done % c.evaluate_every == 0:
+                    found = evaluate(done, "now", kl_coef)
+                    writer.write(
+                        step, {"held_out/reward": found["held_out_reward_now"]}
+                    )
+                    if found["held_out_reward_now"] > start["best"]:
+                        start["best"] = found["held_out_reward_now"]
+                        _keep_best(best, roles, done, state.params)
+                if done % c.checkpoint_every == 0 or done == c.steps:
                     writer.flush()  # a checkpoint's steps have their rows
-                    trees = _trees(state, reference)
                     data = {"prompts": prompts.get_state(), "start": start}
-                    checkpoint.save(manager, step + 1, trees, data)
+                    checkpoint.save(manager, done, _items(trees), data)
                 bar.update()
-        end = evaluate_held_out(
-            programs, roles, held_out, state, key, c, samples, "last", kl_coef
-        )
+        end = evaluate(c.steps, "last", kl_coef)
         manager.wait_until_finished()
     return start | end
 
 
-def compile_programs(
-    c: GRPOConfig,
-    roles: Roles,
-    engine: Engine,
-    score: Callable[..., Scored],
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    shardings: TrainState,
-) -> Programs:
-    """Jits every program once, with the shardings of the mesh."""
-    teacher, sampling = roles.teacher, engine.sampling
-    reference = functools.partial(score_rows, teacher.model, sampling.temperature)
-    update = functools.partial(
-        policy_update.update,
-        teacher.model,
-        tx,
-        sampling,
-        ObjectiveConfig(beta=c.beta),
-    )
-    mix = functools.partial(policy_update.mix_reference, alpha=c.sync_alpha)
-
-    return Programs(
-        rollout=engine,
-        score=score,
-        reference=jax.jit(reference),
-        advantages=jax.jit(
-            functools.partial(group_advantages, group_size=c.group_size)
-        ),
-        update=jax.jit(
-            update,
-            in_shardings=(shardings, None),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
-        ),
-        mix=jax.jit(mix, donate_argnums=0),
-    )
+def load_rl_roles(
+    config: Mapping[str, Any], c: RLConfig, mesh: Mesh, seed: int
+) -> Roles:
+    """The policy as "teacher" of the roles, and the reward's students."""
+    if c.self_teaching and config["student"] is not None:
+        raise UserError("loop.self_teaching: set `student` to None, it is the policy.")
+    policy, *students = load_models(config["policy"], config["student"], mesh, seed)
+    if c.self_teaching:
+        students = [policy._replace(params=None)]
+    rows = build(RowShape, config["rows"], "rows")
+    return Roles(policy, tuple(students), load_template(config["template"]), rows)
 
 
-def evaluate_held_out(
-    programs: Programs,
-    roles: Roles,
-    problems: Sequence[Problem],
-    state: TrainState,
-    key: jax.Array,
-    c: GRPOConfig,
-    samples: Path,
-    when: str,
-    kl_coef: float | None,
-) -> dict[str, float]:
-    """Mean reward and terms on held-out problems, one completion each, and the KL weight.
-
-    The batch has the shape of a training step, so nothing new is compiled, and the same
-    key at every call, so two calls differ by the policy alone.
-    """
-    rows = c.batch_size * c.group_size
-    padded = [problems[i % len(problems)] for i in range(rows)]
-    held_out_key = jax.random.fold_in(key, 2**31 - 1)
-    engine = programs.rollout
-    requests = explanation_requests(roles, padded, engine.sampling.max_new_tokens)
-    rollout = roll_out(engine, state.params, requests, held_out_key)
-    completions = [completion.tokens for completion in rollout]
-    batches, _ = scoring_batches(roles, padded, completions)
-    params = state.params, roles.student_params
-    if kl_coef is None:
-        terms = jax.device_get(programs.score(*params, batches, 0.0).reward.terms)
-        kl_coef = balanced_kl_coef(terms["solution_score"], terms["explanation_kl"])
-    reward = programs.score(*params, batches, kl_coef).reward
-    step = 0 if when == "first" else c.steps
-    chosen = slice(0, min(32, len(problems)))
-    written = sample_rows(roles, padded, completions, reward, chosen)
-    _write_samples(samples, step, "held_out", written)
-    values = jax.device_get({"reward": reward.value, **reward.terms})
-    result = {"kl_coef": float(kl_coef)}
-    for name, value in values.items():
-        value = value[: len(problems)]
-        result[f"held_out_{name}_{when}"] = float(value.mean())
-        error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
-        result[f"held_out_{name}_{when}_standard_error"] = float(error)
-    return result
-
-
-def _log_sizes(start: dict[str, float]) -> None:
-    score, divergence, kl_coef = (
-        start[name]
-        for name in (
-            "held_out_solution_score_first",
-            "held_out_explanation_kl_first",
-            "kl_coef",
+def _log_sizes(c: RLConfig, roles: Roles, mesh: Mesh) -> None:
+    """Prints what the settings make of the devices; refuses what cannot be split."""
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    lines = roles.rows.micro_batch_size
+    if lines % groups:
+        raise UserError(
+            f"rows.micro_batch_size={lines} lines cannot be split over data * fsdp = "
+            f"{groups} groups of devices."
         )
-    )
     _LOG.info(
-        "before the first step: solution score %.4g, explanation KL %.4g * %.4g = %.4g",
-        score,
-        divergence,
-        kl_coef,
-        divergence * kl_coef,
+        "a step: %d prompts x %d completions = %d; %d lines of %d tokens a micro-batch, "
+        "%d a device group (%d groups)",
+        c.batch_size,
+        c.group_size,
+        c.batch_size * c.group_size,
+        lines,
+        roles.rows.row_length,
+        lines // groups,
+        groups,
     )
+
+
+def _log_terms(start: dict[str, float]) -> None:
+    if "held_out_solution_score_first" in start:
+        _LOG.info(
+            "before the first step: solution score %.4g, explanation KL %.4g * %.4g",
+            start["held_out_solution_score_first"],
+            start["held_out_explanation_kl_first"],
+            start["kl_coef"],
+        )
+
+
+def _copy(params: Params, offloaded: bool, name: str) -> Params:
+    return offload.keep(jax.tree.map(jnp.copy, params), offloaded, name)
 
 
 def _write_samples(
@@ -368,21 +369,29 @@ def _write_samples(
     append_jsonl(file, [{"step": step, "split": split, **row} for row in rows])
 
 
-def _trees(state: TrainState, reference: Params) -> dict[str, Any]:
-    return {
-        "params": state.params,
-        "optimizer": (state.step, state.opt_state),
-        "reference": reference,
-    }
+def _items(trees: Trees) -> dict[str, Any]:
+    state, reference, student = trees
+    items = {"params": state.params, "optimizer": (state.step, state.opt_state)}
+    optional = {"reference": reference, "student": student}
+    return items | {name: tree for name, tree in optional.items() if tree}
 
 
 def _restore(
-    manager: Any, state: TrainState, reference: Params, prompts: Any
-) -> tuple[int, TrainState, Params, dict[str, float] | None]:
-    restored = checkpoint.restore_latest(manager, _trees(state, reference))
+    manager: Any, trees: Trees, prompts: Any
+) -> tuple[int, Trees, dict[str, float] | None]:
+    restored = checkpoint.restore_latest(manager, _items(trees))
     if restored is None:
-        return 0, state, reference, None
-    first, trees, data = restored
+        return 0, trees, None
+    first, items, data = restored
     prompts.set_state(data["prompts"])
-    state = TrainState(trees["optimizer"][0], trees["params"], trees["optimizer"][1])
-    return first, state, trees["reference"], data["start"]
+    state = TrainState(items["optimizer"][0], items["params"], items["optimizer"][1])
+    reference, student = (items.get(name, {}) for name in ("reference", "student"))
+    return first, Trees(state, reference, student), data["start"]
+
+
+def _keep_best(folder: Path, roles: Roles, step: int, params: Params) -> None:
+    """Writes the policy to a folder that other stages can name as a model."""
+    checkpoint.describe(folder, roles.teacher.model, roles.teacher.tokenizer)
+    with checkpoint.open_manager(folder, 1) as manager:
+        checkpoint.save(manager, step, {"params": params}, {})
+        manager.wait_until_finished()

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rlt_jax.data import examples, scoring
 from rlt_jax.data.stop_texts import stop_finder
 from rlt_jax.data.templates import Problem, Template, load_template
+from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.sampling import SamplingConfig
@@ -19,6 +20,14 @@ from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, provenance
 from rlt_jax.types import Params, Reward, ScoringBatch
+
+# What a policy is asked: to explain a solution, or to find it.
+PROMPTS: dict[str, Callable[[Tokenizer, Template, Problem], str]] = {
+    "teacher": examples.teacher_prompt,
+    "student": lambda tokenizer, template, problem: examples.student_prompt(
+        tokenizer, template, problem.question
+    ),
+}
 
 
 class Roles(NamedTuple):
@@ -38,23 +47,23 @@ class Roles(NamedTuple):
 def load_roles(config: Mapping[str, Any], mesh: Mesh, seed: int) -> Roles:
     """Loads sections `teacher`, `student` (one or several), `template` and `rows`."""
     rows = build(scoring.RowShape, config["rows"], "rows")
-    teacher, *students = load_models(config, mesh, seed)
+    teacher, *students = load_models(config["teacher"], config["student"], mesh, seed)
     return Roles(teacher, tuple(students), load_template(config["template"]), rows)
 
 
 def load_models(
-    config: Mapping[str, Any], mesh: Mesh, seed: int
+    first: Any, others: Any, mesh: Mesh, seed: int
 ) -> list[checkpoint.LoadedModel]:
-    """The teacher, then every student of a config."""
-    students = config["student"]
-    several = students if isinstance(students, list | tuple) else [students]
+    """Models of one section, and of None, one or several more."""
+    if not isinstance(others, list | tuple):
+        others = [] if others is None else [others]
     return [
         checkpoint.load(
-            build(checkpoint.ModelSource, section, "teacher" if not n else "student"),
+            build(checkpoint.ModelSource, section, "student" if n else "teacher"),
             mesh,
             jax.random.fold_in(jax.random.key(seed), n),
         )
-        for n, section in enumerate([config["teacher"], *several])
+        for n, section in enumerate([first, *others])
     ]
 
 
@@ -126,21 +135,26 @@ def load_explainer(roles: Roles, config: Mapping[str, Any], mesh: Mesh) -> Engin
     return load_engine(roles.teacher, config, mesh, length, (closing,))
 
 
-def explanation_requests(
-    roles: Roles, problems: Sequence[Problem], longest: int, first: int = 0
+def prompt_ids(
+    tokenizer: Tokenizer, template: Template, problem: Problem, form: str = "teacher"
+) -> np.ndarray:
+    """Ids of the prompt of a policy, one of `PROMPTS`: [T] int32."""
+    return tokenizer.encode(PROMPTS[form](tokenizer, template, problem)).ids
+
+
+def requests_of(
+    roles: Roles,
+    problems: Sequence[Problem],
+    longest: int,
+    first: int = 0,
+    form: str = "teacher",
 ) -> list[Request]:
-    """An explanation of every problem; request ids count from `first`."""
+    """A completion of every problem's prompt; request ids count from `first`."""
+    tokenizer, template = roles.teacher.tokenizer, roles.template
     return [
-        Request(teacher_prompt_ids(roles, problem), first + n, longest)
+        Request(prompt_ids(tokenizer, template, problem, form), first + n, longest)
         for n, problem in enumerate(problems)
     ]
-
-
-def teacher_prompt_ids(roles: Roles, problem: Problem) -> np.ndarray:
-    """Ids of the teacher's prompt, [T] int32."""
-    tokenizer = roles.teacher.tokenizer
-    text = examples.teacher_prompt(tokenizer, roles.template, problem)
-    return tokenizer.encode(text).ids
 
 
 def scoring_batches(
@@ -162,39 +176,47 @@ def scoring_batches(
 
 
 def check_fit(
-    roles: Roles, sampling: SamplingConfig, problems: Sequence[Problem]
+    roles: Roles,
+    sampling: SamplingConfig,
+    problems: Sequence[Problem],
+    form: str = "teacher",
 ) -> None:
     """Refuses problems whose prompt and longest completion do not fit in a row."""
     room = roles.rows.row_length - sampling.max_new_tokens
-    prompts = [teacher_prompt_ids(roles, problem) for problem in problems]
-    what = "teacher prompt (rows.row_length - sampling.max_new_tokens)"
+    tokenizer = roles.teacher.tokenizer
+    prompts = [prompt_ids(tokenizer, roles.template, p, form) for p in problems]
+    what = f"{form} prompt (rows.row_length - sampling.max_new_tokens)"
     examples.check_lengths(prompts, room, what)
 
 
 def sample_rows(
     roles: Roles,
+    form: str,
     problems: Sequence[Problem],
     completions: Sequence[np.ndarray],
     reward: Reward,
     chosen: slice = slice(None),
 ) -> list[dict[str, Any]]:
-    """What the teacher wrote and how it was rewarded, as JSON rows."""
+    """What a policy wrote and how it was rewarded, as JSON rows."""
     values = jax.device_get(reward)
-    result = []
+    tokenizer, result = roles.teacher.tokenizer, []
     for n in range(len(problems))[chosen]:
         problem = problems[n]
-        trace, closed = examples.trace_of(
-            roles.teacher.tokenizer, roles.template, problem, completions[n]
-        )
-        result.append(
-            {
-                "question": problem.question,
-                "solution": problem.solution,
-                "answer": problem.answer,
-                "reasoning_trace": trace.explanation,
-                "closed": closed,
-                "reward": float(values.value[n]),
-                "terms": {name: float(t[n]) for name, t in values.terms.items()},
-            }
-        )
+        row = {
+            "question": problem.question,
+            "solution": problem.solution,
+            "answer": problem.answer,
+        }
+        if form == "teacher":
+            trace, closed = examples.trace_of(
+                tokenizer, roles.template, problem, completions[n]
+            )
+            row |= {"reasoning_trace": trace.explanation, "closed": closed}
+        else:
+            row["completion"] = examples.completion_text(tokenizer, completions[n])[0]
+        row |= {
+            "reward": float(values.value[n]),
+            "terms": {name: float(t[n]) for name, t in values.terms.items()},
+        }
+        result.append(row)
     return result

@@ -222,7 +222,9 @@ def _load_judge(
 ) -> Judge:
     mesh = sharding.make_mesh(build(sharding.MeshConfig, sections["mesh"], "mesh"))
     template = load_template(sections["template"])
-    teacher, *students = load_models(sections, mesh, seed)
+    teacher, *students = load_models(
+        sections["teacher"], sections["student"], mesh, seed
+    )
     several = build(StudentsConfig, sections["students"], "students")
     score = api.make_scorer(
         teacher, students, template, reward, several, c.teacher_temperature

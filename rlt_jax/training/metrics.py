@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,21 +29,23 @@ class MetricWriter:
         )
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the (device) scalars of this step and writes those of the last."""
-        self.flush()
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Takes the (device) scalars of this step; writes and returns the last's."""
+        last = self.flush()
         self._pending = (step, dict(metrics))
+        return last
 
-    def flush(self) -> None:
-        """Writes what is pending."""
+    def flush(self) -> dict[str, float]:
+        """Writes what is pending, and returns it."""
         if self._pending is None:
-            return
+            return {}
         step, metrics = self._pending
         self._pending = None
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         append_jsonl(self._file, [{"step": step, **numbers}])
         for name, number in numbers.items():
             self._events.add_scalar(name, number, step)
+        return numbers
 
     def __enter__(self) -> Self:
         return self
@@ -55,6 +58,16 @@ class MetricWriter:
     ) -> None:
         self.flush()
         self._events.close()
+
+
+def memory_metrics() -> dict[str, float]:
+    """Peak memory so far in GiB: of the first device, or of the process on CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = stats["peak_bytes_in_use"]
+    return {"memory/peak_gib": peak / 2**30}
 
 
 def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -62,10 +62,13 @@ SECTIONS = {
     },
     "rl": {
         "stage": "rl",
-        **EXPLAINING,
+        **{name: value for name, value in EXPLAINING.items() if name != "teacher"},
+        "policy": MODEL,
         "data": PROBLEMS,
         "held_out": {**PROBLEMS, "split": "test", "size": 3},
-        "grpo": {
+        "terms": {"rlt": {}},
+        "objective": {},
+        "loop": {
             "steps": 5,
             "batch_size": 2,
             "group_size": 2,

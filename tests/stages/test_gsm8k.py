@@ -51,7 +51,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
         if "limit" in section.data:
             section.data.limit = 2
     config.rl.held_out.limit = 1
-    config.rl.grpo.update(steps=1, batch_size=1, group_size=2)
+    config.rl.loop.update(steps=1, batch_size=1, group_size=2)
     config.collect.collect.batch_size = 2
     for name in ("eval_base", "eval_student"):
         config[name].evaluate.batch_size = 2

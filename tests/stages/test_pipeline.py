@@ -242,7 +242,7 @@ def test_shipped_configs_have_the_keys_of_their_stages(file: Path) -> None:
     ("path", "message"),
     [
         ("warmup.sft.step", "config.warmup.sft: unknown key 'step'; known are format"),
-        ("rl.grpo.stepz", "config.rl.grpo: unknown key 'stepz'; known are steps"),
+        ("rl.loop.stepz", "config.rl.loop: unknown key 'stepz'; known are steps"),
         ("rl.reward.lamda", "config.rl.reward: unknown key 'lamda'"),
         ("eval_base.mesh.rows", "config.eval_base.mesh: unknown key 'rows'"),
         ("report.pictures", "config.report: unknown key 'pictures'"),

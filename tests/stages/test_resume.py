@@ -115,7 +115,8 @@ def saved_steps(folder: Path) -> list[int]:
 
 def metric_rows(folder: Path) -> list[dict[str, float]]:
     rows = read_jsonl(folder / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+    hidden = ("time/", "memory/")
+    return [{k: v for k, v in r.items() if not k.startswith(hidden)} for r in rows]
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The RL loop beyond its plainest setting."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlt_jax.errors import UserError
+from rlt_jax.training.checkpoint import find_model
 from rlt_jax.training.metrics import read_jsonl
 
 Section = Callable[[str], dict[str, Any]]
 RunStage = Callable[[dict[str, Any], Path], Path]
+
+
+def summary(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "done.json").read_text(encoding="utf-8"))["summary"]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return read_jsonl(folder / "metrics.jsonl")
+
+
+@pytest.fixture
+def student_rl(section: Section) -> dict[str, Any]:
+    """Correctness RL: no student, no RLT term."""
+    rl = section("rl")
+    rl["student"] = None
+    rl["terms"] = {"correctness": {}, "length": {"budget": 2, "weight": 0.1}}
+    rl["loop"]["format"] = "student"
+    return rl
 
 
 def test_several_students_and_a_balanced_kl(
@@ -22,7 +43,7 @@ def test_several_students_and_a_balanced_kl(
     rl["students"] = {"combine": "weights", "weights": (3.0, 1.0)}
     rl["reward"] = {"explanation_kl_coef": "auto"}
     folder = run_stage(rl, tmp_path)
-    result = json.loads((folder / "done.json").read_text(encoding="utf-8"))["summary"]
+    result = summary(folder)
     score, divergence = (
         result[f"held_out_{name}_first"]
         for name in ("solution_score", "explanation_kl")
@@ -31,6 +52,110 @@ def test_several_students_and_a_balanced_kl(
     assert divergence > 0
     assert result["kl_coef"] == pytest.approx(-score / divergence, rel=0.5)
     assert result["held_out_format_penalty_first"] == -1
-    rows = read_jsonl(folder / "metrics.jsonl")
+    rows = metrics(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+def test_correctness_rl_needs_no_student(
+    student_rl: dict[str, Any], run_stage: RunStage, tmp_path: Path
+) -> None:
+    student_rl["loop"]["updates_per_rollout"] = 2
+    student_rl["objective"] = {"loss": "dapo", "clip_low": 0.2, "clip_high": 0.28}
+    student_rl["objective"]["beta"] = 0.0
+    folder = run_stage(student_rl, tmp_path)
+    result = summary(folder)
+    assert 0 <= result["held_out_accuracy_first"] <= 1
+    for row in metrics(folder):
+        total = row["reward/correctness_mean"] + 0.1 * row["reward/length_mean"]
+        assert row["reward/value_mean"] == pytest.approx(total, abs=1e-5)
+        assert "policy/kl_to_reference" not in row
+        assert row["policy/sampler_difference"] < 1e-4
+    assert "completion" in read_jsonl(folder / "samples.jsonl")[0]
+
+
+def test_self_teaching_follows_the_policy(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    rl = section("rl")
+    # A fixed student of the same initial weights, and the policy's own copy.
+    fixed = metrics(run_stage(rl, tmp_path / "fixed"))
+    rl["student"] = None
+    rl["loop"]["self_teaching"] = True
+    own = metrics(run_stage(rl, tmp_path / "own"))
+    rl["loop"]["offload"] = True
+    offloaded = metrics(run_stage(rl, tmp_path / "offloaded"))
+    name = "reward/solution_score_mean"
+    assert own[3][name] != fixed[3][name]
+    assert [row[name] for row in offloaded] == [row[name] for row in own]
+    rl["loop"]["student_sync_every"] = 0
+    frozen = metrics(run_stage(rl, tmp_path / "frozen"))
+    assert frozen[0][name] == own[0][name]
+    assert frozen[3][name] != own[3][name]
+
+
+def test_a_run_is_replayed_from_its_rollouts(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    rl = section("rl")
+    rl["loop"]["rollouts"] = str(tmp_path / "rollouts")
+    first = metrics(run_stage(rl, tmp_path / "first"))
+    assert len(list((tmp_path / "rollouts").iterdir())) == 5
+    again = metrics(run_stage(rl, tmp_path / "again"))
+    assert [row["policy/loss"] for row in first] == [
+        row["policy/loss"] for row in again
+    ]
+    assert [row["rollout/occupancy"] for row in again] == [0.0] * 5
+    # Other prompts under the same ids are not taken for them.
+    rl["data"] = rl["data"] | {"stream": 3}
+    with pytest.raises(UserError, match="another prompt"):
+        run_stage(rl, tmp_path / "other")
+
+
+def test_the_best_policy_is_a_model_of_its_own(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    rl = section("rl")
+    rl["loop"]["evaluate_every"] = 1
+    folder = run_stage(rl, tmp_path)
+    rows = metrics(folder)
+    rewards = [row["held_out/reward"] for row in rows if "held_out/reward" in row]
+    assert len(rewards) == 5
+    if max(rewards) > summary(folder)["held_out_reward_first"]:
+        assert find_model(str(folder / "best")) == folder / "best"
+
+
+def test_a_run_without_a_sound_step_stops(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    rl = section("rl")
+    rl["objective"] = {"skip_gradient_norm": 1e-9}
+    rl["loop"]["max_skipped"] = 2
+    with pytest.raises(UserError, match="2 updates in a row were skipped"):
+        run_stage(rl, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": None}, "the term `rlt` needs a student"),
+        ({"terms": {"correctness": {}}}, "a student needs that term"),
+        ({"terms": {"rltt": {}}}, "reward term 'rltt'"),
+        ({"loop": {"self_teaching": True}}, "set `student` to None"),
+        ({"loop": {"format": "both"}}, "loop.format='both'"),
+        ({"loop": {"group_size": 1}}, "at least 2"),
+    ],
+)
+def test_contradictions_are_refused(
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    rl = section("rl")
+    for name, value in change.items():
+        rl[name] = {**rl[name], **value} if name == "loop" else value
+    with pytest.raises(UserError, match=message):
+        run_stage(rl, tmp_path)
+    shutil.rmtree(tmp_path)

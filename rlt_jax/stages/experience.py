@@ -1,0 +1,243 @@
+"""What a policy writes and what it gets for it: one batch of experience."""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlt_jax.data import examples
+from rlt_jax.data.packing import on_spans
+from rlt_jax.data.scoring import sampled_rows
+from rlt_jax.data.templates import Problem
+from rlt_jax.errors import UserError
+from rlt_jax.inference.engine import Engine, Occupancy
+from rlt_jax.inference.scoring import score_rows
+from rlt_jax.inference.stored import roll_out
+from rlt_jax.rl.metrics import rollout_metrics
+from rlt_jax.rl.reward_terms import (
+    Term,
+    Written,
+    correctness,
+    make_terms,
+    total_reward,
+)
+from rlt_jax.rl.scorer import Scored, balanced_kl_coef
+from rlt_jax.stages.roles import (
+    Roles,
+    jit_scorer,
+    load_engine,
+    requests_of,
+    sample_rows,
+    scoring_batches,
+)
+from rlt_jax.training import offload
+from rlt_jax.types import PackedRows, Params, Reward, TokenSpans
+
+
+class Writing(NamedTuple):
+    """How a policy is asked and rewarded, fixed for a run.
+
+    Attributes:
+      form: "teacher" or "student", the prompt and the rows.
+      engine: of the policy.
+      terms: of the reward.
+      score: RLT reward: policy and student params, batches, KL weight -> Scored; None
+        where no student scores.
+      log_probs: policy params, packed rows -> [M, B, T].
+    """
+
+    form: str
+    engine: Engine
+    terms: tuple[Term, ...]
+    score: Any
+    log_probs: Any
+
+
+class Experience(NamedTuple):
+    """N completions, rewarded.
+
+    Attributes:
+      completions: ids of each, [t] int32.
+      rows: packed rows of prompts and completions.
+      spans: the completions in them.
+      log_probs: [M, B, T] of the policy that wrote them.
+      sampler_log_probs: [M, B, T] as the engine gave them.
+      finished: [N] bool.
+      reward: value and terms.
+      correct: [N] float, whether a student's answers are right; None where not known.
+      metrics: of the rollout, and seconds of each phase.
+    """
+
+    completions: list[np.ndarray]
+    rows: PackedRows
+    spans: TokenSpans
+    log_probs: jax.Array
+    sampler_log_probs: np.ndarray
+    finished: np.ndarray
+    reward: Reward
+    correct: np.ndarray | None
+    metrics: dict[str, float]
+
+
+def load_writing(
+    config: Mapping[str, Any], form: str, roles: Roles, mesh: Mesh
+) -> tuple[Writing, float | None]:
+    """How the policy is asked and rewarded; and the KL weight, None to balance it."""
+    terms = make_terms(config["terms"])
+    scored = any(term.name == "rlt" for term in terms)
+    if scored != bool(roles.students) or (scored and form != "teacher"):
+        raise UserError(
+            f"the reward's terms are {[term.name for term in terms]}, loop.format is "
+            f"{form!r} and there are {len(roles.students)} students: the term `rlt` "
+            "needs a student (or loop.self_teaching) and loop.format='teacher', and a student "
+            "needs that term."
+        )
+    stop = (roles.template.explanation_tags[1],) if form == "teacher" else ()
+    engine = load_engine(roles.teacher, config, mesh, roles.rows.row_length, stop)
+    temperature = engine.sampling.temperature
+    log_probs = jax.jit(functools.partial(score_rows, roles.teacher.model, temperature))
+    if not scored:
+        return Writing(form, engine, terms, None, log_probs), 0.0
+    jitted, reward = jit_scorer(roles, config, temperature)
+
+    def score(params: Params, students: tuple[Params, ...], *rest: Any) -> Scored:
+        return jitted(params, offload.fetch(students), *rest)
+
+    kl_coef = reward.explanation_kl_coef
+    writing = Writing(form, engine, terms, score, log_probs)
+    return writing, None if kl_coef == "auto" else kl_coef
+
+
+def gather_experience(
+    writing: Writing,
+    roles: Roles,
+    params: Params,
+    student_params: tuple[Params, ...],
+    problems: Sequence[Problem],
+    key: jax.Array,
+    kl_coef: float,
+    file: Path | None = None,
+) -> Experience:
+    """Rollout, rows, scores and reward of one completion a problem.
+
+    Args:
+      writing: programs and settings.
+      roles: tokenizers, template, row shape.
+      params: of the policy.
+      student_params: of the reward's students.
+      problems: N; repeated for several completions of each.
+      key: PRNG key of the rollout.
+      kl_coef: weight of the explanation KL.
+      file: where completions are kept, or taken from.
+    """
+    began, occupancy = time.monotonic(), Occupancy()
+    longest = writing.engine.sampling.max_new_tokens
+    requests = requests_of(roles, problems, longest, form=writing.form)
+    rollout = roll_out(writing.engine, params, requests, key, occupancy, file)
+    completions = [one.tokens for one in rollout]
+    finished = np.array([one.finished for one in rollout])
+    metrics = rollout_metrics(rollout, occupancy)
+    rolled_out = time.monotonic()
+
+    scored, overlong = None, 0
+    if writing.score:
+        batches, overlong = scoring_batches(roles, problems, completions)
+        scored = writing.score(params, student_params, batches, jnp.float32(kl_coef))
+        rows, spans = batches[0].teacher, batches[0].completion
+        log_probs = scored.teacher_log_probs
+    else:
+        prompts = [request.prompt for request in requests]
+        rows, spans = sampled_rows(roles.rows, prompts, completions)
+        log_probs = writing.log_probs(params, rows)
+    written = _written(writing, roles, problems, completions, finished)
+    reward = total_reward(
+        writing.terms, written._replace(scored=scored and scored.reward)
+    )
+    jax.block_until_ready((log_probs, reward))
+    metrics |= {
+        "rollout/overlong": overlong,
+        "time/rollout_seconds": rolled_out - began,
+        "time/score_seconds": time.monotonic() - rolled_out,
+    }
+    sampler = on_spans([one.log_probs for one in rollout], spans, rows.tokens.shape)
+    return Experience(
+        completions,
+        rows,
+        spans,
+        log_probs,
+        sampler,
+        finished,
+        reward,
+        _correct(written) if writing.form == "student" else None,
+        metrics,
+    )
+
+
+def evaluate_held_out(
+    writing: Writing,
+    roles: Roles,
+    params: Params,
+    student_params: tuple[Params, ...],
+    problems: Sequence[Problem],
+    rows: int,
+    key: jax.Array,
+    kl_coef: float | None,
+    when: str,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Mean reward and terms on held-out problems, one completion each.
+
+    The batch has as many rows as a training step, so nothing new is compiled, and calls
+    with the same key differ by the policy alone. Without a `kl_coef` the explanation KL
+    is balanced to the solution score.
+
+    Returns:
+      Means and standard errors, named after `when`, with the weight of the KL; and what
+      was written, as JSON rows.
+    """
+    padded = [problems[i % len(problems)] for i in range(rows)]
+    gather = functools.partial(
+        gather_experience, writing, roles, params, student_params, padded, key
+    )
+    if kl_coef is None:
+        terms = jax.device_get(gather(0.0).reward.terms)
+        kl_coef = balanced_kl_coef(terms["solution_score"], terms["explanation_kl"])
+    found = gather(kl_coef)
+    chosen = slice(0, min(32, len(problems)))
+    written = sample_rows(
+        roles, writing.form, padded, found.completions, found.reward, chosen
+    )
+    values = jax.device_get({"reward": found.reward.value, **found.reward.terms})
+    if found.correct is not None:
+        values["accuracy"] = found.correct
+    result = {"kl_coef": float(kl_coef)}
+    for name, value in values.items():
+        value = value[: len(problems)]
+        result[f"held_out_{name}_{when}"] = float(value.mean())
+        error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
+        result[f"held_out_{name}_{when}_standard_error"] = float(error)
+    return result, written
+
+
+def _written(
+    writing: Writing,
+    roles: Roles,
+    problems: Sequence[Problem],
+    completions: Sequence[np.ndarray],
+    finished: np.ndarray,
+) -> Written:
+    tokenizer, template = roles.teacher.tokenizer, roles.template
+    texts = [examples.completion_text(tokenizer, ids)[0] for ids in completions]
+    answers = [template.solution_of(text) for text in texts]
+    return Written(problems, texts, completions, answers, finished)
+
+
+def _correct(written: Written) -> np.ndarray | None:
+    if any(problem.answer is None for problem in written.problems):
+        return None
+    return correctness(written, right=1.0, wrong=0.0, unreadable=0.0)

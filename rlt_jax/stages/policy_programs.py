@@ -1,0 +1,66 @@
+"""The device programs of policy gradients."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from rlt_jax.rl import policy_update
+from rlt_jax.rl.advantages import ADVANTAGES
+from rlt_jax.rl.losses import ObjectiveConfig, counted_completions
+from rlt_jax.rl.metrics import group_metrics
+from rlt_jax.stages.experience import Writing
+from rlt_jax.stages.roles import Roles
+from rlt_jax.training import offload, sharding
+from rlt_jax.types import Params, TrainState
+
+
+class Programs(NamedTuple):
+    """What a run computes with, in the order of its use."""
+
+    writing: Writing
+    reference: Any  # reference params, packed rows -> log_probs
+    advantages: Any  # rewards [N], finished [N] -> advantages [N], counted [N], metrics
+    update: Any  # state, PolicyBatch -> state, metrics
+    mix: Any  # params, policy params, alpha -> params
+
+
+def compile_programs(
+    group_size: int,
+    objective: ObjectiveConfig,
+    writing: Writing,
+    roles: Roles,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Programs:
+    """Jits every program once, with the shardings of the mesh."""
+    sampling = writing.engine.sampling
+
+    def advantages(rewards: jax.Array, finished: jax.Array) -> tuple:
+        found = ADVANTAGES[objective.advantage](rewards, group_size)
+        counted = counted_completions(objective, rewards, finished, group_size)
+        return found, counted, group_metrics(rewards, found, group_size)
+
+    mixed = jax.jit(policy_update.mix_reference, donate_argnums=0)
+
+    def mix(params: Params, policy: Params, alpha: float) -> Params:
+        return offload.put_back(mixed(offload.fetch(params), policy, alpha), params)
+
+    update = functools.partial(
+        policy_update.update, roles.teacher.model, tx, sampling, objective
+    )
+    return Programs(
+        writing,
+        lambda reference, rows: writing.log_probs(offload.fetch(reference), rows),
+        jax.jit(advantages),
+        jax.jit(
+            update,
+            in_shardings=(shardings, None),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+        mix,
+    )
