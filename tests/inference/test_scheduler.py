@@ -1,0 +1,306 @@
+"""Slots and pages, against a device that draws lengths and nothing else."""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from rlt_jax.inference.decode import Drawn, Refill
+from rlt_jax.inference.layout import Layout, Request, check_requests
+from rlt_jax.inference.scheduler import Prefill, Scheduler
+from rlt_jax.types import Completion
+
+STOP = 1
+LAYOUT = Layout(shards=1, slots=4, pages=40, page_size=4, columns=8, steps=3)
+
+
+class Device:
+    """Does what plans say, and complains about pages that it is not given.
+
+    Token t of request r is `100 + 10 r + t`, the last one STOP where the request has a
+    length below its longest. Every page remembers which tokens of which row it holds.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], layout: Layout, lengths: Sequence[int]
+    ) -> None:
+        self.layout, self.requests = layout, {r.request_id: r for r in requests}
+        self.lengths = {r.request_id: n for r, n in zip(requests, lengths, strict=True)}
+        rows = layout.shards * layout.slots
+        self.active = np.zeros(rows, bool)
+        self.position, self.drawn = np.zeros(rows, int), np.zeros(rows, int)
+        self.request, self.longest = np.zeros(rows, int), np.zeros(rows, int)
+        self.pages: dict[tuple[int, int], list] = {}
+        self.prefills: list[Prefill] = []
+
+    def token(self, request: int, t: int) -> int:
+        """The token at place t of the prompt and completion of a request."""
+        prompt = self.requests[request].prompt
+        if t < len(prompt):
+            return int(prompt[t])
+        n = t - len(prompt)
+        ends = n + 1 == self.lengths[request] < self.requests[request].longest
+        return STOP if ends else 100 + 10 * request + n
+
+    def store(self, shard: int, table: np.ndarray, t: int, token: int) -> None:
+        C = self.layout.page_size
+        page = (shard, int(table[t // C]))
+        assert 0 < page[1] < self.layout.pages, "a token without a page"
+        self.pages.setdefault(page, [None] * C)[t % C] = token
+
+    def run(self, prefills: Sequence[Prefill], refill: Refill) -> Drawn:
+        layout = self.layout
+        self.prefills += prefills
+        for one in prefills:
+            for t, token in enumerate(one.tokens):
+                self.store(one.shard, one.pages, t, int(token))
+        copies = (
+            refill.source.reshape(layout.shards, -1),
+            refill.target.reshape(layout.shards, -1),
+        )
+        for shard, count in enumerate(refill.copies):
+            for old, new in zip(*(x[shard, :count] for x in copies), strict=True):
+                self.pages[shard, int(new)] = list(self.pages[shard, int(old)])
+        new = refill.slots
+        for mine, theirs in (
+            (self.active, new.active),
+            (self.position, new.position),
+            (self.drawn, new.drawn),
+            (self.request, new.request),
+            (self.longest, new.longest),
+        ):
+            mine[refill.replaced] = theirs[refill.replaced]
+        fed = refill.replaced & self.active
+        for b in np.flatnonzero(fed):
+            assert new.token[b] == self.token(self.request[b], self.position[b])
+        self.no_page_is_written_by_two(refill.table)
+        steps = [self.step(refill.table) for _ in range(layout.steps)]
+        tokens, mask = (np.stack(x) for x in zip(*steps, strict=True))
+        return Drawn(tokens, tokens / 1000, mask)
+
+    def no_page_is_written_by_two(self, table: np.ndarray) -> None:
+        owners = collections.Counter()
+        for b in np.flatnonzero(self.active):
+            shard, own = b // self.layout.slots, self.position[b] // 4
+            owners.update((shard, p) for p in table[b, own:] if p)
+        assert max(owners.values(), default=1) == 1
+
+    def step(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mask, tokens = self.active.copy(), np.zeros(len(self.active), int)
+        for b in np.flatnonzero(mask):
+            r, at, shard = self.request[b], self.position[b], b // self.layout.slots
+            self.store(shard, table[b], at, self.token(r, at))
+            held = [
+                self.pages[shard, int(table[b, t // 4])][t % 4] for t in range(at + 1)
+            ]
+            assert held == [self.token(r, t) for t in range(at + 1)]
+            tokens[b] = self.token(r, at + 1)
+            self.position[b] += 1
+            self.drawn[b] += 1
+            ended = tokens[b] == STOP or self.drawn[b] == self.longest[b]
+            self.active[b] = not ended
+        return tokens, mask
+
+
+def serve(
+    requests: Sequence[Request],
+    layout: Layout,
+    lengths: Sequence[int] | None = None,
+    find_stop: object = None,
+) -> tuple[list[tuple[int, Completion]], Device, Scheduler, int]:
+    """What ends, in order, and how often a request was put off."""
+    check_requests(layout, requests)
+    lengths = [r.longest for r in requests] if lengths is None else lengths
+    device = Device(requests, layout, lengths)
+    scheduler = Scheduler(requests, layout, (STOP,), find_stop)
+    ended, under_way, starts = [], None, 0
+    for _ in range(10_000):
+        if not scheduler.unfinished:
+            break
+        prefills, refill, owners = scheduler.plan()
+        starts += int(refill.slots.active.sum())
+        drawn = device.run(prefills, refill)
+        pages_add_up(scheduler, layout)
+        if under_way is not None:  # results come a dispatch later
+            ended += scheduler.absorb(*under_way)
+        under_way = drawn, owners
+    assert not scheduler.unfinished
+    assert [len(free) for free in scheduler._free] == [layout.pages - 1] * layout.shards
+    assert not scheduler._prompts and not scheduler._table.any()
+    return ended, device, scheduler, starts - len(requests)
+
+
+def pages_add_up(scheduler: Scheduler, layout: Layout) -> None:
+    """Every page but 0 is free, of one prompt, or of one request, never two."""
+    for shard in range(layout.shards):
+        pages = list(scheduler._free[shard])
+        for (at, _), prompt in scheduler._prompts.items():
+            pages += prompt.pages if at == shard else []
+        for running in filter(None, scheduler._slots):
+            pages += running.pages if running.shard == shard else []
+        assert sorted(pages) == list(range(1, layout.pages))
+
+
+def request(n: int, length: int, longest: int, prompt: int | None = None) -> Request:
+    start = 10 * (n if prompt is None else prompt)
+    return Request(np.arange(start, start + length, dtype=np.int32) + 2, n, longest)
+
+
+def expected(requests: Sequence[Request], lengths: Sequence[int], n: int) -> list[int]:
+    r, length = requests[n], min(lengths[n], requests[n].longest)
+    tokens = [100 + 10 * r.request_id + t for t in range(length)]
+    return tokens[:-1] + [STOP] if length < r.longest else tokens
+
+
+def test_every_request_gets_its_tokens() -> None:
+    requests = [request(n, 1 + n % 7, 1 + (5 * n) % 11) for n in range(13)]
+    lengths = [1 + n % 5 for n in range(13)]
+    ended, _, _, put_off = serve(requests, LAYOUT, lengths)
+    assert sorted(n for n, _ in ended) == list(range(13))
+    assert put_off == 0
+    for n, completion in ended:
+        assert completion.tokens.tolist() == expected(requests, lengths, n)
+        assert completion.finished == (lengths[n] < requests[n].longest)
+        assert completion.tokens.dtype == np.int32
+        np.testing.assert_allclose(completion.log_probs, completion.tokens / 1000)
+
+
+def test_a_short_request_makes_room_at_once() -> None:
+    # Five requests in four slots: the fifth starts when the shortest has ended.
+    requests = [request(n, 3, longest) for n, longest in enumerate((20, 2, 20, 20, 4))]
+    ended, _, _, _ = serve(requests, LAYOUT)
+    assert [n for n, _ in ended] == [1, 4, 0, 2, 3]
+
+
+def test_equal_prompts_are_computed_once_and_kept_once() -> None:
+    layout = LAYOUT._replace(slots=8, pages=60)
+    requests = [request(n, 10, 3, prompt=n // 4) for n in range(8)]
+    scheduler = Scheduler(requests, layout, (STOP,))
+    prefills, refill, owners = scheduler.plan()
+    assert [one.tokens.tolist() for one in prefills] == [
+        requests[n].prompt[:9].tolist() for n in (0, 4)
+    ]
+    # Nine tokens a prompt: two full pages are shared, the third is copied.
+    table = refill.table
+    assert (table[:4, :2] == table[0, :2]).all()
+    assert (table[4:, :2] == table[4, :2]).all()
+    assert len(set(table[:, 2])) == 8 and refill.copies.tolist() == [8]
+    assert refill.source.tolist() == [prefills[n // 4].pages[2] for n in range(8)]
+    np.testing.assert_array_equal(refill.target, table[:, 2])
+    assert len(scheduler._free[0]) == layout.pages - 1 - 2 * 3 - 8
+    _, device, _, _ = serve(requests, layout)
+    assert len(device.prefills) == 2
+    assert owners.count(None) == 0
+
+
+def test_a_prompt_of_full_pages_needs_no_copy() -> None:
+    requests = [request(n, 9, 2, prompt=0) for n in range(3)]  # eight are stored
+    _, refill, _ = Scheduler(requests, LAYOUT, (STOP,)).plan()
+    assert refill.copies.tolist() == [0]
+    assert len(set(refill.table[:3, 2])) == 3
+
+
+def test_a_prompt_of_one_token_has_nothing_to_compute() -> None:
+    requests = [request(n, 1, 5) for n in range(6)]
+    ended, device, _, _ = serve(requests, LAYOUT)
+    assert not device.prefills and len(ended) == 6
+
+
+def test_the_youngest_is_put_off_and_comes_first_again() -> None:
+    # Six pages for three requests that need three each in the end.
+    layout = LAYOUT._replace(pages=7, steps=4)
+    requests = [request(n, 1, 12) for n in range(4)]
+    scheduler = Scheduler(requests, layout, (STOP,))
+    _, _, owners = scheduler.plan()
+    assert [o and o.index for o in owners] == [0, 1, 2, 3]  # a page each
+    _, refill, owners = scheduler.plan()
+    # The two pages left are for 0 and 1; 3 makes room for 2.
+    assert [o and o.index for o in owners] == [0, 1, 2, None]
+    assert refill.replaced.tolist() == [False, False, False, True]
+    assert not refill.slots.active.any() and not refill.table[3].any()
+    _, _, owners = scheduler.plan()
+    assert [o and o.index for o in owners] == [0, 1, None, None]
+    assert list(scheduler._queue) == [2, 3]
+    ended, _, _, put_off = serve(requests, layout)
+    assert put_off >= 2
+    assert [n for n, _ in ended] == [0, 1, 2, 3]
+
+
+def test_what_a_request_drew_before_it_was_put_off_is_forgotten() -> None:
+    layout = LAYOUT._replace(pages=7, steps=4)
+    requests = [request(n, 1, 12) for n in range(4)]
+    ended, _, _, _ = serve(requests, layout)
+    for n, completion in ended:
+        assert completion.tokens.tolist() == expected(requests, [12] * 4, n)
+
+
+def test_shards_have_pages_and_prompts_of_their_own() -> None:
+    layout = LAYOUT._replace(shards=2, slots=2, pages=20)
+    requests = [request(n, 6, 4, prompt=0) for n in range(4)]
+    prefills, refill, _ = Scheduler(requests, layout, (STOP,)).plan()
+    assert [one.shard for one in prefills] == [0, 1]
+    np.testing.assert_array_equal(refill.table[:2], refill.table[2:])
+    assert refill.copies.tolist() == [2, 2]
+    ended, _, _, _ = serve(requests, layout)
+    assert len(ended) == 4
+
+
+def test_a_stop_text_ends_a_request_though_the_device_goes_on() -> None:
+    def third(tokens: list[int], new: int) -> int | None:
+        return 3 if len(tokens) - new < 3 <= len(tokens) else None
+
+    requests = [request(n, 2, longest) for n, longest in enumerate((20, 2, 3, 20, 20))]
+    ended, _, _, _ = serve(requests, LAYOUT, find_stop=third)
+    for n, completion in ended:
+        assert (
+            len(completion.tokens) == len(completion.log_probs) == (2 if n == 1 else 3)
+        )
+        assert completion.finished == (n != 1)
+    assert len(ended) == 5
+
+
+def test_seen_marks_the_prompt() -> None:
+    layout = LAYOUT._replace(seen_size=40)
+    _, refill, _ = Scheduler([request(1, 3, 2)], layout, (STOP,)).plan()
+    assert np.flatnonzero(refill.slots.seen[0]).tolist() == [12, 13, 14]
+    assert not refill.slots.seen[1:].any()
+
+
+def test_nothing_to_do() -> None:
+    scheduler = Scheduler([], LAYOUT, (STOP,))
+    assert not scheduler.unfinished
+    prefills, refill, owners = scheduler.plan()
+    assert not prefills and not refill.slots.active.any() and not any(owners)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_requests_in_any_sizes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 30))
+    requests = [
+        request(n, *rng.integers(1, (14, 15)), prompt=int(rng.integers(0, 6)))
+        for n in range(count)
+    ]
+    lengths = rng.integers(1, 20, count).tolist()
+    worst = 4 + 7  # pages of the largest prompt and completion
+    layout = Layout(
+        shards=int(rng.integers(1, 4)),
+        slots=int(rng.integers(1, 7)),
+        pages=1 + worst + int(rng.integers(0, 12)),
+        page_size=4,
+        columns=7,
+        steps=int(rng.integers(1, 9)),
+    )
+    ended, _, _, _ = serve(requests, layout, lengths)
+    assert sorted(n for n, _ in ended) == list(range(count))
+    for n, completion in ended:
+        assert completion.tokens.tolist() == expected(requests, lengths, n)
+
+
+def test_the_random_requests_are_put_off_now_and_then() -> None:
+    layout = LAYOUT._replace(pages=12, slots=6, columns=7)
+    rng = np.random.default_rng(0)
+    requests = [request(n, *rng.integers(1, (14, 15))) for n in range(20)]
+    _, _, _, put_off = serve(requests, layout)
+    assert put_off > 3
