@@ -154,7 +154,11 @@ def decode(
         return i + 1, cache, slots, drawn
 
     def unfinished(carry: tuple) -> jax.Array:
-        return (carry[0] < steps) & carry[2].active.any()
+        busy = carry[2].active.sum()
+        # Shards take equally many steps, as collectives in a step may wait for all.
+        if shards := jax.sharding.get_abstract_mesh().manual_axes:
+            busy = jax.lax.psum(busy, shards)
+        return (carry[0] < steps) & (busy > 0)
 
     nothing = Drawn(
         jnp.zeros((steps, B), jnp.int32),
