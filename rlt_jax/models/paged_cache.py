@@ -15,6 +15,7 @@ from rlt_jax.types import PagedCache
 
 MASKED = -1e30
 TPU_PAGES_PER_BLOCK = 8
+PAGES_PER_BLOCK = 4  # without a kernel
 
 
 def empty_pages(config: ModelConfig, pages: int, page_size: int) -> PagedCache:
@@ -162,10 +163,17 @@ def _by_pages(
     K, _, _, C, _ = cache.keys.shape
     query = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3)
 
+    block = min(PAGES_PER_BLOCK, cache.table.shape[1])
+    table = jnp.pad(cache.table, ((0, 0), (0, -cache.table.shape[1] % block)))
+    C = C * block
+
     def add(j: jax.Array, carry: tuple) -> tuple:
         total, norm, largest = carry
-        pages = cache.table[:, j]
-        key, value = cache.keys[:, layer, pages], cache.values[:, layer, pages]
+        pages = jax.lax.dynamic_slice_in_dim(table, j * block, block, axis=1)
+        key, value = (
+            pool[:, layer, pages].reshape(K, B, C, H)
+            for pool in (cache.keys, cache.values)
+        )
         scores = jnp.einsum(
             "BKGTH,KBSH->BKGTS", query, key, preferred_element_type=jnp.float32
         )
@@ -194,7 +202,7 @@ def _by_pages(
         jnp.zeros(shape, jnp.float32),
         jnp.full(shape, MASKED, jnp.float32),
     )
-    last = jnp.minimum(positions.max() // C + 1, cache.table.shape[1])
+    last = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
     total, norm, _ = jax.lax.fori_loop(0, last, add, empty)
     out = (total / norm[..., None]).astype(query.dtype)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)

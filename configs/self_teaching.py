@@ -1,0 +1,124 @@
+"""Self-teaching: one model is teacher and student.
+
+    python -m rlt_jax.main --config=configs/self_teaching.py --workdir=runs/self_teaching
+
+The embedded base learns to explain (warm-up), is rewarded by what a copy of itself makes
+of its explanations (RL), explains questions, learns to solve from these explanations, and
+is evaluated before and after.
+
+Hardware: 2 CPU cores, about five minutes.
+Expected result: see docs/guide.md.
+"""
+
+import ml_collections
+
+from rlt_jax.data.scoring import RowShape
+from rlt_jax.inference.engine import EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.rl.losses import ObjectiveConfig
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.settings import section
+from rlt_jax.stages.collect import CollectConfig
+from rlt_jax.stages.evaluate import EvaluateConfig
+from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
+
+KINDS = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The pipeline."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.pipeline = ("warmup", "rl", "collect", "distil", "eval_before", "eval_after")
+    worked = _problems("train", 8000, stream=1)
+    worked |= {"kinds": KINDS, "known_answer": True}
+    config.warmup = _sft("embedded", "teacher", worked, 750, 8, 2e-3)
+    config.rl = _explaining() | {
+        "stage": "rl",
+        "policy": section(ModelSource, path="{workdir}/warmup"),
+        "student": None,
+        "data": _problems("train", 4000, stream=2),
+        "held_out": _problems("test", 128, stream=3),
+        "terms": {"rlt": {"weight": 1.0}},
+        "objective": section(ObjectiveConfig),
+        "loop": section(
+            RLConfig, steps=40, batch_size=16, group_size=8, self_teaching=True
+        ),
+        "optimizer": section(OptimizerConfig, learning_rate=3e-4),
+    }
+    config.collect = _explaining() | {
+        "stage": "collect",
+        "teacher": section(ModelSource, path="{workdir}/rl"),
+        "student": section(ModelSource, path="{workdir}/rl"),
+        "data": _problems("train", 1024, stream=4),
+        "collect": section(CollectConfig, batch_size=128),
+    }
+    traces = {"task": "file", "path": "{workdir}/collect/traces.jsonl"}
+    config.distil = _sft("{workdir}/rl", "student", traces, 60, 24, 5e-4)
+    for name, model in (
+        ("eval_before", "embedded"),
+        ("eval_after", "{workdir}/distil"),
+    ):
+        config[name] = {
+            "stage": "evaluate",
+            "model": section(ModelSource, path=model),
+            "template": "tiny",
+            "data": _problems("test", 256, stream=5),
+            "sampling": _sampling(),
+            "engine": _engine(),
+            "evaluate": section(EvaluateConfig, batch_size=128, samples_per_problem=4),
+            "mesh": section(MeshConfig),
+        }
+    return config
+
+
+def _problems(split: str, size: int, stream: int) -> dict:
+    return {"task": "arithmetic", "split": split, "size": size, "stream": stream}
+
+
+def _engine() -> ml_collections.ConfigDict:
+    return section(EngineConfig, slots=64, page_size=32, prefill_chunk=64)
+
+
+def _sampling() -> ml_collections.ConfigDict:
+    return section(SamplingConfig, max_new_tokens=56, temperature=0.7)
+
+
+def _explaining() -> dict:
+    return {
+        "students": section(StudentsConfig),
+        "template": "tiny",
+        "rows": section(RowShape, micro_batch_size=16, row_length=160),
+        "sampling": _sampling(),
+        "engine": _engine(),
+        "reward": section(RLTRewardConfig),
+        "mesh": section(MeshConfig),
+    }
+
+
+def _sft(
+    model: str, form: str, data: dict, steps: int, batch_size: int, rate: float
+) -> dict:
+    return {
+        "stage": "sft",
+        "model": section(ModelSource, path=model),
+        "template": "tiny",
+        "data": data,
+        "sft": section(
+            SFTConfig,
+            format=form,
+            steps=steps,
+            batch_size=batch_size,
+            row_length=160,
+            checkpoint_every=250,
+        ),
+        "optimizer": section(
+            OptimizerConfig, learning_rate=rate, schedule="cosine", warmup_fraction=0.05
+        ),
+        "mesh": section(MeshConfig),
+    }
