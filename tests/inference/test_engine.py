@@ -1,176 +1,522 @@
-"""Rollouts against full forward passes."""
+"""Continuous batching against full forward passes, and against itself."""
 
-from collections.abc import Callable
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from rlt_jax.data.stop_texts import stop_finder
+from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import (
-    PromptBatch,
-    complete_all,
-    completions_of,
-    jit_rollout,
-    pad_prompts,
+from rlt_jax.inference.engine import Engine, Occupancy, complete, make_engine
+from rlt_jax.inference.layout import (
+    EngineConfig,
+    Request,
+    check_requests,
+    make_layout,
 )
-from rlt_jax.inference.sampling import SamplingConfig, sample
+from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Completion, Params
 
-V, T = 40, 10
+V, T, LONGEST_ROW = 40, 24, 64
 STOPS = (5, 6, 7)
 KEY = jax.random.key(0)
+SIZES = EngineConfig(slots=16, page_size=8, steps=4, prefill_chunk=16)
+SAMPLED = SamplingConfig(T)
+LENGTHS = (3, 33, 7, 1, 17, 8, 9, 40)
 PROMPTS = [
-    np.random.default_rng(n).integers(1, V, length, np.int32)
-    for n, length in enumerate((3, 32, 7, 1, 12, 5))
+    np.random.default_rng(n).integers(8, V, length, np.int32)
+    for n, length in enumerate(LENGTHS)
 ]
-Generate = Callable[[Params, PromptBatch, jax.Array], Rollout]
+# Groups of three with completions of several lengths.
+REQUESTS = [Request(PROMPTS[n // 3], n, T - n % 5) for n in range(3 * len(PROMPTS))]
+
+Run = Callable[..., list[Completion]]
 NaiveLogProbs = Callable[..., np.ndarray]
 
 
-@pytest.fixture(scope="module", params=[1.0, 0.7])
-def temperature(request: pytest.FixtureRequest) -> float:
-    return request.param
+@pytest.fixture(scope="session")
+def engine_of(model: Transformer, mesh: Mesh) -> Callable:
+    @functools.cache
+    def make(
+        sampling: SamplingConfig, sizes: EngineConfig, stops: tuple[int, ...]
+    ) -> Engine:
+        return make_engine(model, sampling, stops, sizes, mesh, LONGEST_ROW)
+
+    def engine(
+        sampling: SamplingConfig = SAMPLED,
+        sizes: EngineConfig = SIZES,
+        stops: tuple[int, ...] = STOPS,
+    ) -> Engine:
+        return make(sampling, sizes, stops)
+
+    return engine
 
 
-@pytest.fixture(scope="module")
-def generate(model: Transformer, mesh: Mesh, temperature: float) -> Generate:
-    return jit_rollout(model, SamplingConfig(T, temperature), STOPS, mesh)
+@pytest.fixture(scope="session")
+def run(engine_of: Callable, params: Params) -> Run:
+    """Completions in the order of the requests."""
+
+    def completions(
+        requests: Sequence[Request] = REQUESTS, key: jax.Array = KEY, **engine: object
+    ) -> list[Completion]:
+        done = dict(complete(engine_of(**engine), params, requests, key))
+        return [done[n] for n in range(len(requests))]
+
+    return completions
 
 
-@pytest.fixture(scope="module")
-def rollout(generate: Generate, params: Params) -> Rollout:
-    prompts = pad_prompts(PROMPTS, np.arange(6))
-    return jax.device_get(generate(params, prompts, KEY))
+@pytest.fixture(scope="session")
+def sampled(run: Run) -> list[Completion]:
+    return run()
 
 
-def whole_rows(completions: list[np.ndarray]) -> np.ndarray:
+def rows_of(completions: Sequence[Completion]) -> np.ndarray:
     """Prompts with their completions, padded on the right to one length."""
-    rows = [np.append(p, c) for p, c in zip(PROMPTS, completions, strict=True)]
-    length = max(map(len, PROMPTS)) + T
-    return np.stack([np.pad(row, (0, length - len(row))) for row in rows])
+    rows = [
+        np.append(request.prompt, completion.tokens)
+        for request, completion in zip(REQUESTS, completions, strict=True)
+    ]
+    return np.stack([np.pad(row, (0, LONGEST_ROW - len(row))) for row in rows])
 
 
+def assert_same_bits(
+    ours: Sequence[Completion], expected: Sequence[Completion]
+) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
+        assert a.finished == b.finished
+
+
+def assert_log_probs(
+    completions: Sequence[Completion], expected: np.ndarray, atol: float = 1e-4
+) -> None:
+    for n, (request, completion) in enumerate(zip(REQUESTS, completions, strict=True)):
+        start = len(request.prompt)
+        theirs = expected[n, start : start + len(completion.tokens)]
+        np.testing.assert_allclose(completion.log_probs, theirs, atol=atol)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.8])
 def test_log_probs_are_those_of_a_full_forward_pass(
     model: Transformer,
     params: Params,
-    rollout: Rollout,
-    temperature: float,
+    run: Run,
     naive_log_probs: NaiveLogProbs,
+    temperature: float,
 ) -> None:
-    completions = completions_of(rollout)
-    expected = naive_log_probs(model, params, whole_rows(completions), temperature)
-    for n, completion in enumerate(completions):
-        place = slice(len(PROMPTS[n]), len(PROMPTS[n]) + len(completion))
-        ours = rollout.log_probs[n, : len(completion)]
-        np.testing.assert_allclose(ours, expected[n, place], atol=1e-4)
-
-
-def test_a_row_ends_with_its_first_stop_token(rollout: Rollout) -> None:
-    assert rollout.finished.any() and not rollout.finished.all(), "a poor example"
-    for n, completion in enumerate(completions_of(rollout)):
-        assert not np.isin(completion[:-1], STOPS).any()
-        assert np.isin(completion[-1], STOPS) == rollout.finished[n]
-        assert len(completion) == T or rollout.finished[n]
-        after = np.arange(T) >= len(completion)
-        np.testing.assert_array_equal(rollout.completion_mask[n], ~after)
-        np.testing.assert_array_equal(rollout.tokens[n, after], 0)
-        np.testing.assert_array_equal(rollout.log_probs[n, after], 0.0)
-
-
-def test_the_key_and_the_request_decide_what_is_drawn(
-    generate: Generate, params: Params, rollout: Rollout
-) -> None:
-    prompts = pad_prompts(PROMPTS, np.arange(6))
-    again = generate(params, prompts, KEY)
-    np.testing.assert_array_equal(again.tokens, rollout.tokens)
-    other = generate(params, prompts, jax.random.key(1))
-    assert (other.tokens != rollout.tokens).any(-1).sum() >= 4
-    same = pad_prompts([PROMPTS[2]] * 6, [2, 3, 3, 4, 5, 6])
-    drawn = np.asarray(generate(params, same, KEY).tokens)
-    np.testing.assert_array_equal(drawn[0], rollout.tokens[2])
-    np.testing.assert_array_equal(drawn[1], drawn[2])
-    assert (drawn[3:] != drawn[0]).any(-1).sum() >= 2
-
-
-def test_a_completion_does_not_depend_on_its_company(
-    generate: Generate, params: Params, rollout: Rollout
-) -> None:
-    # Other neighbours, another place, and a longer padding of the prompt.
-    others = [np.full(n, n, np.int32) for n in (40, 2, 9, 17)]
-    prompts = [others[0], PROMPTS[2], others[1], others[2], PROMPTS[0], others[3]]
-    batch = pad_prompts(prompts, [60, 2, 61, 62, 0, 63])
-    assert batch.tokens.shape[1] > pad_prompts(PROMPTS, np.arange(6)).tokens.shape[1]
-    result = jax.device_get(generate(params, batch, KEY))
-    for now, before in ((1, 2), (4, 0)):
-        np.testing.assert_array_equal(result.tokens[now], rollout.tokens[before])
-        np.testing.assert_allclose(
-            result.log_probs[now], rollout.log_probs[before], atol=1e-4
-        )
-
-
-def test_any_number_of_prompts_is_completed(
-    generate: Generate, params: Params, rollout: Rollout
-) -> None:
-    # Batches of six, the second with one prompt of its own; requests count on.
-    prompts = [*PROMPTS, PROMPTS[0]]
-    completions = complete_all(generate, params, prompts, 6, KEY)
-    assert len(completions) == 7
-    for ours, expected in zip(completions, completions_of(rollout), strict=False):
-        np.testing.assert_array_equal(ours, expected)
-    later = complete_all(generate, params, PROMPTS[:1], 6, KEY, first_request=6)
-    np.testing.assert_array_equal(completions[6], later[0])
+    completions = run(sampling=SamplingConfig(T, temperature))
+    rows = rows_of(completions)
+    assert_log_probs(completions, naive_log_probs(model, params, rows, temperature))
 
 
 def test_greedy_takes_the_likeliest_token(
     model: Transformer,
     params: Params,
-    mesh: Mesh,
+    run: Run,
     full_logits: Callable[..., np.ndarray],
     naive_log_probs: NaiveLogProbs,
 ) -> None:
-    generate = jit_rollout(model, SamplingConfig(T, temperature=0.0), (0,), mesh)
-    prompts = pad_prompts(PROMPTS, np.zeros(6, int))
-    result = jax.device_get(generate(params, prompts, KEY))
-    rows = whole_rows(completions_of(result))
+    completions = run(sampling=SamplingConfig(T, temperature=0.0))
+    rows = rows_of(completions)
     likeliest = full_logits(model, params, rows).argmax(-1)
-    expected = naive_log_probs(model, params, rows, 1.0)
-    for n, completion in enumerate(completions_of(result)):
-        start, end = len(PROMPTS[n]), len(PROMPTS[n]) + len(completion)
-        np.testing.assert_array_equal(completion, likeliest[n, start - 1 : end - 1])
-        ours = result.log_probs[n, : len(completion)]
-        np.testing.assert_allclose(ours, expected[n, start:end], atol=1e-4)
+    for n, completion in enumerate(completions):
+        start = len(REQUESTS[n].prompt) - 1
+        theirs = likeliest[n, start : start + len(completion.tokens)]
+        np.testing.assert_array_equal(completion.tokens, theirs)
+    assert_log_probs(completions, naive_log_probs(model, params, rows, 1.0))
+    # Another size of the pages is another order of sums, but not other tokens.
+    pages = EngineConfig(slots=16, page_size=16, steps=4, prefill_chunk=32)
+    others = run(sampling=SamplingConfig(T, temperature=0.0), sizes=pages)
+    for a, b in zip(others, completions, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-    draws = 20_000
-    keys = jax.random.split(KEY, draws)
-    for temperature, weights in ((1.0, [0.5, 0.3, 0.2]), (0.5, [0.25, 0.09, 0.04])):
-        likely = np.array(weights) / sum(weights)
-        rows = jnp.broadcast_to(logits, (draws, 3))
-        tokens, log_probs = sample(rows, keys, temperature)
-        shares = np.bincount(tokens, minlength=3) / draws
-        np.testing.assert_allclose(shares, likely, atol=0.015)
-        np.testing.assert_allclose(np.exp(log_probs), likely[tokens], rtol=1e-5)
+def test_a_completion_ends_with_its_first_stop_token_or_its_longest(
+    sampled: list[Completion],
+) -> None:
+    ended = {int(c.tokens[-1]) for c in sampled if c.finished}
+    assert ended == set(STOPS), "a poor example"
+    assert not all(c.finished for c in sampled), "a poor example"
+    for request, completion in zip(REQUESTS, sampled, strict=True):
+        assert not np.isin(completion.tokens[:-1], STOPS).any()
+        assert completion.finished == (completion.tokens[-1] in STOPS)
+        assert completion.finished or len(completion.tokens) == request.longest
+        assert 1 <= len(completion.tokens) <= request.longest
+        assert len(completion.log_probs) == len(completion.tokens)
 
 
-def test_prompts_are_padded_to_few_lengths() -> None:
-    batch = pad_prompts([np.arange(1, 34), np.array([7])], [4, 5])
-    assert batch.tokens.shape == (2, 64)
-    assert batch.tokens[1].tolist() == [7] + [0] * 63
-    assert batch.lengths.tolist() == [33, 1]
-    assert batch.request_ids.tolist() == [4, 5]
-    assert pad_prompts([np.ones(32, int)], [0]).tokens.shape == (1, 32)
-    with pytest.raises(UserError, match="prompt 1 is empty"):
-        pad_prompts([np.array([7]), np.array([], int)], [0, 1])
+def test_without_stop_tokens_only_the_longest_ends(run: Run) -> None:
+    requests = [Request(PROMPTS[0], n, 1 + n) for n in range(5)]
+    completions = run(requests, stops=())
+    assert [len(c.tokens) for c in completions] == [1, 2, 3, 4, 5]
+    assert not any(c.finished for c in completions)
 
 
-def test_bad_sampling_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="max_new_tokens=0"):
-        SamplingConfig(0)
-    with pytest.raises(UserError, match="temperature=-1"):
-        SamplingConfig(4, temperature=-1)
+def test_a_stop_token_at_the_longest_finishes(
+    run: Run, sampled: list[Completion]
+) -> None:
+    n = next(n for n, c in enumerate(sampled) if c.finished and len(c.tokens) > 1)
+    length = len(sampled[n].tokens)
+    for longest, finished in ((length, True), (length - 1, False)):
+        (completion,) = run([REQUESTS[n]._replace(longest=longest)])
+        assert completion.finished is finished
+        np.testing.assert_array_equal(completion.tokens, sampled[n].tokens[:longest])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        EngineConfig(slots=4, page_size=8, steps=4, prefill_chunk=16),
+        EngineConfig(slots=32, page_size=8, steps=7, prefill_chunk=16),
+        EngineConfig(slots=64, page_size=8, steps=1, prefill_chunk=16),
+    ],
+)
+def test_slots_and_steps_change_no_bit(
+    run: Run, sampled: list[Completion], sizes: EngineConfig
+) -> None:
+    assert_same_bits(run(sizes=sizes), sampled)
+
+
+def test_order_and_company_change_no_bit(run: Run, sampled: list[Completion]) -> None:
+    order = np.random.default_rng(0).permutation(len(REQUESTS))
+    assert_same_bits(run([REQUESTS[n] for n in order]), [sampled[n] for n in order])
+    for n in (1, 4, 23):  # alone
+        assert_same_bits(run([REQUESTS[n]]), [sampled[n]])
+    others = [Request(PROMPTS[n % 5][::-1].copy(), 100 + n, 20) for n in range(20)]
+    mixed = run([*others[:9], *REQUESTS[3:6], *others[9:]])
+    assert_same_bits(mixed[9:12], sampled[3:6])
+
+
+def test_requests_that_are_put_off_change_no_bit(
+    engine_of: Callable, params: Params, sampled: list[Completion]
+) -> None:
+    engine = engine_of(
+        sizes=EngineConfig(
+            slots=16, page_size=8, cache_tokens=128, steps=4, prefill_chunk=16
+        )
+    )
+    assert engine.layout.pages == 17
+    counting, parts = counted(engine)
+    done = dict(complete(counting, params, REQUESTS, KEY))
+    assert_same_bits([done[n] for n in range(len(REQUESTS))], sampled)
+    # Seven prompts have something to compute, and some of them more than once.
+    assert sum(start[0] == 0 for _, start in parts) > 7
+
+
+def counted(engine: Engine) -> tuple[Engine, list[tuple[tuple[int, ...], list[int]]]]:
+    """The engine, and a list that will have the shape and start of every prefill."""
+    parts: list[tuple[tuple[int, ...], list[int]]] = []
+
+    def prefill(
+        params: Params,
+        cache: object,
+        table: np.ndarray,
+        tokens: np.ndarray,
+        start: np.ndarray,
+    ) -> object:
+        parts.append((tokens.shape, start.tolist()))
+        return engine.prefill(params, cache, table, tokens, start)
+
+    return engine._replace(prefill=prefill), parts
+
+
+def test_the_key_and_the_request_id_decide(run: Run, sampled: list[Completion]) -> None:
+    assert_same_bits(run(), sampled)
+    other = run(key=jax.random.key(1))
+    same = sum(
+        np.array_equal(a.tokens, b.tokens) for a, b in zip(other, sampled, strict=True)
+    )
+    assert same < 4
+    ids = [Request(PROMPTS[1], n, T) for n in (8, 9, 9, 10)]
+    first, second, third, fourth = run(ids)
+    assert_same_bits([second], [third])
+    assert not np.array_equal(first.tokens, second.tokens)
+    assert not np.array_equal(second.tokens, fourth.tokens)
+
+
+def test_equal_prompts_are_prefilled_once(engine_of: Callable, params: Params) -> None:
+    engine, parts = counted(engine_of())
+    requests = [Request(PROMPTS[1], n, T) for n in range(16)]
+    list(complete(engine, params, requests, KEY))
+    # 32 tokens of 33, 16 at a time; the last is fed by the first step.
+    assert parts == [((1, 16), [0]), ((1, 16), [16])]
+
+
+def test_the_penalty_changes_the_draw_and_not_the_log_probs(
+    model: Transformer,
+    params: Params,
+    run: Run,
+    full_logits: Callable[..., np.ndarray],
+    naive_log_probs: NaiveLogProbs,
+) -> None:
+    greedy = run(sampling=SamplingConfig(T, temperature=0.0, repetition_penalty=1.5))
+    rows = rows_of(greedy)
+    assert_log_probs(greedy, naive_log_probs(model, params, rows, 1.0))
+    scores = full_logits(model, params, rows)
+    plain = 0
+    for n, completion in enumerate(greedy):
+        start = len(REQUESTS[n].prompt)
+        for t in range(start, start + len(completion.tokens)):
+            row, seen = scores[n, t - 1].copy(), np.unique(rows[n, :t])
+            plain += row.argmax() == rows[n, t]
+            row[seen] = np.where(row[seen] > 0, row[seen] / 1.5, row[seen] * 1.5)
+            assert row.argmax() == rows[n, t]
+    assert plain < sum(len(c.tokens) for c in greedy), "a poor example"
+
+
+def test_stop_texts_end_completions(
+    text_model: Transformer, teacher_params: Params, mesh: Mesh, tokenizer: Tokenizer
+) -> None:
+    prompt = tokenizer.encode("1+2").ids
+    requests = [Request(prompt, n, 30) for n in range(6)]
+
+    engine = make_engine(text_model, SamplingConfig(30), (), SIZES, mesh, LONGEST_ROW)
+
+    def made(stop: tuple[str, ...]) -> list[Completion]:
+        stopping = engine._replace(find_stop=stop_finder(tokenizer, stop))
+        done = dict(complete(stopping, teacher_params, requests, KEY))
+        return [done[n] for n in range(6)]
+
+    free = made(())
+    texts = [tokenizer.decode(c.tokens) for c in free]
+    stop = (texts[0][7:10], texts[1][2:4])
+    assert all("\ufffd" not in text for text in stop), "a poor example"
+    for ours, whole in zip(made(stop), free, strict=True):
+        text, count = tokenizer.decode(ours.tokens), len(ours.tokens)
+        np.testing.assert_array_equal(ours.tokens, whole.tokens[:count])
+        np.testing.assert_array_equal(ours.log_probs, whole.log_probs[:count])
+        assert ours.finished == any(part in text for part in stop)
+        before = tokenizer.decode(ours.tokens[:-1])
+        assert not any(part in before for part in stop)
+        assert ours.finished or count == 30
+
+
+def test_nothing_compiles_after_the_first_call(
+    engine_of: Callable, params: Params
+) -> None:
+    engine = engine_of()
+    list(complete(engine, params, REQUESTS, KEY))
+    compiled: list[str] = []
+
+    def note(event: str, _: float, **__: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            requests = [
+                Request(rng.integers(8, V, length, np.int32), n, int(longest))
+                for n, (length, longest) in enumerate(rng.integers(1, 32, (19, 2)))
+            ]
+            done = list(complete(engine, params, requests, jax.random.key(seed)))
+            assert len(done) == 19
+        own = list(compiled)
+        jax.jit(lambda x: x * 3 + 1)(np.arange(seed + 5))
+        assert len(compiled) > len(own), "compilations are not counted"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not own
+    assert engine.decode._cache_size() == 1
+    assert engine.prefill._cache_size() == len(engine.chunks) == 2
+
+
+def test_occupancy_counts_slot_steps(engine_of: Callable, params: Params) -> None:
+    engine, occupancy = engine_of(stops=()), Occupancy()
+    requests = [Request(PROMPTS[0], n, 5) for n in range(16)]
+    list(complete(engine, params, requests, KEY, occupancy))
+    assert (occupancy.used, occupancy.run) == (16 * 5, 16 * 5)
+    # One row alone keeps all slots busy with nothing.
+    list(complete(engine, params, requests[:1], KEY, occupancy))
+    assert (occupancy.used, occupancy.run) == (17 * 5, 32 * 5)
+
+
+def test_bfloat16_weights_are_those_of_rounded_parameters(
+    run: Run, engine_of: Callable, params: Params
+) -> None:
+    sizes = EngineConfig(
+        slots=16, page_size=8, steps=4, prefill_chunk=16, weights="bfloat16"
+    )
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype(x.dtype), params)
+    done = dict(complete(engine_of(), rounded, REQUESTS, KEY))
+    for n, completion in enumerate(run(sizes=sizes)):
+        np.testing.assert_array_equal(completion.tokens, done[n].tokens)
+        np.testing.assert_allclose(completion.log_probs, done[n].log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(np.zeros(0, np.int32), 0, 4), "prompt 1 is empty"),
+        (Request(PROMPTS[0], 0, 0), "prompt 1: max_new_tokens=0: at least 1"),
+        (
+            Request(PROMPTS[7], 0, 25),
+            "prompt 1 has 40 tokens, with its completion up to 65; the engine was",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(
+    run: Run, request_: Request, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run([REQUESTS[0], request_])
+
+
+def test_a_cache_too_small_for_a_request_names_the_size_that_is_not(
+    model: Transformer, mesh: Mesh
+) -> None:
+    def check(cache_tokens: int) -> None:
+        sizes = EngineConfig(page_size=8, cache_tokens=cache_tokens)
+        layout = make_layout(model, SAMPLED, sizes, mesh, LONGEST_ROW)
+        check_requests(layout, [Request(PROMPTS[7], 0, T)])
+
+    with pytest.raises(UserError, match="holds 64. Raise engine.cache_tokens to 72"):
+        check(64)
+    check(72)
+
+
+def test_a_cache_too_large_for_the_memory_is_refused(
+    model: Transformer, mesh: Mesh
+) -> None:
+    def make(cache_tokens: int) -> object:
+        sizes = EngineConfig(cache_tokens=cache_tokens)
+        return make_engine(model, SAMPLED, STOPS, sizes, mesh, LONGEST_ROW)
+
+    message = r"needs .* GB a device, .* GB are free: at most engine.cache_tokens=\d+"
+    with pytest.raises(UserError, match=message) as refused:
+        make(10**13)
+    fits = int(str(refused.value).split("cache_tokens=")[1].split()[0])
+    assert 0 < fits < 10**13
+    make(fits // 2)  # memory comes and goes
+
+
+def test_other_sizes_that_cannot_be_are_refused(model: Transformer, mesh: Mesh) -> None:
+    with pytest.raises(UserError, match="may have 513 tokens, the model's context is"):
+        make_engine(model, SAMPLED, STOPS, SIZES, mesh, model.config.max_length + 1)
+    with pytest.raises(UserError, match="engine.slots=0: at least 1"):
+        EngineConfig(slots=0)
+    with pytest.raises(UserError, match="prefill_chunk=100 is no multiple of page_si"):
+        EngineConfig(prefill_chunk=100)
+    with pytest.raises(UserError, match="weights='int3': model or bfloat16"):
+        EngineConfig(weights="int3")
+
+
+# Run where eight devices can be made before any backend has started.
+EIGHT_DEVICES = """
+import json
+import jax, numpy as np
+from jax.sharding import Mesh
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+from rlt_jax.errors import UserError
+from rlt_jax.inference.engine import complete, make_engine
+from rlt_jax.inference.layout import EngineConfig, Request
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.training.sharding import *
+
+model = Transformer(ModelConfig(
+    vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=8, mlp_dim=24, max_length=64))
+shapes = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+rng = np.random.default_rng(0)
+params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
+prompts = [rng.integers(1, 40, n, np.int32) for n in (3, 17, 1, 9)]
+requests = [Request(prompts[n // 6], n, 10 + n % 3) for n in range(24)]
+one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
+for mesh in (one, make_mesh(MeshConfig(8)), make_mesh(MeshConfig(2, 2, 2))):
+    sizes = EngineConfig(slots=16, page_size=8, steps=4, prefill_chunk=16)
+    args = model, SamplingConfig(12), (5, 6)
+    engine = make_engine(*args, sizes, mesh, 32)
+    placed = jax.device_put(params, param_shardings(model, mesh))
+    done = dict(complete(engine, placed, requests, jax.random.key(3)))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if shards > 1:
+        try:
+            make_engine(*args, EngineConfig(slots=shards + 1), mesh, 32)
+        except UserError as error:
+            assert f"is no multiple of data * fsdp = {shards}" in str(error), error
+        else:
+            raise AssertionError("slots that cannot be divided were taken")
+    print(json.dumps([
+        [done[n].tokens.tolist(), done[n].log_probs.tolist()] for n in range(24)]))
+"""
+
+
+def test_the_devices_do_not_matter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not result.returncode, result.stderr
+    one, *spread = map(json.loads, result.stdout.splitlines())
+    assert len(spread) == 2
+    for completions in spread:
+        for (tokens, log_probs), (expected, theirs) in zip(
+            completions, one, strict=True
+        ):
+            assert tokens == expected
+            np.testing.assert_allclose(log_probs, theirs, atol=1e-5)
+
+
+# As XLA is used by those who wait for it.
+REAL_WIDTHS = """
+import jax, numpy as np
+from rlt_jax.inference.engine import complete, make_engine
+from rlt_jax.inference.layout import EngineConfig, Request
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.training.sharding import MeshConfig, make_mesh
+
+mesh = make_mesh(MeshConfig())
+model = Transformer(ModelConfig(
+    vocab_size=2000, embed_dim=384, num_layers=2, num_heads=6, num_kv_heads=2,
+    head_dim=64, mlp_dim=1024, max_length=512, qkv_bias=True))
+params = jax.jit(lambda: init_params(model.config, jax.random.key(0)))()
+rng = np.random.default_rng(0)
+prompts = [rng.integers(1, 2000, n, np.int32) for n in (3, 64, 130, 1, 90, 65, 20, 7)]
+requests = [Request(prompts[n // 5], n, 1 + (7 * n) % 50) for n in range(40)]
+
+def run(sampling, order, **sizes):
+    sizes = EngineConfig(page_size=32, prefill_chunk=64, **sizes)
+    engine = make_engine(model, sampling, (5,), sizes, mesh, 256)
+    done = complete(engine, params, [requests[n] for n in order], jax.random.key(1))
+    return {int(order[n]): completion for n, completion in done}
+
+for sampling in (SamplingConfig(50), SamplingConfig(50, 0.7, top_k=50, top_p=0.9)):
+    first = run(sampling, np.arange(40), slots=16)
+    for count, (slots, steps, cache) in enumerate(
+        ((4, 8, None), (16, 3, 640), (32, 8, None), (33, 8, 1024), (64, 5, None))
+    ):
+        order = np.random.default_rng(count).permutation(40)
+        other = run(sampling, order, slots=slots, steps=steps, cache_tokens=cache)
+        for n in range(40):
+            same = np.array_equal(first[n].tokens, other[n].tokens)
+            same &= np.array_equal(first[n].log_probs, other[n].log_probs)
+            assert same, (sampling, slots, steps, cache, n)
+    alone = run(sampling, np.array([12]), slots=1)[12]
+    assert np.array_equal(first[12].log_probs, alone.log_probs)
+"""
+
+
+@pytest.mark.slow
+def test_completions_of_real_widths_are_the_same_to_the_bit() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", REAL_WIDTHS], capture_output=True, text=True, check=False
+    )
+    assert not result.returncode, result.stderr
