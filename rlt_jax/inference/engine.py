@@ -124,7 +124,8 @@ def make_engine(
         jax.jit(
             draw((pools, rows, drawn)),
             donate_argnums=(1, 2),
-            out_shardings=(cache, on_mesh(rows), on_mesh(drawn)),
+            # Every host reads all that is drawn.
+            out_shardings=(cache, on_mesh(rows), on_mesh(whole)),
         ),
     )
 
