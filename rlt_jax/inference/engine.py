@@ -216,7 +216,7 @@ def _split(mesh: Mesh, program: Callable, in_specs: tuple) -> Callable[[Any], Ca
 
     The tensor axis is left to the compiler.
     """
-    if mesh.shape["data"] * mesh.shape["fsdp"] == 1:
+    if mesh.size == 1:
         return lambda out_specs: program
     return lambda out_specs: jax.shard_map(
         program,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlt_jax.data.stop_texts import StopFinder
+from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Drawn, Refill, Slots
 from rlt_jax.inference.layout import Layout, Request
 from rlt_jax.types import Completion
@@ -110,6 +111,12 @@ class Scheduler:
             if running is None or self._slots[b] is not running:
                 continue  # it ended, or was put off, in an earlier dispatch
             count = int(drawn.mask[:, b].sum())
+            if not np.isfinite(drawn.log_probs[:count, b]).all():
+                request = self._requests[running.index].request_id
+                raise UserError(
+                    f"generation: the logits of request {request} are not finite; the "
+                    "weights or the dtype of the model are at fault."
+                )
             running.tokens += drawn.tokens[:count, b].tolist()
             running.log_probs += drawn.log_probs[:count, b].tolist()
             completion = self._ended(running, count)

@@ -6,9 +6,11 @@ to nobody: what rows without a request write lands there.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import PagedCache
@@ -140,9 +142,25 @@ def paged_attention(
     on_gpu = C.bit_count() == H.bit_count() == 1
     return jax.lax.platform_dependent(
         *operands,
-        tpu=functools.partial(_tpu_kernel, softcap) if on_tpu else xla,
-        cuda=functools.partial(_gpu_kernel, softcap) if on_gpu else xla,
+        tpu=_over_heads(functools.partial(_tpu_kernel, softcap)) if on_tpu else xla,
+        cuda=_over_heads(functools.partial(_gpu_kernel, softcap)) if on_gpu else xla,
         default=xla,
+    )
+
+
+def _over_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The kernel on each device's heads: compilers cannot split it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
+    if not split:
+        return kernel
+    heads, pool, whole = Spec(None, None, "tensor"), Spec("tensor"), Spec()
+    return jax.shard_map(
+        kernel,
+        in_specs=(heads, PagedCache(pool, pool, whole), whole, whole, whole),
+        out_specs=heads,
+        axis_names=split,
+        check_vma=False,
     )
 
 

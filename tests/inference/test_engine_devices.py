@@ -50,16 +50,48 @@ for mesh in (one, make_mesh(MeshConfig(8)), make_mesh(MeshConfig(2, 2, 2))):
         [done[n].tokens.tolist(), done[n].log_probs.tolist()] for n in range(24)]))
 """
 
+# No accelerator is needed to see that kernels can be split over a mesh.
+LOWERING = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from rlt_jax.inference.engine import make_engine
+from rlt_jax.inference.layout import EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scheduler import Scheduler
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.training.sharding import *
 
-def test_the_devices_do_not_matter() -> None:
+model = Transformer(ModelConfig(
+    vocab_size=256, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=128, mlp_dim=64, max_length=1024, dtype="bfloat16"))
+shapes = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+for sizes in (MeshConfig(8), MeshConfig(4, 1, 2), MeshConfig(2, 2, 2)):
+    args = SamplingConfig(8), (0,), EngineConfig(slots=16), make_mesh(sizes), 1024
+    engine = make_engine(model, *args)
+    refill = Scheduler([], engine.layout, (0,)).plan()[1]
+    traced = engine.decode.trace(
+        shapes, *jax.eval_shape(engine.new_cache), refill, jax.random.key(0))
+    for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert call in text, (sizes, platform)
+"""
+
+
+def run(code: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert not result.returncode, result.stderr
-    one, *spread = map(json.loads, result.stdout.splitlines())
+    return result.stdout
+
+
+def test_the_kernels_are_part_of_the_programs_for_many_devices() -> None:
+    run(LOWERING)
+
+
+def test_the_devices_do_not_matter() -> None:
+    one, *spread = map(json.loads, run(EIGHT_DEVICES).splitlines())
     assert len(spread) == 2
     for completions in spread:
         for (tokens, log_probs), (expected, theirs) in zip(
