@@ -179,7 +179,7 @@ def _by_pages(
     """
     B, T, N, H = query.shape
     K, _, _, C, _ = cache.keys.shape
-    query = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3)
+    query = query.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
 
     block = min(PAGES_PER_BLOCK, cache.table.shape[1])
     table = jnp.pad(cache.table, ((0, 0), (0, -cache.table.shape[1] % block)))
@@ -193,7 +193,7 @@ def _by_pages(
             for pool in (cache.keys, cache.values)
         )
         scores = jnp.einsum(
-            "BKGTH,KBSH->BKGTS", query, key, preferred_element_type=jnp.float32
+            "KBGTH,KBSH->KBGTS", query, key, preferred_element_type=jnp.float32
         )
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -201,12 +201,12 @@ def _by_pages(
         visible = distance >= 0
         if window is not None:
             visible &= (distance < window) | ~windowed
-        scores = jnp.where(visible[:, None, None], scores, MASKED)
+        scores = jnp.where(visible[:, None], scores, MASKED)
         new = jnp.maximum(largest, scores.max(-1))
         weights = jnp.exp(scores - new[..., None])
         shrink = jnp.exp(largest - new)
         weighed = jnp.einsum(
-            "BKGTS,KBSH->BKGTH",
+            "KBGTS,KBSH->KBGTH",
             weights.astype(value.dtype),
             value,
             preferred_element_type=jnp.float32,
@@ -223,7 +223,7 @@ def _by_pages(
     last = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
     total, norm, _ = jax.lax.fori_loop(0, last, add, empty)
     out = (total / norm[..., None]).astype(query.dtype)
-    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+    return out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
 def _tpu_kernel(
