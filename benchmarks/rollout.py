@@ -10,7 +10,7 @@ completes prompts of 128 tokens, greedy and at temperature 1:
     b   uneven: 64 requests in 8 groups that share a prompt, lengths geometric with mean
         96 and at most 512
 
-    rlt_jax        the engine, 16 slots for a and 32 for b
+    rlt_jax        the engine with 16 slots
     transformers   `generate` on static batches, with its default cache
     tunix          the vanilla sampler of google-tunix, run by the interpreter
                    --tunix_python, as it need not live with the others
@@ -60,7 +60,7 @@ SHAPE = {
 HEAD_DIM = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
 PROMPT = 128
 LONGEST = {"a": 256, "b": 512}
-SLOTS = {"a": 16, "b": 32}
+SLOTS = 16
 BATCHES = {"a": (16,), "b": (64, 16)}  # rows of a static batch that the peers try
 MODES = {"greedy": 0.0, "sampled": 1.0}
 QUIET = 0.1  # cores that others may keep busy
@@ -113,7 +113,7 @@ def rlt_jax(model_dir: Path) -> Run:
     @functools.cache
     def engine(workload: str, mode: str) -> Any:
         sampling = SamplingConfig(LONGEST[workload], MODES[mode])
-        config = EngineConfig(slots=SLOTS[workload])
+        config = EngineConfig(slots=SLOTS)
         longest = PROMPT + LONGEST[workload]
         return make_engine(model, sampling, (), config, mesh, longest)
 
@@ -386,13 +386,13 @@ def step_line(
     job = Job(workload, mode, 0, short=True)
     short = [one.run(job) for _ in runs]
     whole_time, short_time = median_time(runs), median_time(short)
-    steps = (runs[0]["run"] - short[0]["run"]) / SLOTS[workload]
+    steps = (runs[0]["run"] - short[0]["run"]) / SLOTS
     seconds = (whole_time - short_time) / steps
     lengths = np.array(requests_of(job)[1])
     # The step that draws token t of a completion reads all before it.
     stored = (lengths * PROMPT + lengths * (lengths - 1) // 2).sum()
     heads = SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"]
-    cached = stored * 2 * heads * HEAD_DIM * 4 / (runs[0]["run"] / SLOTS[workload])
+    cached = stored * 2 * heads * HEAD_DIM * 4 / (runs[0]["run"] / SLOTS)
     limit = (weight_bytes() + cached) / speed
     print(
         f"{workload} {mode:8}{seconds * 1e3:.2f} ms a step, prefill and start "
