@@ -18,13 +18,28 @@ from rlt_jax.types import Params, TrainState
 def state_shardings(
     model: Transformer, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """A NamedSharding for every leaf of the state, moments as their parameters."""
+    """A NamedSharding for every leaf of the state, moments as their parameters.
+
+    Moments without some of the axes of their parameter, as in adafactor, are whole on
+    every device.
+    """
 
     def boxed_state() -> TrainState:
         params = trained_part(boxed_params(model, jax.random.key(0)))
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-    return to_shardings(nn.get_partition_spec(jax.eval_shape(boxed_state)), mesh)
+    def named(box: Any) -> Any:
+        if not isinstance(box, nn.Partitioned):
+            return box
+        shape = getattr(box.value, "shape", (1,))  # (1,) and no array: a placeholder
+        return box.value if shape == (1,) or len(shape) != len(box.names) else box
+
+    boxes = jax.tree.map(
+        named,
+        jax.eval_shape(boxed_state),
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+    return to_shardings(nn.get_partition_spec(boxes), mesh)
 
 
 def new_state(

@@ -39,18 +39,29 @@ def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return killed
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize(("stage", "steps"), [("sft", 5), ("rl", 5)])
+@pytest.mark.parametrize(
+    ("stage", "rank", "optimizer"),
+    [
+        ("sft", 0, "adamw"),
+        ("rl", 0, "adamw"),
+        ("sft", 2, "adamw"),
+        ("rl", 2, "adamw"),
+        ("sft", 0, "adafactor"),
+        ("sft", 0, "muon"),
+    ],
+)
 def test_training_resumes_bit_for_bit(
     stage: str,
-    steps: int,
     rank: int,
+    optimizer: str,
     section: Section,
     run_stage: RunStage,
     tmp_path: Path,
     killed: Path,
 ) -> None:
     settings = section(stage) | {"lora": {"rank": rank}}
+    settings["optimizer"]["name"] = optimizer
+    steps = 5
     whole = run_stage(settings, tmp_path / "whole")
     assert saved_steps(killed / "part") == [3]
     assert not (killed / "part" / "done.json").exists()
