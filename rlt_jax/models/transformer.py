@@ -89,7 +89,11 @@ class Projection(nn.Module):
             fan_in *= size
         shape = self.in_shape + self.out_shape
         kernel = self.param("kernel", _kernel_init(self.axes, fan_in), shape)
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.in_shape))
+        axes = len(self.in_shape)
+        contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+        # By functions that qwix knows: the kernel may be int8, or have adapters.
+        kernel = jnp.asarray(kernel, x.dtype)
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ()))).astype(x.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(
                 nn.initializers.zeros, self.axes[len(self.in_shape) :]
