@@ -29,6 +29,7 @@ setuptools.setup(
         "optax",
         "orbax-checkpoint>=0.11",
         "pyarrow",
+        "qwix>=0.1.8",
         "safetensors",
         "sentencepiece>=0.2.1",
         "tensorboardX",

@@ -49,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
             "row_length": 160,
             "checkpoint_every": 250,
         },
+        "lora": {},
         "optimizer": {
             "learning_rate": 2e-3,
             "schedule": "cosine",

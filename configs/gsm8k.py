@@ -66,6 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
         "data": {"task": "gsm8k", "path": train, "limit": 64},
         "held_out": {"task": "gsm8k", "path": test, "limit": 4},
         "loop": {"steps": 2, "batch_size": 2, "group_size": 4, "sample_every": 1},
+        "lora": {},
         "optimizer": {"learning_rate": 1e-4},
     }
     config.collect = {
@@ -94,6 +95,7 @@ def _sft(row_format: str, model: dict[str, Any], data: dict[str, Any]) -> dict:
         "template": TEMPLATE,
         "data": data,
         "sft": {"format": row_format, "steps": 3, "batch_size": 2, "row_length": 1024},
+        "lora": {},
         "optimizer": {"learning_rate": 1e-3},
         "mesh": {},
     }

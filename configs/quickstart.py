@@ -25,6 +25,7 @@ from rlt_jax.stages.evaluate import EvaluateConfig
 from rlt_jax.stages.rl import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
 
@@ -61,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
         "data": _problems("train", 4000, stream=2),
         "held_out": _problems("test", 128, stream=3),
         "loop": section(RLConfig, steps=40, batch_size=16, group_size=8),
+        "lora": section(LoRAConfig),
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
     }
     for name, teacher in (("collect_warmup", "warmup"), ("collect_rlt", "rl")):
@@ -130,6 +132,7 @@ def _sft(form: str, data: dict, steps: int, batch_size: int, rate: float) -> dic
             row_length=160,
             checkpoint_every=250,
         ),
+        "lora": section(LoRAConfig),
         "optimizer": section(
             OptimizerConfig,
             learning_rate=rate,

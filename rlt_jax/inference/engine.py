@@ -30,6 +30,7 @@ from rlt_jax.inference.layout import (
 )
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Prefill, Scheduler
+from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training.sharding import decoding_shardings
@@ -90,15 +91,11 @@ def make_engine(
     """
     layout = make_layout(model, sampling, config, mesh, longest_row)
     check_memory(model, layout, mesh)
+    reader, to_decode, axes = decode_weights(model, config.weights)
     tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
     steps = functools.partial(
-        decode, model, sampling, tuple(stop_ids), config.steps, tile
+        decode, reader, sampling, tuple(stop_ids), config.steps, tile
     )
-
-    def cast(params: Params) -> Params:
-        if config.weights == "model":
-            return params
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
     def on_mesh(spec: Spec) -> NamedSharding:
         return NamedSharding(mesh, spec)
@@ -107,7 +104,7 @@ def make_engine(
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
     pool = on_mesh(Spec("tensor", None, SHARD_AXES))
     cache = PagedCache(pool, pool, on_mesh(whole))
-    fill = _split(mesh, functools.partial(prefill, model), (whole, pools, *[rows] * 3))
+    fill = _split(mesh, functools.partial(prefill, reader), (whole, pools, *[rows] * 3))
     draw = _split(mesh, steps, (whole, pools, rows, rows, whole))
     return Engine(
         layout,
@@ -119,7 +116,7 @@ def make_engine(
             functools.partial(_empty, model, layout),
             out_shardings=(cache, on_mesh(rows)),
         ),
-        jax.jit(cast, out_shardings=decoding_shardings(model, mesh)),
+        jax.jit(to_decode, out_shardings=decoding_shardings(axes, mesh)),
         jax.jit(fill(pools), donate_argnums=1, out_shardings=cache),
         jax.jit(
             draw((pools, rows, drawn)),

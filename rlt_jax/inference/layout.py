@@ -26,7 +26,8 @@ class EngineConfig:
         row in every slot.
       steps: decode steps a dispatch; a slot that ends waits up to twice as many.
       prefill_chunk: tokens of a prompt computed at once.
-      weights: "model" decodes with the parameters as they are, "bfloat16" rounds them.
+      weights: "model" decodes with the parameters as they are, "bfloat16" rounds them,
+        "int8" rounds the kernels of layers, with a scale for each of their outputs.
     """
 
     slots: int = 16
@@ -45,8 +46,10 @@ class EngineConfig:
                 f"engine.prefill_chunk={self.prefill_chunk} is no multiple of "
                 f"page_size={self.page_size}."
             )
-        if self.weights not in ("model", "bfloat16"):
-            raise UserError(f"engine.weights={self.weights!r}: model or bfloat16.")
+        if self.weights not in ("model", "bfloat16", "int8"):
+            raise UserError(
+                f"engine.weights={self.weights!r}: model, bfloat16 or int8."
+            )
 
 
 class Request(NamedTuple):

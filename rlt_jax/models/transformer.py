@@ -89,7 +89,11 @@ class Projection(nn.Module):
             fan_in *= size
         shape = self.in_shape + self.out_shape
         kernel = self.param("kernel", _kernel_init(self.axes, fan_in), shape)
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.in_shape))
+        axes = len(self.in_shape)
+        contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+        # By functions that qwix knows: the kernel may be int8, or have adapters.
+        kernel = jnp.asarray(kernel, x.dtype)
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ()))).astype(x.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(
                 nn.initializers.zeros, self.axes[len(self.in_shape) :]
@@ -263,19 +267,19 @@ class Transformer(nn.Module):
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random parameters in float32, plain arrays without axis names."""
-    return nn.meta.unbox(boxed_params(config, key))
+    return nn.meta.unbox(boxed_params(Transformer(config), key))
 
 
 def logical_axes(config: ModelConfig) -> Any:
     """Tree like the parameters whose leaves are PartitionSpecs of logical axes."""
-    boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: boxed_params(Transformer(config), jax.random.key(0)))
     return nn.get_partition_spec(boxed)
 
 
-def boxed_params(config: ModelConfig, key: jax.Array) -> Any:
+def boxed_params(model: Transformer, key: jax.Array) -> Any:
     """Random parameters, each in a box that names its logical axes."""
     row = jnp.zeros((1, 2), jnp.int32)
-    variables = Transformer(config).init(key, row, row, row)
+    variables = model.init(key, row, row, row)
     return variables["params"]
 
 

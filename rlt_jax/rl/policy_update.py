@@ -12,6 +12,7 @@ from rlt_jax.inference.scoring import scatter
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.losses import LossTokens, ObjectiveConfig, token_loss, token_weights
 from rlt_jax.rl.metrics import policy_metrics
+from rlt_jax.training.lora import combine
 from rlt_jax.training.state import apply_gradients
 from rlt_jax.types import PackedRows, Params, TokenSpans, TrainState
 
@@ -46,6 +47,7 @@ def update(
     objective: ObjectiveConfig,
     state: TrainState,
     batch: PolicyBatch,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step; a later one on the same rollout takes the same batch.
 
@@ -60,6 +62,7 @@ def update(
       objective: what is minimised.
       state: donated by the caller.
       batch: N completions.
+      frozen: parameters under the adapters in the state, see `Tuning`.
 
     Returns:
       The new state and metrics; "policy/skipped" is 1 where the state is the old one.
@@ -82,7 +85,7 @@ def update(
     def loss_fn(params: Params, m: jax.Array) -> tuple[jax.Array, TokenStats]:
         stats = token_stats(
             model,
-            params,
+            combine(model, frozen, params),
             rows.tokens[m],
             rows.segment_ids[m],
             rows.positions[m],

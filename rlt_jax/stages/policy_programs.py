@@ -12,26 +12,27 @@ from rlt_jax.rl.advantages import ADVANTAGES
 from rlt_jax.rl.losses import ObjectiveConfig, counted_completions
 from rlt_jax.rl.metrics import group_metrics
 from rlt_jax.stages.experience import Writing
-from rlt_jax.stages.roles import Roles
 from rlt_jax.training import offload, sharding
+from rlt_jax.training.lora import Tuning
 from rlt_jax.types import Params, TrainState
 
 
 class Programs(NamedTuple):
     """What a run computes with, in the order of its use."""
 
+    tuning: Tuning
     writing: Writing
     reference: Any  # reference params, packed rows -> log_probs
     advantages: Any  # rewards [N], finished [N] -> advantages [N], counted [N], metrics
     update: Any  # state, PolicyBatch -> state, metrics
-    mix: Any  # params, policy params, alpha -> params
+    mix: Any  # params, trained params, alpha -> params
 
 
 def compile_programs(
     group_size: int,
     objective: ObjectiveConfig,
     writing: Writing,
-    roles: Roles,
+    tuning: Tuning,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     shardings: TrainState,
@@ -46,21 +47,21 @@ def compile_programs(
 
     mixed = jax.jit(policy_update.mix_reference, donate_argnums=0)
 
-    def mix(params: Params, policy: Params, alpha: float) -> Params:
-        return offload.put_back(mixed(offload.fetch(params), policy, alpha), params)
+    def mix(params: Params, trained: Params, alpha: float) -> Params:
+        mixture = mixed(offload.fetch(params), tuning.merge(trained), alpha)
+        return offload.put_back(mixture, params)
 
-    update = functools.partial(
-        policy_update.update, roles.teacher.model, tx, sampling, objective
+    update = jax.jit(
+        functools.partial(policy_update.update, tuning.model, tx, sampling, objective),
+        in_shardings=(shardings, None, None),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
     )
     return Programs(
+        tuning,
         writing,
         lambda reference, rows: writing.log_probs(offload.fetch(reference), rows),
         jax.jit(advantages),
-        jax.jit(
-            update,
-            in_shardings=(shardings, None),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
-        ),
+        lambda state, batch: update(state, batch, tuning.frozen),
         mix,
     )

@@ -45,6 +45,7 @@ from rlt_jax.stages.roles import (
     sample_rows,
 )
 from rlt_jax.training import checkpoint, offload, sharding
+from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
     append_jsonl,
@@ -53,7 +54,7 @@ from rlt_jax.training.metrics import (
     progress,
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from rlt_jax.training.state import new_state, state_shardings
+from rlt_jax.training.state import from_items, new_state, state_shardings, to_items
 from rlt_jax.types import Params, TrainState
 
 _LOG = logging.getLogger("rlt_jax")
@@ -129,6 +130,7 @@ SECTIONS = {
     "terms": None,
     "objective": ObjectiveConfig,
     "loop": RLConfig,
+    "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
     "mesh": sharding.MeshConfig,
 }
@@ -170,23 +172,25 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     updates = c.steps * c.updates_per_rollout
     tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), updates)
-    shardings = state_shardings(roles.teacher.model, tx, mesh)
+    params, key = roles.teacher.params, jax.random.key(seed)
+    low_rank = build(LoRAConfig, config.lora, "lora")
+    tuning, trained = make_tuning(low_rank, roles.teacher.model, params, mesh, key)
+    shardings = state_shardings(tuning.model, tx, mesh)
     writing, kl_coef = load_writing(config, c.format, roles, mesh)
     programs = compile_programs(
-        c.group_size, objective, writing, roles, tx, mesh, shardings
+        c.group_size, objective, writing, tuning, tx, mesh, shardings
     )
-    params = roles.teacher.params
     trees = Trees(
-        new_state(params, tx, shardings),
+        new_state(trained, tx, shardings),
         _copy(params, c.offload, "reference") if objective.beta else {},
         _copy(params, c.offload, "student") if c.self_teaching else {},
     )
     roles = roles._replace(teacher=roles.teacher._replace(params=None))
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
+    del params, trained
     checkpoint.describe(workdir, roles.teacher.model, roles.teacher.tokenizer)
     _log_sizes(c, roles, mesh)
     held_out = held_out[: c.batch_size * c.group_size]
-    key = jax.random.key(seed)
     return train(
         c, programs, roles, problems, held_out, prompts, trees, kl_coef, key, workdir
     )
@@ -210,15 +214,16 @@ def train(
     score on the held-out problems before the first step.
     """
     samples, best = workdir / "samples.jsonl", workdir / "best"
+    tuning = programs.tuning
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        first, trees, start = _restore(manager, trees, prompts)
+        first, trees, start = _restore(manager, tuning, trees, prompts)
         keep_rows_before(samples, first)
 
         def evaluate(step: int, when: str, kl_coef: float | None) -> dict[str, float]:
             found, rows = evaluate_held_out(
                 programs.writing,
                 roles,
-                trees.state.params,
+                tuning.merge(trees.state.params),
                 (trees.student,) if c.self_teaching else roles.student_params,
                 held_out,
                 c.batch_size * c.group_size,
@@ -247,7 +252,7 @@ def train(
                 experience = gather_experience(
                     programs.writing,
                     roles,
-                    state.params,
+                    tuning.merge(state.params),
                     (student,) if c.self_teaching else roles.student_params,
                     group,
                     jax.random.fold_in(key, step),
@@ -303,11 +308,15 @@ def train(
                     )
                     if found["held_out_reward_now"] > start["best"]:
                         start["best"] = found["held_out_reward_now"]
-                        _keep_best(best, roles, done, state.params)
+                        checkpoint.save_model(
+                            best, done, roles.teacher, tuning.merge(state.params)
+                        )
                 if done % c.checkpoint_every == 0 or done == c.steps:
                     writer.flush()  # a checkpoint's steps have their rows
                     data = {"prompts": prompts.get_state(), "start": start}
-                    checkpoint.save(manager, done, _items(trees), data)
+                    items = {"params": tuning.merge(state.params)}
+                    items |= _items(tuning, trees)
+                    checkpoint.save(manager, done, items, data)
                 bar.update()
         end = evaluate(c.steps, "last", kl_coef)
         manager.wait_until_finished()
@@ -369,29 +378,21 @@ def _write_samples(
     append_jsonl(file, [{"step": step, "split": split, **row} for row in rows])
 
 
-def _items(trees: Trees) -> dict[str, Any]:
+def _items(tuning: Tuning, trees: Trees) -> dict[str, Any]:
     state, reference, student = trees
-    items = {"params": state.params, "optimizer": (state.step, state.opt_state)}
+    items = to_items(state, tuning.item)
     optional = {"reference": reference, "student": student}
     return items | {name: tree for name, tree in optional.items() if tree}
 
 
 def _restore(
-    manager: Any, trees: Trees, prompts: Any
+    manager: Any, tuning: Tuning, trees: Trees, prompts: Any
 ) -> tuple[int, Trees, dict[str, float] | None]:
-    restored = checkpoint.restore_latest(manager, _items(trees))
+    restored = checkpoint.restore_latest(manager, _items(tuning, trees))
     if restored is None:
         return 0, trees, None
     first, items, data = restored
     prompts.set_state(data["prompts"])
-    state = TrainState(items["optimizer"][0], items["params"], items["optimizer"][1])
     reference, student = (items.get(name, {}) for name in ("reference", "student"))
+    state = from_items(items, tuning.item)
     return first, Trees(state, reference, student), data["start"]
-
-
-def _keep_best(folder: Path, roles: Roles, step: int, params: Params) -> None:
-    """Writes the policy to a folder that other stages can name as a model."""
-    checkpoint.describe(folder, roles.teacher.model, roles.teacher.tokenizer)
-    with checkpoint.open_manager(folder, 1) as manager:
-        checkpoint.save(manager, step, {"params": params}, {})
-        manager.wait_until_finished()

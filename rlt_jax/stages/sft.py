@@ -23,9 +23,16 @@ from rlt_jax.inference.log_probs import token_stats
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
 from rlt_jax.training.metrics import MetricWriter, progress, read_jsonl
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from rlt_jax.training.state import apply_gradients, new_state, state_shardings
+from rlt_jax.training.state import (
+    apply_gradients,
+    from_items,
+    new_state,
+    state_shardings,
+    to_items,
+)
 from rlt_jax.types import Params, TrainState
 
 FORMATS = {"teacher": examples.teacher_row, "student": examples.student_row}
@@ -63,6 +70,7 @@ SECTIONS = {
     "template": None,
     "data": None,
     "sft": SFTConfig,
+    "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
     "mesh": sharding.MeshConfig,
 }
@@ -72,7 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """Trains a model on traces; leaves checkpoints that other stages load.
 
     Args:
-      config: sections `model`, `data`, `template`, `sft`, `optimizer`, `mesh`.
+      config: sections as in `SECTIONS`.
       workdir: folder of the stage.
       seed: of everything random.
 
@@ -82,32 +90,35 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     c = build(SFTConfig, config.sft, "sft")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     source = build(checkpoint.ModelSource, config.model, "model")
-    model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
+    key = jax.random.key(seed)
+    model, params, tokenizer = checkpoint.load(source, mesh, key)
     template = load_template(config.template)
     traces = pipeline.load_traces(config.data, template, seed)
     rows = [FORMATS[c.format](tokenizer, template, trace) for trace in traces]
     examples.check_lengths([row.tokens for row in rows], c.row_length, "sft.row_length")
     batches = pipeline.packed_batches(rows, c.batch_size, c.row_length, seed)
 
+    low_rank = build(LoRAConfig, config.lora, "lora")
+    tuning, params = make_tuning(low_rank, model, params, mesh, key)
     tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
-    shardings = state_shardings(model, tx, mesh)
+    shardings = state_shardings(tuning.model, tx, mesh)
     state = new_state(params, tx, shardings)
     del params
-    update = jit_update(model, tx, mesh, shardings)
+    update = jit_update(tuning.model, tx, mesh, shardings)
     checkpoint.describe(workdir, model, tokenizer)
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        first, state = _restore(manager, state, batches)
+        first, state = _restore(manager, tuning, state, batches)
         with (
             MetricWriter(workdir, first) as writer,
             progress(first, c.steps, workdir.name) as bar,
         ):
             for step in range(first, c.steps):
                 batch = jax.device_put(next(batches), sharding.batch_sharding(mesh))
-                state, metrics = update(state, batch)
+                state, metrics = update(state, batch, tuning.frozen)
                 writer.write(step, metrics)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
                     writer.flush()  # a checkpoint's steps have their rows
-                    _save(manager, step + 1, state, batches)
+                    _save(manager, step + 1, tuning, state, batches)
                 bar.update()
         manager.wait_until_finished()
     loss = read_jsonl(workdir / "metrics.jsonl")[-1]["sft/loss"]
@@ -123,7 +134,7 @@ def jit_update(
     """Compiles `update` for the mesh; the state is donated."""
     return jax.jit(
         functools.partial(update, model, tx),
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -134,12 +145,14 @@ def update(
     tx: optax.GradientTransformation,
     state: TrainState,
     batch: Mapping[str, jax.Array],
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on one batch of packed rows, arrays [B, T]."""
 
     def loss_fn(params: Params) -> jax.Array:
+        whole = combine(model, frozen, params)
         stats = token_stats(
-            model, params, batch["tokens"], batch["segment_ids"], batch["positions"]
+            model, whole, batch["tokens"], batch["segment_ids"], batch["positions"]
         )
         weight = batch["loss_mask"] & (batch["positions"] > 0)
         return -(stats.log_probs * weight).sum() / weight.sum()
@@ -151,19 +164,19 @@ def update(
     return state, {"sft/loss": loss, "sft/tokens": tokens, "sft/fill": fill, **metrics}
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "optimizer": (state.step, state.opt_state)}
+def _save(
+    manager: Any, step: int, tuning: Tuning, state: TrainState, batches: Any
+) -> None:
+    trees = {"params": tuning.merge(state.params)} | to_items(state, tuning.item)
+    checkpoint.save(manager, step, trees, {"batches": batches.get_state()})
 
 
-def _save(manager: Any, step: int, state: TrainState, batches: Any) -> None:
-    checkpoint.save(manager, step, _trees(state), {"batches": batches.get_state()})
-
-
-def _restore(manager: Any, state: TrainState, batches: Any) -> tuple[int, TrainState]:
-    restored = checkpoint.restore_latest(manager, _trees(state))
+def _restore(
+    manager: Any, tuning: Tuning, state: TrainState, batches: Any
+) -> tuple[int, TrainState]:
+    restored = checkpoint.restore_latest(manager, to_items(state, tuning.item))
     if restored is None:
         return 0, state
     first, trees, data = restored
     batches.set_state(data["batches"])
-    step, opt_state = trees["optimizer"]
-    return first, TrainState(step, trees["params"], opt_state)
+    return first, from_items(trees, tuning.item)

@@ -229,6 +229,14 @@ def save(
     manager.save(step, args=args)
 
 
+def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> None:
+    """Writes a model with other parameters to a folder that can be named as a model."""
+    describe(folder, model.model, model.tokenizer)
+    with open_manager(folder, 1) as manager:
+        save(manager, step, {"params": params}, {})
+        manager.wait_until_finished()
+
+
 def restore_latest(
     manager: ocp.CheckpointManager, trees: Mapping[str, Any]
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]] | None:

@@ -1,8 +1,11 @@
-"""AdamW with a schedule and clipping, by optax."""
+"""Optimizers with a schedule and clipping, by optax."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from rlt_jax.errors import UserError
 
@@ -13,18 +16,51 @@ SCHEDULES = {
 }
 
 
+# The learning rate is about the size of an element's update in all of them.
+OPTIMIZERS = {
+    "adamw": lambda config, rate: optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.state_dtype,
+    ),
+    # arXiv 1804.04235; its own decay would not be scaled by the learning rate.
+    "adafactor": lambda config, rate: optax.chain(
+        optax.adafactor(multiply_by_parameter_scale=False),
+        optax.add_decayed_weights(-config.weight_decay),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
+    ),
+    # arXiv 2502.16982, whose factor of 0.2 gives updates the size of AdamW's.
+    "muon": lambda config, rate: optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.state_dtype,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW settings.
+    """Optimizer settings.
 
     Attributes:
       learning_rate: peak.
       schedule: after the warm-up, one of "constant", "cosine", "linear".
       warmup_fraction: share of all steps in which the rate rises linearly from 0.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+      b1: decay of AdamW's first moment.
+      b2: decay of AdamW's second moment.
       weight_decay: decoupled.
       clip_norm: largest global norm of the gradient.
+      name: "adamw"; "adafactor", which keeps row and column means of squared gradients
+        and no first moment; or "muon", which keeps the first moment of projections and
+        leaves all other parameters to AdamW.
+      state_dtype: of the first moment, None or "bfloat16"; None is the parameter's.
     """
 
     learning_rate: float
@@ -34,6 +70,20 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
+    name: str = "adamw"
+    state_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UserError(
+                f"optimizer.name={self.name!r}: one of {', '.join(OPTIMIZERS)}."
+            )
+        if self.state_dtype not in (None, "bfloat16"):
+            raise UserError(
+                f"optimizer.state_dtype={self.state_dtype!r}: None or bfloat16."
+            )
+        if self.state_dtype and self.name == "adafactor":
+            raise UserError("optimizer.state_dtype: adafactor keeps no first moment.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -52,10 +102,25 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """The optimizer of a run of `steps` steps."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-        ),
+        OPTIMIZERS[config.name](config, make_schedule(config, steps)),
     )
+
+
+def matrices(params: Any) -> Any:
+    """Which axes of a parameter are a matrix's for muon; None where it is none.
+
+    The kernels of projections, and adapters, are stacked on L, and those of attention
+    have two axes of heads; embedding, head, biases and norms are no such matrices.
+    """
+
+    def axes(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "/kernel" not in name:
+            return None
+        if x.ndim == 3:  # [L, in, out]
+            return MuonDimensionNumbers(1, 2)
+        if "/out/" in name:  # [L, N, H, D]
+            return MuonDimensionNumbers((1, 2), 3)
+        return MuonDimensionNumbers(1, (2, 3))  # [L, D, N, H]
+
+    return jax.tree_util.tree_map_with_path(axes, params)

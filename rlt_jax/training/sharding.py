@@ -67,9 +67,9 @@ def param_shardings(model: Transformer, mesh: Mesh) -> Any:
     return to_shardings(logical_axes(model.config), mesh)
 
 
-def decoding_shardings(model: Transformer, mesh: Mesh) -> Any:
-    """The same for generation, where no weight is gathered at every step."""
-    return to_shardings(logical_axes(model.config), mesh, DECODING_RULES)
+def decoding_shardings(specs: Any, mesh: Mesh) -> Any:
+    """Those for generation, where no weight is gathered at every step."""
+    return to_shardings(specs, mesh, DECODING_RULES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
 """The train state: made sharded, updated by one function."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from rlt_jax.models.transformer import Transformer, boxed_params
+from rlt_jax.training.lora import trained_part
 from rlt_jax.training.sharding import to_shardings
 from rlt_jax.types import Params, TrainState
 
@@ -16,13 +18,28 @@ from rlt_jax.types import Params, TrainState
 def state_shardings(
     model: Transformer, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """A NamedSharding for every leaf of the state, moments as their parameters."""
+    """A NamedSharding for every leaf of the state, moments as their parameters.
+
+    Moments without some of the axes of their parameter, as in adafactor, are whole on
+    every device.
+    """
 
     def boxed_state() -> TrainState:
-        params = boxed_params(model.config, jax.random.key(0))
+        params = trained_part(boxed_params(model, jax.random.key(0)))
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-    return to_shardings(nn.get_partition_spec(jax.eval_shape(boxed_state)), mesh)
+    def named(box: Any) -> Any:
+        if not isinstance(box, nn.Partitioned):
+            return box
+        shape = getattr(box.value, "shape", (1,))  # (1,) and no array: a placeholder
+        return box.value if shape == (1,) or len(shape) != len(box.names) else box
+
+    boxes = jax.tree.map(
+        named,
+        jax.eval_shape(boxed_state),
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+    return to_shardings(nn.get_partition_spec(boxes), mesh)
 
 
 def new_state(
@@ -35,6 +52,17 @@ def new_state(
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     return jax.jit(init, out_shardings=shardings)(params)
+
+
+def to_items(state: TrainState, name: str) -> dict[str, Any]:
+    """The state as items of a checkpoint, its parameters under a name."""
+    return {name: state.params, "optimizer": (state.step, state.opt_state)}
+
+
+def from_items(items: Mapping[str, Any], name: str) -> TrainState:
+    """The state of a restored checkpoint."""
+    step, opt_state = items["optimizer"]
+    return TrainState(step, items[name], opt_state)
 
 
 def apply_gradients(

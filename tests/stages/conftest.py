@@ -53,6 +53,7 @@ SECTIONS = {
             "row_length": 128,
             "checkpoint_every": 3,
         },
+        "lora": {},
         "optimizer": {
             "learning_rate": 1e-2,
             "schedule": "cosine",
@@ -76,6 +77,7 @@ SECTIONS = {
             "sample_every": 1,
             "checkpoint_every": 3,
         },
+        "lora": {},
         "optimizer": {"learning_rate": 1e-2},
     },
     "collect": {

@@ -1,15 +1,24 @@
 """Stage `export`: what other tools load, and where it came from."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 import rlt_jax
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.settings import build
 from rlt_jax.stages import run_pipeline
 from rlt_jax.training import checkpoint
+from rlt_jax.training.lora import LoRAConfig, combine, make_tuning
+from rlt_jax.types import Params
 
 
 def export(workdir: Path, path: str, dtype: str = "float32") -> Path:
@@ -68,3 +77,33 @@ def test_a_hub_id_is_downloaded_and_a_folder_is_not(
     assert asked == []
     assert checkpoint.find_model("someone/some-model") == folder
     assert asked == ["someone/some-model"]
+
+
+def test_trained_adapters_are_exported_with_their_base(
+    section: Callable[[str], dict[str, Any]],
+    run_stage: Callable[[dict[str, Any], Path], Path],
+    tmp_path: Path,
+    mesh: Mesh,
+    full_logits: Callable[[Transformer, Params, np.ndarray], np.ndarray],
+) -> None:
+    sft, key = section("sft"), jax.random.key(0)
+    source = build(checkpoint.ModelSource, sft["model"], "model")
+    model, base = checkpoint.load(source, mesh, key)[:2]
+    config = LoRAConfig(4, modules=("query", "down"))
+    sft["lora"] = dataclasses.asdict(config)
+    stage = run_stage(sft, tmp_path / "run")
+    tuning, fresh = make_tuning(config, model, base, mesh, key)
+    with checkpoint.open_manager(stage, 1) as manager:
+        _, trees, _ = checkpoint.restore_latest(manager, {"adapters": fresh})
+    tree = combine(tuning.model, base, trees["adapters"])
+
+    folder = export(tmp_path, str(stage))
+    exported = rlt_jax.load_model(str(folder))
+    tokens = np.arange(3, 35, dtype=np.int32)[None]
+    ours = full_logits(*exported[:2], tokens)
+    expected = full_logits(tuning.model, tree, tokens)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert np.abs(ours - full_logits(model, base, tokens)).max() > 0.01
+    for path, kernel in flatten_dict(exported[1]).items():
+        trained = any(name in config.modules for name in path)
+        assert bool((kernel != flatten_dict(base)[path]).any()) == trained, path

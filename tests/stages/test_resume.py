@@ -39,27 +39,42 @@ def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return killed
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("sft", 5), ("rl", 5)])
+@pytest.mark.parametrize(
+    ("stage", "rank", "optimizer"),
+    [
+        ("sft", 0, "adamw"),
+        ("rl", 0, "adamw"),
+        ("sft", 2, "adamw"),
+        ("rl", 2, "adamw"),
+        ("sft", 0, "adafactor"),
+        ("sft", 0, "muon"),
+    ],
+)
 def test_training_resumes_bit_for_bit(
     stage: str,
-    steps: int,
+    rank: int,
+    optimizer: str,
     section: Section,
     run_stage: RunStage,
     tmp_path: Path,
     killed: Path,
 ) -> None:
-    whole = run_stage(section(stage), tmp_path / "whole")
+    settings = section(stage) | {"lora": {"rank": rank}}
+    settings["optimizer"]["name"] = optimizer
+    steps = 5
+    whole = run_stage(settings, tmp_path / "whole")
     assert saved_steps(killed / "part") == [3]
     assert not (killed / "part" / "done.json").exists()
     for file in killed.glob("*/*.jsonl"):
         with file.open("a", encoding="utf-8") as lines:
             lines.write(LEFTOVERS)
 
-    resumed = run_stage(section(stage), killed)
+    resumed = run_stage(settings, killed)
     assert [row["step"] for row in metric_rows(whole)] == list(range(steps))
     assert metric_rows(resumed) == metric_rows(whole)
     assert saved_steps(resumed) == saved_steps(whole) == [steps]
-    assert_same_checkpoint(resumed, whole, steps)
+    items = assert_same_checkpoint(resumed, whole, steps)
+    assert ("adapters" in items) == bool(rank)
     assert summary(resumed) == summary(whole)
     for file in whole.glob("samples.jsonl"):
         assert (resumed / file.name).read_bytes() == file.read_bytes()
@@ -123,8 +138,8 @@ def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "done.json").read_text(encoding="utf-8"))["summary"]
 
 
-def assert_same_checkpoint(left: Path, right: Path, step: int) -> None:
-    """Same trees (parameters, optimizer, reference), same data position."""
+def assert_same_checkpoint(left: Path, right: Path, step: int) -> set[str]:
+    """Same trees (parameters, optimizer, reference), same data position; their names."""
     name = f"checkpoints/{step}"
     items = {path.name for path in (left / name).iterdir() if path.is_dir()}
     assert items == {path.name for path in (right / name).iterdir() if path.is_dir()}
@@ -134,6 +149,7 @@ def assert_same_checkpoint(left: Path, right: Path, step: int) -> None:
         jax.tree.map(np.testing.assert_array_equal, *trees)
     data = [(folder / name / "data" / "metadata") for folder in (left, right)]
     assert data[0].read_bytes() == data[1].read_bytes()
+    return items
 
 
 def read_tree(folder: Path) -> Any:

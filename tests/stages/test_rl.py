@@ -94,6 +94,32 @@ def test_self_teaching_follows_the_policy(
     assert frozen[3][name] != own[3][name]
 
 
+def test_adapters_are_trained_on_what_the_merged_policy_writes(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    rl = section("rl")
+    rl["student"] = None
+    rl["loop"]["self_teaching"] = True
+    full = metrics(run_stage(rl, tmp_path / "full"))
+    rl["lora"] = {"rank": 4}
+    low_rank = metrics(run_stage(rl, tmp_path / "low_rank"))
+    # The adapters begin with a product of 0, and the gradient is not the same.
+    names = ("reward/value_mean", "policy/loss", "policy/sampler_difference")
+    for name in names:
+        assert low_rank[0][name] == pytest.approx(full[0][name], abs=1e-6)
+    name = "optimizer/gradient_norm"
+    assert 0 < low_rank[0][name] < full[0][name]
+    for row in low_rank:
+        # What is merged writes, what is not merged learns.
+        assert abs(row["policy/ratio_mean"] - 1) < 1e-4
+        assert row["policy/sampler_difference"] < 1e-4
+    # The reference and the student's copy follow the merged policy.
+    name = "reward/solution_score_mean"
+    assert low_rank[3][name] != full[3][name]
+    name = "policy/kl_to_reference"
+    assert abs(low_rank[0][name]) < 1e-6 < abs(low_rank[4][name]) < 0.1
+
+
 def test_a_run_is_replayed_from_its_rollouts(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:

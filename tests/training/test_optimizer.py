@@ -1,17 +1,88 @@
-"""Schedules at chosen steps, and the first AdamW steps by hand."""
+"""Schedules at chosen steps, first steps by hand, and what optimizers keep where."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 
 from rlt_jax.errors import UserError
-from rlt_jax.models.transformer import Transformer
-from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.training.optimizer import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    make_optimizer,
+    make_schedule,
+    matrices,
+)
 from rlt_jax.training.state import apply_gradients, new_state, state_shardings
 from rlt_jax.types import Params, TrainState
+
+# Wide enough that adafactor has something to factor.
+WIDE = ModelConfig(
+    vocab_size=40,
+    embed_dim=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=128,
+    max_length=32,
+)
+# The losses of three steps with every optimizer, and with adapters, on some devices.
+ON_DEVICES = """
+import sys
+import jax, numpy as np
+devices, target = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_num_cpu_devices", devices)
+jax.config.update("jax_disable_most_optimizations", True)
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.stages import sft
+from rlt_jax.training.lora import LoRAConfig, make_tuning
+from rlt_jax.training.optimizer import *
+from rlt_jax.training.sharding import *
+from rlt_jax.training.state import *
+
+sizes = MeshConfig(2, 2, 2) if devices == 8 else MeshConfig()
+mesh, key = make_mesh(sizes), jax.random.key(0)
+model = Transformer(ModelConfig(40, 128, 2, 4, 2, 8, 128, 32))
+tokens = np.random.default_rng(0).integers(1, 40, (8, 9), np.int32)
+batch = {
+    "tokens": tokens,
+    "segment_ids": np.ones_like(tokens),
+    "positions": np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape),
+    "loss_mask": np.ones(tokens.shape, bool),
+}
+batch = jax.device_put(batch, batch_sharding(mesh))
+init = jax.jit(
+    lambda: init_params(model.config, key), out_shardings=param_shardings(model, mesh)
+)
+losses = {}
+for name, rank in (*((name, 0) for name in OPTIMIZERS), ("adamw", 4), ("muon", 4)):
+    tuning, trained = make_tuning(LoRAConfig(rank), model, init(), mesh, key)
+    tx = make_optimizer(OptimizerConfig(3e-3, name=name), 3)
+    shardings = state_shardings(tuning.model, tx, mesh)
+    state = new_state(trained, tx, shardings)
+    update = sft.jit_update(tuning.model, tx, mesh, shardings)
+    found = []
+    for _ in range(3):
+        state, metrics = update(state, batch, tuning.frozen)
+        found.append(float(metrics["sft/loss"]))
+    kept = jax.tree.map(lambda x, s: x.sharding == s, state, shardings)
+    assert all(jax.tree.leaves(kept)), (name, kept)
+    losses[f"{name} {rank}"] = found
+np.savez(target, **losses)
+"""
 
 
 def rates(schedule: str, warmup_fraction: float, steps: list[int]) -> list[float]:
@@ -145,3 +216,117 @@ def test_a_new_state_owns_its_parameters(
     zeros(state)
     for leaf in jax.tree.leaves(params):
         assert not leaf.is_deleted() and np.abs(leaf).max() > 0
+
+
+def state_bytes(model: Transformer, **settings: Any) -> float:
+    """Bytes of the optimizer's state for each byte of the parameters."""
+    tx = make_optimizer(OptimizerConfig(0.1, **settings), 10)
+    params = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+    trees = jax.eval_shape(tx.init, params), params
+    state, parameters = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in trees
+    )
+    return state / parameters
+
+
+def test_what_each_optimizer_keeps() -> None:
+    model = Transformer(WIDE)
+    half = {"state_dtype": "bfloat16"}
+    assert state_bytes(model) == pytest.approx(2, abs=0.01)
+    assert state_bytes(model, **half) == pytest.approx(1.5, abs=0.01)
+    # Only the kernels of attention have no two axes of at least 128.
+    assert state_bytes(model, name="adafactor") < 0.5
+    assert 1 < state_bytes(model, name="muon") < 1.1
+    assert 0.5 < state_bytes(model, name="muon", **half) < 0.6
+
+
+def test_axes_that_muon_takes_for_a_matrix() -> None:
+    config = ModelConfig(
+        40, 16, 2, 4, 2, 8, 24, 32, tie_embeddings=False, qkv_bias=True
+    )
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    found = matrices(params)
+    layers = found.pop("layers")
+    assert jax.tree.leaves(found) == []  # embedding, head, norm
+    down = MuonDimensionNumbers(1, 2)
+    heads = MuonDimensionNumbers(1, (2, 3))
+    for name in ("query", "key", "value"):
+        assert layers["attention"][name] == {"kernel": heads, "bias": None}
+    out = MuonDimensionNumbers((1, 2), 3)
+    assert layers["attention"]["out"] == {"kernel": out}
+    assert layers["mlp"] == {name: {"kernel": down} for name in ("gate", "up", "down")}
+    assert jax.tree.leaves([layers["attention_norm"], layers["mlp_norm"]]) == []
+
+
+def test_muon_orthogonalises_every_layer_by_itself() -> None:
+    rng = np.random.default_rng(0)
+    kernel = {"layers": {"query": {"kernel": jnp.zeros((2, 16, 4, 8))}}}
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), kernel)
+    scaled = jax.tree.map(lambda x: x * jnp.array([1, 100])[:, None, None, None], grads)
+    config = OptimizerConfig(0.1, name="muon", weight_decay=0.0, clip_norm=1e9)
+    first, second = (
+        update(config, kernel, one)["layers"]["query"]["kernel"]
+        for one in (grads, scaled)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    # Singular values around 0.2 * sqrt(32) * the learning rate.
+    for layer in np.asarray(first).reshape(2, 16, 32):
+        values = np.linalg.svd(layer, compute_uv=False) / (0.1 * 0.2 * 32**0.5)
+        assert (values > 0.5).all() and (values < 1.5).all()
+
+
+def test_factored_moments_are_whole_on_every_device(mesh: Mesh) -> None:
+    tx = make_optimizer(OptimizerConfig(0.1, name="adafactor"), 10)
+    model = Transformer(WIDE)
+    shardings = state_shardings(model, tx, mesh)
+    params = jax.eval_shape(lambda: init_params(WIDE, jax.random.key(0)))
+    state = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(state) == jax.tree.structure(shardings.opt_state)
+    factored, specs = (
+        next(
+            leaf
+            for leaf in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "v_row"))
+            if hasattr(leaf, "v_row")
+        )
+        for tree in (state, shardings.opt_state)
+    )
+    assert factored.v_row["layers"]["mlp"]["up"]["kernel"].shape == (2, 128)
+    assert specs.v_row["layers"]["mlp"]["up"]["kernel"].spec == PartitionSpec()
+    query = specs.v["layers"]["attention"]["query"]["kernel"]
+    assert query == shardings.params["layers"]["attention"]["query"]["kernel"]
+
+
+@pytest.mark.slow
+def test_eight_devices_step_as_one_does(tmp_path: Path) -> None:
+    losses = {}
+    for devices in (1, 8):
+        target = tmp_path / f"{devices}.npz"
+        run = subprocess.run(
+            [sys.executable, "-c", ON_DEVICES, str(devices), str(target)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        losses[devices] = dict(np.load(target))
+    assert len(losses[1]) == len(OPTIMIZERS) + 2
+    for name, alone in losses[1].items():
+        assert alone[2] < alone[1] < alone[0], name
+        np.testing.assert_allclose(losses[8][name], alone, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adam"}, "optimizer.name='adam': one of adamw, adafactor, muon"),
+        ({"state_dtype": "int8"}, "optimizer.state_dtype='int8': None or bfloat16"),
+        (
+            {"name": "adafactor", "state_dtype": "bfloat16"},
+            "adafactor keeps no first moment",
+        ),
+    ],
+)
+def test_unknown_optimizers_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(0.1, **settings)

@@ -1,0 +1,110 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685), by qwix.
+
+Beside the kernel W of a projection stand A [L, in, rank] and B [L, rank, out], float32;
+it is x W + alpha / rank * x A B. Gradients and optimizer have the size of A and B.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from rlt_jax.errors import UserError
+from rlt_jax.models.transformer import Transformer, boxed_params
+from rlt_jax.training.sharding import param_shardings, to_shardings
+from rlt_jax.types import Params
+
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+A, B = "_lora_a", "_lora_b"  # qwix appends them to the name of a kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which parameters are trained.
+
+    Attributes:
+      rank: of the adapters; 0 trains all parameters and has none.
+      alpha: the adapters' product is multiplied by alpha / rank.
+      modules: projections that have adapters, of `PROJECTIONS`.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    modules: Sequence[str] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"lora.rank={self.rank}: at least 0.")
+        if not self.modules or not {*self.modules} <= {*PROJECTIONS}:
+            raise UserError(f"lora.modules={self.modules!r}: some of {PROJECTIONS}.")
+
+
+class Tuning(NamedTuple):
+    """What a run trains, beside its optimizer.
+
+    Attributes:
+      model: takes `combine(frozen, trained)`.
+      frozen: parameters under the adapters; None where all parameters are trained.
+      merge: trained tree -> parameters that every other stage reads.
+      item: name of the trained tree in a checkpoint, next to the merged "params".
+    """
+
+    model: Transformer
+    frozen: Params | None
+    merge: Callable[[Params], Params]
+    item: str
+
+
+def make_tuning(
+    config: LoRAConfig, model: Transformer, params: Params, mesh: Mesh, key: jax.Array
+) -> tuple[Tuning, Params]:
+    """What is trained of a loaded model, and its first value, in which B is 0."""
+    if not config.rank:
+        return Tuning(model, None, lambda trained: trained, "params"), params
+    import qwix  # with it comes the part of Flax that not every JAX can import
+
+    path = f"layers/.*/({'|'.join(config.modules)})"
+    rule = qwix.LoraRule(module_path=path, rank=config.rank, alpha=config.alpha)
+    model = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]))
+
+    def boxed(key: jax.Array) -> Params:
+        return trained_part(boxed_params(model, key))
+
+    shardings = to_shardings(nn.get_partition_spec(jax.eval_shape(boxed, key)), mesh)
+    adapters = jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=shardings)(key)
+    scaled = functools.partial(merge, config.alpha / config.rank)
+    jitted = jax.jit(scaled, out_shardings=param_shardings(model, mesh))
+    merged = functools.partial(jitted, params)
+    return Tuning(model, params, merged, "adapters"), adapters
+
+
+def trained_part(params: Params) -> Params:
+    """The adapters in a tree of parameters; the whole tree where there are none."""
+    flat = flatten_dict(params)
+    adapters = {path: x for path, x in flat.items() if path[-1].endswith((A, B))}
+    return unflatten_dict(adapters or flat)
+
+
+def combine(model: Transformer, frozen: Params | None, trained: Params) -> Params:
+    """What the model takes; adapters in its activation dtype, as it casts kernels."""
+    if frozen is None:
+        return trained
+    cast = jax.tree.map(lambda x: x.astype(model.config.activation_dtype), trained)
+    return unflatten_dict(flatten_dict(frozen) | flatten_dict(cast))
+
+
+def merge(scale: float, frozen: Params, adapters: Params) -> Params:
+    """W + scale * A B in float32, in the dtype of W, for every kernel with adapters."""
+    flat, found = flatten_dict(frozen), flatten_dict(adapters)
+    for (*path, name), W in flat.items():
+        if (*path, name + A) in found:
+            pair = found[*path, name + A], found[*path, name + B]
+            delta = scale * jnp.matmul(*pair, precision="highest").reshape(W.shape)
+            flat[*path, name] = (W + delta).astype(W.dtype)
+    return unflatten_dict(flat)

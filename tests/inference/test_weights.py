@@ -1,0 +1,100 @@
+"""Decoding with rounded weights against decoding with the weights of training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from rlt_jax.errors import UserError
+from rlt_jax.inference.engine import Engine, Request, complete, make_engine
+from rlt_jax.inference.layout import EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.types import Completion, Params
+
+# Kernels hold most of the parameters, as they do in real models.
+MODEL = Transformer(
+    ModelConfig(40, 128, 2, 4, 2, 32, 256, 64, qkv_bias=True, tie_embeddings=False)
+)
+PROMPTS = [
+    np.random.default_rng(n).integers(1, 40, length, np.int32)
+    for n, length in enumerate((3, 20, 7, 1, 12, 5))
+]
+LONGEST = 12
+
+
+@pytest.fixture(scope="module")
+def wide_params() -> Params:
+    # Logits of the size that a trained model's have.
+    params = jax.jit(lambda: init_params(MODEL.config, jax.random.key(0)))()
+    return params | {"output": 3 * params["output"]}
+
+
+def engine_with(weights: str, mesh: Mesh) -> Engine:
+    sampling = SamplingConfig(LONGEST, temperature=0.0)
+    config = EngineConfig(slots=4, page_size=8, prefill_chunk=16, weights=weights)
+    return make_engine(MODEL, sampling, (0,), config, mesh, 32)
+
+
+def decoded(engine: Engine, params: Params) -> list[Completion]:
+    requests = [Request(prompt, n, LONGEST) for n, prompt in enumerate(PROMPTS)]
+    return [
+        completion
+        for _, completion in sorted(
+            complete(engine, params, requests, jax.random.key(0)), key=lambda x: x[0]
+        )
+    ]
+
+
+def size(params: Params) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(("weights", "atol"), [("bfloat16", 0.1), ("int8", 0.1)])
+def test_rounded_weights_write_nearly_the_same(
+    weights: str, atol: float, wide_params: Params, mesh: Mesh
+) -> None:
+    exact = decoded(engine_with("model", mesh), wide_params)
+    rounded = decoded(engine_with(weights, mesh), wide_params)
+    differences, same = [], 0
+    for ours, theirs in zip(rounded, exact, strict=True):
+        shared = min(len(ours.tokens), len(theirs.tokens))
+        unlike = np.append(ours.tokens[:shared] != theirs.tokens[:shared], True)
+        alike = int(unlike.argmax())  # after it the rows are not about the same text
+        same += alike == len(ours.tokens) == len(theirs.tokens)
+        gap = np.abs(ours.log_probs[:alike] - theirs.log_probs[:alike])
+        differences.extend(gap)
+    assert same >= 4  # of 6 completions, token by token
+    assert len(differences) > 30
+    assert 0 < max(differences) < atol
+
+
+def test_int8_kernels_have_a_scale_for_each_output(
+    wide_params: Params, mesh: Mesh
+) -> None:
+    engine = engine_with("int8", mesh)
+    weights = engine.to_decode(wide_params)
+    assert size(weights) < 0.35 * size(wide_params)
+    for module, name, shape in (
+        ("attention", "query", (2, 1, 4, 32)),
+        ("attention", "out", (2, 1, 1, 128)),
+        ("mlp", "down", (2, 1, 128)),
+    ):
+        kernel = weights["layers"][module][name]["kernel"].array
+        exact = wide_params["layers"][module][name]["kernel"]
+        assert kernel.qvalue.dtype == jnp.int8 and kernel.scale.shape == shape
+        # Half a step of the rounding, and the largest of a channel is 127 steps.
+        gap = np.abs(kernel.qvalue * kernel.scale - exact)
+        assert (gap <= 0.5001 * kernel.scale).all()
+        axes = tuple(n for n, length in enumerate(shape) if length == 1)
+        largest = np.abs(exact).max(axes, keepdims=True)
+        np.testing.assert_allclose(127.5 * kernel.scale, largest, rtol=0.01)
+    for name in ("embedding", "output"):
+        np.testing.assert_array_equal(weights[name], wide_params[name])
+
+
+def test_unknown_weights_are_refused() -> None:
+    with pytest.raises(UserError, match="'int4': model, bfloat16 or int8"):
+        EngineConfig(weights="int4")
