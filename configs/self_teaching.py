@@ -24,6 +24,7 @@ from rlt_jax.stages.evaluate import EvaluateConfig
 from rlt_jax.stages.rl import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
 
@@ -50,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
             RLConfig, steps=40, batch_size=16, group_size=8, self_teaching=True
         ),
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
+        "lora": section(LoRAConfig),
     }
     config.collect = _explaining() | {
         "stage": "collect",
@@ -120,5 +122,6 @@ def _sft(
         "optimizer": section(
             OptimizerConfig, learning_rate=rate, schedule="cosine", warmup_fraction=0.05
         ),
+        "lora": section(LoRAConfig),
         "mesh": section(MeshConfig),
     }

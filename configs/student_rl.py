@@ -23,6 +23,7 @@ from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.rl import RLConfig
 from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
 
@@ -50,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
             RLConfig, format="student", steps=60, batch_size=32, group_size=8
         ),
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
+        "lora": section(LoRAConfig),
         "mesh": section(MeshConfig),
     }
     return config
