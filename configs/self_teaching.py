@@ -6,8 +6,7 @@ The embedded base learns to explain (warm-up), is rewarded by what a copy of its
 of its explanations (RL), explains questions, learns to solve from these explanations, and
 is evaluated before and after.
 
-Hardware: 2 CPU cores, about five minutes.
-Expected result: see docs/guide.md.
+Hardware: 2 CPU cores, about ten minutes.
 """
 
 import ml_collections
