@@ -25,7 +25,7 @@ from rlt_jax.stages.roles import (
     check_fit,
     fixed_kl_coef,
     jit_scorer,
-    load_explainer,
+    load_policy_engine,
     load_roles,
     provenance_of,
     requests_of,
@@ -90,7 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
 
     teacher = roles.teacher
-    engine = load_explainer(roles, config, mesh)
+    engine = load_policy_engine(roles, config, mesh)
     score, reward_config = jit_scorer(roles, config, sampling.temperature)
     kl_coef = jnp.float32(fixed_kl_coef(reward_config))
     origin = provenance_of(

@@ -31,7 +31,7 @@ from rlt_jax.rl.scorer import Scored, balanced_kl_coef
 from rlt_jax.stages.roles import (
     Roles,
     jit_scorer,
-    load_engine,
+    load_policy_engine,
     requests_of,
     sample_rows,
     scoring_batches,
@@ -70,7 +70,7 @@ class Experience(NamedTuple):
       sampler_log_probs: [M, B, T] as the engine gave them.
       finished: [N] bool.
       reward: value and terms.
-      correct: [N] float, whether a student's answers are right; None where not known.
+      written: the completions as texts and answers.
       metrics: of the rollout, and seconds of each phase.
     """
 
@@ -81,7 +81,7 @@ class Experience(NamedTuple):
     sampler_log_probs: np.ndarray
     finished: np.ndarray
     reward: Reward
-    correct: np.ndarray | None
+    written: Written
     metrics: dict[str, float]
 
 
@@ -98,8 +98,7 @@ def load_writing(
             "needs a student (or loop.self_teaching) and loop.format='teacher', and a student "
             "needs that term."
         )
-    stop = (roles.template.explanation_tags[1],) if form == "teacher" else ()
-    engine = load_engine(roles.teacher, config, mesh, roles.rows.row_length, stop)
+    engine = load_policy_engine(roles, config, mesh, form)
     temperature = engine.sampling.temperature
     log_probs = jax.jit(functools.partial(score_rows, roles.teacher.model, temperature))
     if not scored:
@@ -174,7 +173,7 @@ def gather_experience(
         sampler,
         finished,
         reward,
-        _correct(written) if writing.form == "student" else None,
+        written,
         metrics,
     )
 
@@ -213,8 +212,11 @@ def evaluate_held_out(
         roles, writing.form, padded, found.completions, found.reward, chosen
     )
     values = jax.device_get({"reward": found.reward.value, **found.reward.terms})
-    if found.correct is not None:
-        values["accuracy"] = found.correct
+    answered = all(problem.answer is not None for problem in padded)
+    if writing.form == "student" and answered:
+        values["accuracy"] = correctness(
+            found.written, right=1.0, wrong=0.0, unreadable=0.0
+        )
     result = {"kl_coef": float(kl_coef)}
     for name, value in values.items():
         value = value[: len(problems)]
@@ -235,9 +237,3 @@ def _written(
     texts = [examples.completion_text(tokenizer, ids)[0] for ids in completions]
     answers = [template.solution_of(text) for text in texts]
     return Written(problems, texts, completions, answers, finished)
-
-
-def _correct(written: Written) -> np.ndarray | None:
-    if any(problem.answer is None for problem in written.problems):
-        return None
-    return correctness(written, right=1.0, wrong=0.0, unreadable=0.0)

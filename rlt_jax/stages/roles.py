@@ -128,11 +128,12 @@ def load_engine(
     )
 
 
-def load_explainer(roles: Roles, config: Mapping[str, Any], mesh: Mesh) -> Engine:
-    """The engine of the teacher; the explanation's closing tag stops it."""
-    closing = roles.template.explanation_tags[1]
-    length = roles.rows.row_length
-    return load_engine(roles.teacher, config, mesh, length, (closing,))
+def load_policy_engine(
+    roles: Roles, config: Mapping[str, Any], mesh: Mesh, form: str = "teacher"
+) -> Engine:
+    """The engine of the policy; an explanation's closing tag stops a teacher."""
+    stop = (roles.template.explanation_tags[1],) if form == "teacher" else ()
+    return load_engine(roles.teacher, config, mesh, roles.rows.row_length, stop)
 
 
 def prompt_ids(
@@ -151,8 +152,12 @@ def requests_of(
 ) -> list[Request]:
     """A completion of every problem's prompt; request ids count from `first`."""
     tokenizer, template = roles.teacher.tokenizer, roles.template
+    prompts = {  # a group has one prompt
+        problem: prompt_ids(tokenizer, template, problem, form)
+        for problem in dict.fromkeys(problems)
+    }
     return [
-        Request(prompt_ids(tokenizer, template, problem, form), first + n, longest)
+        Request(prompts[problem], first + n, longest)
         for n, problem in enumerate(problems)
     ]
 
