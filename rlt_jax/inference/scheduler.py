@@ -1,8 +1,9 @@
 """Which request has which slot and which pages: the host's side of generation.
 
-Equal prompts share their pages; a request gets pages of its own as it grows. When no
-page is left, the youngest request gives its own back and starts again later, with the
-same result, as a completion depends on nothing but its request.
+Equal prompts share their pages, which stay until others need them; a request gets pages
+of its own as it grows. When no page is left, the youngest request gives its own back and
+starts again later, with the same result, as a completion depends on nothing but its
+request.
 """
 
 import collections
@@ -46,7 +47,9 @@ class _Running:
 
 
 class Scheduler:
-    """Hands slots and pages to requests, in order.
+    """Hands slots and pages to requests, those that may become longest first.
+
+    The slots then empty together: a long one that starts last would have the others wait.
 
     Args:
       requests: each must fit in the pages of a shard.
@@ -66,7 +69,8 @@ class Scheduler:
         self._layout = layout
         self._stops = frozenset(stop_ids)
         self._find_stop = find_stop
-        self._queue = collections.deque(range(len(requests)))
+        order = sorted(range(len(requests)), key=lambda n: -requests[n].longest)
+        self._queue = collections.deque(order)
         rows = layout.shards * layout.slots
         self._slots: list[_Running | None] = [None] * rows
         self._free = [
@@ -159,7 +163,7 @@ class Scheduler:
         of_prompt = -(-stored // C) if prompt is None else 0
         first = min(stored + layout.steps, stored + request.longest)
         own = -(-first // C) - stored // C
-        if of_prompt + own > len(free):
+        if not self._make_room(shard, of_prompt + own, name):
             return
         self._queue.popleft()
         if prompt is None:
@@ -192,8 +196,7 @@ class Scheduler:
         shared = (len(request.prompt) - 1) // layout.page_size
         put_off = []
         while shared + len(running.pages) < -(-running.reserved // layout.page_size):
-            free = self._free[running.shard]
-            if not free:
+            if not self._make_room(running.shard, 1):
                 mates = [
                     i for i in self._running() if self._slots[i].shard == running.shard
                 ]
@@ -204,21 +207,31 @@ class Scheduler:
                 if youngest == b:
                     break
                 continue
-            running.pages.append(free.pop())
+            running.pages.append(self._free[running.shard].pop())
             self._table[b, shared + len(running.pages) - 1] = running.pages[-1]
         return put_off
 
     def _release(self, b: int) -> None:
         running = self._slots[b]
-        free = self._free[running.shard]
-        free += running.pages
+        self._free[running.shard] += running.pages
         running.prompt.users -= 1
-        if not running.prompt.users:
-            free += running.prompt.pages
-            prompt = self._requests[running.index].prompt
-            del self._prompts[running.shard, prompt.tobytes()]
         self._slots[b] = None
         self._table[b] = 0
+
+    def _make_room(
+        self, shard: int, count: int, keep: tuple[int, bytes] | None = None
+    ) -> bool:
+        """Frees prompts that no slot uses until `count` pages are free; whether they are.
+
+        The prompt named `keep` stays.
+        """
+        free = self._free[shard]
+        for name in list(self._prompts):
+            if len(free) >= count:
+                break
+            if name[0] == shard and name != keep and not self._prompts[name].users:
+                free += self._prompts.pop(name).pages
+        return len(free) >= count
 
     def _row(self, pages: list[int]) -> np.ndarray:
         return np.pad(np.array(pages, np.int32), (0, self._layout.columns - len(pages)))

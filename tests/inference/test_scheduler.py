@@ -126,8 +126,9 @@ def serve(
             ended += scheduler.absorb(*under_way)
         under_way = drawn, owners
     assert not scheduler.unfinished
-    assert [len(free) for free in scheduler._free] == [layout.pages - 1] * layout.shards
-    assert not scheduler._prompts and not scheduler._table.any()
+    pages_add_up(scheduler, layout)
+    assert not any(prompt.users for prompt in scheduler._prompts.values())
+    assert not scheduler._running() and not scheduler._table.any()
     return ended, device, scheduler, starts - len(requests)
 
 
@@ -167,10 +168,10 @@ def test_every_request_gets_its_tokens() -> None:
 
 
 def test_a_short_request_makes_room_at_once() -> None:
-    # Five requests in four slots: the fifth starts when the shortest has ended.
+    # Five requests in four slots: the shortest starts when the next shortest has ended.
     requests = [request(n, 3, longest) for n, longest in enumerate((20, 2, 20, 20, 4))]
     ended, _, _, _ = serve(requests, LAYOUT)
-    assert [n for n, _ in ended] == [1, 4, 0, 2, 3]
+    assert [n for n, _ in ended] == [4, 1, 0, 2, 3]
 
 
 def test_equal_prompts_are_computed_once_and_kept_once() -> None:
@@ -192,6 +193,15 @@ def test_equal_prompts_are_computed_once_and_kept_once() -> None:
     _, device, _, _ = serve(requests, layout)
     assert len(device.prefills) == 2
     assert owners.count(None) == 0
+
+
+def test_a_prompt_stays_until_its_pages_are_needed() -> None:
+    requests = [request(n, 9, 8 - n, prompt=n % 2) for n in range(8)]
+    layout = LAYOUT._replace(slots=1, pages=2 * 2 + 3)
+    _, device, _, _ = serve(requests, layout)
+    assert len(device.prefills) == 2
+    _, device, _, _ = serve(requests, layout._replace(pages=2 + 3))
+    assert len(device.prefills) == 8
 
 
 def test_a_prompt_of_full_pages_needs_no_copy() -> None:
