@@ -112,8 +112,10 @@ class TrainState(NamedTuple):
       step: [] int32, completed optimizer steps.
       params: model parameters.
       opt_state: optax state.
+      skipped: [] int32, steps that changed nothing since the last that did.
     """
 
     step: Array
     params: Params
     opt_state: Any
+    skipped: Array

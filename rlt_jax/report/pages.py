@@ -66,11 +66,11 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
     summary = {
         "teacher_reward_warmup": teacher["held_out_reward_first"],
         "teacher_reward_warmup_standard_error": teacher[
-            "held_out_reward_first_standard_error"
+            "held_out_reward_standard_error_first"
         ],
         "teacher_reward_rl": teacher["held_out_reward_last"],
         "teacher_reward_rl_standard_error": teacher[
-            "held_out_reward_last_standard_error"
+            "held_out_reward_standard_error_last"
         ],
         **_accuracies(results, answers),
         "seed": seed,

@@ -36,7 +36,8 @@ UNITS = {
 def metric_groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Which metrics go into which figure: the reward, its terms, then other areas.
 
-    A `_std` beside a `_mean` is the band of that curve and has no panel of its own.
+    A `_std` beside a `_mean` is the band of that curve; it has no panel of its own, nor
+    have a `_min` and a `_max`.
 
         >>> metric_groups([{"step": 0, "reward/value_mean": 1.0, "policy/entropy": 2.0}])
         {'reward': ['reward/value_mean'], 'policy': ['policy/entropy']}
@@ -45,7 +46,8 @@ def metric_groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {"reward": [], "reward_terms": []}
     for name in names:
         area, _, quantity = name.partition("/")
-        if name.endswith("_std") and name.removesuffix("_std") + "_mean" in names:
+        stem, _, statistic = name.rpartition("_")
+        if statistic in ("std", "min", "max") and f"{stem}_mean" in names:
             continue
         if area == "reward" and quantity != "value_mean":
             area = "reward_terms"

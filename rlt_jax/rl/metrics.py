@@ -13,6 +13,10 @@ from rlt_jax.rl import losses
 from rlt_jax.rl.advantages import has_signal
 from rlt_jax.types import Completion, Reward, TokenSpans
 
+# How a metric is put together over several updates, by the end of its name; the mean
+# if none fits.
+REDUCERS = {"_max": jnp.max, "_in_a_row": jnp.max, "/skipped": jnp.sum}
+
 
 def reward_metrics(reward: Reward) -> dict[str, jax.Array]:
     """Mean, std, min and max of the reward ("value") and every term, device scalars."""
@@ -21,6 +25,18 @@ def reward_metrics(reward: Reward) -> dict[str, jax.Array]:
         for name, term in {"value": reward.value, **reward.terms}.items()
         for statistic in ("mean", "std", "min", "max")
     }
+
+
+def over_updates(updates: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The metrics of several updates on the same completions as one row."""
+    if len(updates) == 1:
+        return updates[0]
+
+    def reduced(name: str) -> jax.Array:
+        reducers = (reduce for end, reduce in REDUCERS.items() if name.endswith(end))
+        return next(reducers, jnp.mean)(jnp.stack([row[name] for row in updates]))
+
+    return {name: reduced(name) for name in updates[0]}
 
 
 def group_metrics(

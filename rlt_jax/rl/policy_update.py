@@ -65,7 +65,7 @@ def update(
       frozen: parameters under the adapters in the state, see `Tuning`.
 
     Returns:
-      The new state and metrics; "policy/skipped" is 1 where the state is the old one.
+      The new state and metrics; "optimizer/skipped" is 1 where nothing changed.
     """
     rows, spans = batch.rows, batch.completion
     shape = rows.tokens.shape
@@ -109,10 +109,8 @@ def update(
     )
     limit = objective.skip_gradient_norm
     state, metrics = apply_gradients(state, grads, tx, loss, limit)
-    metrics |= {"policy/loss": loss, "policy/skipped": metrics.pop("optimizer/skipped")}
-    return state, metrics | policy_metrics(
-        objective, stats.log_probs, stats.entropy, tokens, spans
-    )
+    metrics |= policy_metrics(objective, stats.log_probs, stats.entropy, tokens, spans)
+    return state, metrics | {"policy/loss": loss}
 
 
 def mix_reference(reference: Params, policy: Params, alpha: float) -> Params:

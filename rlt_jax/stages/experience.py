@@ -187,8 +187,7 @@ def evaluate_held_out(
     rows: int,
     key: jax.Array,
     kl_coef: float | None,
-    when: str,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[float, dict[str, float], list[dict[str, Any]]]:
     """Mean reward and terms on held-out problems, one completion each.
 
     The batch has as many rows as a training step, so nothing new is compiled, and calls
@@ -196,8 +195,8 @@ def evaluate_held_out(
     is balanced to the solution score.
 
     Returns:
-      Means and standard errors, named after `when`, with the weight of the KL; and what
-      was written, as JSON rows.
+      The weight of the KL; means and standard errors of the reward, its terms and, where
+      it can be told, the accuracy; and what was written, as JSON rows.
     """
     padded = [problems[i % len(problems)] for i in range(rows)]
     gather = functools.partial(
@@ -217,13 +216,13 @@ def evaluate_held_out(
         values["accuracy"] = correctness(
             found.written, right=1.0, wrong=0.0, unreadable=0.0
         )
-    result = {"kl_coef": float(kl_coef)}
+    result = {}
     for name, value in values.items():
         value = value[: len(problems)]
-        result[f"held_out_{name}_{when}"] = float(value.mean())
+        result[name] = float(value.mean())
         error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
-        result[f"held_out_{name}_{when}_standard_error"] = float(error)
-    return result, written
+        result[f"{name}_standard_error"] = float(error)
+    return float(kl_coef), result, written
 
 
 def _written(

@@ -27,7 +27,7 @@ from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl import policy_update
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.metrics import reward_metrics
+from rlt_jax.rl.metrics import over_updates, reward_metrics
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build
@@ -54,7 +54,13 @@ from rlt_jax.training.metrics import (
     progress,
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from rlt_jax.training.state import from_items, new_state, state_shardings, to_items
+from rlt_jax.training.state import (
+    check_skipped,
+    from_items,
+    new_state,
+    state_shardings,
+    to_items,
+)
 from rlt_jax.types import Params, TrainState
 
 _LOG = logging.getLogger("rlt_jax")
@@ -219,8 +225,8 @@ def train(
         first, trees, start = _restore(manager, tuning, trees, prompts)
         keep_rows_before(samples, first)
 
-        def evaluate(step: int, when: str, kl_coef: float | None) -> dict[str, float]:
-            found, rows = evaluate_held_out(
+        def evaluate(step: int, kl_coef: float | None) -> tuple[float, dict]:
+            kl_coef, found, rows = evaluate_held_out(
                 programs.writing,
                 roles,
                 tuning.merge(trees.state.params),
@@ -229,16 +235,16 @@ def train(
                 c.batch_size * c.group_size,
                 jax.random.fold_in(key, 2**31 - 1),
                 kl_coef,
-                when,
             )
             _write_samples(samples, step, "held_out", rows)
-            return found
+            return kl_coef, found
 
         if start is None:
-            start = evaluate(0, "first", kl_coef)
-            start["best"] = start["held_out_reward_first"]
-            _log_terms(start)
-        kl_coef, skipped = start["kl_coef"], 0
+            kl_coef, found = evaluate(0, kl_coef)
+            start = {"kl_coef": kl_coef, "best": found["reward"]}
+            start |= _named(found, "first")
+            _log_terms(found, kl_coef)
+        kl_coef = start["kl_coef"]
         with (
             MetricWriter(workdir, first) as writer,
             progress(first, c.steps, workdir.name) as bar,
@@ -272,8 +278,10 @@ def train(
                     counted,
                     experience.sampler_log_probs,
                 )
+                updates = []
                 for _ in range(c.updates_per_rollout):
                     state, updated = programs.update(state, batch)
+                    updates.append(updated)
                 if reference and c.sync_every and (step + 1) % c.sync_every == 0:
                     reference = programs.mix(reference, state.params, c.sync_alpha)
                 every = c.student_sync_every
@@ -282,45 +290,36 @@ def train(
                     student = programs.mix(student, state.params, alpha)
                 trees = Trees(state, reference, student)
 
-                metrics |= reward_metrics(reward) | updated | experience.metrics
-                metrics |= memory_metrics()
+                metrics |= reward_metrics(reward) | over_updates(updates)
+                metrics |= experience.metrics | memory_metrics()
                 metrics["time/step_seconds"] = time.monotonic() - began
-                last = writer.write(step, metrics)
-                skipped = skipped + 1 if last.get("policy/skipped") else 0
-                if skipped >= c.max_skipped:
-                    raise UserError(
-                        f"rl: {skipped} updates in a row were skipped (loss or gradient "
-                        "not finite, or above objective.skip_gradient_norm), the last in "
-                        f"step {step - 1}. Lower optimizer.learning_rate; the run goes "
-                        "on from its last checkpoint."
-                    )
+                done = step + 1
+                if c.evaluate_every and done % c.evaluate_every == 0:
+                    _, found = evaluate(done, kl_coef)
+                    metrics |= {f"held_out/{name}": x for name, x in found.items()}
+                    if found["reward"] > start["best"]:
+                        start["best"] = found["reward"]
+                        checkpoint.save_model(
+                            best, done, roles.teacher, tuning.merge(state.params)
+                        )
+                check_skipped(writer.write(step, metrics), c.max_skipped)
                 if step % c.sample_every == 0:
                     firsts = slice(0, None, c.group_size)
                     written = sample_rows(
                         roles, c.format, group, experience.completions, reward, firsts
                     )
                     _write_samples(samples, step, "train", written)
-                done = step + 1
-                if c.evaluate_every and done % c.evaluate_every == 0:
-                    found = evaluate(done, "now", kl_coef)
-                    writer.write(
-                        step, {"held_out/reward": found["held_out_reward_now"]}
-                    )
-                    if found["held_out_reward_now"] > start["best"]:
-                        start["best"] = found["held_out_reward_now"]
-                        checkpoint.save_model(
-                            best, done, roles.teacher, tuning.merge(state.params)
-                        )
                 if done % c.checkpoint_every == 0 or done == c.steps:
-                    writer.flush()  # a checkpoint's steps have their rows
+                    # A checkpoint's steps have their rows.
+                    check_skipped(writer.flush(), c.max_skipped)
                     data = {"prompts": prompts.get_state(), "start": start}
                     items = {"params": tuning.merge(state.params)}
                     items |= _items(tuning, trees)
                     checkpoint.save(manager, done, items, data)
                 bar.update()
-        end = evaluate(c.steps, "last", kl_coef)
+        _, end = evaluate(c.steps, kl_coef)
         manager.wait_until_finished()
-    return start | end
+    return start | _named(end, "last")
 
 
 def load_rl_roles(
@@ -330,6 +329,10 @@ def load_rl_roles(
     if c.self_teaching and config["student"] is not None:
         raise UserError("loop.self_teaching: set `student` to None, it is the policy.")
     policy, *students = load_models(config["policy"], config["student"], mesh, seed)
+    students = [
+        student._replace(params=offload.keep(student.params, c.offload, "student"))
+        for student in students
+    ]
     if c.self_teaching:
         students = [policy._replace(params=None)]
     rows = build(RowShape, config["rows"], "rows")
@@ -346,26 +349,24 @@ def _log_sizes(c: RLConfig, roles: Roles, mesh: Mesh) -> None:
             f"{groups} groups of devices."
         )
     _LOG.info(
-        "a step: %d prompts x %d completions = %d; %d lines of %d tokens a micro-batch, "
-        "%d a device group (%d groups)",
-        c.batch_size,
-        c.group_size,
-        c.batch_size * c.group_size,
-        lines,
-        roles.rows.row_length,
-        lines // groups,
-        groups,
+        f"a step: {c.batch_size} prompts x {c.group_size} completions = "
+        f"{c.batch_size * c.group_size}; {lines} lines of {roles.rows.row_length} tokens "
+        f"a micro-batch, {lines // groups} a device group ({groups} groups)"
     )
 
 
-def _log_terms(start: dict[str, float]) -> None:
-    if "held_out_solution_score_first" in start:
+def _log_terms(found: dict[str, float], kl_coef: float) -> None:
+    if "solution_score" in found:
         _LOG.info(
             "before the first step: solution score %.4g, explanation KL %.4g * %.4g",
-            start["held_out_solution_score_first"],
-            start["held_out_explanation_kl_first"],
-            start["kl_coef"],
+            found["solution_score"],
+            found["explanation_kl"],
+            kl_coef,
         )
+
+
+def _named(found: dict[str, float], when: str) -> dict[str, float]:
+    return {f"held_out_{name}_{when}": value for name, value in found.items()}
 
 
 def _copy(params: Params, offloaded: bool, name: str) -> Params:

@@ -28,6 +28,7 @@ from rlt_jax.training.metrics import MetricWriter, progress, read_jsonl
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import (
     apply_gradients,
+    check_skipped,
     from_items,
     new_state,
     state_shardings,
@@ -49,6 +50,8 @@ class SFTConfig:
       row_length: tokens per packed row; no single row may be longer.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of them stay.
+      max_skipped: steps in a row that may be skipped, for a loss or gradient that is not
+        finite, before the run stops.
     """
 
     format: str
@@ -57,6 +60,7 @@ class SFTConfig:
     row_length: int
     checkpoint_every: int = 100
     keep_checkpoints: int = 1
+    max_skipped: int = 5
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -115,9 +119,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             for step in range(first, c.steps):
                 batch = jax.device_put(next(batches), sharding.batch_sharding(mesh))
                 state, metrics = update(state, batch, tuning.frozen)
-                writer.write(step, metrics)
+                check_skipped(writer.write(step, metrics), c.max_skipped)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
-                    writer.flush()  # a checkpoint's steps have their rows
+                    # A checkpoint's steps have their rows.
+                    check_skipped(writer.flush(), c.max_skipped)
                     _save(manager, step + 1, tuning, state, batches)
                 bar.update()
         manager.wait_until_finished()
@@ -158,7 +163,7 @@ def update(
         return -(stats.log_probs * weight).sum() / weight.sum()
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    state, metrics = apply_gradients(state, grads, tx)
+    state, metrics = apply_gradients(state, grads, tx, loss)
     tokens = (batch["segment_ids"] > 0).sum()
     fill = tokens / batch["segment_ids"].size
     return state, {"sft/loss": loss, "sft/tokens": tokens, "sft/fill": fill, **metrics}

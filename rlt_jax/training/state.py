@@ -9,6 +9,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
 from rlt_jax.training.lora import trained_part
 from rlt_jax.training.sharding import to_shardings
@@ -26,7 +27,8 @@ def state_shardings(
 
     def boxed_state() -> TrainState:
         params = trained_part(boxed_params(model, jax.random.key(0)))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), zero)
 
     def named(box: Any) -> Any:
         if not isinstance(box, nn.Partitioned):
@@ -49,20 +51,24 @@ def new_state(
 
     def init(params: Params) -> TrainState:
         params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), zero)
 
     return jax.jit(init, out_shardings=shardings)(params)
 
 
 def to_items(state: TrainState, name: str) -> dict[str, Any]:
     """The state as items of a checkpoint, its parameters under a name."""
-    return {name: state.params, "optimizer": (state.step, state.opt_state)}
+    return {
+        name: state.params,
+        "optimizer": (state.step, state.opt_state, state.skipped),
+    }
 
 
 def from_items(items: Mapping[str, Any], name: str) -> TrainState:
     """The state of a restored checkpoint."""
-    step, opt_state = items["optimizer"]
-    return TrainState(step, items[name], opt_state)
+    step, opt_state, skipped = items["optimizer"]
+    return TrainState(step, items[name], opt_state, skipped)
 
 
 def apply_gradients(
@@ -75,7 +81,7 @@ def apply_gradients(
     """One optimizer step; metrics name the norms of gradient and update.
 
     Where loss or gradient is not finite, or the gradient longer than `max_norm`, the
-    step is skipped: the state comes back as it was, and "optimizer/skipped" is 1.
+    step is skipped: the state comes back as it was but for `skipped`, which counts it.
     """
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -83,7 +89,7 @@ def apply_gradients(
         sound &= norm <= max_norm
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    stepped = TrainState(state.step + 1, params, opt_state)
+    stepped = TrainState(state.step + 1, params, opt_state, state.skipped)
     metrics = {
         "optimizer/gradient_norm": norm,
         "optimizer/update_norm": jnp.where(sound, optax.tree.norm(updates), 0.0),
@@ -91,4 +97,24 @@ def apply_gradients(
     }
     # Elementwise, so it is done in place of the old state and needs no copy of it.
     chosen = jax.tree.map(lambda new, old: jnp.where(sound, new, old), stepped, state)
-    return chosen, metrics
+    chosen = chosen._replace(skipped=jnp.where(sound, 0, state.skipped + 1))
+    return chosen, metrics | {"optimizer/skipped_in_a_row": chosen.skipped}
+
+
+def check_skipped(row: Mapping[str, float], limit: int) -> None:
+    """Stops a run that stands still.
+
+    Args:
+      row: metrics of a step, or none.
+      limit: steps of the optimizer in a row that may be skipped.
+
+    Raises:
+      UserError: there were more.
+    """
+    skipped = int(row.get("optimizer/skipped_in_a_row", 0))
+    if skipped > limit:
+        raise UserError(
+            f"{skipped} updates in a row were skipped, as loss or gradient were not "
+            "finite, or the gradient above objective.skip_gradient_norm. Lower "
+            "optimizer.learning_rate; the run goes on from its last checkpoint."
+        )

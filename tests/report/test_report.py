@@ -49,9 +49,9 @@ def workdir(tmp_path: Path) -> Path:
     """A run with every file that the report reads, and hostile text in all of them."""
     held_out = {
         "held_out_reward_first": -0.5,
-        "held_out_reward_first_standard_error": 0.02,
+        "held_out_reward_standard_error_first": 0.02,
         "held_out_reward_last": -0.25,
-        "held_out_reward_last_standard_error": 0.01,
+        "held_out_reward_standard_error_last": 0.01,
         "held_out_solution_score_first": -0.4,
         "held_out_solution_score_last": -0.2,
     }

@@ -107,7 +107,7 @@ def step(
             SamplingConfig(int(max(lengths)), temperature),
             ObjectiveConfig(beta=wanted["beta"]),
         )
-        state = TrainState(jnp.int32(0), policy, TX.init(policy))
+        state = TrainState(jnp.int32(0), policy, TX.init(policy), jnp.int32(0))
         return batch, *jax.jit(update)(state, batch)
 
     return step

@@ -5,7 +5,12 @@ import numpy as np
 
 from rlt_jax.data.packing import gather_spans
 from rlt_jax.rl.losses import LossTokens, ObjectiveConfig
-from rlt_jax.rl.metrics import group_metrics, policy_metrics, reward_metrics
+from rlt_jax.rl.metrics import (
+    group_metrics,
+    over_updates,
+    policy_metrics,
+    reward_metrics,
+)
 from rlt_jax.types import Reward
 
 
@@ -26,6 +31,16 @@ def test_reward_and_every_term() -> None:
         "reward/closed_min": 0.0,
         "reward/closed_max": 1.0,
     }
+
+
+def test_several_updates_make_one_row() -> None:
+    rows = [
+        {"a/b": jnp.float32(n), "a/b_max": 4.0 - n, "o/skipped": n % 2}
+        for n in range(4)
+    ]
+    assert over_updates(rows[:1]) == rows[0]
+    found = {name: float(value) for name, value in over_updates(rows).items()}
+    assert found == {"a/b": 1.5, "a/b_max": 4.0, "o/skipped": 2}
 
 
 def test_groups() -> None:

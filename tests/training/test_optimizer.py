@@ -24,7 +24,12 @@ from rlt_jax.training.optimizer import (
     make_schedule,
     matrices,
 )
-from rlt_jax.training.state import apply_gradients, new_state, state_shardings
+from rlt_jax.training.state import (
+    apply_gradients,
+    check_skipped,
+    new_state,
+    state_shardings,
+)
 from rlt_jax.types import Params, TrainState
 
 # Wide enough that adafactor has something to factor.
@@ -129,7 +134,7 @@ def test_an_unknown_schedule_is_refused() -> None:
 
 def update(config: OptimizerConfig, params: Params, grads: Params) -> Params:
     tx = make_optimizer(config, 10)
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.int32(0))
     return apply_gradients(state, grads, tx)[0].params
 
 
@@ -162,7 +167,7 @@ def test_long_gradients_are_clipped_to_their_global_norm() -> None:
 def test_a_step_is_counted_and_measured() -> None:
     tx = optax.sgd(0.5)
     params = jnp.array([1.0, 1.0])
-    state = TrainState(jnp.int32(4), params, tx.init(params))
+    state = TrainState(jnp.int32(4), params, tx.init(params), jnp.int32(0))
     state, metrics = apply_gradients(state, jnp.array([3.0, 4.0]), tx)
     assert state.step == 5
     np.testing.assert_allclose(state.params, [-0.5, -1.0])
@@ -185,11 +190,15 @@ def test_a_step_in_doubt_changes_no_bit(
 ) -> None:
     tx = make_optimizer(OptimizerConfig(0.1), 10)
     params = {"a": jnp.array([1.0, -0.0])}
-    state = TrainState(jnp.int32(4), params, tx.init(params))
+    state = TrainState(jnp.int32(4), params, tx.init(params), jnp.int32(0))
     state, _ = apply_gradients(state, {"a": jnp.array([0.1, 0.0])}, tx)
     grads = {"a": jnp.array(gradient)}
     after, metrics = apply_gradients(state, grads, tx, jnp.float32(loss), max_norm)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+    assert after.skipped == metrics["optimizer/skipped_in_a_row"] == 1
+    uncounted = after._replace(skipped=state.skipped)
+    for old, new in zip(
+        jax.tree.leaves(state), jax.tree.leaves(uncounted), strict=True
+    ):
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
     assert metrics["optimizer/skipped"] == 1.0
     assert metrics["optimizer/update_norm"] == 0.0
@@ -197,10 +206,26 @@ def test_a_step_in_doubt_changes_no_bit(
 
 def test_a_long_gradient_within_the_bound_is_followed() -> None:
     tx = optax.sgd(0.5)
-    state = TrainState(jnp.int32(0), jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)))
+    state = TrainState(
+        jnp.int32(0), jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)), jnp.int32(0)
+    )
     state, metrics = apply_gradients(state, jnp.array([3.0, 4.0]), tx, 1.0, 5.0)
     np.testing.assert_allclose(state.params, [-0.5, -1.0])
-    assert metrics["optimizer/skipped"] == 0.0
+    assert metrics["optimizer/skipped"] == metrics["optimizer/skipped_in_a_row"] == 0
+
+
+def test_steps_skipped_in_a_row_are_counted() -> None:
+    tx = optax.sgd(0.5)
+    state = TrainState(jnp.int32(0), jnp.ones(2), tx.init(jnp.zeros(2)), jnp.int32(0))
+    rows = []
+    for size in (jnp.nan, jnp.inf, 1.0, jnp.nan):
+        state, metrics = apply_gradients(state, jnp.full(2, size), tx)
+        rows.append(metrics)
+    assert [int(m["optimizer/skipped_in_a_row"]) for m in rows] == [1, 2, 0, 1]
+    check_skipped(rows[1], 2)
+    check_skipped({}, 2)
+    with pytest.raises(UserError, match="2 updates in a row were skipped"):
+        check_skipped(rows[1], 1)
 
 
 def test_a_new_state_owns_its_parameters(
