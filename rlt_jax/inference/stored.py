@@ -1,5 +1,6 @@
 """Completions on disk: written as they end, read again by whoever goes on or replays."""
 
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, Occupancy, complete
@@ -22,8 +24,11 @@ def complete_stored(
     requests: Sequence[Request],
     key: jax.Array,
     occupancy: Occupancy | None = None,
+    bar: tqdm.tqdm | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """`complete`, but every completion is kept in a JSONL file, and none made twice.
+
+    A progress bar shows the tokens drawn per second.
 
     Yields:
       First what the file holds, then the others as they end.
@@ -46,8 +51,13 @@ def complete_stored(
         yield n, _completion(row)
     left = sorted(missing)
     part = [requests[n] for n in left]
+    began, drawn = time.monotonic(), 0
     for i, completion in complete(engine, params, part, key, occupancy):
         append_jsonl(file, [_row(part[i], completion)])
+        drawn += len(completion.tokens)
+        if bar is not None:
+            rate = drawn / (time.monotonic() - began)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         yield left[i], completion
 
 

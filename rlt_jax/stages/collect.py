@@ -107,7 +107,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     stored = workdir / "completions.jsonl"
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="trace") as bar:
-        stream = complete_stored(stored, engine, teacher.params, requests, key)
+        stream = complete_stored(stored, engine, teacher.params, requests, key, bar=bar)
         for batch in in_order(stream, c.batch_size):
             short = c.batch_size - len(batch)
             padded = [one.tokens for one in batch + batch[-1:] * short]

@@ -95,7 +95,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     stored = workdir / "completions.jsonl"
     key = jax.random.key(seed)
     with progress(first, len(todo), workdir.name, unit="sample") as bar:
-        stream = complete_stored(stored, engine, loaded.params, requests[first:], key)
+        stream = complete_stored(
+            stored, engine, loaded.params, requests[first:], key, bar=bar
+        )
         for batch in in_order(stream, c.batch_size):
             part = todo[bar.n : bar.n + len(batch)]
             texts = [examples.completion_text(tokenizer, c.tokens)[0] for c in batch]

@@ -1,6 +1,7 @@
 """What a policy writes and what it gets for it: one batch of experience."""
 
 import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,10 @@ from rlt_jax.stages.roles import (
     scoring_batches,
 )
 from rlt_jax.training import offload
+from rlt_jax.training.metrics import phase_metrics
 from rlt_jax.types import PackedRows, Params, Reward, TokenSpans
+
+_LOG = logging.getLogger("rlt_jax")
 
 
 class Writing(NamedTuple):
@@ -159,11 +163,11 @@ def gather_experience(
         writing.terms, written._replace(scored=scored and scored.reward)
     )
     jax.block_until_ready((log_probs, reward))
-    metrics |= {
-        "rollout/overlong": overlong,
-        "time/rollout_seconds": rolled_out - began,
-        "time/score_seconds": time.monotonic() - rolled_out,
-    }
+    drawn = sum(map(len, completions))
+    metrics |= {"rollout/overlong": overlong}
+    metrics |= phase_metrics("rollout", drawn, rolled_out - began)
+    taken = time.monotonic() - rolled_out
+    metrics |= phase_metrics("score", np.count_nonzero(rows.segment_ids), taken)
     sampler = on_spans([one.log_probs for one in rollout], spans, rows.tokens.shape)
     return Experience(
         completions,
@@ -222,6 +226,8 @@ def evaluate_held_out(
         result[name] = float(value.mean())
         error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
         result[f"{name}_standard_error"] = float(error)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+    _LOG.info("held out, explanation KL weighed by %.4g: %s", kl_coef, shown)
     return float(kl_coef), result, written
 
 

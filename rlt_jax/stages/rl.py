@@ -17,6 +17,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.data import pipeline
@@ -51,6 +52,7 @@ from rlt_jax.training.metrics import (
     append_jsonl,
     keep_rows_before,
     memory_metrics,
+    phase_metrics,
     progress,
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -243,7 +245,6 @@ def train(
             kl_coef, found = evaluate(0, kl_coef)
             start = {"kl_coef": kl_coef, "best": found["reward"]}
             start |= _named(found, "first")
-            _log_terms(found, kl_coef)
         kl_coef = start["kl_coef"]
         with (
             MetricWriter(workdir, first) as writer,
@@ -278,7 +279,7 @@ def train(
                     counted,
                     experience.sampler_log_probs,
                 )
-                updates = []
+                updates, updating = [], time.monotonic()
                 for _ in range(c.updates_per_rollout):
                     state, updated = programs.update(state, batch)
                     updates.append(updated)
@@ -290,6 +291,12 @@ def train(
                     student = programs.mix(student, state.params, alpha)
                 trees = Trees(state, reference, student)
 
+                jax.block_until_ready(
+                    trees
+                )  # or the next rollout's time has this in it
+                taken = time.monotonic() - updating
+                tokens = len(updates) * np.count_nonzero(rows.segment_ids)
+                metrics |= phase_metrics("update", tokens, taken)
                 metrics |= reward_metrics(reward) | over_updates(updates)
                 metrics |= experience.metrics | memory_metrics()
                 metrics["time/step_seconds"] = time.monotonic() - began
@@ -353,16 +360,6 @@ def _log_sizes(c: RLConfig, roles: Roles, mesh: Mesh) -> None:
         f"{c.batch_size * c.group_size}; {lines} lines of {roles.rows.row_length} tokens "
         f"a micro-batch, {lines // groups} a device group ({groups} groups)"
     )
-
-
-def _log_terms(found: dict[str, float], kl_coef: float) -> None:
-    if "solution_score" in found:
-        _LOG.info(
-            "before the first step: solution score %.4g, explanation KL %.4g * %.4g",
-            found["solution_score"],
-            found["explanation_kl"],
-            kl_coef,
-        )
 
 
 def _named(found: dict[str, float], when: str) -> dict[str, float]:

@@ -7,12 +7,14 @@ solution).
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -24,7 +26,12 @@ from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
-from rlt_jax.training.metrics import MetricWriter, progress, read_jsonl
+from rlt_jax.training.metrics import (
+    MetricWriter,
+    phase_metrics,
+    progress,
+    read_jsonl,
+)
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import (
     apply_gradients,
@@ -116,9 +123,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             MetricWriter(workdir, first) as writer,
             progress(first, c.steps, workdir.name) as bar,
         ):
+            began = time.monotonic()
             for step in range(first, c.steps):
-                batch = jax.device_put(next(batches), sharding.batch_sharding(mesh))
+                rows = next(batches)
+                batch = jax.device_put(rows, sharding.batch_sharding(mesh))
                 state, metrics = update(state, batch, tuning.frozen)
+                tokens, now = np.count_nonzero(rows["segment_ids"]), time.monotonic()
+                metrics |= phase_metrics("step", tokens, now - began)
+                began = now
                 check_skipped(writer.write(step, metrics), c.max_skipped)
                 if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
                     # A checkpoint's steps have their rows.

@@ -70,6 +70,14 @@ def memory_metrics() -> dict[str, float]:
     return {"memory/peak_gib": peak / 2**30}
 
 
+def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
+    """How long part of a step took, and how fast its tokens went through."""
+    return {
+        f"time/{phase}_seconds": seconds,
+        f"time/{phase}_tokens_per_second": tokens / seconds,
+    }
+
+
 def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     """Appends one JSON object a line, after dropping a last line cut off in writing."""
     with file.open("ab+") as lines:
