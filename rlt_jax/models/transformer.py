@@ -12,12 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlt_jax.models.attention import (
-    Visibility,
-    attention,
-    packed_visibility,
-    soft_cap,
-)
+from rlt_jax.models.attention import Tokens, attention, soft_cap
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.paged_cache import paged_attention, write
 from rlt_jax.models.rope import Rope, layer_ropes, rotate
@@ -74,6 +69,30 @@ class RMSNorm(nn.Module):
         return (y * (scale + 1.0 if self.plus_one else scale)).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    """The last `contracted` axes of x with the first of the kernel.
+
+    Autodiff has the kernel's gradient transposed, which costs XLA on CPU several times
+    the product.
+    """
+    axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+
+
+def _product_backward(
+    contracted: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - contracted))
+    outs = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel, (outs, ((), ())))
+    return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+_product.defvjp(lambda x, w, n: (_product(x, w, n), (x, w)), _product_backward)
+
+
 class Projection(nn.Module):
     """Dense map of the trailing axes `in_shape` to `out_shape`; `axes` names both."""
 
@@ -90,16 +109,29 @@ class Projection(nn.Module):
         shape = self.in_shape + self.out_shape
         kernel = self.param("kernel", _kernel_init(self.axes, fan_in), shape)
         axes = len(self.in_shape)
-        contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-        # By functions that qwix knows: the kernel may be int8, or have adapters.
-        kernel = jnp.asarray(kernel, x.dtype)
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ()))).astype(x.dtype)
+        if self._seen_by_qwix(kernel):
+            contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+            kernel = jnp.asarray(kernel, x.dtype)
+            y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+        else:
+            y = _product(x, kernel.astype(x.dtype), axes)
+        y = y.astype(x.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(
                 nn.initializers.zeros, self.axes[len(self.in_shape) :]
             )
             y = y + self.param("bias", init, self.out_shape).astype(x.dtype)
         return y
+
+    def _seen_by_qwix(self, kernel: Any) -> bool:
+        """Whether the kernel is int8, or has adapters, or may be about to get them.
+
+        Then the product has to be made by functions that qwix replaces.
+        """
+        adapted = set(self.variables["params"]) - {"kernel", "bias"}
+        return bool(adapted or self.is_initializing()) or not isinstance(
+            kernel, jax.Array
+        )
 
 
 class Attention(nn.Module):
@@ -114,7 +146,7 @@ class Attention(nn.Module):
         kv_cache: PagedCache | None,
         layer: Layer,
         positions: jax.Array,
-        visibility: Visibility | None,
+        segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, PagedCache | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -132,8 +164,8 @@ class Attention(nn.Module):
         scale = (c.query_scale_dim or H) ** -0.5
         limits = {"softcap": c.attention_softcap, "window": c.sliding_window}
         if kv_cache is None:
-            args = (query, key, value, visibility, layer.windowed)
-            y = attention(*args, scale=scale, **limits)
+            tokens = Tokens(positions, segment_ids, layer.windowed)
+            y = attention(query, key, value, tokens, scale=scale, **limits)
         else:
             kv_cache = write(kv_cache, layer.index, positions, key, value)
             args = (query * scale, kv_cache, layer.index, positions, layer.windowed)
@@ -168,13 +200,13 @@ class Block(nn.Module):
         carry: tuple[jax.Array, PagedCache | None],
         layer: Layer,
         positions: jax.Array,
-        visibility: Visibility | None,
+        segment_ids: jax.Array | None,
     ) -> tuple[tuple[jax.Array, PagedCache | None], None]:
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
         y, kv_cache = Attention(c, name="attention")(
-            norm(name="attention_norm")(x), kv_cache, layer, positions, visibility
+            norm(name="attention_norm")(x), kv_cache, layer, positions, segment_ids
         )
         x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
         y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
@@ -244,16 +276,15 @@ class Transformer(nn.Module):
           Hidden states [B, T, D] in the activation dtype, and the filled cache.
         """
         c = self.config
-        visibility = None
-        if kv_cache is None:
-            if segment_ids is None:
-                raise ValueError("Pass segment_ids, or a kv_cache.")
-            visibility = packed_visibility(positions, segment_ids)
+        if kv_cache is None and segment_ids is None:
+            raise ValueError("Pass segment_ids, or a kv_cache.")
         x = self.embedding[tokens].astype(c.activation_dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
         x = _constrain(x, "batch", "length", "embed")
-        (x, kv_cache), _ = self.layers((x, kv_cache), _layers(c), positions, visibility)
+        (x, kv_cache), _ = self.layers(
+            (x, kv_cache), _layers(c), positions, segment_ids
+        )
         return self.final_norm(x), kv_cache
 
     def head(self, hidden: jax.Array) -> jax.Array:
