@@ -9,12 +9,19 @@ log-probability 0. The shift is written here and nowhere else.
     log_probs  0    p(b|h0)   p(c|h1)
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlt_jax.models.transformer import Transformer, hidden_states, logits
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.transformer import (
+    Transformer,
+    head_kernel,
+    head_logits,
+    hidden_states,
+)
 from rlt_jax.types import Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time
@@ -25,7 +32,8 @@ class TokenStats(NamedTuple):
 
     Attributes:
       log_probs: [B, T] float32.
-      entropy: [B, T] float32, of the distribution the token was drawn from, in nats.
+      entropy: [B, T] float32, of the distribution the token was drawn from, in nats;
+        no gradient comes from it.
     """
 
     log_probs: jax.Array
@@ -39,11 +47,13 @@ def token_stats(
     segment_ids: jax.Array,
     positions: jax.Array,
     temperature: float = 1.0,
+    wanted: jax.Array | bool = True,
 ) -> TokenStats:
     """Log-probability and entropy of every token given those before it.
 
     The head runs over chunks of the length, and again in the backward pass, so memory
-    grows with tokens times width and not with tokens times vocabulary.
+    grows with tokens times width and not with tokens times vocabulary. Hidden states that
+    predict wanted tokens come first in their row, and only their chunks are computed.
 
     Args:
       model: the transformer.
@@ -52,38 +62,133 @@ def token_stats(
       segment_ids: [B, T] int32, 0 for padding.
       positions: [B, T] int32, from 0 within each segment.
       temperature: logits are divided by it; 0 counts as 1, as it does in `sample`.
+      wanted: [B, T] bool, which tokens it is about.
 
     Returns:
-      Both zero for padding and for the first token of each segment.
+      Both zero for padding, for the first token of each segment, and where not wanted.
     """
     hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
     B, T = tokens.shape
-    C = max(1, min(T, LOGITS_PER_CHUNK // (B * model.config.vocab_size)))
-    pad = -T % C
-    targets = jnp.pad(jnp.roll(tokens, -1, axis=1), ((0, 0), (0, pad)))
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    V = model.config.vocab_size
+    C = max(1, min(T, LOGITS_PER_CHUNK // (B * V)))
+    predicted = (positions > 0) & (segment_ids > 0) & wanted
+    # State t predicts token t + 1.
+    needed = jnp.roll(predicted, -1, axis=1)
+    order = jnp.argsort(~needed, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    last = -(-needed.sum(axis=1).max() // C)
 
-    @jax.checkpoint
-    def one_chunk(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
-        states, target = chunk
-        scaled = logits(model, params, states) / (temperature or 1.0)
-        normaliser = jax.nn.logsumexp(scaled, axis=-1)
-        chosen = jnp.take_along_axis(scaled, target[..., None], axis=-1)[..., 0]
-        weights = jnp.exp(scaled - normaliser[..., None])
-        entropy = normaliser - jnp.sum(weights * scaled, axis=-1)
-        return None, (chosen - normaliser, entropy)
+    def whole(x: jax.Array) -> jax.Array:
+        """In order, padded to whole chunks."""
+        return jnp.pad(x, [(0, 0), (0, -T % C), *[(0, 0)] * (x.ndim - 2)])
 
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(B, -1, C, *x.shape[2:]), 1, 0)
-
-    _, stats = jax.lax.scan(one_chunk, None, (chunks(hidden), chunks(targets)))
-    predicted = (positions > 0) & (segment_ids > 0)
+    targets = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), order, axis=1)
+    settings = (model.config, temperature or 1.0, C)
+    kernel = head_kernel(model.config, params)
+    states = whole(_permuted(hidden, order, back))
+    stats = _chunked(settings, kernel, states, whole(targets), last)
 
     def about_token(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1).reshape(B, T + pad)[:, :T]
+        x = jnp.take_along_axis(x[:, :T], back, axis=1)
         return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
 
-    return TokenStats(*(about_token(x) for x in stats))
+    return TokenStats(*map(about_token, stats))
+
+
+@jax.custom_vjp
+def _permuted(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Rows [B, T, D] in another order; the gradient is put back, not scattered."""
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+_permuted.defvjp(
+    lambda x, order, back: (_permuted(x, order, back), (order, back)),
+    lambda saved, dy: (_permuted(dy, *saved[::-1]), None, None),
+)
+
+_Settings = tuple[ModelConfig, float, int]  # model, temperature, states in a chunk
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    settings: _Settings,
+    kernel: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    last: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropy [B, S] of targets [B, S] after states [B, S, D].
+
+    Chunks from `last` on are not computed, and 0.
+    """
+    return _forward(settings, kernel, hidden, targets, last)[0]
+
+
+def _forward(
+    settings: _Settings,
+    kernel: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    last: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    config, temperature, C = settings
+
+    def one_chunk(i: jax.Array, found: tuple) -> tuple:
+        scores = head_logits(config, kernel, _cut(hidden, i, C)) / temperature
+        normaliser = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.where(_hits(scores, _cut(targets, i, C)), scores, 0.0).sum(-1)
+        weights = jnp.exp(scores - normaliser[..., None])
+        entropy = normaliser - jnp.sum(weights * scores, axis=-1)
+        new = chosen - normaliser, entropy, normaliser
+        return jax.tree.map(
+            lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * C, 1),
+            found,
+            new,
+        )
+
+    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 3
+    log_probs, entropy, normaliser = jax.lax.fori_loop(0, last, one_chunk, zeros)
+    return (log_probs, entropy), (kernel, hidden, targets, last, normaliser)
+
+
+def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
+    config, temperature, C = settings
+    kernel, hidden, targets, last, normaliser = saved
+    d_log_probs, _ = gradients
+
+    def one_chunk(i: jax.Array, found: tuple) -> tuple:
+        d_kernel, d_hidden = found
+        h = _cut(hidden, i, C)
+        logits = head_logits(config, kernel, h)
+        weights = jnp.exp(logits / temperature - _cut(normaliser, i, C)[..., None])
+        slope = _cut(d_log_probs, i, C)[..., None] / temperature
+        if config.final_softcap is not None:
+            slope *= 1 - (logits / config.final_softcap) ** 2
+        hit = _hits(logits, _cut(targets, i, C))
+        d_logits = (slope * (hit - weights)).astype(hidden.dtype)
+        if config.tie_embeddings:
+            dk = jnp.einsum("BCV,BCD->VD", d_logits, h)
+            dh = jnp.einsum("BCV,VD->BCD", d_logits, kernel.astype(h.dtype))
+        else:
+            dk = jnp.einsum("BCD,BCV->DV", h, d_logits)
+            dh = jnp.einsum("BCV,DV->BCD", d_logits, kernel.astype(h.dtype))
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * C, 1)
+        return d_kernel + dk, d_hidden
+
+    zeros = jnp.zeros_like(kernel), jnp.zeros_like(hidden)
+    return *jax.lax.fori_loop(0, last, one_chunk, zeros), None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _cut(x: jax.Array, i: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+
+
+def _hits(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """[B, C, V] bool, True at the target: read without gather, so V may be split."""
+    return jnp.arange(scores.shape[-1]) == targets[..., None]
 
 
 def token_log_probs(

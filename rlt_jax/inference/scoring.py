@@ -9,19 +9,27 @@ from rlt_jax.types import PackedRows, Params, TokenSpans
 
 
 def score_rows(
-    model: Transformer, temperature: float, params: Params, rows: PackedRows
+    model: Transformer,
+    temperature: float,
+    params: Params,
+    rows: PackedRows,
+    *spans: TokenSpans,
 ) -> jax.Array:
-    """Log-probability of every token of packed rows.
+    """Log-probability of the tokens of spans in packed rows.
 
     Args:
       model: the transformer.
       temperature: logits are divided by it.
       params: parameters.
       rows: [M, B, T]; micro-batches after `num_micro_batches` are not computed.
+      spans: which tokens it is about; all without any.
 
     Returns:
-      [M, B, T] float32, 0 for padding and the first token of each segment.
+      [M, B, T] float32, 0 for padding, the first token of each segment, and others.
     """
+    wanted = jnp.full(rows.tokens.shape, not spans)
+    for one_kind in spans:
+        wanted |= scatter(jnp.ones(len(one_kind.mask)), one_kind, wanted.shape) > 0
 
     def one(m: jax.Array, log_probs: jax.Array) -> jax.Array:
         stats = token_stats(
@@ -31,6 +39,7 @@ def score_rows(
             rows.segment_ids[m],
             rows.positions[m],
             temperature,
+            wanted[m],
         )
         return log_probs.at[m].set(stats.log_probs)
 

@@ -289,11 +289,21 @@ class Transformer(nn.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
-        kernel = self.embedding.T if self.config.tie_embeddings else self.output
-        kernel = kernel.astype(hidden.dtype)
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        cap = self.config.final_softcap
-        return logits if cap is None else soft_cap(logits, cap)
+        kernel = self.embedding if self.config.tie_embeddings else self.output
+        return head_logits(self.config, kernel, hidden)
+
+
+def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
+    """The parameter of the head: the embedding [V, D] if tied, else [D, V]."""
+    return params["embedding" if config.tie_embeddings else "output"]
+
+
+def head_logits(config: ModelConfig, kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits [..., V]."""
+    kernel = (kernel.T if config.tie_embeddings else kernel).astype(hidden.dtype)
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    cap = config.final_softcap
+    return logits if cap is None else soft_cap(logits, cap)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

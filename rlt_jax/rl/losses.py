@@ -24,7 +24,8 @@ class LossTokens(NamedTuple):
       advantages: float32, that of the token's completion.
       shares: float32, 1 / length of the completion on its tokens, 0 on all others.
       segment_ids: int32, one completion a segment.
-      old_log_probs: float32, of the policy at the time of the rollout.
+      old_log_probs: float32, of the policy at the time of the rollout; None where it is
+        the policy itself.
       ref_log_probs: float32, of the reference; None without one.
       sampler_log_probs: float32, as the sampler gave them; None if unknown.
     """
@@ -32,7 +33,7 @@ class LossTokens(NamedTuple):
     advantages: jax.Array
     shares: jax.Array
     segment_ids: jax.Array
-    old_log_probs: jax.Array
+    old_log_probs: jax.Array | None
     ref_log_probs: jax.Array | None
     sampler_log_probs: jax.Array | None
 

@@ -24,7 +24,8 @@ class PolicyBatch(NamedTuple):
       rows: packed teacher rows, one completion a segment.
       completion: the sampled tokens of each of N completions.
       advantages: [N] float32.
-      old_log_probs: [M, B, T] float32 under the policy at the time of the rollout.
+      old_log_probs: [M, B, T] float32 under the policy at the time of the rollout; None
+        where that is the policy itself, as in an only update.
       ref_log_probs: [M, B, T] float32 under the reference; None if beta is 0.
       counted: [N] bool, which completions have a gradient; True for all.
       sampler_log_probs: [M, B, T] float32 as the sampler gave them on the tokens of the
@@ -34,7 +35,7 @@ class PolicyBatch(NamedTuple):
     rows: PackedRows
     completion: TokenSpans
     advantages: jax.Array
-    old_log_probs: jax.Array
+    old_log_probs: jax.Array | None
     ref_log_probs: jax.Array | None
     counted: jax.Array | bool = True
     sampler_log_probs: jax.Array | None = None
@@ -90,8 +91,11 @@ def update(
             rows.segment_ids[m],
             rows.positions[m],
             sampling.temperature,
+            tokens.shares[m] > 0,
         )
         here = jax.tree.map(lambda x: x[m], tokens)
+        if here.old_log_probs is None:
+            here = here._replace(old_log_probs=jax.lax.stop_gradient(stats.log_probs))
         losses = token_loss(objective, stats.log_probs, here)
         return (losses * weights[m]).sum(), stats
 
@@ -109,6 +113,8 @@ def update(
     )
     limit = objective.skip_gradient_norm
     state, metrics = apply_gradients(state, grads, tx, loss, limit)
+    if tokens.old_log_probs is None:
+        tokens = tokens._replace(old_log_probs=stats.log_probs)
     metrics |= policy_metrics(objective, stats.log_probs, stats.entropy, tokens, spans)
     return state, metrics | {"policy/loss": loss}
 

@@ -115,13 +115,25 @@ def score(
       Reward, teacher log-probs and per-token values.
     """
     rows = batches[0].teacher
-    in_teacher = score_rows(teacher_model, teacher_temperature, teacher_params, rows)
+    in_teacher = score_rows(
+        teacher_model,
+        teacher_temperature,
+        teacher_params,
+        rows,
+        batches[0].completion,
+        *[batch.teacher_explanation for batch in batches],
+    )
     tokens = []
     for model, params, batch in zip(
         student_models, student_params, batches, strict=True
     ):
         in_student = score_rows(
-            model, config.student_temperature, params, batch.student
+            model,
+            config.student_temperature,
+            params,
+            batch.student,
+            batch.student_explanation,
+            batch.student_solution,
         )
         divergence = None
         if config.kl_estimator in OVER_VOCABULARY:

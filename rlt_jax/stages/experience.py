@@ -53,7 +53,9 @@ class Writing(NamedTuple):
       terms: of the reward.
       score: RLT reward: policy and student params, batches, KL weight -> Scored; None
         where no student scores.
-      log_probs: policy params, packed rows -> [M, B, T].
+      log_probs: policy params, packed rows, spans -> [M, B, T].
+      updates: on the same completions; of several, the later ones need the log-probs
+        of the policy that wrote them.
     """
 
     form: str
@@ -61,6 +63,7 @@ class Writing(NamedTuple):
     terms: tuple[Term, ...]
     score: Any
     log_probs: Any
+    updates: int
 
 
 class Experience(NamedTuple):
@@ -70,7 +73,8 @@ class Experience(NamedTuple):
       completions: ids of each, [t] int32.
       rows: packed rows of prompts and completions.
       spans: the completions in them.
-      log_probs: [M, B, T] of the policy that wrote them.
+      log_probs: [M, B, T] of the policy that wrote them; None where the only update
+        finds them itself.
       sampler_log_probs: [M, B, T] as the engine gave them.
       finished: [N] bool.
       reward: value and terms.
@@ -81,7 +85,7 @@ class Experience(NamedTuple):
     completions: list[np.ndarray]
     rows: PackedRows
     spans: TokenSpans
-    log_probs: jax.Array
+    log_probs: jax.Array | None
     sampler_log_probs: np.ndarray
     finished: np.ndarray
     reward: Reward
@@ -90,7 +94,7 @@ class Experience(NamedTuple):
 
 
 def load_writing(
-    config: Mapping[str, Any], form: str, roles: Roles, mesh: Mesh
+    config: Mapping[str, Any], form: str, roles: Roles, mesh: Mesh, updates: int = 1
 ) -> tuple[Writing, float | None]:
     """How the policy is asked and rewarded; and the KL weight, None to balance it."""
     terms = make_terms(config["terms"])
@@ -106,14 +110,14 @@ def load_writing(
     temperature = engine.sampling.temperature
     log_probs = jax.jit(functools.partial(score_rows, roles.teacher.model, temperature))
     if not scored:
-        return Writing(form, engine, terms, None, log_probs), 0.0
+        return Writing(form, engine, terms, None, log_probs, updates), 0.0
     jitted, reward = jit_scorer(roles, config, temperature)
 
     def score(params: Params, students: tuple[Params, ...], *rest: Any) -> Scored:
         return jitted(params, offload.fetch(students), *rest)
 
     kl_coef = reward.explanation_kl_coef
-    writing = Writing(form, engine, terms, score, log_probs)
+    writing = Writing(form, engine, terms, score, log_probs, updates)
     return writing, None if kl_coef == "auto" else kl_coef
 
 
@@ -157,7 +161,9 @@ def gather_experience(
     else:
         prompts = [request.prompt for request in requests]
         rows, spans = sampled_rows(roles.rows, prompts, completions)
-        log_probs = writing.log_probs(params, rows)
+        log_probs = None
+        if writing.updates > 1:
+            log_probs = writing.log_probs(params, rows, spans)
     written = _written(writing, roles, problems, completions, finished)
     reward = total_reward(
         writing.terms, written._replace(scored=scored and scored.reward)

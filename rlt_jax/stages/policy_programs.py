@@ -22,7 +22,7 @@ class Programs(NamedTuple):
 
     tuning: Tuning
     writing: Writing
-    reference: Any  # reference params, packed rows -> log_probs
+    reference: Any  # reference params, packed rows, spans -> log_probs
     advantages: Any  # rewards [N], finished [N] -> advantages [N], counted [N], metrics
     update: Any  # state, PolicyBatch -> state, metrics
     mix: Any  # params, trained params, alpha -> params
@@ -60,7 +60,7 @@ def compile_programs(
     return Programs(
         tuning,
         writing,
-        lambda reference, rows: writing.log_probs(offload.fetch(reference), rows),
+        lambda reference, *rest: writing.log_probs(offload.fetch(reference), *rest),
         jax.jit(advantages),
         lambda state, batch: update(state, batch, tuning.frozen),
         mix,

@@ -184,7 +184,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     low_rank = build(LoRAConfig, config.lora, "lora")
     tuning, trained = make_tuning(low_rank, roles.teacher.model, params, mesh, key)
     shardings = state_shardings(tuning.model, tx, mesh)
-    writing, kl_coef = load_writing(config, c.format, roles, mesh)
+    writing, kl_coef = load_writing(
+        config, c.format, roles, mesh, c.updates_per_rollout
+    )
     programs = compile_programs(
         c.group_size, objective, writing, tuning, tx, mesh, shardings
     )
@@ -275,7 +277,9 @@ def train(
                     experience.spans,
                     advantages,
                     experience.log_probs,
-                    programs.reference(reference, rows) if reference else None,
+                    programs.reference(reference, rows, experience.spans)
+                    if reference
+                    else None,
                     counted,
                     experience.sampler_log_probs,
                 )

@@ -168,10 +168,15 @@ def update(
 
     def loss_fn(params: Params) -> jax.Array:
         whole = combine(model, frozen, params)
-        stats = token_stats(
-            model, whole, batch["tokens"], batch["segment_ids"], batch["positions"]
-        )
         weight = batch["loss_mask"] & (batch["positions"] > 0)
+        stats = token_stats(
+            model,
+            whole,
+            batch["tokens"],
+            batch["segment_ids"],
+            batch["positions"],
+            wanted=weight,
+        )
         return -(stats.log_probs * weight).sum() / weight.sum()
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
