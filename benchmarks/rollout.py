@@ -191,28 +191,34 @@ class Ids:
         return -1
 
 
-def tunix(model_dir: Path) -> Run:
-    """The vanilla sampler of tunix with the same weights."""
-    import functools
-
-    from tunix.generate.sampler import CacheConfig, Sampler
+def tunix_model(model_dir: Path, mesh: Any = None) -> Any:
+    """The same weights as a model of tunix."""
     from tunix.models.qwen2.model import ModelConfig
     from tunix.models.qwen2.params import create_model_from_safe_tensors
 
-    layers, heads = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]
     config = ModelConfig(
-        num_layers=layers,
+        num_layers=SHAPE["num_hidden_layers"],
         vocab_size=SHAPE["vocab_size"],
         embed_dim=SHAPE["hidden_size"],
         hidden_dim=SHAPE["intermediate_size"],
         num_heads=SHAPE["num_attention_heads"],
         head_dim=HEAD_DIM,
-        num_kv_heads=heads,
+        num_kv_heads=SHAPE["num_key_value_heads"],
         rope_theta=SHAPE["rope_theta"],
         norm_eps=SHAPE["rms_norm_eps"],
         use_tied_embedding=SHAPE["tie_word_embeddings"],
     )
-    model = create_model_from_safe_tensors(str(model_dir), config)
+    return create_model_from_safe_tensors(str(model_dir), config, mesh)
+
+
+def tunix(model_dir: Path) -> Run:
+    """The vanilla sampler of tunix with the same weights."""
+    import functools
+
+    from tunix.generate.sampler import CacheConfig, Sampler
+
+    layers, heads = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]
+    model = tunix_model(model_dir)
 
     @functools.cache
     def sampler(cache_size: int) -> Sampler:
