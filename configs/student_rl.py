@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
         "terms": {"correctness": {"weight": 1.0}},
         "objective": section(ObjectiveConfig, beta=0.0),
         "loop": section(
-            RLConfig, format="student", steps=60, batch_size=32, group_size=8
+            RLConfig, format="student", steps=20, batch_size=32, group_size=8
         ),
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
         "lora": section(LoRAConfig),

@@ -1,5 +1,6 @@
 """Log-probabilities against a log-softmax of all logits."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +11,13 @@ import pytest
 
 from rlt_jax.data.packing import pack
 from rlt_jax.inference import log_probs, scoring
-from rlt_jax.inference.log_probs import token_log_probs, token_stats
-from rlt_jax.models.transformer import Transformer
+from rlt_jax.inference.log_probs import TokenStats, token_log_probs, token_stats
+from rlt_jax.models.transformer import (
+    Transformer,
+    hidden_states,
+    init_params,
+    logits,
+)
 from rlt_jax.types import Params, TokenSpans
 
 V = 40
@@ -87,6 +93,59 @@ def test_chunks_change_neither_values_nor_gradients(
             jax.tree.leaves(chunked_gradients), jax.tree.leaves(gradients), strict=True
         ):
             np.testing.assert_allclose(ours, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_are_those_of_a_log_softmax_of_all_logits(
+    model: Transformer, tied: bool, softcap: float | None
+) -> None:
+    config = dataclasses.replace(
+        model.config, tie_embeddings=tied, final_softcap=softcap
+    )
+    model = Transformer(config)
+    params = init_params(config, jax.random.key(1))
+    weights = jax.random.normal(jax.random.key(2), LINES.shape)
+
+    def ours(params: Params) -> jax.Array:
+        stats = token_stats(model, params, *unpacked(LINES), 0.7)
+        return (stats.log_probs * weights).sum()
+
+    def plain(params: Params) -> jax.Array:
+        tokens, segment_ids, positions = map(jnp.asarray, unpacked(LINES))
+        hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
+        found = jax.nn.log_softmax(logits(model, params, hidden) / 0.7)
+        chosen = jnp.take_along_axis(found[:, :-1], tokens[:, 1:, None], axis=-1)
+        return (chosen[..., 0] * weights[:, 1:]).sum()
+
+    for a, b in zip(
+        *(jax.tree.leaves(jax.grad(f)(params)) for f in (ours, plain)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_tokens_that_are_not_wanted_change_nothing(
+    model: Transformer,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+    share: float,
+) -> None:
+    monkeypatch.setattr(log_probs, "LOGITS_PER_CHUNK", chunk * V * len(LINES))
+    mask = np.random.default_rng(3).random(LINES.shape) < share
+
+    def total(params: Params, *wanted: np.ndarray) -> tuple[jax.Array, TokenStats]:
+        stats = token_stats(model, params, *unpacked(LINES), 0.7, *wanted)
+        return jnp.where(mask, stats.log_probs, 0.0).sum(), stats
+
+    (_, ours), gradients = jax.value_and_grad(total, has_aux=True)(params, mask)
+    (_, whole), expected = jax.value_and_grad(total, has_aux=True)(params)
+    for some, every in zip(ours, whole, strict=True):
+        close(some, np.where(mask, every, 0.0))
+    for a, b in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_packed_row_has_the_values_of_its_parts(

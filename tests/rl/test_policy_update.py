@@ -332,6 +332,23 @@ def test_a_step_that_is_not_finite_or_too_long_changes_no_bit(
         assert np.isfinite(metrics["policy/entropy"])
 
 
+def test_an_only_update_finds_the_old_log_probs_itself(
+    model: Transformer,
+    params: Params,
+    batch_of: Callable[[int, int], PolicyBatch],
+) -> None:
+    objective = ObjectiveConfig(beta=BETA, clip_low=0.2, clip_high=0.2)
+    update = jax.jit(partial(policy_update.update, model, TX, SAMPLING, objective))
+    batch = batch_of(2, 24)
+    state, metrics = update(state_of(params), batch)
+    alone, found = update(state_of(params), batch._replace(old_log_probs=None))
+    assert_close(alone.params, state.params)
+    assert metrics.keys() == found.keys()
+    assert found["policy/ratio_max"] == 1.0
+    for name, value in found.items():
+        np.testing.assert_allclose(value, metrics[name], rtol=1e-4, atol=1e-6)
+
+
 def test_the_mixed_reference() -> None:
     mixed = policy_update.mix_reference({"a": jnp.ones(2)}, {"a": jnp.zeros(2)}, 0.9)
     np.testing.assert_allclose(mixed["a"], 0.1, rtol=1e-6)
