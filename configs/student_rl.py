@@ -8,9 +8,9 @@ The policy sees the question alone, and is rewarded for right answers (+1), wron
 baseline; a distilled student makes it RL from a cold start. The held-out accuracy before
 and after is in runs/student_rl/rl/done.json.
 
-Hardware: 2 CPU cores, two to four minutes.
-Expected result: with 20 steps and seed 0 the base goes from 15 to 98% of the held-out
-questions.
+Hardware: 2 CPU cores, under two minutes.
+Expected result (--config.seed=0, 1, 2): the base goes from 15.2, 13.7 and 21.1% of the
+held-out questions to 97.7, 96.5 and 95.3% (standard errors 2.6 and 1.3 at most).
 """
 
 import ml_collections
