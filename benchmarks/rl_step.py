@@ -22,8 +22,8 @@ policy's come. All contenders try to compute all rows at once, and a part of the
 the faster counts. Each has a process of its own and they take turns; the first step,
 which compiles, is not counted. A run counts when other programs kept less than a tenth
 of a core busy; if no run of a contender was that quiet, all of its runs count and it gets
-no ratio. Shown are medians, peak resident memory of the process, our speed over each
-peer's, how many runs were quiet, and the cores that others kept busy in all of them.
+no ratio. Shown are medians, our speed over each peer's (x), peak resident memory of the
+process, how many runs were quiet, and the cores that others kept busy in all of them.
 
 The share of the matmul rate is the time that the model's products take at the rate of a
 large float32 product in JAX, over the time of the step or phase. The model's products
@@ -179,8 +179,9 @@ def measure(
 def table(runs: dict[str, list[dict[str, float]]], workload: str, sizes: Sizes) -> None:
     """Prints seconds, tokens a second, memory, and our speed over each peer's."""
     shown = ("seconds", *(PHASES if workload == "rl" else ()))
-    columns = [*shown, *(f"ours/{x}" for x in shown), "tokens/s", "GiB"]
-    print(f"{workload:14}" + "".join(f"{x:>13}" for x in [*columns, "quiet", "others"]))
+    columns = [*shown, *(f"x {name}" for name in shown)]
+    columns += ["tokens/s", "GiB", "quiet", "others"]
+    print(f"{workload:13}" + "".join(f"{name:>10}" for name in columns))
     for name, xs in runs.items():
         ours = runs.get("rlt_jax", xs)
         fair = all(x[0]["others"] < QUIET for x in map(counting, (xs, ours)))
@@ -191,7 +192,7 @@ def table(runs: dict[str, list[dict[str, float]]], workload: str, sizes: Sizes) 
         cells += [f"{speed:.0f}", f"{max(x['peak_gib'] for x in xs):.2f}"]
         cells.append(f"{sum(x['others'] < QUIET for x in xs)}/{len(xs)}")
         cells.append(f"{statistics.mean(x['others'] for x in xs):.2f}")
-        print(f"{name:14}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+        print(f"{name:13}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 def model_flops(rows: int, first: int, last: int, head: bool = True) -> float:
@@ -255,14 +256,16 @@ def report(arguments: argparse.Namespace) -> None:
         "tunix": arguments.tunix_python,
     }
     print(f"python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores")
-    wait_for_quiet()
-    rate = matmul_rate()
-    print(f"matmul rate {rate / 1e9:.0f} GFLOP/s, {sizes}", flush=True)
+    print(sizes)
+    rate = 0.0
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for workload in arguments.workloads.split(","):
             names = [name for name in CONTENDERS[workload] if name in wanted]
             of_names = {name: pythons[name] for name in names}
+            wait_for_quiet()
+            rate = max(rate, matmul_rate())
+            print(f"matmul rate {rate / 1e9:.0f} GFLOP/s", flush=True)
             runs = measure(of_names, folder, workload, sizes, arguments.repeats)
             table(runs, workload, sizes)
             if "rlt_jax" in runs:
