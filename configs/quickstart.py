@@ -5,9 +5,9 @@
 Teacher warm-up, RL of the teacher with the RLT reward, collection of explanations before
 and after RL, distillation of a student from each, evaluation, and a report.
 
-Hardware: 2 CPU cores, about ten minutes.
-Expected result: the base answers 15% of the held-out questions, the student of warm-up
-explanations 26 or 27%, that of RLT explanations 90% or more (two seeds).
+Hardware: 2 CPU cores, six to seven minutes.
+Expected result (--config.seed=0 and 1): the base answers 15 and 16% of the held-out
+questions, the student of warm-up explanations 27%, that of RLT explanations 86 and 72%.
 """
 
 import ml_collections
