@@ -173,7 +173,7 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
             dk = jnp.einsum("BCD,BCV->DV", h, d_logits)
             dh = jnp.einsum("BCV,DV->BCD", d_logits, kernel.astype(h.dtype))
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * C, 1)
-        return d_kernel + dk, d_hidden
+        return d_kernel + dk.astype(kernel.dtype), d_hidden
 
     zeros = jnp.zeros_like(kernel), jnp.zeros_like(hidden)
     return *jax.lax.fori_loop(0, last, one_chunk, zeros), None, None

@@ -69,15 +69,15 @@ class RMSNorm(nn.Module):
         return (y * (scale + 1.0 if self.plus_one else scale)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
-    """The last `contracted` axes of x with the first of the kernel.
-
-    Autodiff has the kernel's gradient transposed, which costs XLA on CPU several times
-    the product.
-    """
+def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    """The last `contracted` axes of x with the first of the kernel."""
     axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
     return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+
+
+# The same; but autodiff has the kernel's gradient transposed, which costs XLA on CPU
+# several times the product.
+_product = jax.custom_vjp(_dot, nondiff_argnums=(2,))
 
 
 def _product_backward(
@@ -90,7 +90,7 @@ def _product_backward(
     return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
 
 
-_product.defvjp(lambda x, w, n: (_product(x, w, n), (x, w)), _product_backward)
+_product.defvjp(lambda x, w, n: (_dot(x, w, n), (x, w)), _product_backward)
 
 
 class Projection(nn.Module):
@@ -108,14 +108,9 @@ class Projection(nn.Module):
             fan_in *= size
         shape = self.in_shape + self.out_shape
         kernel = self.param("kernel", _kernel_init(self.axes, fan_in), shape)
-        axes = len(self.in_shape)
-        if self._seen_by_qwix(kernel):
-            contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-            kernel = jnp.asarray(kernel, x.dtype)
-            y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
-        else:
-            y = _product(x, kernel.astype(x.dtype), axes)
-        y = y.astype(x.dtype)
+        product = _dot if self._seen_by_qwix(kernel) else _product
+        kernel = jnp.asarray(kernel, x.dtype)
+        y = product(x, kernel, len(self.in_shape)).astype(x.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(
                 nn.initializers.zeros, self.axes[len(self.in_shape) :]

@@ -295,9 +295,8 @@ def train(
                     student = programs.mix(student, state.params, alpha)
                 trees = Trees(state, reference, student)
 
-                jax.block_until_ready(
-                    trees
-                )  # or the next rollout's time has this in it
+                # Or the next rollout's time would have this in it.
+                jax.block_until_ready(trees)
                 taken = time.monotonic() - updating
                 tokens = len(updates) * np.count_nonzero(rows.segment_ids)
                 metrics |= phase_metrics("update", tokens, taken)
