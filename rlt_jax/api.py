@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlt_jax.data import scoring
 from rlt_jax.data.examples import Row
@@ -200,6 +201,7 @@ def score_explanations(
         reward or RLTRewardConfig(),
         combine or StudentsConfig(),
         teacher_temperature,
+        sharding.make_mesh(sharding.MeshConfig()),
     )
     flat = score(traces, per_token=per_token) if traces else []
     ends = np.cumsum(sizes)
@@ -223,6 +225,7 @@ def make_scorer(
     reward: RLTRewardConfig,
     combine: StudentsConfig,
     teacher_temperature: float,
+    mesh: Mesh,
 ) -> Callable[..., list[dict[str, Any]]]:
     """A function from written traces to their scores; see `score_explanations`.
 
@@ -235,7 +238,9 @@ def make_scorer(
         teacher[0],
         [student[0] for student in students],
         teacher_temperature,
+        mesh,
     )
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
     params = tuple(student[1] for student in students)
 
     def score(
@@ -243,7 +248,9 @@ def make_scorer(
         kl_coef: float | None = None,
         per_token: bool = False,
     ) -> list[dict[str, Any]]:
-        batches, rows = _batches(teacher[2], [s[2] for s in students], template, traces)
+        tokenizers = [s[2] for s in students]
+        batches, rows = _batches(teacher[2], tokenizers, template, traces, groups)
+        batches = sharding.put_rows(batches, mesh)
         coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
         result = jax.device_get(scored(teacher[1], params, batches, jnp.float32(coef)))
         check_finite(result, [trace.trace.problem.question for trace in traces])
@@ -281,8 +288,12 @@ def _batches(
     students: Sequence[Tokenizer],
     template: Template,
     traces: Sequence[scoring.WrittenTrace],
+    groups: int,
 ) -> tuple[tuple[ScoringBatch, ...], list[Row]]:
-    """A batch for each student in the bucket of the longest row; the first's rows."""
+    """A batch for each student in the bucket of the longest row; the first's rows.
+
+    The lines of a micro-batch are a multiple of `groups`.
+    """
     in_teacher = scoring.teacher_rows(teacher, template, traces)
     in_students = [scoring.student_rows(s, template, traces) for s in students]
     lengths = [len(row.tokens) for rows in (in_teacher, *in_students) for row in rows]
@@ -290,7 +301,8 @@ def _batches(
     if longest > BUCKETS[-1]:
         raise UserError(f"a row has {longest} tokens, the limit is {BUCKETS[-1]}.")
     length = next(bucket for bucket in BUCKETS if bucket >= longest)
-    shape = scoring.RowShape(max(1, TOKENS_PER_MICRO_BATCH // length), length)
+    lines = max(1, TOKENS_PER_MICRO_BATCH // (length * groups)) * groups
+    shape = scoring.RowShape(lines, length)
     closed = np.array([trace.closed for trace in traces])
     batches = [
         scoring.batch_of_rows(shape, rows, in_teacher, closed) for rows in in_students

@@ -33,7 +33,7 @@ from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.training.sharding import decoding_shardings
+from rlt_jax.training.sharding import DECODING_RULES, decoding_shardings, jit
 from rlt_jax.types import Completion, PagedCache, Params
 
 SHARD_AXES = ("data", "fsdp")
@@ -106,6 +106,7 @@ def make_engine(
     cache = PagedCache(pool, pool, on_mesh(whole))
     fill = _split(mesh, functools.partial(prefill, reader), (whole, pools, *[rows] * 3))
     draw = _split(mesh, steps, (whole, pools, rows, rows, whole))
+    on_shards = functools.partial(jit, mesh=mesh, rules=DECODING_RULES)
     return Engine(
         layout,
         sampling,
@@ -117,8 +118,8 @@ def make_engine(
             out_shardings=(cache, on_mesh(rows)),
         ),
         jax.jit(to_decode, out_shardings=decoding_shardings(axes, mesh)),
-        jax.jit(fill(pools), donate_argnums=1, out_shardings=cache),
-        jax.jit(
+        on_shards(fill(pools), donate_argnums=1, out_shardings=cache),
+        on_shards(
             draw((pools, rows, drawn)),
             donate_argnums=(1, 2),
             # Every host reads all that is drawn.

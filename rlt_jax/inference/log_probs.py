@@ -24,7 +24,7 @@ from rlt_jax.models.transformer import (
 )
 from rlt_jax.types import Params
 
-LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time
+LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
 
 
 class TokenStats(NamedTuple):
@@ -70,7 +70,8 @@ def token_stats(
     hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
     B, T = tokens.shape
     V = model.config.vocab_size
-    C = max(1, min(T, LOGITS_PER_CHUNK // (B * V)))
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    C = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * V)))
     predicted = (positions > 0) & (segment_ids > 0) & wanted
     # State t predicts token t + 1.
     needed = jnp.roll(predicted, -1, axis=1)

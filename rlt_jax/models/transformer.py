@@ -52,6 +52,11 @@ def _constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
+def _all_lengths(x: jax.Array) -> jax.Array:
+    """States [B, T, D] with every token on each device of their rows."""
+    return _constrain(x, "batch", None, None)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, statistics in float32, over the last axis."""
 
@@ -155,7 +160,10 @@ class Attention(nn.Module):
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         query = rotate(query, positions, layer.rope)
         key = rotate(key, positions, layer.rope)
-        query = _constrain(query, "batch", "length", "heads", "head_dim")
+        query = _constrain(query, "batch", None, "heads", "head_dim")
+        key, value = (
+            _constrain(x, "batch", None, "kv_heads", "head_dim") for x in (key, value)
+        )
         scale = (c.query_scale_dim or H) ** -0.5
         limits = {"softcap": c.attention_softcap, "window": c.sliding_window}
         if kv_cache is None:
@@ -180,7 +188,7 @@ class MLP(nn.Module):
         D, F, bias = c.embed_dim, c.mlp_dim, c.mlp_bias
         gate = Projection((D,), (F,), ("embed", "mlp"), bias, name="gate")(x)
         up = Projection((D,), (F,), ("embed", "mlp"), bias, name="up")(x)
-        y = _constrain(ACTIVATIONS[c.activation](gate) * up, "batch", "length", "mlp")
+        y = _constrain(ACTIVATIONS[c.activation](gate) * up, "batch", None, "mlp")
         return Projection((F,), (D,), ("mlp", "embed"), bias, name="down")(y)
 
 
@@ -201,10 +209,14 @@ class Block(nn.Module):
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
         y, kv_cache = Attention(c, name="attention")(
-            norm(name="attention_norm")(x), kv_cache, layer, positions, segment_ids
+            _all_lengths(norm(name="attention_norm")(x)),
+            kv_cache,
+            layer,
+            positions,
+            segment_ids,
         )
         x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
-        y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
+        y = MLP(c, name="mlp")(_all_lengths(norm(name="mlp_norm")(x)))
         x = x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)
         return (_constrain(x, "batch", "length", "embed"), kv_cache), None
 
@@ -280,7 +292,7 @@ class Transformer(nn.Module):
         (x, kv_cache), _ = self.layers(
             (x, kv_cache), _layers(c), positions, segment_ids
         )
-        return self.final_norm(x), kv_cache
+        return _all_lengths(self.final_norm(x)), kv_cache
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.inference.scoring import score_rows
@@ -21,6 +22,7 @@ from rlt_jax.rl.rlt_reward import (
     reward_tokens,
     rlt_reward,
 )
+from rlt_jax.training import sharding
 from rlt_jax.types import Params, Reward, ScoringBatch
 
 COMBINATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -68,14 +70,16 @@ def jit_score(
     teacher_model: Transformer,
     student_models: Sequence[Transformer],
     teacher_temperature: float,
+    mesh: Mesh,
 ) -> Callable[..., Scored]:
-    """Compiles `score` for fixed models and settings."""
+    """Compiles `score` for fixed models and settings on a mesh."""
     if students.combine == "weights" and len(students.weights) != len(student_models):
         raise UserError(
             f"students.weights has {len(students.weights)} numbers for "
             f"{len(student_models)} students."
         )
-    return jax.jit(
+    whole = sharding.replicated(mesh)
+    return sharding.jit(
         functools.partial(
             score,
             config,
@@ -83,7 +87,9 @@ def jit_score(
             teacher_model,
             tuple(student_models),
             teacher_temperature,
-        )
+        ),
+        mesh,
+        out_shardings=Scored(whole, sharding.batch_sharding(mesh, 1), whole),
     )
 
 

@@ -91,7 +91,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     teacher = roles.teacher
     engine = load_policy_engine(roles, config, mesh)
-    score, reward_config = jit_scorer(roles, config, sampling.temperature)
+    score, reward_config = jit_scorer(roles, config, sampling.temperature, mesh)
     kl_coef = jnp.float32(fixed_kl_coef(reward_config))
     origin = provenance_of(
         teacher,
@@ -114,6 +114,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             part = todo[bar.n : bar.n + len(batch)]
             part += part[-1:] * short
             batches, _ = scoring_batches(roles, part, padded)
+            batches = sharding.put_rows(batches, mesh)
             reward = score(
                 teacher.params, roles.student_params, batches, kl_coef
             ).reward

@@ -37,7 +37,7 @@ from rlt_jax.stages.roles import (
     sample_rows,
     scoring_batches,
 )
-from rlt_jax.training import offload
+from rlt_jax.training import offload, sharding
 from rlt_jax.training.metrics import phase_metrics
 from rlt_jax.types import PackedRows, Params, Reward, TokenSpans
 
@@ -54,6 +54,7 @@ class Writing(NamedTuple):
       score: RLT reward: policy and student params, batches, KL weight -> Scored; None
         where no student scores.
       log_probs: policy params, packed rows, spans -> [M, B, T].
+      mesh: where all of it runs.
       updates: on the same completions; of several, the later ones need the log-probs
         of the policy that wrote them.
     """
@@ -63,6 +64,7 @@ class Writing(NamedTuple):
     terms: tuple[Term, ...]
     score: Any
     log_probs: Any
+    mesh: Mesh
     updates: int
 
 
@@ -73,6 +75,7 @@ class Experience(NamedTuple):
       completions: ids of each, [t] int32.
       rows: packed rows of prompts and completions.
       spans: the completions in them.
+      num_tokens: of the rows, padding apart.
       log_probs: [M, B, T] of the policy that wrote them; None where the only update
         finds them itself.
       sampler_log_probs: [M, B, T] as the engine gave them.
@@ -85,8 +88,9 @@ class Experience(NamedTuple):
     completions: list[np.ndarray]
     rows: PackedRows
     spans: TokenSpans
+    num_tokens: int
     log_probs: jax.Array | None
-    sampler_log_probs: np.ndarray
+    sampler_log_probs: jax.Array
     finished: np.ndarray
     reward: Reward
     written: Written
@@ -108,16 +112,20 @@ def load_writing(
         )
     engine = load_policy_engine(roles, config, mesh, form)
     temperature = engine.sampling.temperature
-    log_probs = jax.jit(functools.partial(score_rows, roles.teacher.model, temperature))
+    log_probs = sharding.jit(
+        functools.partial(score_rows, roles.teacher.model, temperature),
+        mesh,
+        out_shardings=sharding.batch_sharding(mesh, 1),
+    )
     if not scored:
-        return Writing(form, engine, terms, None, log_probs, updates), 0.0
-    jitted, reward = jit_scorer(roles, config, temperature)
+        return Writing(form, engine, terms, None, log_probs, mesh, updates), 0.0
+    jitted, reward = jit_scorer(roles, config, temperature, mesh)
 
     def score(params: Params, students: tuple[Params, ...], *rest: Any) -> Scored:
         return jitted(params, offload.fetch(students), *rest)
 
     kl_coef = reward.explanation_kl_coef
-    writing = Writing(form, engine, terms, score, log_probs, updates)
+    writing = Writing(form, engine, terms, score, log_probs, mesh, updates)
     return writing, None if kl_coef == "auto" else kl_coef
 
 
@@ -155,15 +163,18 @@ def gather_experience(
     scored, overlong = None, 0
     if writing.score:
         batches, overlong = scoring_batches(roles, problems, completions)
-        scored = writing.score(params, student_params, batches, jnp.float32(kl_coef))
         rows, spans = batches[0].teacher, batches[0].completion
+        batches = sharding.put_rows(batches, writing.mesh)
+        scored = writing.score(params, student_params, batches, jnp.float32(kl_coef))
+        on_device = batches[0].teacher, batches[0].completion
         log_probs = scored.teacher_log_probs
     else:
         prompts = [request.prompt for request in requests]
         rows, spans = sampled_rows(roles.rows, prompts, completions)
+        on_device = sharding.put_rows((rows, spans), writing.mesh)
         log_probs = None
         if writing.updates > 1:
-            log_probs = writing.log_probs(params, rows, spans)
+            log_probs = writing.log_probs(params, *on_device)
     written = _written(writing, roles, problems, completions, finished)
     reward = total_reward(
         writing.terms, written._replace(scored=scored and scored.reward)
@@ -173,14 +184,15 @@ def gather_experience(
     metrics |= {"rollout/overlong": overlong}
     metrics |= phase_metrics("rollout", drawn, rolled_out - began)
     taken = time.monotonic() - rolled_out
-    metrics |= phase_metrics("score", np.count_nonzero(rows.segment_ids), taken)
+    num_tokens = np.count_nonzero(rows.segment_ids)
+    metrics |= phase_metrics("score", num_tokens, taken)
     sampler = on_spans([one.log_probs for one in rollout], spans, rows.tokens.shape)
     return Experience(
         completions,
-        rows,
-        spans,
+        *on_device,
+        num_tokens,
         log_probs,
-        sampler,
+        sharding.put_rows(sampler, writing.mesh),
         finished,
         reward,
         written,

@@ -51,8 +51,9 @@ def compile_programs(
         mixture = mixed(offload.fetch(params), tuning.merge(trained), alpha)
         return offload.put_back(mixture, params)
 
-    update = jax.jit(
+    update = sharding.jit(
         functools.partial(policy_update.update, tuning.model, tx, sampling, objective),
+        mesh,
         in_shardings=(shardings, None, None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -61,7 +62,7 @@ def compile_programs(
         tuning,
         writing,
         lambda reference, *rest: writing.log_probs(offload.fetch(reference), *rest),
-        jax.jit(advantages),
+        jax.jit(advantages, out_shardings=sharding.replicated(mesh)),
         lambda state, batch: update(state, batch, tuning.frozen),
         mix,
     )

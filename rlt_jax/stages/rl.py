@@ -17,7 +17,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.data import pipeline
@@ -298,7 +297,7 @@ def train(
                 # Or the next rollout's time would have this in it.
                 jax.block_until_ready(trees)
                 taken = time.monotonic() - updating
-                tokens = len(updates) * np.count_nonzero(rows.segment_ids)
+                tokens = len(updates) * experience.num_tokens
                 metrics |= phase_metrics("update", tokens, taken)
                 metrics |= reward_metrics(reward) | over_updates(updates)
                 metrics |= experience.metrics | memory_metrics()
@@ -353,11 +352,8 @@ def _log_sizes(c: RLConfig, roles: Roles, mesh: Mesh) -> None:
     """Prints what the settings make of the devices; refuses what cannot be split."""
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     lines = roles.rows.micro_batch_size
-    if lines % groups:
-        raise UserError(
-            f"rows.micro_batch_size={lines} lines cannot be split over data * fsdp = "
-            f"{groups} groups of devices."
-        )
+    names = "rows.micro_batch_size, rows.row_length"
+    sharding.check_rows(mesh, lines, roles.rows.row_length, names)
     _LOG.info(
         f"a step: {c.batch_size} prompts x {c.group_size} completions = "
         f"{c.batch_size * c.group_size}; {lines} lines of {roles.rows.row_length} tokens "

@@ -18,7 +18,7 @@ from rlt_jax.inference.scheduler import Request
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint, provenance
+from rlt_jax.training import checkpoint, provenance, sharding
 from rlt_jax.types import Params, Reward, ScoringBatch
 
 # What a policy is asked: to explain a solution, or to find it.
@@ -68,13 +68,17 @@ def load_models(
 
 
 def jit_scorer(
-    roles: Roles, config: Mapping[str, Any], temperature: float
+    roles: Roles, config: Mapping[str, Any], temperature: float, mesh: Mesh
 ) -> tuple[Callable[..., Scored], RLTRewardConfig]:
     """Compiles the reward of sections `reward` and `students`; and its settings."""
+    shape = roles.rows
+    names = "rows.micro_batch_size, rows.row_length"
+    sharding.check_rows(mesh, shape.micro_batch_size, shape.row_length, names)
     reward = build(RLTRewardConfig, config["reward"], "reward")
     students = build(StudentsConfig, config["students"], "students")
     models = [student.model for student in roles.students]
-    return jit_score(reward, students, roles.teacher.model, models, temperature), reward
+    args = (reward, students, roles.teacher.model, models, temperature, mesh)
+    return jit_score(*args), reward
 
 
 def provenance_of(

@@ -227,7 +227,7 @@ def _load_judge(
     )
     several = build(StudentsConfig, sections["students"], "students")
     score = api.make_scorer(
-        teacher, students, template, reward, several, c.teacher_temperature
+        teacher, students, template, reward, several, c.teacher_temperature, mesh
     )
     origin = provenance_of(
         teacher, students, template, c.teacher_temperature, reward.student_temperature

@@ -100,6 +100,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """
     c = build(SFTConfig, config.sft, "sft")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    sharding.check_rows(
+        mesh, c.batch_size, c.row_length, "sft.batch_size, sft.row_length"
+    )
     source = build(checkpoint.ModelSource, config.model, "model")
     key = jax.random.key(seed)
     model, params, tokenizer = checkpoint.load(source, mesh, key)
@@ -126,7 +129,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             began = time.monotonic()
             for step in range(first, c.steps):
                 rows = next(batches)
-                batch = jax.device_put(rows, sharding.batch_sharding(mesh))
+                batch = sharding.put_rows(rows, mesh)
                 state, metrics = update(state, batch, tuning.frozen)
                 tokens, now = np.count_nonzero(rows["segment_ids"]), time.monotonic()
                 metrics |= phase_metrics("step", tokens, now - began)
@@ -149,8 +152,9 @@ def jit_update(
     shardings: TrainState,
 ) -> Any:
     """Compiles `update` for the mesh; the state is donated."""
-    return jax.jit(
+    return sharding.jit(
         functools.partial(update, model, tx),
+        mesh,
         in_shardings=(shardings, sharding.batch_sharding(mesh), None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,

@@ -27,7 +27,7 @@ from rlt_jax.models import convert
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import build
-from rlt_jax.training.sharding import param_shardings
+from rlt_jax.training.sharding import check_model, param_shardings
 from rlt_jax.types import Params
 
 _LOG = logging.getLogger("rlt_jax")
@@ -96,6 +96,7 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
     model = Transformer(_model_config(source, path, tokenizer))
     origin = path or "random weights"
     _check_vocabulary(origin, tokenizer, model.config.vocab_size)
+    check_model(model.config, mesh)
     shardings = param_shardings(model, mesh)
     dtype = jnp.dtype(source.param_dtype)
     if path is None:
