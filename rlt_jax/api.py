@@ -35,6 +35,7 @@ from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
+from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.log_probs import token_log_probs
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
@@ -150,7 +151,9 @@ def _cached_engine(
 ) -> Engine:
     find_stop = stop_finder(tokenizer, sampling.stop) if tokenizer else None
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    return make_engine(model, sampling, stop_ids, config, mesh, longest_row, find_stop)
+    made = make_engine(model, sampling, stop_ids, config, mesh, longest_row, find_stop)
+    check_memory(model, made.layout, mesh)
+    return made
 
 
 def score_explanations(
@@ -239,6 +242,7 @@ def make_scorer(
         [student[0] for student in students],
         teacher_temperature,
         mesh,
+        per_token=True,
     )
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     params = tuple(student[1] for student in students)

@@ -22,7 +22,6 @@ from rlt_jax.inference.layout import (
     EngineConfig,
     Layout,
     Request,
-    check_memory,
     check_requests,
     make_layout,
     on_cpu,
@@ -33,7 +32,13 @@ from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.training.sharding import DECODING_RULES, decoding_shardings, jit
+from rlt_jax.training.sharding import (
+    DECODING_RULES,
+    batch_sharding,
+    decoding_shardings,
+    jit,
+    replicated,
+)
 from rlt_jax.types import Completion, PagedCache, Params
 
 SHARD_AXES = ("data", "fsdp")
@@ -77,6 +82,8 @@ def make_engine(
 ) -> Engine:
     """Builds the programs; they compile at their first use.
 
+    Whether the cache fits on the devices is for `check_memory` to say.
+
     Args:
       model: the transformer.
       sampling: how tokens are drawn.
@@ -87,23 +94,18 @@ def make_engine(
       find_stop: finds the texts of `sampling.stop`; see `stop_finder`.
 
     Raises:
-      UserError: the cache does not fit on the devices, or a row not in the model.
+      UserError: a row does not fit in the model.
     """
     layout = make_layout(model, sampling, config, mesh, longest_row)
-    check_memory(model, layout, mesh)
     reader, to_decode, axes = decode_weights(model, config.weights)
     tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
     steps = functools.partial(
         decode, reader, sampling, tuple(stop_ids), config.steps, tile
     )
 
-    def on_mesh(spec: Spec) -> NamedSharding:
-        return NamedSharding(mesh, spec)
-
     whole, rows, drawn = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
-    pool = on_mesh(Spec("tensor", None, SHARD_AXES))
-    cache = PagedCache(pool, pool, on_mesh(whole))
+    cache = cache_shardings(mesh)
     fill = _split(mesh, functools.partial(prefill, reader), (whole, pools, *[rows] * 3))
     draw = _split(mesh, steps, (whole, pools, rows, rows, whole))
     on_shards = functools.partial(jit, mesh=mesh, rules=DECODING_RULES)
@@ -115,7 +117,7 @@ def make_engine(
         prefill_sizes(config),
         jax.jit(
             functools.partial(_empty, model, layout),
-            out_shardings=(cache, on_mesh(rows)),
+            out_shardings=(cache, batch_sharding(mesh)),
         ),
         jax.jit(to_decode, out_shardings=decoding_shardings(axes, mesh)),
         on_shards(fill(pools), donate_argnums=1, out_shardings=cache),
@@ -123,9 +125,15 @@ def make_engine(
             draw((pools, rows, drawn)),
             donate_argnums=(1, 2),
             # Every host reads all that is drawn.
-            out_shardings=(cache, on_mesh(rows), on_mesh(whole)),
+            out_shardings=(cache, batch_sharding(mesh), replicated(mesh)),
         ),
     )
+
+
+def cache_shardings(mesh: Mesh) -> PagedCache:
+    """Pages are split over data and fsdp, heads over tensor."""
+    pool = NamedSharding(mesh, Spec("tensor", None, SHARD_AXES))
+    return PagedCache(pool, pool, replicated(mesh))
 
 
 def complete(

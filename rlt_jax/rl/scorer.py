@@ -1,10 +1,9 @@
 """From rows to rewards in one device program: models, log-probs, KL, reductions."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ class Scored(NamedTuple):
     Attributes:
       reward: value and terms, combined over the students.
       teacher_log_probs: [M, B, T] of the teacher rows.
-      tokens: per-token values, one entry a student.
+      tokens: per-token values, one entry a student; () where nobody asked.
     """
 
     reward: Reward
@@ -71,23 +70,23 @@ def jit_score(
     student_models: Sequence[Transformer],
     teacher_temperature: float,
     mesh: Mesh,
+    per_token: bool = False,
 ) -> Callable[..., Scored]:
-    """Compiles `score` for fixed models and settings on a mesh."""
+    """Compiles `score` on a mesh; per-token values are large, () unless asked for."""
     if students.combine == "weights" and len(students.weights) != len(student_models):
         raise UserError(
             f"students.weights has {len(students.weights)} numbers for "
             f"{len(student_models)} students."
         )
     whole = sharding.replicated(mesh)
+    models = teacher_model, tuple(student_models)
+
+    def program(*args: Any) -> Scored:
+        scored = score(config, students, *models, teacher_temperature, *args)
+        return scored if per_token else scored._replace(tokens=())
+
     return sharding.jit(
-        functools.partial(
-            score,
-            config,
-            students,
-            teacher_model,
-            tuple(student_models),
-            teacher_temperature,
-        ),
+        program,
         mesh,
         out_shardings=Scored(whole, sharding.batch_sharding(mesh, 1), whole),
     )

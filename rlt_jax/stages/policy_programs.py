@@ -7,6 +7,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import policy_update
 from rlt_jax.rl.advantages import ADVANTAGES
 from rlt_jax.rl.losses import ObjectiveConfig, counted_completions
@@ -45,19 +47,13 @@ def compile_programs(
         counted = counted_completions(objective, rewards, finished, group_size)
         return found, counted, group_metrics(rewards, found, group_size)
 
-    mixed = jax.jit(policy_update.mix_reference, donate_argnums=0)
+    mixed = jit_mix()
 
     def mix(params: Params, trained: Params, alpha: float) -> Params:
         mixture = mixed(offload.fetch(params), tuning.merge(trained), alpha)
         return offload.put_back(mixture, params)
 
-    update = sharding.jit(
-        functools.partial(policy_update.update, tuning.model, tx, sampling, objective),
-        mesh,
-        in_shardings=(shardings, None, None),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    update = jit_update(tuning.model, tx, sampling, objective, mesh, shardings)
     return Programs(
         tuning,
         writing,
@@ -66,3 +62,26 @@ def compile_programs(
         lambda state, batch: update(state, batch, tuning.frozen),
         mix,
     )
+
+
+def jit_update(
+    model: Transformer,
+    tx: optax.GradientTransformation,
+    sampling: SamplingConfig,
+    objective: ObjectiveConfig,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Any:
+    """Compiles `policy_update.update` for the mesh; the state is donated."""
+    return sharding.jit(
+        functools.partial(policy_update.update, model, tx, sampling, objective),
+        mesh,
+        in_shardings=(shardings, None, None),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_mix() -> Any:
+    """Compiles `policy_update.mix_reference`; the reference is donated."""
+    return jax.jit(policy_update.mix_reference, donate_argnums=0)

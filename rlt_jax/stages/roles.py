@@ -13,6 +13,7 @@ from rlt_jax.data.templates import Problem, Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
+from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
@@ -121,7 +122,7 @@ def load_engine(
 ) -> Engine:
     """The engine of sections `sampling` and `engine`, and texts that always stop."""
     sampling = build(SamplingConfig, config["sampling"], "sampling")
-    return make_engine(
+    engine = make_engine(
         model.model,
         sampling,
         model.tokenizer.stop_ids,
@@ -130,6 +131,8 @@ def load_engine(
         longest_row,
         stop_finder(model.tokenizer, (*stop, *sampling.stop)),
     )
+    check_memory(model.model, engine.layout, mesh)
+    return engine
 
 
 def load_policy_engine(
