@@ -20,6 +20,7 @@ RANKS = {
     "settings": 1,
     "models": 2,
     "data": 2,
+    "costs": 3,
     "training": 3,
     "inference": 4,
     "rl": 5,
