@@ -69,9 +69,8 @@ def token_stats(
     """
     hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
     B, T = tokens.shape
-    V = model.config.vocab_size
     devices = max(1, jax.sharding.get_abstract_mesh().size)
-    C = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * V)))
+    C = chunk_length(B, T, model.config.vocab_size, devices)
     predicted = (positions > 0) & (segment_ids > 0) & wanted
     # State t predicts token t + 1.
     needed = jnp.roll(predicted, -1, axis=1)
@@ -94,6 +93,11 @@ def token_stats(
         return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
 
     return TokenStats(*map(about_token, stats))
+
+
+def chunk_length(B: int, T: int, V: int, devices: int) -> int:
+    """C, tokens of each of B rows whose logits are held at a time."""
+    return max(1, min(T, LOGITS_PER_CHUNK * devices // (B * V)))
 
 
 @jax.custom_vjp

@@ -93,7 +93,7 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
     staged = path is not None and (path / "model.json").is_file()
     beside = path / "tokenizer" if staged else path
     tokenizer = load_tokenizer(source.tokenizer or beside)
-    model = Transformer(_model_config(source, path, tokenizer))
+    model = Transformer(_model_config(source, path, tokenizer.vocab_size))
     origin = path or "random weights"
     _check_vocabulary(origin, tokenizer, model.config.vocab_size)
     check_model(model.config, mesh)
@@ -113,12 +113,24 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
     return LoadedModel(model, params, tokenizer)
 
 
+def shape_of(source: ModelSource) -> ModelConfig:
+    """The shape of a model, without its weights.
+
+    Raises:
+      UserError: no such model.
+    """
+    path = None if source.architecture is not None else find_model(source.path)
+    if path is None and "vocab_size" not in source.architecture:
+        return _model_config(source, path, load_tokenizer(source.tokenizer).vocab_size)
+    return _model_config(source, path, 0)
+
+
 def _model_config(
-    source: ModelSource, path: Path | None, tokenizer: Tokenizer
+    source: ModelSource, path: Path | None, vocab_size: int
 ) -> ModelConfig:
     numerics = {"dtype": source.dtype, "remat": source.remat}
     if path is None:
-        fields = {"vocab_size": tokenizer.vocab_size, **source.architecture, **numerics}
+        fields = {"vocab_size": vocab_size, **source.architecture, **numerics}
         return build(ModelConfig, fields, "model.architecture")
     if (path / "model.json").is_file():
         fields = json.loads((path / "model.json").read_text(encoding="utf-8"))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import (
@@ -184,3 +186,31 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, row_shardings(tree, mesh))
+
+
+def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    """Arrays, or their shapes, as ShapeDtypeStructs with a sharding.
+
+    Args:
+      tree: what has shapes and dtypes.
+      shardings: of each, or one for all.
+      dtype: of floats, in place of their own.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        floats = dtype is not None and jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(
+            x.shape, dtype if floats else x.dtype, sharding=sharding
+        )
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that arrays, or ShapeDtypeStructs, with shardings take on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

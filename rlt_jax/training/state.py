@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
 from rlt_jax.training.lora import trained_part
-from rlt_jax.training.sharding import to_shardings
+from rlt_jax.training.sharding import abstract, to_shardings
 from rlt_jax.types import Params, TrainState
 
 
@@ -42,6 +42,19 @@ def state_shardings(
         is_leaf=lambda x: isinstance(x, nn.Partitioned),
     )
     return to_shardings(nn.get_partition_spec(boxes), mesh)
+
+
+def abstract_state(
+    model: Transformer, params: Params, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state around parameters, given likewise."""
+
+    def init(params: Params) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), zero)
+
+    shapes = jax.eval_shape(init, params)
+    return abstract(shapes, state_shardings(model, tx, mesh))
 
 
 def new_state(

@@ -1,0 +1,52 @@
+"""Shapes of published models, for plans on machines that have not downloaded them."""
+
+from typing import Any
+
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.config_json import config_from_json
+
+# hidden_size, intermediate_size, layers, heads, key/value heads, embedding rows.
+_QWEN2_5 = {
+    "0.5B": (896, 4864, 24, 14, 2, 151_936),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
+    "3B": (2048, 11008, 36, 16, 2, 151_936),
+    "7B": (3584, 18944, 28, 28, 4, 152_064),
+    "14B": (5120, 13824, 48, 40, 8, 152_064),
+    "32B": (5120, 27648, 64, 40, 8, 152_064),
+    "72B": (8192, 29568, 80, 64, 8, 152_064),
+}
+# Fine-tuned models have the shape of what they started from.
+PUBLISHED = {
+    **{f"Qwen/Qwen2.5-{size}-Instruct": size for size in _QWEN2_5},
+    **{f"Qwen/Qwen2.5-{size}": size for size in _QWEN2_5},
+    **{f"bespokelabs/Bespoke-Stratos-{size}": size for size in ("7B", "32B")},
+}
+
+
+def published_config(name: str, **overrides: Any) -> ModelConfig | None:
+    """The shape of a model by its id on the Hugging Face Hub; None if not known here.
+
+    Args:
+      name: id on the Hub.
+      **overrides: fields of ModelConfig to replace.
+    """
+    if name not in PUBLISHED:
+        return None
+    size = PUBLISHED[name]
+    D, F, L, N, K, V = _QWEN2_5[size]
+    content = {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": D,
+        "intermediate_size": F,
+        "max_position_embeddings": 32_768,
+        "num_attention_heads": N,
+        "num_hidden_layers": L,
+        "num_key_value_heads": K,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": size in ("0.5B", "1.5B", "3B"),
+        "use_sliding_window": False,
+        "vocab_size": V,
+    }
+    return ModelConfig(**{**vars(config_from_json(content)), **overrides})

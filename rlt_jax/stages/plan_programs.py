@@ -1,0 +1,288 @@
+"""The device programs of each stage, ready to be lowered for devices elsewhere."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlt_jax.costs.flops import forward_flops, train_flops
+from rlt_jax.errors import UserError
+from rlt_jax.inference.decode import Refill
+from rlt_jax.inference.engine import EngineConfig, cache_shardings, make_engine
+from rlt_jax.inference.log_probs import chunk_length
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.scoring import score_rows
+from rlt_jax.inference.weights import decode_weights
+from rlt_jax.models.paged_cache import page_bytes
+from rlt_jax.rl.losses import ObjectiveConfig
+from rlt_jax.rl.policy_update import PolicyBatch
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig, jit_score
+from rlt_jax.settings import build
+from rlt_jax.stages import plan_shapes as shapes
+from rlt_jax.stages import policy_programs, rl, sft
+from rlt_jax.stages.plan_shapes import Lengths, Shape
+from rlt_jax.training import sharding
+from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlt_jax.training.state import abstract_state, state_shardings
+
+Section = Mapping[str, Any]
+
+
+class Program(NamedTuple):
+    """One device program.
+
+    Attributes:
+      name: of it.
+      lower: gives what can be compiled.
+      resident: arrays that are on the devices beside its arguments.
+      runs: how often it runs in a step of its stage.
+      flops: model flops of a run, over all devices.
+      trips: of the loops whose length depends on the data, from the outermost in.
+      hbm_bytes: of a run on a device, where the compiled text does not tell.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    resident: Any
+    runs: float
+    flops: float
+    trips: tuple[int, ...] = ()
+    hbm_bytes: float | None = None
+
+
+def sft_programs(
+    section: Section, recipe: Section, mesh: Mesh, _: Lengths
+) -> list[Program]:
+    """The update of supervised training, on full rows."""
+    c = build(sft.SFTConfig, section["sft"], "sft")
+    names = "sft.batch_size, sft.row_length"
+    sharding.check_rows(mesh, c.batch_size, c.row_length, names)
+    model, params = shapes.load_shape(section["model"], recipe, mesh)
+    tx = _optimizer(section, c.steps)
+    state = abstract_state(model, params, tx, mesh)
+    ids = shapes.per_row(mesh, (c.batch_size, c.row_length), jnp.int32)
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), ids)
+    batch["loss_mask"] = shapes.per_row(mesh, ids.shape, jnp.bool_)
+    update = sft.jit_update(model, tx, mesh, state_shardings(model, tx, mesh))
+    tokens = c.batch_size * c.row_length
+    C = chunk_length(*ids.shape, model.config.vocab_size, mesh.size)
+    flops = train_flops(model.config, tokens, c.row_length / 2, tokens)
+    trips = (-(-c.row_length // C),)
+    return [
+        Program("update", lambda: update.lower(state, batch, None), (), 1, flops, trips)
+    ]
+
+
+def rl_programs(
+    section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
+) -> list[Program]:
+    """Rollout, scores, log-probs of the reference, update and mixing."""
+    c = build(rl.RLConfig, section["loop"], "loop")
+    objective = build(ObjectiveConfig, section["objective"], "objective")
+    sampling = build(SamplingConfig, section["sampling"], "sampling")
+    rows, N = shapes.row_shape(section, mesh), c.batch_size * c.group_size
+    policy = shapes.load_shape(section["policy"], recipe, mesh)
+    students = [policy] if c.self_teaching else _students(section, recipe, mesh)
+    tx = _optimizer(section, c.steps * c.updates_per_rollout)
+    state = abstract_state(*policy, tx, mesh)
+    reference = policy.params if objective.beta else ()
+    # Offloaded, each is on the devices for as long as it is used.
+    others = [] if c.offload else [student.params for student in students]
+    if not c.offload:
+        others.append(reference)
+
+    forward = _forward(policy, N, lengths)
+    trips = shapes.micro_batches(policy.model.config, mesh, N, rows, lengths)
+    batch = shapes.scoring_batch(mesh, N, rows)
+    programs = _rollout(section, policy, sampling, mesh, rows.row_length, N, lengths)
+    beside = (state.opt_state, *others)
+    programs = [p._replace(resident=(p.resident, beside)) for p in programs]
+    if students:
+        score = _score(section, policy, students, sampling, mesh, batch)
+        flops = forward + sum(_forward(one, N, lengths) for one in students)
+        beside = (state.opt_state, () if c.offload else reference)
+        programs.append(Program("score", score, beside, 1, flops, trips))
+    if objective.beta:
+        log_probs = sharding.jit(
+            functools.partial(score_rows, policy.model, sampling.temperature),
+            mesh,
+            out_shardings=sharding.batch_sharding(mesh, 1),
+        )
+        lower = functools.partial(
+            log_probs.lower, reference, batch.teacher, batch.completion
+        )
+        beside = (state, others[:-1])
+        programs.append(Program("reference", lower, beside, 1, forward, trips))
+
+    per_token = shapes.per_row(mesh, batch.teacher.tokens.shape, jnp.float32)
+    known = bool(students) or c.updates_per_rollout > 1
+    policy_batch = PolicyBatch(
+        batch.teacher,
+        batch.completion,
+        shapes.per_row(mesh, (N,), jnp.float32),
+        per_token if known else None,
+        per_token if objective.beta else None,
+        batch.closed,
+        per_token,
+    )
+    placed = state_shardings(policy.model, tx, mesh)
+    update = policy_programs.jit_update(
+        policy.model, tx, sampling, objective, mesh, placed
+    )
+    lower = functools.partial(update.lower, state, policy_batch, None)
+    flops = _train(policy, N, lengths)
+    programs.append(
+        Program("update", lower, others, c.updates_per_rollout, flops, trips)
+    )
+    if objective.beta and c.sync_every:
+        mix = policy_programs.jit_mix()
+        lower = functools.partial(mix.lower, reference, state.params, c.sync_alpha)
+        beside = (state.opt_state, others[:-1])
+        programs.append(Program("mix", lower, beside, 1 / c.sync_every, 0))
+    return programs
+
+
+def collect_programs(
+    section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
+) -> list[Program]:
+    """Rollout and scores of a batch of explanations."""
+    sampling = build(SamplingConfig, section["sampling"], "sampling")
+    rows, N = shapes.row_shape(section, mesh), section["collect"]["batch_size"]
+    teacher = shapes.load_shape(section["teacher"], recipe, mesh)
+    students = _students(section, recipe, mesh)
+    resident = [student.params for student in students]
+    programs = _rollout(section, teacher, sampling, mesh, rows.row_length, N, lengths)
+    cache = programs[-1].lower.args[1]
+    batch = shapes.scoring_batch(mesh, N, rows)
+    score = _score(section, teacher, students, sampling, mesh, batch)
+    flops = sum(_forward(one, N, lengths) for one in (teacher, *students))
+    trips = shapes.micro_batches(teacher.model.config, mesh, N, rows, lengths)
+    return [
+        *(p._replace(resident=(p.resident, resident)) for p in programs),
+        Program("score", score, cache, 1, flops, trips),
+    ]
+
+
+def evaluate_programs(
+    section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
+) -> list[Program]:
+    """The rollout of a batch of answers."""
+    sampling = build(SamplingConfig, section["sampling"], "sampling")
+    model = shapes.load_shape(section["model"], recipe, mesh)
+    longest = model.model.config.max_length
+    N = section["evaluate"]["batch_size"]
+    return _rollout(section, model, sampling, mesh, longest, N, lengths)
+
+
+PROGRAMS = {
+    "sft": sft_programs,
+    "rl": rl_programs,
+    "collect": collect_programs,
+    "evaluate": evaluate_programs,
+}
+
+
+def _rollout(
+    section: Section,
+    policy: Shape,
+    sampling: SamplingConfig,
+    mesh: Mesh,
+    longest_row: int,
+    N: int,
+    lengths: Lengths,
+) -> list[Program]:
+    """Weights to decode with, prefill of a part of prompts, steps of decoding.
+
+    All slots are taken to be busy all the time.
+    """
+    model, params = policy
+    config = build(EngineConfig, section["engine"], "engine")
+    engine = make_engine(model, sampling, (0,), config, mesh, longest_row)
+    layout = engine.layout
+    _, to_decode, axes = decode_weights(model, config.weights)
+    decoded = jax.eval_shape(to_decode, params)
+    weights = sharding.abstract(decoded, sharding.decoding_shardings(axes, mesh))
+    cache, slots = jax.eval_shape(engine.new_cache)
+    cache = jax.tree.map(sharding.abstract, cache, cache_shardings(mesh))
+    slots = sharding.abstract(slots, sharding.batch_sharding(mesh))
+    B = layout.shards * layout.slots
+
+    def ids(*shape: int) -> Any:
+        return shapes.per_row(mesh, shape, jnp.int32)
+
+    replaced = shapes.per_row(mesh, (B,), jnp.bool_)
+    table = ids(B, layout.columns)
+    refill = Refill(replaced, slots, table, ids(B), ids(B), ids(layout.shards))
+    size = engine.chunks[-1]
+    part = ids(layout.shards, layout.columns), ids(layout.shards, size)
+    fill = functools.partial(
+        engine.prefill.lower, weights, cache, *part, ids(layout.shards)
+    )
+    key = shapes.key_shape(mesh)
+    draw = functools.partial(engine.decode.lower, weights, cache, slots, refill, key)
+
+    c, steps = model.config, layout.steps
+    context = lengths.prompt + lengths.completion / 2
+    stored = context * page_bytes(c, 1) * layout.slots / mesh.shape["tensor"]
+    read = steps * (sharding.device_bytes(weights) + stored)
+    prompts = N / section.get("loop", {}).get("group_size", 1)
+    parts = prompts * -(-lengths.prompt // size) / layout.shards
+    filled = forward_flops(c, layout.shards * size, lengths.prompt / 2, 0)
+    drawn = forward_flops(c, B * steps, context, B * steps)
+    dispatches = N * lengths.completion / (B * steps)
+    return [
+        Program("weights", functools.partial(engine.to_decode.lower, params), (), 1, 0),
+        Program("prefill", fill, params, parts, filled),
+        Program("decode", draw, params, dispatches, drawn, (steps,), read),
+    ]
+
+
+def _score(
+    section: Section,
+    policy: Shape,
+    students: Sequence[Shape],
+    sampling: SamplingConfig,
+    mesh: Mesh,
+    batch: Any,
+) -> Callable[[], Any]:
+    score = jit_score(
+        build(RLTRewardConfig, section["reward"], "reward"),
+        build(StudentsConfig, section["students"], "students"),
+        policy.model,
+        [student.model for student in students],
+        sampling.temperature,
+        mesh,
+    )
+    params = tuple(student.params for student in students)
+    batches = (batch,) * len(students)
+    return functools.partial(
+        score.lower, policy.params, params, batches, shapes.scalar(mesh)
+    )
+
+
+def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
+    given = section["student"]
+    several = given if isinstance(given, list | tuple) else [given] if given else []
+    return [shapes.load_shape(one, recipe, mesh) for one in several]
+
+
+def _optimizer(section: Section, steps: int) -> Any:
+    if section["lora"].get("rank"):
+        raise UserError("plan: stages with lora.rank > 0 cannot be planned yet.")
+    return make_optimizer(
+        build(OptimizerConfig, section["optimizer"], "optimizer"), steps
+    )
+
+
+def _forward(shape: Shape, N: int, lengths: Lengths) -> float:
+    tokens, head = N * lengths.row, N * lengths.completion
+    return forward_flops(shape.model.config, tokens, lengths.row / 2, head)
+
+
+def _train(shape: Shape, N: int, lengths: Lengths) -> float:
+    tokens, head = N * lengths.row, N * lengths.completion
+    return train_flops(shape.model.config, tokens, lengths.row / 2, head)

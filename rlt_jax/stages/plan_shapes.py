@@ -1,0 +1,139 @@
+"""What a plan knows of a run without running it: shapes, shardings, mean lengths."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlt_jax.data.scoring import RowShape
+from rlt_jax.errors import UserError
+from rlt_jax.inference.log_probs import chunk_length
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.published import published_config
+from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.settings import build
+from rlt_jax.training import checkpoint, sharding
+from rlt_jax.types import PackedRows, Params, ScoringBatch, TokenSpans
+
+_STAGE = "{workdir}/"
+
+
+class Lengths(NamedTuple):
+    """Mean tokens of a prompt and of a completion, for which times are estimated."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def row(self) -> int:
+        """Of a prompt with its completion."""
+        return self.prompt + self.completion
+
+
+class Shape(NamedTuple):
+    """A model without weights: parameters are ShapeDtypeStructs on the mesh."""
+
+    model: Transformer
+    params: Params
+
+
+def load_shape(
+    section: Mapping[str, Any], recipe: Mapping[str, Any], mesh: Mesh
+) -> Shape:
+    """The model of a section `model`, `policy`, `teacher` or `student`.
+
+    Args:
+      section: fields of a `ModelSource`; a path "{workdir}/name" has the shape of the
+        model that the stage of that name starts from.
+      recipe: all sections.
+      mesh: where the parameters go.
+
+    Raises:
+      UserError: the shape is not known here, or the mesh cannot split it.
+    """
+    if section is None:
+        raise UserError("plan: a stage has no model in its section.")
+    source = build(checkpoint.ModelSource, section, "model")
+    config = _config(source, recipe)
+    sharding.check_model(config, mesh)
+    model = Transformer(config)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shardings = sharding.param_shardings(model, mesh)
+    dtype = jnp.dtype(source.param_dtype)
+    return Shape(model, sharding.abstract(shapes, shardings, dtype))
+
+
+def _config(source: checkpoint.ModelSource, recipe: Mapping[str, Any]) -> ModelConfig:
+    origin = source
+    while origin.path.startswith(_STAGE):
+        name = origin.path.removeprefix(_STAGE).partition("/")[0]
+        if name not in recipe:
+            raise UserError(f"plan: {origin.path}: the recipe has no stage {name!r}.")
+        section = recipe[name].get("model") or recipe[name].get("policy")
+        origin = build(checkpoint.ModelSource, section, name)
+    numerics = {"dtype": source.dtype, "remat": source.remat}
+    known = published_config(origin.path, **numerics)
+    return known or checkpoint.shape_of(dataclasses.replace(origin, **numerics))
+
+
+def row_shape(section: Mapping[str, Any], mesh: Mesh) -> RowShape:
+    """The section `rows`, checked against the mesh."""
+    rows = build(RowShape, section["rows"], "rows")
+    names = "rows.micro_batch_size, rows.row_length"
+    sharding.check_rows(mesh, rows.micro_batch_size, rows.row_length, names)
+    return rows
+
+
+def per_row(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array [N, ...] or [M, B, T] that `put_rows` has placed."""
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    return sharding.abstract(array, sharding.row_shardings(array, mesh))
+
+
+def packed_rows(mesh: Mesh, N: int, rows: RowShape) -> PackedRows:
+    """N rows packed as `packing.pack` does, of which there is one a line at worst."""
+    M = -(-N // rows.micro_batch_size)
+    ids = per_row(mesh, (M, rows.micro_batch_size, rows.row_length), jnp.int32)
+    return PackedRows(ids, ids, ids, per_row(mesh, (), jnp.int32))
+
+
+def token_spans(mesh: Mesh, N: int, rows: RowShape) -> TokenSpans:
+    """One span of each of N rows."""
+    index = per_row(mesh, (N, rows.row_length), jnp.int32)
+    return TokenSpans(index, index, per_row(mesh, index.shape, jnp.bool_))
+
+
+def scoring_batch(mesh: Mesh, N: int, rows: RowShape) -> ScoringBatch:
+    """Student and teacher rows of N completions."""
+    packed, spans = packed_rows(mesh, N, rows), token_spans(mesh, N, rows)
+    return ScoringBatch(
+        packed, packed, spans, spans, spans, spans, per_row(mesh, (N,), jnp.bool_)
+    )
+
+
+def micro_batches(
+    config: ModelConfig, mesh: Mesh, N: int, rows: RowShape, lengths: Lengths
+) -> tuple[int, int]:
+    """Lengths of the loops over micro-batches and over chunks of the head."""
+    in_line = max(1, rows.row_length // lengths.row)
+    lines = -(-N // in_line)
+    C = chunk_length(
+        rows.micro_batch_size, rows.row_length, config.vocab_size, mesh.size
+    )
+    chunks = -(-in_line * lengths.completion // C)
+    return -(-lines // rows.micro_batch_size), chunks
+
+
+def key_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A PRNG key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return sharding.abstract(key, sharding.replicated(mesh))
+
+
+def scalar(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A float32 number."""
+    return per_row(mesh, (), np.float32)
