@@ -1,16 +1,19 @@
-"""Attention over packed rows block by block, with memory linear in the length.
+"""Attention over packed rows, with memory linear in the length.
 
-The online softmax of FlashAttention (arXiv 2205.14135) in plain XLA, for backends
-without a kernel of their own. A block of queries meets only the blocks of keys between
+TPU and GPU use the kernels that come with JAX where these take the sizes. For all else
+this is the online softmax of FlashAttention (arXiv 2205.14135) in plain XLA. A block of queries meets only the blocks of keys between
 the start of its earliest segment (or window) and itself, so packing several segments into
 a row costs no more attention than the segments alone.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from rlt_jax.models import attention_kernels as kernels
 
 MASKED = -1e30  # finite, so that nothing becomes NaN
 BLOCK = 64  # tokens; twice as fast on CPU as one block for rows of 256
@@ -56,6 +59,35 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
+    limits = {"scale": scale, "softcap": softcap, "window": window}
+    xla = functools.partial(_by_blocks, **limits)
+    tpu = cuda = xla
+    if kernels.tpu_takes(query):
+        tpu = _kernel(functools.partial(kernels.tpu_attention, **limits), query)
+    if kernels.gpu_takes(query, softcap, window):
+        cuda = _kernel(functools.partial(kernels.gpu_attention, scale=scale), query)
+    operands = (query, key, value, tokens)
+    if tpu is cuda is xla:
+        return xla(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=cuda, default=xla)
+
+
+def _kernel(
+    kernel: kernels.Kernel, query: jax.Array
+) -> Callable[[jax.Array, jax.Array, jax.Array, Tokens], jax.Array]:
+    split = kernels.on_each_device(kernel, query)
+    return lambda q, k, v, tokens: split(q, k, v, tokens.segment_ids, tokens.windowed)
+
+
+def _by_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tokens: Tokens,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> jax.Array:
     B, T, N, H = query.shape
     K, block = key.shape[2], min(BLOCK, T)
     query = query.reshape(B, T, K, N // K, H) * scale
