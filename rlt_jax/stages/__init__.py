@@ -15,7 +15,7 @@ from rlt_jax.errors import UserError
 
 _LOG = logging.getLogger("rlt_jax")
 
-STAGES = ("sft", "rl", "collect", "score", "evaluate", "export", "report")
+STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 
 
 def run_pipeline(

@@ -1,0 +1,56 @@
+"""A 32B student distilled from the traces of a teacher: Qwen2.5-32B-Instruct.
+
+    python -m rlt_jax.main --config=configs/distil_32b.py:v5p:4x4x4 \\
+        --workdir=/mnt/bucket/distil_32b --config.traces=/mnt/bucket/rlt_7b/collect/traces.jsonl
+
+After the colon stands the slice, here 64 chips of v5p (see `MESHES`; `h100:8` and
+`h200:8` are a node of GPUs). `traces` is what `collect` wrote, or any file of traces.
+Rows of up to 16,384 tokens; three passes over some 17k traces.
+"""
+
+import ml_collections
+
+from rlt_jax.costs.chips import num_chips
+from rlt_jax.settings import section
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
+
+BASE = "Qwen/Qwen2.5-32B-Instruct"
+# Devices over which a row is split; it divides the key/value heads.
+MESHES = {"v5e": 8, "v6e": 8, "v5p": 4, "h100": 8, "h200": 8}
+
+
+def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
+    """One stage, for a slice such as "v5e:8x8"."""
+    tensor = MESHES[topology.partition(":")[0]]
+    groups = max(1, num_chips(topology) // tensor)
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.traces = "traces.jsonl"
+    config.pipeline = ("distil",)
+    config.distil = {
+        "stage": "sft",
+        "model": section(ModelSource, path=BASE, dtype="bfloat16", remat="full"),
+        "template": "rlt",
+        "data": {"task": "file", "path": config.get_ref("traces")},
+        "sft": section(
+            SFTConfig,
+            format="student",
+            steps=3_000,
+            batch_size=max(16, groups),
+            row_length=16_384,
+            checkpoint_every=250,
+        ),
+        "lora": section(LoRAConfig),
+        "optimizer": section(
+            OptimizerConfig,
+            learning_rate=1e-5,
+            schedule="cosine",
+            warmup_fraction=0.05,
+        ),
+        "mesh": section(MeshConfig, data=1, fsdp=-1, tensor=tensor),
+    }
+    return config

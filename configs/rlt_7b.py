@@ -1,0 +1,119 @@
+"""The published teacher: Qwen2.5-7B, warmed up, then trained by RL with a 7B student.
+
+    python -m rlt_jax.main --config=configs/rlt_7b.py:v5p:4x4x4 --workdir=/mnt/bucket/rlt_7b \\
+        --config.data=/mnt/bucket/bespoke_stratos_17k.parquet
+
+After the colon stands the slice, here 64 chips of v5p (see `MESHES`; `h100:8` and
+`h200:8` are a node of GPUs); launch/tpu_pod.sh runs it on all hosts. `data` is
+bespokelabs/Bespoke-Stratos-17k as downloaded from the Hugging Face Hub.
+
+Settings as published (arXiv 2506.08388): warm-up of 10 epochs over 17k traces, batch 16,
+learning rate 1e-5; 125 steps of 16 prompts x 64 completions, learning rate 1e-6,
+temperature 0.7, up to 16,384 + 16,384 tokens. The paper reports about 280 H100-hours for
+the teacher and 7 for its traces.
+"""
+
+import ml_collections
+
+from rlt_jax.costs.chips import num_chips
+from rlt_jax.data.scoring import RowShape
+from rlt_jax.inference.engine import EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.rl.losses import ObjectiveConfig
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.settings import section
+from rlt_jax.stages.collect import CollectConfig
+from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
+
+BASE = "Qwen/Qwen2.5-7B-Instruct"
+STUDENT = "bespokelabs/Bespoke-Stratos-7B"
+PROMPT = COMPLETION = 16_384
+# Of each chip: tensor, which divides the 4 key/value heads; tokens of the cache and slots
+# of each group of `tensor` chips.
+MESHES = {
+    "v5e": (4, 400_000, 64),
+    "v6e": (4, 1_000_000, 128),
+    "v5p": (2, 2_000_000, 256),
+    "h100": (4, 1_500_000, 256),
+    "h200": (2, 2_000_000, 256),
+}
+
+
+def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
+    """Warm-up, RL and traces, for a slice such as "v5e:8x8"."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.data = "bespoke_stratos_17k.parquet"
+    tensor, cache_tokens, slots = MESHES[topology.partition(":")[0]]
+    groups = max(1, num_chips(topology) // tensor)
+    mesh = section(MeshConfig, data=1, fsdp=-1, tensor=tensor)
+    data = {"task": "file", "path": config.get_ref("data")}
+    trained = {"dtype": "bfloat16", "remat": "full"}
+    frozen = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    config.pipeline = ("warmup", "rl", "collect")
+    config.warmup = {
+        "stage": "sft",
+        "model": section(ModelSource, path=BASE, **trained),
+        "template": "rlt",
+        "data": data,
+        "sft": section(
+            SFTConfig,
+            format="teacher",
+            steps=10_400,
+            batch_size=max(16, groups),
+            row_length=16_384,
+            checkpoint_every=500,
+        ),
+        "lora": section(LoRAConfig),
+        "optimizer": section(
+            OptimizerConfig,
+            learning_rate=1e-5,
+            schedule="cosine",
+            warmup_fraction=0.05,
+        ),
+        "mesh": mesh,
+    }
+    engine = section(
+        EngineConfig,
+        slots=groups * slots,
+        cache_tokens=groups * cache_tokens,
+        steps=32,
+        prefill_chunk=2048,
+        weights="bfloat16",
+    )
+    explaining = {
+        "student": section(ModelSource, path=STUDENT, **frozen),
+        "students": section(StudentsConfig),
+        "template": "rlt",
+        "rows": section(
+            RowShape, micro_batch_size=groups, row_length=PROMPT + COMPLETION
+        ),
+        "sampling": section(SamplingConfig, max_new_tokens=COMPLETION, temperature=0.7),
+        "engine": engine,
+        "reward": section(RLTRewardConfig),
+        "mesh": mesh,
+    }
+    config.rl = explaining | {
+        "stage": "rl",
+        "policy": section(ModelSource, path="{workdir}/warmup", **trained),
+        "terms": {"rlt": {"weight": 1.0}},
+        "objective": section(ObjectiveConfig),
+        "data": data,
+        "held_out": data | {"limit": 128},
+        "loop": section(RLConfig, steps=125, batch_size=16, group_size=64),
+        "lora": section(LoRAConfig),
+        "optimizer": section(OptimizerConfig, learning_rate=1e-6),
+    }
+    config.collect = explaining | {
+        "stage": "collect",
+        "teacher": section(ModelSource, path="{workdir}/rl", **frozen),
+        "data": data,
+        "collect": section(CollectConfig, batch_size=1024),
+    }
+    return config

@@ -1,0 +1,4 @@
+def render(plan):
+    import json
+
+    return json.dumps(plan, indent=1)
