@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as Spec
 
 Kernel = Callable[..., jax.Array]
 
-TPU_BLOCKS = (1024, 512, 256)  # tokens; else TPU_TILE
+# Tokens in a block: the settings of MaxText for the memory limits that XLA starts with.
+TPU_BLOCKS = (1024, 512, 256)  # else TPU_TILE
 TPU_TILE = 128
-TPU_KEYS_AT_ONCE = 512  # of a block; what is computed of them stays in fast memory
+TPU_KEYS_AT_ONCE = 512  # of a block
+TPU_BLOCK_BYTES = 512 * 1024  # TPU v4 and v5e have 16 MiB for all that a kernel holds
 GPU_BLOCK = 64  # tokens; keys and values of two such blocks fit any GPU of today
 ROW_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
@@ -55,7 +57,7 @@ def tpu_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # not on CPU
 
     T, N = query.shape[1:3]
-    block = tpu_block(T)
+    block = tpu_block(T, query.shape[3] * query.dtype.itemsize)
     arrays = (query * scale, key, value)
     q, k, v = (jnp.swapaxes(_pad(x, block), 1, 2) for x in arrays)
     ids = _pad(segment_ids, block)
@@ -94,10 +96,13 @@ def tpu_attention(
     return jnp.swapaxes(out, 1, 2)[:, :T]
 
 
-def tpu_block(length: int) -> int:
+def tpu_block(length: int, token_bytes: int) -> int:
     """The largest block that makes a row at most an eighth longer, or TPU_TILE."""
-    fits = (size for size in TPU_BLOCKS if -length % size <= length // 8)
-    return next(fits, TPU_TILE)
+    for size in TPU_BLOCKS:
+        fits = size * token_bytes <= TPU_BLOCK_BYTES
+        if fits and -length % size <= length // 8:
+            return size
+    return TPU_TILE
 
 
 def gpu_attention(

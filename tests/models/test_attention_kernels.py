@@ -1,28 +1,28 @@
 """The kernels of accelerators agree with plain XLA; TPU programs have them."""
 
 import functools
-import importlib.util
 import itertools
-import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models import attention_kernels as kernels
 from rlt_jax.models.attention import Tokens, attention
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, hidden_states, logical_axes
-from rlt_jax.models.transformer import init_params as init
-from rlt_jax.training.sharding import RULES, to_shardings
+from rlt_jax.models.transformer import (
+    Transformer,
+    hidden_states,
+    init_params,
+    logical_axes,
+)
+from rlt_jax.training.sharding import MESH_AXES, to_shardings
 
 B, N, K, H = 2, 4, 2, 32
-AXES = ("data", "fsdp", "tensor")
 
 
 def packed(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,17 +119,28 @@ def test_padding_has_finite_gradients(kernel: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "block"),
-    [(1, 128), (128, 128), (256, 256), (300, 128), (1100, 128), (1536, 512)]
-    + [(2000, 1024), (32_768, 1024)],
+    ("length", "token_bytes", "block"),
+    [
+        (1, 256, 128),
+        (128, 256, 128),
+        (256, 256, 256),
+        (300, 256, 128),
+        (1100, 256, 128),
+        (1536, 256, 512),
+        (2000, 256, 1024),
+        (32_768, 256, 1024),
+        (32_768, 1024, 512),
+    ],
 )
-def test_blocks_lengthen_rows_by_little(length: int, block: int) -> None:
-    assert kernels.tpu_block(length) == block
+def test_blocks_fit_into_memory_and_lengthen_rows_by_little(
+    length: int, token_bytes: int, block: int
+) -> None:
+    assert kernels.tpu_block(length, token_bytes) == block
 
 
 @pytest.mark.parametrize("rows", [2, 3])  # 3 are not divided by fsdp
 def test_a_mesh_splits_rows_and_heads(rows: int) -> None:
-    mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     seen = []
 
     def kernel(query: jax.Array, *_: jax.Array) -> jax.Array:
@@ -176,18 +187,6 @@ def test_accelerators_use_their_kernels_where_these_take_the_sizes(
         assert inside == found & {platform}
 
 
-@pytest.fixture(scope="module")
-def tpus() -> Mesh:
-    """Four devices of a TPU that is not there, to compile for."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, the compiler for TPU, is not installed")
-    # No device is touched, so other processes need not wait for this one.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-    shape = np.array(devices).reshape(1, 2, 2)
-    return Mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
 def test_a_training_step_for_tpu_has_the_kernel_and_no_table_of_scores(
     tpus: Mesh,
 ) -> None:
@@ -204,11 +203,11 @@ def test_a_training_step_for_tpu_has_the_kernel_and_no_table_of_scores(
         dtype="bfloat16",
     )
     model = Transformer(config)
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         shapes,
-        to_shardings(logical_axes(config), tpus, RULES),
+        to_shardings(logical_axes(config), tpus),
     )
     batch = NamedSharding(tpus, Spec(("data", "fsdp")))
     row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pallas_tpu
 from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models import paged_cache
 from rlt_jax.models.config import ModelConfig
@@ -249,3 +251,39 @@ def test_accelerators_use_their_kernels_where_these_take_the_sizes(
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
         lowered = traced.lower(lowering_platforms=(platform,)).as_text()
         assert (call in lowered) == (platform in kernels)
+
+
+def test_decoding_compiles_for_tpu_with_the_kernel(tpus: Mesh) -> None:
+    """As the engine splits it: slots and pages by hand, heads by the compiler."""
+    B, N, heads, page, H = 32, 14, 2, 64, 128  # 16 slots a shard, rows of 32,768
+    split, by_rows = ("data", "fsdp"), Spec(("data", "fsdp"))
+    by_pages = Spec(None, None, split)
+
+    def shape(dtype: str, spec: Spec, *sizes: int) -> jax.ShapeDtypeStruct:
+        at = NamedSharding(tpus, spec)
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=at)
+
+    pool = Spec("tensor", None, split)
+    keys = shape("bfloat16", pool, heads, L, 1024, page, H)
+    cache = PagedCache(keys, keys, shape("int32", by_rows, B, 512))
+    specs = PagedCache(by_pages, by_pages, by_rows)
+    attend = jax.shard_map(
+        paged_attention,
+        mesh=tpus,
+        in_specs=(by_rows, specs, Spec(), by_rows, Spec()),
+        out_specs=by_rows,
+        axis_names=set(split),
+        check_vma=False,
+    )
+    traced = jax.jit(attend).trace(
+        shape("bfloat16", Spec(split, None, "tensor"), B, 1, N, H),
+        cache,
+        shape("int32", Spec()),
+        shape("int32", by_rows, B, 1),
+        shape("bool", Spec()),
+    )
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    # The pool is read where it is: a copy of a device's part would show.
+    part = keys.size * keys.dtype.itemsize // tpus.size
+    assert compiled.memory_analysis().temp_size_in_bytes < part // 4
