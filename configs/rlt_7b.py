@@ -15,7 +15,7 @@ the teacher and 7 for its traces.
 
 import ml_collections
 
-from rlt_jax.costs.chips import num_chips
+from rlt_jax.costs.chips import chip_of, num_chips
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
@@ -34,15 +34,10 @@ from rlt_jax.training.sharding import MeshConfig
 BASE = "Qwen/Qwen2.5-7B-Instruct"
 STUDENT = "bespokelabs/Bespoke-Stratos-7B"
 PROMPT = COMPLETION = 16_384
-# Of each chip: tensor, which divides the 4 key/value heads; tokens of the cache and slots
-# of each group of `tensor` chips.
-MESHES = {
-    "v5e": (4, 400_000, 64),
-    "v6e": (4, 1_000_000, 128),
-    "v5p": (2, 2_000_000, 256),
-    "h100": (4, 1_500_000, 256),
-    "h200": (2, 2_000_000, 256),
-}
+# Chips over which a row is split; it divides the 4 key/value heads.
+MESHES = {"v5e": 4, "v6e": 4, "v5p": 2, "h100": 4, "h200": 2}
+PARAMETERS = 7.6e9
+BYTES_PER_TOKEN = 2 * 28 * 4 * 128 * 2  # keys and values of 28 layers and 4 heads
 
 
 def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
@@ -50,7 +45,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = "bespoke_stratos_17k.parquet"
-    tensor, cache_tokens, slots = MESHES[topology.partition(":")[0]]
+    tensor = MESHES[topology.partition(":")[0]]
     groups = max(1, num_chips(topology) // tensor)
     mesh = section(MeshConfig, data=1, fsdp=-1, tensor=tensor)
     data = {"task": "file", "path": config.get_ref("data")}
@@ -79,9 +74,11 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         ),
         "mesh": mesh,
     }
+    cache_tokens = _cache_tokens(topology, tensor)
     engine = section(
         EngineConfig,
-        slots=groups * slots,
+        # As many as find room with rows of 6,144 tokens; a step has 1,024.
+        slots=groups * min(max(8, cache_tokens // 6144), -(-1024 // groups)),
         cache_tokens=groups * cache_tokens,
         steps=32,
         prefill_chunk=2048,
@@ -117,3 +114,14 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "collect": section(CollectConfig, batch_size=1024),
     }
     return config
+
+
+def _cache_tokens(topology: str, tensor: int) -> int:
+    """What each group of chips has room for beside everything else, in tokens.
+
+    Split over all chips are the parameters with two moments, the reference (4 bytes each)
+    and the student (2); over each group the weights to decode with (2).
+    """
+    others = 18 * PARAMETERS / num_chips(topology) + 2 * PARAMETERS / tensor
+    room = 0.85 * chip_of(topology).usable_bytes - others
+    return max(int(room * tensor / BYTES_PER_TOKEN) // 64, 513) * 64  # a row, at least

@@ -97,7 +97,8 @@ def token_stats(
 
 def chunk_length(B: int, T: int, V: int, devices: int) -> int:
     """C, tokens of each of B rows whose logits are held at a time."""
-    return max(1, min(T, LOGITS_PER_CHUNK * devices // (B * V)))
+    C = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * V)))
+    return C - C % 128 if C > 128 else C  # whole tiles of a matrix unit
 
 
 @jax.custom_vjp

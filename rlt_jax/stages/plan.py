@@ -272,8 +272,9 @@ def _advice(program: Mapping[str, Any]) -> list[str]:
         return []
     room = program["bytes"]
     name = program["name"].rpartition("/")[2]
-    return [
-        f"{program['name']} needs {room['total'] / 2**30:.1f} of "
-        f"{room['limit'] / 2**30:.1f} GiB a device ({room['resident'] / 2**30:.1f} of it "
-        f"held by other arrays); try {_REMEDIES[name]}, or a larger slice."
-    ]
+    needed, limit, held = (room[x] / 2**30 for x in ("total", "limit", "resident"))
+    advice = (
+        f"{program['name']} needs {needed:.1f} of {limit:.1f} GiB a device, {held:.1f} "
+        f"of it held by other arrays; try {_REMEDIES[name]}, or a larger slice."
+    )
+    return [advice]
