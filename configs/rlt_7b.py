@@ -75,11 +75,12 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "mesh": mesh,
     }
     cache_tokens = _cache_tokens(topology, tensor)
+    # As many as find room with rows of 6,144 tokens; a step has 1,024.
+    slots = min(max(8, cache_tokens // 6144), -(-1024 // groups))
     engine = section(
         EngineConfig,
-        # As many as find room with rows of 6,144 tokens; a step has 1,024.
-        slots=groups * min(max(8, cache_tokens // 6144), -(-1024 // groups)),
-        cache_tokens=groups * cache_tokens,
+        slots=groups * slots,
+        cache_tokens=groups * min(cache_tokens, slots * (PROMPT + COMPLETION)),
         steps=32,
         prefill_chunk=2048,
         weights="bfloat16",
