@@ -33,6 +33,9 @@ from rlt_jax.training import sharding
 
 _LOG = logging.getLogger("rlt_jax")
 
+# How libtpu says that a program, or the temporaries alone, need more than there is.
+_TOO_MUCH = r"(?:Used |temporaries \()([\d.]+)([GM])\)? (?:of|exceeds)"
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
@@ -98,11 +101,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 def plan(c: PlanConfig) -> dict[str, Any]:
     """The plan of a slice, or of the smallest of a chip that fits."""
     if ":" in c.topology:
-        return _plan_slice(c, c.topology, _sections(c, c.topology))
+        return _plan_slice(c, c.topology, read_recipe(c, c.topology))
     tried = []
     for topology in slices(c.topology):
         try:
-            found = _plan_slice(c, topology, _sections(c, topology), give_up=True)
+            found = _plan_slice(c, topology, read_recipe(c, topology), give_up=True)
             reason = "" if found["fits"] else found["recipe"]["advice"][0]
         except UserError as error:  # a mesh that cannot be, on so few chips
             found, reason = None, str(error)
@@ -116,7 +119,7 @@ def plan(c: PlanConfig) -> dict[str, Any]:
     raise UserError(f"{c.recipe} fits on no slice of {c.topology}: {reason}")
 
 
-def _sections(c: PlanConfig, topology: str) -> dict[str, Any]:
+def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
     """The recipe for a slice, as plain values."""
     try:
         config = runpy.run_path(c.recipe)["get_config"](topology)
@@ -145,8 +148,9 @@ def _sections(c: PlanConfig, topology: str) -> dict[str, Any]:
 
 def slice_mesh(topology: str, section: Mapping[str, Any]) -> Mesh:
     """The mesh of a stage over the devices of a slice that need not exist."""
-    # Ask no metadata server: this machine is not on Google Cloud, or not of that slice.
+    # No metadata server describes that slice, and no other process has its chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     single = {} if num_chips(topology) > 1 else {"chips_per_host_bounds": [1, 1, 1]}
     try:
         described = topologies.get_topology_desc(
@@ -200,7 +204,7 @@ def _assess(
     try:
         made = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        needed = re.search(_TOO_MUCH, str(error))
         if not needed:
             raise
         total = float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] + resident

@@ -1,0 +1,259 @@
+"""Plans for TPU slices, made by libtpu on a machine without one."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlt_jax.costs import compiled as costs
+from rlt_jax.costs import hlo
+from rlt_jax.inference import log_probs
+from rlt_jax.stages.plan import PlanConfig, plan, read_recipe, slice_mesh
+from rlt_jax.stages.plan_programs import PROGRAMS
+from rlt_jax.stages.plan_shapes import Lengths
+
+ROOT = Path(__file__).parents[2]
+if not importlib.util.find_spec("libtpu"):
+    pytest.skip("libtpu is not installed", allow_module_level=True)
+
+SIZES = {
+    "vocab_size": 1024,
+    "embed_dim": 256,
+    "num_layers": 8,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 128,
+    "mlp_dim": 512,
+    "max_length": 1024,
+}
+ROWS = 256
+RECIPE = f"""
+import ml_collections
+
+SIZES = {SIZES}
+
+
+def get_config(topology):
+    model = {{"architecture": SIZES, "tokenizer": "unread", "dtype": "bfloat16"}}
+    trained = model | {{"remat": "full"}}
+    frozen = model | {{"param_dtype": "bfloat16"}}
+    mesh = {{"data": 1, "fsdp": -1, "tensor": 2}}
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.pipeline = ("warmup", "rl", "report")
+    config.warmup = {{
+        "stage": "sft",
+        "model": trained,
+        "sft": {{"format": "teacher", "steps": 3, "batch_size": 2, "row_length": {ROWS}}},
+        "lora": {{}},
+        "optimizer": {{"learning_rate": 1e-3}},
+        "mesh": mesh,
+    }}
+    config.rl = {{
+        "stage": "rl",
+        "policy": trained | {{"architecture": None, "path": "{{workdir}}/warmup",
+                              "tokenizer": ""}},
+        "student": frozen,
+        "students": {{}},
+        "rows": {{"micro_batch_size": 2, "row_length": {ROWS}}},
+        "sampling": {{"max_new_tokens": 128}},
+        "engine": {{"slots": 8, "steps": 4, "prefill_chunk": 128, "weights": "bfloat16"}},
+        "reward": {{}},
+        "objective": {{}},
+        "loop": {{"steps": 2, "batch_size": 2, "group_size": 4}},
+        "lora": {{}},
+        "optimizer": {{"learning_rate": 1e-3}},
+        "mesh": mesh,
+    }}
+    config.report = {{"stage": "report"}}
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "tiny.py"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def texts(recipe: Path) -> dict[str, str]:
+    """Name -> compiled text of every program of warm-up and RL on four chips."""
+    with pytest.MonkeyPatch.context() as patch:
+        # So few logits at a time that rows have several chunks.
+        patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**15)
+        c = PlanConfig(str(recipe), "v5e:2x2")
+        sections, found = read_recipe(c, c.topology), {}
+        for name in sections["pipeline"]:
+            section = sections[name]
+            mesh = slice_mesh(c.topology, section["mesh"])
+            programs = PROGRAMS[section["stage"]](
+                section, sections, mesh, Lengths(64, 64)
+            )
+            for program in programs:
+                made = program.lower().compile()
+                found[f"{name}/{program.name}"] = made.as_text()
+    return found
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlt_jax.main", "--config=configs/plan.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_plan_that_fits(recipe: Path, tmp_path: Path) -> None:
+    done = run(
+        f"--workdir={tmp_path}",
+        f"--config.plan.recipe={recipe}",
+        "--config.plan.topology=v5e:2x2",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] is True
+    assert found["topology"] == "v5e:2x2"
+    names = [program["name"] for program in found["programs"]]
+    assert sorted(names) == sorted(
+        [
+            "warmup/update",
+            *(
+                f"rl/{name}"
+                for name in (
+                    *("weights", "prefill", "decode"),
+                    *("score", "reference", "update", "mix"),
+                )
+            ),
+        ]
+    )
+    for program in found["programs"]:
+        room = program["bytes"]
+        assert room["total"] == room["peak"] + room["resident"]
+        assert room["headroom"] == pytest.approx(1 - room["total"] / room["limit"])
+        assert program["roofline"]["seconds"] > 0
+    (update,) = (p for p in found["programs"] if p["name"] == "rl/update")
+    assert update["collectives"]["all-gather"]["bytes"] > 0
+    recipe_found = found["recipe"]
+    assert recipe_found["chip_hours"] == pytest.approx(4 * recipe_found["hours"])
+    assert recipe_found["mesh"]["rl"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    table = (tmp_path / "plan.txt").read_text()
+    assert all(name in table for name in names)
+    assert table in done.stdout
+
+
+def test_a_plan_that_does_not_fit(recipe: Path, tmp_path: Path) -> None:
+    """Eight billion parameters with two moments on four chips of 16 GB."""
+    large = recipe.read_text().replace("'num_layers': 8", "'num_layers': 40")
+    large = large.replace("'embed_dim': 256", "'embed_dim': 4096")
+    large = large.replace("'mlp_dim': 512", "'mlp_dim': 16384")
+    file = tmp_path / "large.py"
+    file.write_text(large)
+    done = run(
+        f"--workdir={tmp_path}",
+        f"--config.plan.recipe={file}",
+        "--config.plan.topology=v5e:2x2",
+        '--config.plan.stages=("warmup",)',
+    )
+    assert done.returncode == 1
+    assert "does not fit on v5e:2x2" in done.stderr
+    assert "larger slice" in done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] is False
+    assert found["programs"][0]["bytes"]["headroom"] < 0
+
+
+def test_the_smallest_slice_is_found(recipe: Path) -> None:
+    c = PlanConfig(
+        str(recipe), "v6e", stages=("warmup",), changes=("warmup.mesh.tensor=1",)
+    )
+    # Two rows cannot be split over four chips, but run on one.
+    found = plan(c)
+    assert found["topology"] == "v6e:1x1"
+    c = PlanConfig(str(recipe), "v6e", stages=("warmup",))
+    found = plan(c)
+    assert found["topology"] == "v6e:2x2"
+    assert [one["topology"] for one in found["searched"]] == ["v6e:1x1", "v6e:2x2"]
+
+
+def arrays(text: str) -> list[hlo.Array]:
+    return costs.largest_arrays(text, 10**6)
+
+
+def elements(array: hlo.Array) -> int:
+    size = 1
+    for n in array.shape:
+        size *= n
+    return size
+
+
+def gathered(text: str) -> list[hlo.Array]:
+    """What all-gathers make, fused ones too."""
+    return [
+        array
+        for body in hlo.parse(text).computations.values()
+        for line in body.instructions.values()
+        if line.opcode.startswith("all-gather")
+        for array in line.arrays
+    ]
+
+
+def test_no_parameter_is_gathered_whole(texts: dict[str, str]) -> None:
+    """No all-gather makes more than one layer's kernel, or the embedding's part."""
+    D, F, V = SIZES["embed_dim"], SIZES["mlp_dim"], SIZES["vocab_size"]
+    tensor = 2
+    one_layer = D * F // tensor
+    embedding = D * V // tensor
+    activations = ROWS * D  # a row of a micro-batch, from all parts of its length
+    stacked = SIZES["num_layers"] * one_layer
+    for name in ("warmup/update", "rl/score", "rl/reference", "rl/update"):
+        made = gathered(texts[name])
+        assert made, name
+        largest = max(map(elements, made))
+        assert largest <= max(one_layer, embedding, activations) < stacked, name
+
+
+def test_forward_programs_have_no_float32_weights(texts: dict[str, str]) -> None:
+    """Frozen and decoding weights are bfloat16 and nothing copies them to float32."""
+    D, F, L = SIZES["embed_dim"], SIZES["mlp_dim"], SIZES["num_layers"]
+    for name in ("rl/score", "rl/reference", "rl/prefill", "rl/decode"):
+        for array in arrays(texts[name]):
+            if array.dtype == "f32":
+                sizes = sorted(array.shape, reverse=True)
+                kernel = elements(array) >= L * D * F // 4 and L in sizes
+                assert not kernel, (name, array)
+
+
+def test_updates_hold_one_float32_tree_of_gradients(texts: dict[str, str]) -> None:
+    """Stacked float32 kernels are as large as a device's part, never gathered."""
+    L, part = SIZES["num_layers"], SIZES["embed_dim"] * SIZES["mlp_dim"] // 4
+    for name in ("warmup/update", "rl/update"):
+        stacked = [
+            a for a in arrays(texts[name]) if a.dtype == "f32" and a.shape[:1] == (L,)
+        ]
+        assert stacked, name
+        assert max(map(elements, stacked)) <= L * part, name
+
+
+def test_no_program_holds_all_logits(texts: dict[str, str]) -> None:
+    """Rows of T tokens never meet the V / tensor logits of a device."""
+    V = SIZES["vocab_size"]
+    for name, text in texts.items():
+        for array in arrays(text):
+            vocabulary = {V, V // 2} & set(array.shape)
+            if vocabulary and array.dtype in ("f32", "bf16"):
+                kernel = SIZES["embed_dim"] * V
+                assert elements(array) <= kernel, (name, array)
+                others = elements(array) // max(vocabulary)
+                assert others < ROWS or others in (
+                    SIZES["embed_dim"],
+                    SIZES["embed_dim"] // 2,
+                ), (name, array)
