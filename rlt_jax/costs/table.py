@@ -1,4 +1,0 @@
-def render(plan):
-    import json
-
-    return json.dumps(plan, indent=1)
