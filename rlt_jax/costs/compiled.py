@@ -290,12 +290,15 @@ def _convolution_flops(body: Computation, line: Instruction) -> float:
 
 
 def largest_arrays(text: str, n: int) -> list[Array]:
-    """The n largest arrays that instructions outside fusions make, each shape once."""
+    """The n largest arrays that instructions outside fusions make, each shape once.
+
+    They count wherever they are, as `space` 0.
+    """
     found = {
-        array
+        array._replace(space=0)
         for body in outside(parse(text))
         for line in body.instructions.values()
-        if line.opcode not in _FREE
+        if line.opcode not in _FREE and not line.opcode.endswith("-start")
         for array in line.arrays
     }
     return sorted(found, key=lambda array: (-array.bytes, array))[:n]

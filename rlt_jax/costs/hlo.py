@@ -153,9 +153,9 @@ def _array(dtype: str, sizes: str, layout: str) -> Array:
 
 def fused(program: Program, instruction: Instruction) -> Computation | None:
     """The computation of a fusion, or of what runs asynchronously."""
-    if instruction.opcode not in ("fusion", "async-start"):
+    if instruction.opcode not in ("fusion", "async-start", "call-start"):
         return None
-    names = instruction.called("calls")
+    names = instruction.called("calls", "to_apply")
     return program.computations[names[0]] if names else None
 
 

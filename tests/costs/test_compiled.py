@@ -112,8 +112,9 @@ compiled = made.lower(weights, x, array((), jnp.int32)).compile()
 print(json.dumps(["steps", compiled.as_text()]))
 """
 
-# What libtpu writes: on-chip memory S(1), an all-gather spread over two fusions, an
-# all-reduce of which a slice is kept, and a product with a batch of four as convolution.
+# What libtpu writes: on-chip memory S(1), an all-gather spread over two fusions, another
+# one that runs asynchronously elsewhere, an all-reduce of which a slice is kept, and a
+# product with a batch of four as a convolution.
 FUSIONS = """HloModule made, is_scheduled=true, num_partitions=8
 
 %gather.1 (p.1: bf16[128,64]) -> bf16[512,64] {
@@ -127,6 +128,12 @@ replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'b'}, dimensions={0}
   ROOT %all-gather.2 = bf16[512,64]{1,0} all-gather(%p.2), channel_id=7, \
 replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'b'}, dimensions={0}
 }
+
+%gather.3 (p.5: bf16[128,64]) -> bf16[512,64] {
+  %p.5 = bf16[128,64]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[512,64]{1,0} all-gather(%p.5), channel_id=9, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
 
 %scatter (p.3: f32[64,32], p.4: s32[]) -> f32[8,32] {
   %p.3 = f32[64,32]{1,0} parameter(0)
@@ -146,6 +153,9 @@ ENTRY %main (a: bf16[128,64], b: f32[64,32], i: s32[]) -> (f32[8,32], f32[4,16,3
 calls=%gather.1, metadata={op_name="x/calls=%scatter"}
   %fusion.2 = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} fusion(%a), kind=kCustom, \
 calls=%gather.2
+  %begun = ((bf16[128,64]{1,0}), bf16[512,64]{1,0:S(1)}, u32[]{:S(8)}) \
+call-start(%a), async_execution_thread="sparsecore", to_apply=%gather.3
+  %done = bf16[512,64]{1,0:S(1)} call-done(%begun)
   %fusion.3 = f32[8,32]{1,0} fusion(%b, %i), kind=kCustom, calls=%scatter
   %left = f32[4,16,8]{2,1,0:T(8,128)S(1)} custom-call(), custom_call_target="k"
   %right = f32[4,8,32]{2,1,0:T(8,128)S(1)} custom-call(), custom_call_target="k"
@@ -235,14 +245,14 @@ def test_the_longer_branch_counts(texts: dict[str, str]) -> None:
 
 def test_forms_of_tpus() -> None:
     assert collectives(FUSIONS) == {
-        "all-gather": Traffic(1, 128 * 64 * 2 * 3),
+        "all-gather": Traffic(2, 2 * 128 * 64 * 2 * 3),
         "reduce-scatter": Traffic(1, 64 * 32 * 4 * 7 / 8),
     }
     assert dot_flops(FUSIONS) == 2 * 4 * 16 * 8 * 32
-    # Both fusions read a; what they make stays on the chip. Of the rest: b and the index,
+    # Three gathers read a; what they make stays on the chip. Of the rest: b and the index,
     # the slice that is kept, the product.
     kept = 64 * 32 * 4 + 4 + 8 * 32 * 4 + 4 * 16 * 32 * 4
-    assert hbm_bytes(FUSIONS) == 2 * 128 * 64 * 2 + kept
+    assert hbm_bytes(FUSIONS) == 3 * 128 * 64 * 2 + kept
     largest = largest_arrays(FUSIONS, 2)
     assert [(array.dtype, array.shape) for array in largest] == [
         ("bf16", (512, 64)),
