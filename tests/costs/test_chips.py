@@ -11,7 +11,11 @@ from rlt_jax.costs.chips import CHIPS, chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.errors import UserError
 
-LIBTPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+LIBTPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 # Devices of every slice, and the limit that the compiler names when it is exceeded.
 TOPOLOGIES = """

@@ -1,0 +1,304 @@
+"""What a compiled program needs: memory, traffic between and within devices, products.
+
+All numbers are of one device and one execution. They are read off the program that XLA
+made, with every loop counted as often as it turns. `unknown_trips` says how often loops
+turn whose end depends on data, see `hlo.Trips`.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlt_jax.costs.hlo import (
+    Array,
+    Computation,
+    Instruction,
+    Program,
+    Trips,
+    fused,
+    inside,
+    outside,
+    parse,
+    total,
+)
+
+
+class Memory(NamedTuple):
+    """Bytes on a device.
+
+    Attributes:
+      arguments: inputs, those that are donated too.
+      outputs: results, those in place of a donated input too.
+      temporaries: what lives only within the program.
+      aliased: results that are in place of inputs.
+      code: the program.
+      peak: arguments + outputs + temporaries - aliased + code. The compiler's own peak
+        is no use: on CPU it leaves out temporaries, on TPU it counts on-chip memory.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    code: int
+    peak: int
+
+
+class Traffic(NamedTuple):
+    """How often a collective is executed, and the bytes that a device receives."""
+
+    count: float
+    bytes: float
+
+
+# From the bytes of the operand and the devices of a group, as the best algorithms move.
+_MOVED = {
+    "all-gather": lambda size, n: size * (n - 1),
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "reduce-scatter": lambda size, n: size * (n - 1) / n,
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+}
+
+# Neither read nor write; of asynchronous pairs the start reads and the end writes.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
+    *("call", "conditional", "after-all", "partition-id", "replica-id"),
+    *("opt-barrier", "async-update"),
+}
+
+
+def memory(compiled: Any) -> Memory:
+    """Memory of a `jax.stages.Compiled`."""
+    sizes = compiled.memory_analysis()
+    arguments, outputs, temporaries, aliased, code = (
+        getattr(sizes, f"{name}_size_in_bytes")
+        for name in ("argument", "output", "temp", "alias", "generated_code")
+    )
+    peak = arguments + outputs + temporaries - aliased + code
+    return Memory(arguments, outputs, temporaries, aliased, code, peak)
+
+
+def collectives(text: str, unknown_trips: Trips = ()) -> dict[str, Traffic]:
+    """Traffic between devices by kind, for the kinds that occur.
+
+    With n devices in a group a device receives (n - 1)/n of what an all-gather makes,
+    twice that part of what an all-reduce reduces, that part of what goes into a
+    reduce-scatter or an all-to-all, and all of what a collective-permute is given.
+    """
+    program = parse(text)
+    found = total(program, lambda body: _collectives(program, body), unknown_trips)
+    return {
+        kind: Traffic(found[f"{kind} count"], found[f"{kind} bytes"])
+        for kind in _MOVED
+        if found.get(f"{kind} count")
+    }
+
+
+def _collectives(program: Program, body: Computation) -> dict[str, float]:
+    costs: dict[str, float] = {}
+    channels = set()
+    for owner, line in inside(program, body):
+        kind = line.opcode.removesuffix("-start")
+        if kind not in _MOVED:
+            continue
+        # TPUs spread a collective over fusions that compute meanwhile; each of them
+        # names it, with its channel.
+        channel = re.search(r"channel_id=(\d+)", line.rest)
+        if owner is not body and channel:
+            if channel[1] in channels:
+                continue
+            channels.add(channel[1])
+        size = sum(owner.instructions[name].bytes for name in line.operands)
+        if kind == "all-reduce" and _is_scattered(owner, line):
+            kind = "reduce-scatter"
+        moved = _MOVED[kind](size, _group_size(program, line.rest))
+        for what, cost in (("count", 1), ("bytes", moved)):
+            key = f"{kind} {what}"
+            costs[key] = costs.get(key, 0) + cost
+    return costs
+
+
+def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
+    """Whether a fusion keeps only a slice of an all-reduce, as TPUs reduce-scatter."""
+    return any(
+        line.opcode == "dynamic-slice" and line.operands[0] == reduce.name
+        for line in fusion.instructions.values()
+    )
+
+
+def _group_size(program: Program, attributes: str) -> int:
+    """Devices that take part in a collective together."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[([\d,]+)\]", attributes):
+        return int(found[1].split(",")[-1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", attributes):
+        # The axes of a mesh, or parts of them: 'x' or 'x':(1)2, where 2 is the size.
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return program.devices
+
+
+def hbm_bytes(text: str, unknown_trips: Trips = ()) -> float:
+    """Bytes from and to main memory, an upper estimate.
+
+    Every instruction outside fusions reads its operands and writes its results, as if
+    nothing stayed on the chip but what the compiler placed there. Slices and gathers
+    count as the part that they touch, in fusions too. Custom calls, such as Pallas
+    kernels, count as if they read every operand once.
+    """
+    program = parse(text)
+
+    def own(body: Computation) -> dict[str, float]:
+        lines = body.instructions.values()
+        return {"bytes": sum(_touched(program, body, line) for line in lines)}
+
+    return total(program, own, unknown_trips).get("bytes", 0)
+
+
+def _touched(program: Program, body: Computation, line: Instruction) -> float:
+    """Bytes that an instruction reads and writes."""
+    if line.opcode in _FREE or '"AllocateBuffer"' in line.rest:
+        return 0
+    if line.opcode.endswith("-done"):
+        return line.hbm_bytes
+    reads = sum(
+        _read(program, body, line, index)
+        for index in range(len(line.operands))
+        if body.operand(line, index).hbm_bytes
+    )
+    if line.opcode.endswith("-start"):
+        return reads
+    written = zip(line.arrays, _written(program, body, line), strict=True)
+    return reads + sum(size for array, size in written if not array.space)
+
+
+def _read(program: Program, body: Computation, line: Instruction, index: int) -> float:
+    """Bytes that an instruction reads of an operand."""
+    whole = body.operand(line, index).bytes
+    kind = line.opcode.removesuffix("-start")
+    if kind == "tuple" or (kind == "dynamic-update-slice" and index == 0):
+        return 0
+    if kind in ("slice", "dynamic-slice", "gather") and index == 0:
+        # What starts a slice makes a tuple of its operands and its result.
+        result = 0 if kind == line.opcode else len(line.operands)
+        return min(whole, line.arrays[result].bytes)
+    if kind == "scatter" and index < len(line.operands) // 2:
+        return body.operand(line, -1).bytes
+    if inner := fused(program, line):
+        parameters = (x for x in inner.instructions.values() if x.opcode == "parameter")
+        name = next(x.name for x in parameters if x.literal == str(index))
+        return min(whole, _uses(program, inner, name))
+    return whole
+
+
+def _uses(program: Program, fusion: Computation, name: str) -> float:
+    """Bytes of an array that the instructions of a fusion read."""
+    read = 0.0
+    for line in fusion.instructions.values():
+        for index, operand in enumerate(line.operands):
+            if operand != name:
+                continue
+            if line.opcode == "bitcast" and line is not fusion.root:
+                read += _uses(program, fusion, line.name)
+            else:
+                read += _read(program, fusion, line, index)
+    return read
+
+
+def _written(program: Program, body: Computation, line: Instruction) -> list[float]:
+    """Bytes that an instruction writes of each of its arrays."""
+    if line.opcode == "tuple":
+        made = [body.instructions[name] for name in line.operands]
+        return [size for each in made for size in _written(program, body, each)]
+    if line.opcode == "bitcast":
+        return _written(program, body, body.operand(line, 0))
+    if line.opcode == "parameter":
+        return [0.0] * len(line.arrays)
+    if line.opcode == "dynamic-update-slice":
+        return [body.operand(line, 1).bytes]
+    if line.opcode == "scatter":
+        updates = len(line.operands) // 2 + 1
+        return [body.instructions[name].bytes for name in line.operands[updates:]]
+    if inner := fused(program, line):
+        return _written(program, inner, inner.root)
+    return [array.bytes for array in line.arrays]
+
+
+def dot_flops(text: str, unknown_trips: Trips = ()) -> float:
+    """Operations of matrix products and convolutions, a multiply and an add being two.
+
+    Custom calls, such as Pallas kernels and what GPU libraries multiply, are not.
+    """
+    program = parse(text)
+
+    def own(body: Computation) -> dict[str, float]:
+        made = {"dot": _dot_flops, "convolution": _convolution_flops}
+        lines = inside(program, body)
+        return {
+            "flops": sum(
+                made[line.opcode](owner, line)
+                for owner, line in lines
+                if line.opcode in made
+            )
+        }
+
+    return total(program, own, unknown_trips).get("flops", 0)
+
+
+def _dot_flops(body: Computation, line: Instruction) -> float:
+    left = body.operand(line, 0).arrays[0].shape
+    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)[1]
+    contracted = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
+    return 2 * math.prod(line.arrays[0].shape) * contracted
+
+
+def _convolution_flops(body: Computation, line: Instruction) -> float:
+    """Of a convolution, which on TPU a matrix product is too.
+
+    Its batch axes are then spatial, dilated so that one tap of the window meets data.
+    """
+    left, kernel, out = (
+        dict(zip(labels, array.shape, strict=True))
+        for labels, array in zip(
+            re.split("_|->", re.search(r"dim_labels=([\w>-]+)", line.rest)[1]),
+            (*(body.operand(line, i).arrays[0] for i in (0, 1)), line.arrays[0]),
+            strict=True,
+        )
+    )
+    groups = re.search(r"batch_group_count=(\d+)", line.rest)
+    products = out["b"] * out["f"] * kernel["i"] / int(groups[1] if groups else 1)
+    window = re.search(r"window=\{([^}]*)\}", line.rest)
+    fields = dict(re.findall(r"(\w+)=([\dx_-]+)", window[1])) if window else {}
+    for axis in filter(str.isdigit, out):
+
+        def field(name: str, default: int, axis: int = int(axis)) -> int:
+            """Of this axis, of padding that before it; "2x1" or "0_0x1_1" of all."""
+            sizes = fields[name].split("x") if name in fields else ()
+            return int(sizes[axis].split("_")[0]) if sizes else default
+
+        taps = np.arange(kernel[axis]) * field("rhs_dilate", 1)
+        steps = np.arange(out[axis])[:, None] * field("stride", 1)
+        place, gap = steps + taps - field("pad", 0), field("lhs_dilate", 1)
+        met = (place >= 0) & (place % gap == 0) & (place // gap < left[axis])
+        products *= np.sum(met)
+    return 2 * float(products)
+
+
+def largest_arrays(text: str, n: int) -> list[Array]:
+    """The n largest arrays that instructions outside fusions make, each shape once.
+
+    They count wherever they are, as `space` 0.
+    """
+    found = {
+        array._replace(space=0)
+        for body in outside(parse(text))
+        for line in body.instructions.values()
+        if line.opcode not in _FREE and not line.opcode.endswith("-start")
+        for array in line.arrays
+    }
+    return sorted(found, key=lambda array: (-array.bytes, array))[:n]

@@ -1,0 +1,118 @@
+"""A plan as text that fits in 100 columns."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH = 100
+_BYTES = ("arguments", "temporaries", "outputs", "resident", "total", "limit")
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def render(plan: Mapping[str, Any]) -> str:
+    """Tables of what a plan's programs need and cost, and of the whole recipe.
+
+    Args:
+      plan: `topology`, `fits`, `programs` and `recipe`. A program has `name`, `fits`,
+        `bytes` per device by name, `collectives` by kind with `count` and `bytes`,
+        `model_flops`, `roofline` with `seconds` and `bound`, `runs_per_step` and
+        `compile_seconds`. The recipe has `name`, `hours`, `chip_hours`, `step_seconds`
+        and the sentences of `advice`. What is None or missing shows as "-".
+    """
+    programs = plan["programs"]
+    fits = "fits" if plan["fits"] else "does not fit"
+    memory = [
+        [p["name"], _yes(p.get("fits")), *_gigabytes(p.get("bytes"))] for p in programs
+    ]
+    costs = [
+        [
+            p["name"],
+            _number(p.get("runs_per_step")),
+            _amount(p.get("model_flops"), "FLOP"),
+            _seconds((p.get("roofline") or {}).get("seconds")),
+            (p.get("roofline") or {}).get("bound", "-"),
+            _seconds(p.get("compile_seconds")),
+        ]
+        for p in programs
+    ]
+    traffic = [
+        [p["name"], kind, _number(one["count"]), _amount(one["bytes"], "B")]
+        for p in programs
+        for kind, one in (p.get("collectives") or {}).items()
+    ]
+    names = ("program", "fits", *_BYTES, "headroom")
+    parts = [
+        f"{plan['topology']}: {fits}",
+        "GB of memory per device\n" + _table(names, memory),
+        _table(("program", "runs/step", "model", "at best", "bound", "compile"), costs),
+    ]
+    if traffic:
+        heads = ("program", "between devices", "times", "per device")
+        parts.append(_table(heads, traffic))
+    return "\n\n".join([*parts, _recipe(plan.get("recipe") or {})]).rstrip() + "\n"
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    hours = _number(recipe.get("hours")), _number(recipe.get("chip_hours"))
+    line = f"{recipe['name']}: {hours[0]} h, {hours[1]} chip-hours"
+    line += f", {_seconds(recipe.get('step_seconds'))} a step"
+    return "\n".join([_short(line, WIDTH), *map(_wrapped, recipe.get("advice", ()))])
+
+
+def _wrapped(sentence: str) -> str:
+    return textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell, words to the left, numbers to the right."""
+    rows = [[_short(cell, 24) for cell in row] for row in (names, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _gigabytes(sizes: Mapping[str, float] | None) -> list[str]:
+    found = ((sizes or {}).get(name) for name in (*_BYTES, "headroom"))
+    return [
+        "-" if size is None else f"{size / 1e9:,.{2 if abs(size) < 100e9 else 0}f}"
+        for size in found
+    ]
+
+
+def _yes(fits: bool | None) -> str:
+    return "-" if fits is None else "yes" if fits else "NO"
+
+
+def _number(value: float | None) -> str:
+    """Three digits, or all of a large number: "0.125", "12.5", "31,250"."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _amount(value: float | None, unit: str) -> str:
+    """1.23e13 -> "12.3 TFLOP"."""
+    if value is None:
+        return "-"
+    for size, letter in _UNITS:
+        if value >= size:
+            return f"{_number(value / size)} {letter}{unit}"
+    return f"{_number(value)} {unit}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{_number(value)} s" if value >= 1 else f"{_number(value * 1e3)} ms"

@@ -1,0 +1,75 @@
+"""Plans as text."""
+
+from typing import Any
+
+from rlt_jax.costs.table import WIDTH, render
+
+
+def program(name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "fits": True,
+        "bytes": {
+            "arguments": 1_234_000_000,
+            "temporaries": 5_000_000_000,
+            "outputs": 16,
+            "resident": 2_500_000_000,
+            "total": 8_734_000_000,
+            "limit": 16_911_433_728,
+            "headroom": 8_177_433_728,
+        },
+        "collectives": {"all-gather": {"count": 112, "bytes": 3.2e9}},
+        "model_flops": 1.234e13,
+        "roofline": {"seconds": 0.0625, "bound": "memory"},
+        "runs_per_step": 8,
+        "compile_seconds": 12.34,
+    } | changes
+
+
+RECIPE = {
+    "name": "rlt_7b",
+    "hours": 31.25,
+    "chip_hours": 2000.0,
+    "step_seconds": 90.0,
+    "advice": ["Split the batch. " * 10, "Or take v5e:8x16."],
+}
+
+
+def test_numbers_stand_under_their_names() -> None:
+    plan = {"fits": True, "topology": "v5e:8x8", "programs": [program("update")]}
+    lines = render(plan | {"recipe": RECIPE}).splitlines()
+    assert lines[0] == "v5e:8x8: fits"
+    names, row = lines[3:5]
+    assert names.split() == [
+        *("program", "fits", "arguments", "temporaries", "outputs", "resident"),
+        *("total", "limit", "headroom"),
+    ]
+    assert row.split() == [
+        *("update", "yes", "1.23", "5.00", "0.00", "2.50", "8.73", "16.91", "8.18"),
+    ]
+    assert len(names) == len(row)
+    text = "\n".join(lines)
+    assert "12.3 TFLOP" in text
+    assert "62.5 ms" in text
+    assert "3.2 GB" in text
+    assert "rlt_7b: 31.2 h, 2,000 chip-hours, 90 s a step" in lines
+    assert "- Or take v5e:8x16." in lines
+
+
+def test_all_fits_in_a_terminal() -> None:
+    wide = dict.fromkeys(program("x")["bytes"], 9.9e12)
+    programs = [program(f"update of a long name {i}" * 5, bytes=wide) for i in range(3)]
+    plan = {"fits": False, "topology": "v5e:16x16", "programs": programs}
+    text = render(plan | {"recipe": RECIPE | {"name": "long" * 40}})
+    assert text.startswith("v5e:16x16: does not fit")
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_a_program_that_was_not_compiled_has_dashes() -> None:
+    nothing = dict.fromkeys(program("x")) | {"name": "rollout", "fits": False}
+    plan = {"fits": False, "topology": "v5e:2x2", "programs": [nothing], "recipe": {}}
+    rows = [line for line in render(plan).splitlines() if line.startswith("rollout")]
+    assert [row.split() for row in rows] == [
+        ["rollout", "NO", *"-------"],
+        ["rollout", *"-----"],
+    ]
