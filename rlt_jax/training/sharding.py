@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import (
     AxisType,
     Mesh,
@@ -70,8 +71,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dataclasses.asdict(config)} does not cover {count} devices: the "
             "product of data, fsdp and tensor must equal them (one may be -1)."
         )
-    types = (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    # Neighbours in the mesh are neighbours on the torus, also where a mesh axis has only
+    # a part of one of its axes.
+    arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:

@@ -21,16 +21,16 @@ if not importlib.util.find_spec("libtpu"):
     pytest.skip("libtpu is not installed", allow_module_level=True)
 
 SIZES = {
-    "vocab_size": 1024,
-    "embed_dim": 256,
+    "vocab_size": 32768,
+    "embed_dim": 2048,
     "num_layers": 8,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_heads": 16,
+    "num_kv_heads": 4,
     "head_dim": 128,
-    "mlp_dim": 512,
-    "max_length": 1024,
+    "mlp_dim": 8192,
+    "max_length": 4096,
 }
-ROWS = 256
+ROWS = 2048
 RECIPE = f"""
 import ml_collections
 
@@ -60,7 +60,7 @@ def get_config(topology):
         "student": frozen,
         "students": {{}},
         "rows": {{"micro_batch_size": 2, "row_length": {ROWS}}},
-        "sampling": {{"max_new_tokens": 128}},
+        "sampling": {{"max_new_tokens": 1024}},
         "engine": {{"slots": 8, "steps": 4, "prefill_chunk": 128, "weights": "bfloat16"}},
         "reward": {{}},
         "objective": {{}},
@@ -86,7 +86,7 @@ def texts(recipe: Path) -> dict[str, str]:
     """Name -> compiled text of every program of warm-up and RL on four chips."""
     with pytest.MonkeyPatch.context() as patch:
         # So few logits at a time that rows have several chunks.
-        patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**15)
+        patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**22)
         c = PlanConfig(str(recipe), "v5e:2x2")
         sections, found = read_recipe(c, c.topology), {}
         for name in sections["pipeline"]:
@@ -151,10 +151,10 @@ def test_a_plan_that_fits(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_that_does_not_fit(recipe: Path, tmp_path: Path) -> None:
-    """Eight billion parameters with two moments on four chips of 16 GB."""
+    """Twenty billion parameters with two moments on four chips of 16 GB."""
     large = recipe.read_text().replace("'num_layers': 8", "'num_layers': 40")
-    large = large.replace("'embed_dim': 256", "'embed_dim': 4096")
-    large = large.replace("'mlp_dim': 512", "'mlp_dim': 16384")
+    large = large.replace("'embed_dim': 2048", "'embed_dim': 8192")
+    large = large.replace("'mlp_dim': 8192", "'mlp_dim': 16384")
     file = tmp_path / "large.py"
     file.write_text(large)
     done = run(
