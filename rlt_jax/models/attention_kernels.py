@@ -5,7 +5,6 @@ see those of padding before them.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -116,9 +115,7 @@ def gpu_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """Flash attention in Triton; arguments and result as those of `attention`."""
-    with warnings.catch_warnings():  # JAX 0.11 would rather see another package used
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu import attention as kernel  # not on CPU
+    from jax.experimental.pallas.ops.gpu import attention as kernel  # not on CPU
 
     T, groups = query.shape[1], query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))

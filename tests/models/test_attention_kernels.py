@@ -65,14 +65,26 @@ def values_and_gradients(attend: Callable, *args: jax.Array) -> list[jax.Array]:
     return [x.astype(jnp.float32) for x in both(query, key, value)]
 
 
-@pytest.mark.parametrize("length", [100, 256, 300])
 @pytest.mark.parametrize(
-    ("softcap", "window", "windowed"),
-    [(None, None, False), (2.0, None, False), (3.0, 20, True), (None, 20, False)],
+    ("length", "blocks", "softcap", "window", "windowed"),
+    [
+        (100, (), None, None, False),
+        (300, (), 2.0, None, False),
+        (256, (256,), None, 20, False),
+        (300, (), 3.0, 20, True),
+        (500, (256,), 3.0, 20, True),  # two blocks of two parts
+    ],
 )
 def test_the_tpu_kernel_agrees(
-    softcap: float | None, window: int | None, windowed: bool, length: int
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    blocks: tuple[int, ...],
+    softcap: float | None,
+    window: int | None,
+    windowed: bool,
 ) -> None:
+    monkeypatch.setattr(kernels, "TPU_BLOCKS", blocks)
+    monkeypatch.setattr(kernels, "TPU_KEYS_AT_ONCE", 128)
     args = operands(length, windowed, "float32")
     settings = {"scale": H**-0.5, "softcap": softcap, "window": window}
     kernel = functools.partial(of_tokens(kernels.tpu_attention), **settings)
@@ -169,7 +181,7 @@ def test_a_mesh_splits_rows_and_heads(rows: int) -> None:
     ],
 )
 def test_accelerators_use_their_kernels_where_these_take_the_sizes(
-    head_dim: int, dtype: str, window: int | None, found: set[str]
+    head_dim: int, dtype: str, window: int | None, found: set[str], gpu: AbstractMesh
 ) -> None:
     query, key = (jax.ShapeDtypeStruct((B, 64, n, head_dim), dtype) for n in (N, K))
     ids = jax.ShapeDtypeStruct((B, 64), "int32")
@@ -179,7 +191,8 @@ def test_accelerators_use_their_kernels_where_these_take_the_sizes(
         out = attention(q, k, k, tokens, scale=1.0, window=window)
         return (out.astype(jnp.float32) ** 2).sum()
 
-    traced = jax.jit(jax.grad(loss)).trace(query, key, ids)
+    with jax.sharding.use_abstract_mesh(gpu):
+        traced = jax.jit(jax.grad(loss)).trace(query, key, ids)
     calls = {"tpu": "tpu_custom_call", "cuda": "triton"}
     for platform in ("tpu", "cuda", "cpu"):
         lowered = traced.lower(lowering_platforms=(platform,)).as_text()

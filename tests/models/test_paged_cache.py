@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pallas_tpu
 from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models import paged_cache
@@ -235,19 +235,25 @@ def test_the_tpu_kernel_agrees(columns: int, softcap: float | None) -> None:
     ],
 )
 def test_accelerators_use_their_kernels_where_these_take_the_sizes(
-    head_dim: int, page_size: int, columns: int, dtype: str, kernels: set[str]
+    head_dim: int,
+    page_size: int,
+    columns: int,
+    dtype: str,
+    kernels: set[str],
+    gpu: AbstractMesh,
 ) -> None:
     def shape(*sizes: int, of: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, of)
 
     pool = shape(K, L, 9, page_size, head_dim)
-    traced = jax.jit(paged_attention).trace(
-        shape(4, 1, 8, head_dim),
-        PagedCache(pool, pool, shape(4, columns, of="int32")),
-        shape(of="int32"),
-        shape(4, 1, of="int32"),
-        shape(of="bool"),
-    )
+    with jax.sharding.use_abstract_mesh(gpu):
+        traced = jax.jit(paged_attention).trace(
+            shape(4, 1, 8, head_dim),
+            PagedCache(pool, pool, shape(4, columns, of="int32")),
+            shape(of="int32"),
+            shape(4, 1, of="int32"),
+            shape(of="bool"),
+        )
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
         lowered = traced.lower(lowering_platforms=(platform,)).as_text()
         assert (call in lowered) == (platform in kernels)
