@@ -24,7 +24,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.log_probs import token_stats
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
@@ -105,6 +105,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     model, params, tokenizer = checkpoint.load(source, mesh, key)
     template = load_template(config.template)
     traces = pipeline.load_traces(config.data, template, seed)
+    hosts.agree_on_items("the traces of the data", traces)
     rows = [FORMATS[c.format](tokenizer, template, trace) for trace in traces]
     examples.check_lengths([row.tokens for row in rows], c.row_length, "sft.row_length")
     batches = pipeline.packed_batches(rows, c.batch_size, c.row_length, seed)
@@ -126,19 +127,23 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             began = time.monotonic()
             for step in range(first, c.steps):
                 rows = next(batches)
-                batch = jax.device_put(rows, sharding.batch_sharding(mesh))
-                state, metrics = update(state, batch, tuning.frozen)
+                state, metrics = update(state, _place(rows, mesh), tuning.frozen)
                 tokens, now = np.count_nonzero(rows["segment_ids"]), time.monotonic()
                 metrics |= phase_metrics("step", tokens, now - began)
                 began = now
                 check_skipped(writer.write(step, metrics), c.max_skipped)
-                if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                stop, done = hosts.stopping(), step + 1
+                if done % c.checkpoint_every == 0 or done == c.steps or stop:
                     # A checkpoint's steps have their rows.
                     check_skipped(writer.flush(), c.max_skipped)
-                    _save(manager, step + 1, tuning, state, batches)
+                    _save(manager, done, tuning, state, batches)
+                if stop:
+                    manager.wait_until_finished()
+                    raise hosts.Stopped
                 bar.update()
         manager.wait_until_finished()
-    loss = read_jsonl(workdir / "metrics.jsonl")[-1]["sft/loss"]
+    file = workdir / "metrics.jsonl"
+    loss = hosts.from_first(lambda: read_jsonl(file)[-1]["sft/loss"])
     return {"traces": len(traces), "loss": loss}
 
 
@@ -184,6 +189,15 @@ def update(
     tokens = (batch["segment_ids"] > 0).sum()
     fill = tokens / batch["segment_ids"].size
     return state, {"sft/loss": loss, "sft/tokens": tokens, "sft/fill": fill, **metrics}
+
+
+def _place(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch [B, T] over data and fsdp; each host has all and puts in its share."""
+    split = sharding.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, split, array.__getitem__)
+        for name, array in rows.items()
+    }
 
 
 def _save(
