@@ -327,7 +327,6 @@ def train(
                     items |= _items(tuning, trees)
                     checkpoint.save(manager, done, items, data)
                 if stop:
-                    manager.wait_until_finished()
                     raise hosts.Stopped
                 bar.update()
         _, end = evaluate(c.steps, kl_coef)

@@ -138,7 +138,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                     check_skipped(writer.flush(), c.max_skipped)
                     _save(manager, done, tuning, state, batches)
                 if stop:
-                    manager.wait_until_finished()
                     raise hosts.Stopped
                 bar.update()
         manager.wait_until_finished()

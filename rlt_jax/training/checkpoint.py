@@ -227,9 +227,9 @@ def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     manager = ocp.CheckpointManager(_folder(stage_dir), options=options)
     try:
         yield manager
-    except Exception:
-        # Closing waits for all processes, and of several the others may never come.
-        if jax.process_count() == 1:
+    except Exception as error:
+        # Closing waits for all processes, and where one fails the others never come.
+        if jax.process_count() == 1 or isinstance(error, hosts.Stopped):
             manager.close()
         raise
     manager.close()

@@ -138,7 +138,7 @@ def _in_cluster() -> bool:
 def _give_up(flags: Mapping[str, Any], where: str, timeout: int) -> None:
     count, index = flags["--num_processes"], flags["--process_id"]
     who = f"process {index} of {count}" if count else "a process of several"
-    others = f"the other {count - 1}" if count else "the others"
+    others = f"{count - 1} more" if count else "the others"
     waited = f"at {where}" if index == 0 else f"and for process 0 at {where}"
     message = (
         f"rlt_jax: {who} waited {timeout} s for {others}, {waited}, in vain. Check that "
