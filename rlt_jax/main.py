@@ -37,6 +37,9 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0."
 _TIMEOUT = flags.DEFINE_integer(
     "init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
 )
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds of silence that mean death.", lower_bound=1
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -52,7 +55,11 @@ def main(argv: list[str]) -> None:
 
     def run() -> None:
         hosts.connect(
-            _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            _TIMEOUT.value,
+            _HEARTBEAT.value,
         )
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)

@@ -102,8 +102,8 @@ def _run_stage(
         return
     if not (folder / "settings.json").is_file():
         raise UserError(
-            f"process {jax.process_index()} does not see {folder}, which process 0 has "
-            "made: --workdir has to be in a file system that all hosts share."
+            f"{folder}, which process 0 has made, is not to be seen here: --workdir has "
+            "to be in a file system that all hosts share."
         )
     _LOG.info("stage %s (%s) begins", name, section.stage)
     start = time.monotonic()

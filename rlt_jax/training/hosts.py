@@ -28,8 +28,7 @@ from rlt_jax.errors import UserError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.5  # between two looks at what other processes have announced
-HEARTBEAT_SECONDS = 100  # a process that is silent for so long has died
-ENDING_SECONDS = 20  # processes that end wait so long for each other
+ENDING_SECONDS = 10  # processes that end wait so long for each other
 PREEMPTED = 128 + signal.SIGTERM  # exit status
 
 
@@ -62,6 +61,7 @@ def connect(
     num_processes: int | None,
     process_id: int | None,
     timeout: int = 300,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Meets the other processes, if there are any; call it before any other use of JAX.
 
@@ -71,6 +71,7 @@ def connect(
       num_processes: of the run.
       process_id: from 0.
       timeout: seconds to wait for the others.
+      heartbeat_timeout: a process that is silent for so many seconds has died.
 
     Raises:
       UserError: flags that do not fit together.
@@ -110,7 +111,7 @@ def connect(
             cluster_detection_method=None if missing else "deactivate",
             # Its own end is an abort, so the timer comes first.
             initialization_timeout=timeout + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -44,7 +44,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     started = []
 
-    def start(config: Any, index: int, count: int, *flags: str) -> subprocess.Popen:
+    def start(
+        config: Any, index: int, count: int, *flags: str, cwd: Path = ROOT
+    ) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "rlt_jax.main", f"--config={config}"]
         command += [f"--workdir={tmp_path / 'run'}", *flags]
         if count > 1:
@@ -52,7 +54,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             command += [f"--num_processes={count}"]
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -69,6 +71,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def environment() -> dict[str, str]:
     return os.environ | {
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
@@ -113,21 +116,25 @@ def test_different_configs_are_told_everywhere(config: Path, start: Callable) ->
         assert "Traceback" not in messages
 
 
-def test_an_error_in_one_process_ends_the_other(config: Path, start: Callable) -> None:
-    # Process 1 looks for the workdir elsewhere, as if it were not shared.
-    link = config.parent / "run"
-    away = config.parent / "away"
+def test_an_error_in_one_process_ends_the_other(
+    config: Path, start: Callable, tmp_path: Path
+) -> None:
+    away = tmp_path / "away"
     away.mkdir()
-    first = start(config, 0, 2)
-    second = start(config, 1, 2, "--alsologtostderr")
-    del link
-    assert first.poll() is None and second.poll() is None
+    first = start(config, 0, 2, "--workdir=run", cwd=tmp_path)
+    second = start(config, 1, 2, "--workdir=run", cwd=away)
+    (status, told), (failed, messages) = ended(first), ended(second)
+    assert (status, failed) == (1, 1)
+    assert "rlt_jax: process 1 of 2: run/sft, which process 0 has made" in messages
+    assert "ends, as another process failed: process 1 of 2: run/sft" in told
+    assert "Traceback" not in told + messages
 
 
 def test_a_process_that_dies_ends_the_other(
     config: Path, start: Callable, tmp_path: Path
 ) -> None:
-    first, second = (start(config, index, 2) for index in (0, 1))
+    flag = "--heartbeat_timeout=5"
+    first, second = (start(config, index, 2, flag) for index in (0, 1))
     wait_for(tmp_path / "run/sft/metrics.jsonl", first)
     second.send_signal(signal.SIGKILL)
     status, _ = ended(first)
