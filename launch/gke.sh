@@ -64,8 +64,9 @@ done
 scratch=""
 trap '[[ -z $scratch ]] || rm -rf "$scratch"' EXIT
 
-command=$(quote python -m rlt_jax.main "--config=${flag[config]}" \
-  "--workdir=${flag[workdir]}" "${main_args[@]}")
+# What is signalled is the program itself, which saves before it is preempted.
+command="exec $(quote python -m rlt_jax.main "--config=${flag[config]}" \
+  "--workdir=${flag[workdir]}" "${main_args[@]}")"
 if [[ -n ${flag[image]} ]]; then
   image=("--docker-image=${flag[image]}")
 else

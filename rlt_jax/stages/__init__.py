@@ -47,6 +47,7 @@ def run_pipeline(
         values = _settings(sections[only], root, config.seed)
         hosts.from_first(lambda: _set_aside(root / only, values))
     for name, section in sections.items():
+        hosts.stop_if_asked()
         _run_stage(name, section, root, config.seed)
 
 

@@ -273,7 +273,7 @@ def guard(work: Callable[[], None]) -> None:
     except Stopped:
         again = "stopped by SIGTERM, all is saved; the same command goes on from here."
         _leave(PREEMPTED, again)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if global_state.client is None:
             raise
         traceback.print_exc()

@@ -39,7 +39,7 @@ def test_runs_an_image_as_it_is(stubs) -> None:
     stubs.launch("gke", *FLAGS, "--image=mine", "--wait=false")
     (call,) = stubs.calls()
     assert "--docker-image=mine" in call
-    assert call[-1].startswith("--command=python -m rlt_jax.main ")
+    assert call[-1].startswith("--command=exec python -m rlt_jax.main ")
 
 
 def test_nothing_can_be_asked(stubs) -> None:

@@ -197,7 +197,7 @@ def whole(sft: Sections, tmp_path: Path) -> Path:
 def test_a_checkpoint_of_one_device_goes_on_on_eight(
     sft: Sections, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([False, True])
+    answers = iter([False, False, True])  # before the stage, then in it
     with monkeypatch.context() as patch:
         patch.setattr(hosts, "stopping", lambda: next(answers))
         with pytest.raises(hosts.Stopped):

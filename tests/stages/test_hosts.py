@@ -116,6 +116,22 @@ def test_different_configs_are_told_everywhere(config: Path, start: Callable) ->
         assert "Traceback" not in messages
 
 
+def test_tasks_of_slurm_meet_without_flags(
+    config: Path, start: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))  # the port comes from it
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+    processes = []
+    for index in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", index)
+        monkeypatch.setenv("SLURM_LOCALID", index)
+        processes.append(start(f"{config}:{index}", 0, 1))
+    for status, messages in map(ended, processes):
+        assert status == 1
+        assert "config.seed is 0 in process 0, but 1 in process 1" in messages
+
+
 def test_an_error_in_one_process_ends_the_other(
     config: Path, start: Callable, tmp_path: Path
 ) -> None:
