@@ -157,16 +157,16 @@ def find_model(name: str) -> Path:
             f"model {name!r}: there is neither a config.json (Hugging Face layout) nor "
             f"a model.json (a finished stage) in {path}."
         )
+    folder = hosts.from_first(lambda: _download(name))
+    # Afterwards the others find it there, where they share the cache.
+    return Path(folder if hosts.is_first() else _download(name))
+
+
+def _download(name: str) -> str:
+    """The folder of a repository on the Hub, in the cache from now on."""
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-
-        def download() -> str:
-            return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-
-        hosts.from_first(
-            download
-        )  # then the others find it, where they share the cache
-        return Path(download())
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
