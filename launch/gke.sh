@@ -4,7 +4,7 @@
 #   launch/gke.sh --cluster=NAME --zone=ZONE --tpu_type=TYPE --workload=NAME \
 #       --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
 #   launch/gke.sh --cluster=pods --zone=us-central1-a --tpu_type=tpu7x-16 \
-#       --workload=rlt-1 --config=configs/gsm8k.py --workdir=gs://bucket/rlt-1
+#       --workload=rlt-1 --config=configs/gsm8k.py --storage=runs --workdir=/runs/rlt-1
 #
 # Submits a workload to a cluster that is there already and waits for its end; the last
 # commit of this checkout is added to --base_image and installed when the workload starts,
@@ -24,11 +24,12 @@
 #   --num_slices=1       number of slices
 #   --workload=NAME      name of the workload
 #   --config=FILE        config of the run: in the checkout, or a path in the image
-#   --workdir=DIR        workdir of the run: gs://..., or a folder on a mounted --storage
+#   --workdir=DIR        workdir of the run: a folder on a mounted --storage
 #   --base_image=python:3.12
 #                        image that the checkout is added to
 #   --image=IMAGE        image to run as it is, instead
-#   --storage=NAME       storage of the cluster to mount; may be repeated
+#   --storage=NAME       storage of the cluster to mount, for example a bucket that was
+#                        attached with `xpk storage attach`; may be repeated
 #   --env=NAME=VALUE     environment variable of the run; may be repeated
 #   --max_restarts=10    how often the workload is started again after a preemption
 #   --xpk_flag=FLAG      flag of `xpk workload create`, such as --spot; may be repeated
@@ -49,8 +50,10 @@ repeatable=(storage env xpk_flag)
 parse_flags "$@"
 require cluster zone tpu_type workload config workdir
 require_number num_slices
-on_bucket || [[ -n ${flag[storage]} ]] ||
-  die "--workdir=${flag[workdir]} ends with its pods; name a gs:// path, or mount a --storage"
+! on_bucket ||
+  die "--workdir=${flag[workdir]}: attach the bucket to the cluster (docs/pods.md, GKE), and name its --storage and a folder below its mount point"
+[[ -n ${flag[storage]} ]] ||
+  die "--workdir=${flag[workdir]} ends with its pods; name a folder on a mounted --storage"
 
 place=("--cluster=${flag[cluster]}" "--zone=${flag[zone]}")
 [[ -z ${flag[project]} ]] || place+=("--project=${flag[project]}")
@@ -61,8 +64,9 @@ done
 scratch=""
 trap '[[ -z $scratch ]] || rm -rf "$scratch"' EXIT
 
-command=$(quote python -m rlt_jax.main "--config=${flag[config]}" \
-  "--workdir=${flag[workdir]}" "${main_args[@]}")
+# What is signalled is the program itself, which saves before it is preempted.
+command="exec $(quote python -m rlt_jax.main "--config=${flag[config]}" \
+  "--workdir=${flag[workdir]}" "${main_args[@]}")"
 if [[ -n ${flag[image]} ]]; then
   image=("--docker-image=${flag[image]}")
 else

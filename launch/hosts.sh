@@ -12,14 +12,15 @@
 # started again on the same hosts and goes on from its workdir. When a process fails the
 # others are hung up, and the exit status is that of the first that failed. The hosts must
 # accept ssh without a password prompt and reach each other at the coordinator's port; the
-# workdir must be one that all of them see.
+# workdir must be one that all of them see: shared storage, or a gs:// path, which every
+# host mounts with gcsfuse.
 #
 # Every flag can also be given as an environment variable: RLT_ and its name in capitals;
 # flags that may be repeated have a line for each value there.
 #
 #   --hosts=HOSTS        comma-separated, each as ssh takes it
 #   --config=FILE        config of the run: in the checkout, or a path on the hosts
-#   --workdir=DIR        workdir of the run: gs://..., or a folder that all hosts see
+#   --workdir=DIR        workdir of the run: gs://BUCKET/PATH, or a folder that all see
 #   --coordinator_address=ADDRESS:PORT
 #                        where process 0 is reached by the others; by default the first
 #                        of --hosts, without its user, at port 8476

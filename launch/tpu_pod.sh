@@ -10,8 +10,9 @@
 # config on all of them and shows what they print; fetches the workdir from worker 0,
 # unless it is on a bucket; and deletes the slice if it made it. A slice that was there
 # before is never deleted. When the slice is preempted it is made again and the run goes on
-# from its workdir, which therefore has to outlive the slice: a gs:// path, or a folder
-# on storage that --setup mounts. On several workers it must be one that all of them see.
+# from its workdir, which therefore has to outlive the slice: a gs:// path, which every
+# worker mounts with gcsfuse, or a folder on storage that --setup mounts. On several
+# workers it must be one that all of them see.
 # The exit status is that of the run.
 #
 # Every flag can also be given as an environment variable: RLT_ and its name in capitals;
@@ -27,7 +28,7 @@
 #   --spot               make it of spot capacity, which may be preempted
 #   --create_flag=FLAG   flag of gcloud's create, such as --network=NAME; may be repeated
 #   --config=FILE        config of the run: in the checkout, or a path on the workers
-#   --workdir=DIR        workdir of the run
+#   --workdir=DIR        workdir of the run: gs://BUCKET/PATH, or a folder
 #   --install=checkout   checkout: the last commit of this checkout; none: what an earlier
 #                        launch installed; else what pip is to install
 #   --python=3.12        Python of the virtual environment, fetched if it is not there

@@ -27,16 +27,32 @@ install_command() { # install_command EXTRA: the shell command that installs on 
 }
 
 run_command() { # run_command WORD...: the shell command that runs rlt_jax.main
-  local variables steps=()
+  local variables workdir=${flag[workdir]} steps=()
   mapfile -t variables < <(values env)
   steps+=("cd $(quote "${flag[remote_dir]}")")
-  on_bucket || steps+=("mkdir -p $(quote "${flag[workdir]}")")
+  if on_bucket; then
+    workdir=gs/${workdir#gs://}
+    steps+=("$(mount_command)")
+  fi
+  steps+=("mkdir -p $(quote "$workdir")")
   steps+=("exec $(quote env "${variables[@]}" .venv/bin/python -m rlt_jax.main \
-    "--config=${flag[config]}" "--workdir=${flag[workdir]}" "$@" "${main_args[@]}")")
+    "--config=${flag[config]}" "--workdir=$workdir" "$@" "${main_args[@]}")")
   join ' && ' "${steps[@]}"
 }
 
 on_bucket() { [[ ${flag[workdir]} == gs://* ]]; }
+
+# The shell command that mounts the bucket of the workdir at gs/BUCKET. Orbax renames the
+# folder of a checkpoint, and nothing is cached that another worker may have written.
+mount_command() {
+  local bucket folder
+  bucket=${flag[workdir]#gs://}
+  bucket=${bucket%%/*}
+  folder=$(quote "gs/$bucket")
+  printf '%s' "mkdir -p $folder && { mountpoint -q $folder || gcsfuse --implicit-dirs" \
+    " --rename-dir-limit=100000 --metadata-cache-ttl-secs=0" \
+    " --metadata-cache-negative-ttl-secs=0 $(quote "$bucket") $folder; }"
+}
 
 fetches() { [[ ${flag[fetch_to]} != none ]] && ! on_bucket; }
 

@@ -9,7 +9,10 @@ Any value of the config can be set on the command line:
 
 Each stage works in <workdir>/<name>/. A stage that is complete is skipped; one that was
 cut off goes on from its last checkpoint. --only=NAME runs one stage alone, afresh if it
-was complete (its earlier folder is kept under another name).
+was complete (its earlier folder is kept under another name). SIGTERM saves and stops.
+
+On several hosts run it on each; a TPU pod, GKE and Slurm tell the processes about each
+other, elsewhere --coordinator_address, --num_processes and --process_id do.
 """
 
 import logging
@@ -21,30 +24,49 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from rlt_jax.errors import UserError
-
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(); `file.py:arg` passes it an arg."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything a run writes.")
 _ONLY = flags.DEFINE_string("only", None, "Run this stage of the pipeline alone.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where there are several."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_TIMEOUT = flags.DEFINE_integer(
+    "init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds of silence that mean death.", lower_bound=1
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    """Runs the config; bad input ends in one message and exit status 1."""
+    """Runs the config; bad input ends in one message and exit status 1, SIGTERM in 143."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown argument {argv[1]!r}; all settings are flags.")
     # The libraries' own progress messages stay out of sight, ours are shown.
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("rlt_jax").setLevel(logging.INFO)
     # Imported late, so that --help and bad flags answer at once.
     from rlt_jax.stages import run_pipeline
+    from rlt_jax.training import hosts
 
-    try:
+    def run() -> None:
+        hosts.connect(
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            _TIMEOUT.value,
+            _HEARTBEAT.value,
+        )
+        if hosts.is_first():
+            logging.getLogger("rlt_jax").setLevel(logging.INFO)
         run_pipeline(_CONFIG.value, _WORKDIR.value, _ONLY.value)
-    except UserError as error:
-        sys.exit(f"rlt_jax: {error}")
+
+    hosts.listen()
+    hosts.guard(run)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

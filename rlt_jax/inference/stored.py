@@ -1,5 +1,6 @@
 """Completions on disk: written as they end, read again by whoever goes on or replays."""
 
+import itertools
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,8 @@ import tqdm
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, Occupancy, complete
 from rlt_jax.inference.scheduler import Request
-from rlt_jax.training.metrics import append_jsonl, read_jsonl
+from rlt_jax.training import hosts
+from rlt_jax.training.metrics import append_jsonl, read_jsonl, stream_jsonl
 from rlt_jax.types import Completion, Params
 
 
@@ -38,7 +40,7 @@ def complete_stored(
     """
     numbers = {request.request_id: n for n, request in enumerate(requests)}
     missing = set(range(len(requests)))
-    for row in read_jsonl(file) if file.is_file() else []:
+    for row in _rows(file):
         n = numbers.get(row["request"])
         if n not in missing:
             continue
@@ -71,7 +73,8 @@ def roll_out(
 ) -> list[Completion]:
     """All completions in the order of the requests, kept in a file if there is one."""
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if hosts.is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
         made = complete_stored(file, engine, params, requests, key, occupancy)
     else:
         made = complete(engine, params, requests, key, occupancy)
@@ -92,6 +95,18 @@ def in_order(
             first += batch_size
     if waiting:
         yield [waiting[n] for n in sorted(waiting)]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """What the file holds now, in every process; process 0 is about to add to it."""
+
+    def count() -> int:
+        return len(read_jsonl(file)) if file.is_file() else 0
+
+    number = hosts.from_first(count)
+    rows = list(itertools.islice(stream_jsonl(file), number)) if number else []
+    hosts.agree_on_items(f"the rows of {file}", rows)
+    return rows
 
 
 def _row(request: Request, completion: Completion) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rlt_jax.data.controls import copied_share
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.rl.grading import is_correct
+from rlt_jax.training import hosts
 from rlt_jax.types import Reward
 
 
@@ -130,8 +131,16 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
 def total_reward(terms: Sequence[Term], written: Written) -> Reward:
     """The reward of N completions; the terms of the RLT reward are among its own."""
     parts = {} if written.scored is None else written.scored.terms
-    values = {term.name: term.function(written) for term in terms}
+    values = {term.name: _value(term, written) for term in terms}
     return combine_terms(parts | values, {term.name: term.weight for term in terms})
+
+
+def _value(term: Term, written: Written) -> Any:
+    if term.function.func is rlt:
+        return term.function(written)
+    # On one host for all: a grader's time limit or a user's function may differ.
+    values = hosts.from_first(lambda: np.asarray(term.function(written)).tolist())
+    return np.array(values)
 
 
 def combine_terms(values: Mapping[str, Any], weights: Mapping[str, float]) -> Reward:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from rlt_jax import settings
 from rlt_jax.errors import UserError
+from rlt_jax.training import hosts
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -35,14 +37,17 @@ def run_pipeline(
     Raises:
       UserError: bad input, anywhere in a stage.
     """
-    root = Path(workdir)
+    root = _checked_workdir(workdir)
     sections = stage_sections(config)
+    _check_hosts(config, root, only)
     if only is not None:
         if only not in sections:
             raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
         sections = {only: sections[only]}
-        _set_aside(root / only, _settings(sections[only], root, config.seed))
+        values = _settings(sections[only], root, config.seed)
+        hosts.from_first(lambda: _set_aside(root / only, values))
     for name, section in sections.items():
+        hosts.stop_if_asked()
         _run_stage(name, section, root, config.seed)
 
 
@@ -93,17 +98,14 @@ def _run_stage(
 ) -> None:
     folder = root / name
     values = _settings(section, root, seed)
-    difference = _difference(folder, values)
-    if difference is not None:
-        raise UserError(
-            f"stage {name}: {folder} was made with other settings ({difference}). Use "
-            f"another --workdir, or --only={name} to run this stage afresh."
-        )
-    if (folder / "done.json").is_file():
+    if hosts.from_first(lambda: _is_complete(name, folder, values)):
         _LOG.info("stage %s is complete, skipped", name)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "settings.json", values)
+    if not (folder / "settings.json").is_file():
+        raise UserError(
+            f"{folder}, which process 0 has made, is not to be seen here: --workdir has "
+            "to be in a file system that all hosts share."
+        )
     _LOG.info("stage %s (%s) begins", name, section.stage)
     start = time.monotonic()
     config = ml_collections.ConfigDict(values)
@@ -111,12 +113,60 @@ def _run_stage(
     try:
         summary = _module(section.stage).run(config, folder, seed)
     except UserError:
-        _remove_untouched(folder)
+        if hosts.is_first():
+            _remove_untouched(folder)
         raise
     seconds = time.monotonic() - start
     done = {"stage": section.stage, "seconds": seconds, "summary": summary}
-    _write_json(folder / "done.json", done)
+    hosts.from_first(lambda: _write_json(folder / "done.json", done))
     _LOG.info("stage %s took %.0f s", name, seconds)
+
+
+def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
+    """Whether a stage has nothing to do; else its folder is there, with its settings."""
+    difference = _difference(folder, values)
+    if difference is not None:
+        raise UserError(
+            f"stage {name}: {folder} was made with other settings ({difference}). Use "
+            f"another --workdir, or --only={name} to run this stage afresh."
+        )
+    if (folder / "done.json").is_file():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "settings.json", values)
+    return False
+
+
+def _checked_workdir(workdir: str | Path) -> Path:
+    """The workdir, if files in it can be appended to and renamed."""
+    scheme, colon, place = str(workdir).partition("://")
+    if colon:
+        bucket, _, folder = place.partition("/")
+        raise UserError(
+            f"--workdir={workdir}: a run appends to files and renames folders, so it "
+            f"needs a file system. Mount the bucket on every host, `gcsfuse "
+            "--implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
+            f"{bucket} DIR`, and name DIR/{folder}; tpu_pod.sh and hosts.sh do it by "
+            "themselves."
+            if scheme == "gs"
+            else f"--workdir={workdir}: name a folder in a file system."
+        )
+    return Path(workdir)
+
+
+def _check_hosts(
+    config: ml_collections.ConfigDict, root: Path, only: str | None
+) -> None:
+    """Several processes have to do the same."""
+    values = {f"config.{key}": x for key, x in _flat(config.to_dict()).items()}
+    flags = {"--workdir": str(root), "--only": only}
+    package = Path(__file__).parents[1]
+    sources = (file.read_bytes() for file in sorted(package.rglob("*.py")))
+    hosts.agree_on_items("the code of rlt_jax", sources)
+    hosts.agree("libraries", {"the version of jax": jax.__version__})
+    hosts.agree("config and flags", flags | values)
+    # Later, as counting starts the devices.
+    hosts.agree("the devices", {"their number": jax.local_device_count()})
 
 
 def _settings(

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rlt_jax.data import pipeline
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
@@ -26,13 +25,14 @@ from rlt_jax.stages.roles import (
     fixed_kl_coef,
     jit_scorer,
     load_policy_engine,
+    load_problems,
     load_roles,
     provenance_of,
     requests_of,
     sample_rows,
     scoring_batches,
 )
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
     keep_whole_batches,
@@ -85,7 +85,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     roles = load_roles(config, mesh, seed)
     sampling = build(SamplingConfig, config.sampling, "sampling")
-    problems = pipeline.load_problems(config.data, roles.template, seed)
+    problems = load_problems(config.data, roles.template, seed)
     check_fit(roles, sampling, problems)
     todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
 
@@ -111,7 +111,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         for batch in in_order(stream, c.batch_size):
             short = c.batch_size - len(batch)
             padded = [one.tokens for one in batch + batch[-1:] * short]
-            part = todo[bar.n : bar.n + len(batch)]
+            part = todo[first : first + len(batch)]
             part += part[-1:] * short
             batches, _ = scoring_batches(roles, part, padded)
             batches = sharding.put_rows(batches, mesh)
@@ -122,8 +122,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 roles, "teacher", part, padded, reward, slice(0, len(batch))
             )
             append_jsonl(file, [row | {"provenance": origin} for row in rows])
+            first += len(batch)
             bar.update(len(batch))
-    rows = read_jsonl(file)
+            hosts.stop_if_asked()
+    return hosts.from_first(lambda: _summary(read_jsonl(file)))
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "traces": len(rows),
         "reward": float(np.mean([row["reward"] for row in rows])),

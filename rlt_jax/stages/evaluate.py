@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from rlt_jax.data import examples, pipeline
+from rlt_jax.data import examples
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import EngineConfig
@@ -21,8 +21,8 @@ from rlt_jax.inference.scheduler import Request
 from rlt_jax.inference.stored import complete_stored, in_order
 from rlt_jax.rl.grading import is_correct
 from rlt_jax.settings import build
-from rlt_jax.stages.roles import load_engine
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.stages.roles import load_engine, load_problems
+from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
     keep_whole_batches,
@@ -74,7 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     loaded = checkpoint.load(source, mesh, jax.random.key(seed))
     tokenizer = loaded.tokenizer
     template = load_template(config.template)
-    problems = pipeline.load_problems(config.data, template, seed)
+    problems = load_problems(config.data, template, seed)
     if any(problem.answer is None for problem in problems):
         raise UserError("evaluate: the data needs an 'answer' for every question.")
     prompts = [
@@ -99,16 +99,23 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             stored, engine, loaded.params, requests[first:], key, bar=bar
         )
         for batch in in_order(stream, c.batch_size):
-            part = todo[bar.n : bar.n + len(batch)]
+            part = todo[first : first + len(batch)]
             texts = [examples.completion_text(tokenizer, c.tokens)[0] for c in batch]
             append_jsonl(
                 file, [_verdict(template, problems[i], t) for i, t in zip(part, texts)]
             )
+            first += len(batch)
             bar.update(len(batch))
-    correct = np.array([row["correct"] for row in read_jsonl(file)], float)
-    results = summarise(correct.reshape(len(problems), c.samples_per_problem))
-    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
+            hosts.stop_if_asked()
+
+    def write_results() -> dict[str, float]:
+        correct = np.array([row["correct"] for row in read_jsonl(file)], float)
+        results = summarise(correct.reshape(len(problems), c.samples_per_problem))
+        text = json.dumps(results, indent=1) + "\n"
+        (workdir / "results.json").write_text(text, encoding="utf-8")
+        return results
+
+    return hosts.from_first(write_results)
 
 
 def summarise(correct: np.ndarray) -> dict[str, float]:

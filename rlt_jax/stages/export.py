@@ -11,7 +11,7 @@ import ml_collections
 
 from rlt_jax.models import convert
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training import checkpoint, hosts, sharding
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
@@ -37,8 +37,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
     target = workdir / "model"
-    if target.exists():  # of a run that was cut off between here and done.json
-        shutil.rmtree(target)
+
+    def clear() -> None:
+        if target.exists():  # of a run that was cut off between here and done.json
+            shutil.rmtree(target)
+
+    hosts.from_first(clear)
     convert.write_model(
         target,
         model.config,
@@ -50,7 +54,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     )
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     card = _model_card(source, size, str(config.dtype))
-    (target / "README.md").write_text(card, encoding="utf-8")
+    if hosts.is_first():
+        (target / "README.md").write_text(card, encoding="utf-8")
     return {"path": str(target), "parameters": size}
 
 

@@ -7,6 +7,7 @@ import ml_collections
 
 from rlt_jax.report.pages import ReportConfig, write_report
 from rlt_jax.settings import build
+from rlt_jax.training import hosts
 
 SECTIONS = ReportConfig
 
@@ -22,6 +23,5 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     Returns:
       The summary.
     """
-    return write_report(
-        workdir.parent, build(ReportConfig, config, "report"), seed=seed
-    )
+    c = build(ReportConfig, config, "report")
+    return hosts.from_first(lambda: write_report(workdir.parent, c, seed=seed))

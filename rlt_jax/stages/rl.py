@@ -42,9 +42,10 @@ from rlt_jax.stages.roles import (
     Roles,
     check_fit,
     load_models,
+    load_problems,
     sample_rows,
 )
-from rlt_jax.training import checkpoint, offload, sharding
+from rlt_jax.training import checkpoint, hosts, offload, sharding
 from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
@@ -173,8 +174,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     roles = load_rl_roles(config, c, mesh, seed)
     sampling = build(SamplingConfig, config.sampling, "sampling")
-    problems = pipeline.load_problems(config.data, roles.template, seed)
-    held_out = pipeline.load_problems(config.held_out, roles.template, seed)
+    problems = load_problems(config.data, roles.template, seed)
+    held_out = load_problems(config.held_out, roles.template, seed)
     check_fit(roles, sampling, [*problems, *held_out], c.format)
 
     updates = c.steps * c.updates_per_rollout
@@ -239,7 +240,7 @@ def train(
                 jax.random.fold_in(key, 2**31 - 1),
                 kl_coef,
             )
-            _write_samples(samples, step, "held_out", rows)
+            append_jsonl(samples, _of_step(step, "held_out", rows))
             return kl_coef, found
 
         if start is None:
@@ -252,7 +253,7 @@ def train(
             progress(first, c.steps, workdir.name) as bar,
         ):
             for step in range(first, c.steps):
-                began = time.monotonic()
+                done, began = step + 1, time.monotonic()
                 chosen = [problems[i] for i in next(prompts)]
                 group = [problem for problem in chosen for _ in range(c.group_size)]
                 state, reference, student = trees
@@ -286,12 +287,11 @@ def train(
                 for _ in range(c.updates_per_rollout):
                     state, updated = programs.update(state, batch)
                     updates.append(updated)
-                if reference and c.sync_every and (step + 1) % c.sync_every == 0:
+                if reference and c.sync_every and done % c.sync_every == 0:
                     reference = programs.mix(reference, state.params, c.sync_alpha)
                 every = c.student_sync_every
-                if student and every and (step + 1) % every == 0:
-                    alpha = c.student_sync_alpha
-                    student = programs.mix(student, state.params, alpha)
+                if student and every and done % every == 0:
+                    student = programs.mix(student, state.params, c.student_sync_alpha)
                 trees = Trees(state, reference, student)
 
                 # Or the next rollout's time would have this in it.
@@ -302,7 +302,6 @@ def train(
                 metrics |= reward_metrics(reward) | over_updates(updates)
                 metrics |= experience.metrics | memory_metrics()
                 metrics["time/step_seconds"] = time.monotonic() - began
-                done = step + 1
                 if c.evaluate_every and done % c.evaluate_every == 0:
                     _, found = evaluate(done, kl_coef)
                     metrics |= {f"held_out/{name}": x for name, x in found.items()}
@@ -317,14 +316,17 @@ def train(
                     written = sample_rows(
                         roles, c.format, group, experience.completions, reward, firsts
                     )
-                    _write_samples(samples, step, "train", written)
-                if done % c.checkpoint_every == 0 or done == c.steps:
+                    append_jsonl(samples, _of_step(step, "train", written))
+                stop = hosts.stopping()
+                if done % c.checkpoint_every == 0 or done == c.steps or stop:
                     # A checkpoint's steps have their rows.
                     check_skipped(writer.flush(), c.max_skipped)
                     data = {"prompts": prompts.get_state(), "start": start}
                     items = {"params": tuning.merge(state.params)}
                     items |= _items(tuning, trees)
                     checkpoint.save(manager, done, items, data)
+                if stop:
+                    raise hosts.Stopped
                 bar.update()
         _, end = evaluate(c.steps, kl_coef)
         manager.wait_until_finished()
@@ -369,10 +371,8 @@ def _copy(params: Params, offloaded: bool, name: str) -> Params:
     return offload.keep(jax.tree.map(jnp.copy, params), offloaded, name)
 
 
-def _write_samples(
-    file: Path, step: int, split: str, rows: list[dict[str, Any]]
-) -> None:
-    append_jsonl(file, [{"step": step, "split": split, **row} for row in rows])
+def _of_step(step: int, split: str, rows: list[dict[str, Any]]) -> list[dict]:
+    return [{"step": step, "split": split, **row} for row in rows]
 
 
 def _items(tuning: Tuning, trees: Trees) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlt_jax.data import examples, scoring
+from rlt_jax.data import examples, pipeline, scoring
 from rlt_jax.data.stop_texts import stop_finder
 from rlt_jax.data.templates import Problem, Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from rlt_jax.inference.scheduler import Request
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint, provenance, sharding
+from rlt_jax.training import checkpoint, hosts, provenance, sharding
 from rlt_jax.types import Params, Reward, ScoringBatch
 
 # What a policy is asked: to explain a solution, or to find it.
@@ -66,6 +66,13 @@ def load_models(
         )
         for n, section in enumerate([first, *others])
     ]
+
+
+def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
+    """Problems of a `data` section, the same on every host."""
+    problems = pipeline.load_problems(config, template, seed)
+    hosts.agree_on_items("the problems of the data", problems)
+    return problems
 
 
 def jit_scorer(

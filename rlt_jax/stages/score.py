@@ -28,7 +28,7 @@ from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import load_models, provenance_of
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
     keep_whole_batches,
@@ -107,9 +107,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     first = keep_whole_batches(file, c.batch_size)
     kl_coef = reward.explanation_kl_coef
     if first and kl_coef == "auto":
-        kl_coef = next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
+        kl_coef = hosts.from_first(
+            lambda: next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
+        )
     todo = _written(sections["data"]["path"], judge.template, c.assume_closed)
     write_scores(judge, itertools.islice(todo, first, None), kl_coef, file, first)
+    selected = workdir / "selected.jsonl"
+    # From here on all processes read what process 0 has written.
+    hosts.from_first(lambda: selected.unlink(missing_ok=True))
 
     candidates, kl_coef = [], 0.0
     for row in stream_jsonl(file):
@@ -118,8 +123,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         )
         kl_coef = row["provenance"]["explanation_kl_coef"]
     kept = set(select(selection, candidates))
-    selected = workdir / "selected.jsonl"
-    selected.unlink(missing_ok=True)
     for n, row in enumerate(stream_jsonl(file)):
         if n in kept:
             append_jsonl(selected, [row])
@@ -150,7 +153,7 @@ def write_scores(
     """
     size = judge.c.batch_size
     with progress(first, None, "score", unit="completion") as bar:
-        while batch := list(itertools.islice(todo, size)):
+        while batch := _next_batch(todo, size):
             # A last, smaller batch is filled up: nothing is compiled for its size.
             padded = batch + batch[-1:] * (size - len(batch))
             if kl_coef == "auto":
@@ -165,6 +168,14 @@ def write_scores(
             append_jsonl(file, rows)
             first += len(rows)
             bar.update(len(rows))
+            hosts.stop_if_asked()
+
+
+def _next_batch(todo: Iterator[WrittenTrace], size: int) -> list[WrittenTrace]:
+    """Up to `size` of them, the same on every host."""
+    batch = list(itertools.islice(todo, size))
+    hosts.agree_on_items("the completions of the data", batch)
+    return batch
 
 
 def _rows(
@@ -284,4 +295,5 @@ def _write_examples(
         traces += traces[-1:] * (size - len(traces))
         scored = judge.score(traces, kl_coef, per_token=True)[: len(part)]
         examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
-    write_page(examples, folder)
+    if hosts.is_first():
+        write_page(examples, folder)

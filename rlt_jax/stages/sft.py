@@ -24,7 +24,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.log_probs import token_stats
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint, sharding
+from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
@@ -108,6 +108,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     model, params, tokenizer = checkpoint.load(source, mesh, key)
     template = load_template(config.template)
     traces = pipeline.load_traces(config.data, template, seed)
+    hosts.agree_on_items("the traces of the data", traces)
     rows = [FORMATS[c.format](tokenizer, template, trace) for trace in traces]
     examples.check_lengths([row.tokens for row in rows], c.row_length, "sft.row_length")
     batches = pipeline.packed_batches(rows, c.batch_size, c.row_length, seed)
@@ -135,13 +136,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 metrics |= phase_metrics("step", tokens, now - began)
                 began = now
                 check_skipped(writer.write(step, metrics), c.max_skipped)
-                if (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps:
+                stop, done = hosts.stopping(), step + 1
+                if done % c.checkpoint_every == 0 or done == c.steps or stop:
                     # A checkpoint's steps have their rows.
                     check_skipped(writer.flush(), c.max_skipped)
-                    _save(manager, step + 1, tuning, state, batches)
+                    _save(manager, done, tuning, state, batches)
+                if stop:
+                    raise hosts.Stopped
                 bar.update()
         manager.wait_until_finished()
-    loss = read_jsonl(workdir / "metrics.jsonl")[-1]["sft/loss"]
+    file = workdir / "metrics.jsonl"
+    loss = hosts.from_first(lambda: read_jsonl(file)[-1]["sft/loss"])
     return {"traces": len(traces), "loss": loss}
 
 

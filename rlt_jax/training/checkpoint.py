@@ -6,12 +6,13 @@ shape of the model) and `tokenizer/`, so a stage folder can be named wherever a 
 asked for.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from rlt_jax.models import convert
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import build
+from rlt_jax.training import hosts
 from rlt_jax.training.sharding import check_model, param_shardings
 from rlt_jax.types import Params
 
@@ -168,9 +170,16 @@ def find_model(name: str) -> Path:
             f"model {name!r}: there is neither a config.json (Hugging Face layout) nor "
             f"a model.json (a finished stage) in {path}."
         )
+    folder = hosts.from_first(lambda: _download(name))
+    # Afterwards the others find it there, where they share the cache.
+    return Path(folder if hosts.is_first() else _download(name))
+
+
+def _download(name: str) -> str:
+    """The folder of a repository on the Hub, in the cache from now on."""
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -191,6 +200,8 @@ def _random_params(
 
 def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Writes what `load` needs beside the checkpoints of a stage."""
+    if not hosts.is_first():
+        return
     folder = stage_dir / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     # File by file: the tokenizer may lie beside the weights of its model.
@@ -210,17 +221,31 @@ def _load_stage(
         abstract,
         shardings,
     )
+    step = hosts.from_first(lambda: _last_step(path))
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(_folder(path) / str(step) / "params", target)
+
+
+def _last_step(path: Path) -> int:
     steps = ocp.utils.checkpoint_steps(_folder(path)) if _folder(path).is_dir() else []
     if not steps:
         raise UserError(f"model {path}: the stage there has no checkpoint yet.")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(_folder(path) / str(max(steps)) / "params", target)
+    return max(steps)
 
 
-def open_manager(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a stage, the last `keep` of them kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    return ocp.CheckpointManager(_folder(stage_dir), options=options)
+    manager = ocp.CheckpointManager(_folder(stage_dir), options=options)
+    try:
+        yield manager
+    except Exception as error:
+        # Closing waits for all processes, and where one fails the others never come.
+        if jax.process_count() == 1 or isinstance(error, hosts.Stopped):
+            manager.close()
+        raise
+    manager.close()
 
 
 def save(
@@ -262,7 +287,7 @@ def restore_latest(
     Returns:
       Completed steps, the trees, and the JSON values.
     """
-    step = manager.latest_step()
+    step = hosts.from_first(manager.latest_step)
     if step is None:
         return None
     items = {

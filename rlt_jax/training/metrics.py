@@ -1,4 +1,7 @@
-"""Metrics to JSONL and TensorBoard, samples for people, progress bars."""
+"""Metrics to JSONL and TensorBoard, samples for people, progress bars.
+
+Of several processes only process 0 writes and shows anything.
+"""
 
 import json
 import os
@@ -12,6 +15,8 @@ import jax
 import tensorboardX
 import tqdm
 
+from rlt_jax.training import hosts
+
 
 class MetricWriter:
     """Writes the metrics of a stage one step late, so that the device never waits.
@@ -24,9 +29,11 @@ class MetricWriter:
     def __init__(self, workdir: Path, first_step: int) -> None:
         self._file = workdir / "metrics.jsonl"
         keep_rows_before(self._file, first_step)
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step
-        )
+        self._events = None
+        if hosts.is_first():
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=first_step
+            )
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -43,8 +50,9 @@ class MetricWriter:
         self._pending = None
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         append_jsonl(self._file, [{"step": step, **numbers}])
-        for name, number in numbers.items():
-            self._events.add_scalar(name, number, step)
+        if self._events:
+            for name, number in numbers.items():
+                self._events.add_scalar(name, number, step)
         return numbers
 
     def __enter__(self) -> Self:
@@ -56,8 +64,11 @@ class MetricWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.flush()
-        self._events.close()
+        # Numbers of a failed step may never come from devices of other processes.
+        if error is None or jax.process_count() == 1:
+            self.flush()
+        if self._events:
+            self._events.close()
 
 
 def memory_metrics() -> dict[str, float]:
@@ -80,6 +91,8 @@ def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
 
 def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     """Appends one JSON object a line, after dropping a last line cut off in writing."""
+    if not hosts.is_first():
+        return
     with file.open("ab+") as lines:
         if lines.tell():
             lines.seek(-1, os.SEEK_END)
@@ -105,7 +118,7 @@ def stream_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 
 def keep_rows_before(file: Path, step: int) -> None:
     """Drops rows whose "step" is `step` or later, as resuming will write them again."""
-    if file.is_file():
+    if hosts.is_first() and file.is_file():
         rows = [row for row in read_jsonl(file) if row["step"] < step]
         _rewrite(file, rows)
 
@@ -119,12 +132,16 @@ def keep_whole_batches(file: Path, batch_size: int) -> int:
     Returns:
       Number of rows that are left; 0 when there is no file.
     """
-    if not file.is_file():
-        return 0
-    rows = read_jsonl(file)
-    whole = len(rows) // batch_size * batch_size
-    _rewrite(file, rows[:whole])
-    return whole
+
+    def keep() -> int:
+        if not file.is_file():
+            return 0
+        rows = read_jsonl(file)
+        whole = len(rows) // batch_size * batch_size
+        _rewrite(file, rows[:whole])
+        return whole
+
+    return hosts.from_first(keep)
 
 
 def _rewrite(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -137,4 +154,11 @@ def _rewrite(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def progress(first: int, total: int | None, what: str, unit: str = "step") -> tqdm.tqdm:
     """A progress bar with rate and time left."""
-    return tqdm.tqdm(initial=first, total=total, desc=what, unit=unit, smoothing=0.1)
+    return tqdm.tqdm(
+        initial=first,
+        total=total,
+        desc=what,
+        unit=unit,
+        smoothing=0.1,
+        disable=not hosts.is_first(),
+    )

@@ -88,9 +88,10 @@ class Stubs:
         self.bin = folder / "bin"
         self.cwd.mkdir()
         self.bin.mkdir()
-        for name in ("ssh", "scp", "xpk", "srun", "python"):
+        for name in ("ssh", "scp", "xpk", "srun", "python", "gcsfuse"):
             self.write(self.bin / name, OUTCOMES)
             self.outcomes(name)
+        self.write(self.bin / "mountpoint", "[[ -e $STUBS/mounted ]]\n")
         self.write(self.bin / "gcloud", GCLOUD)
         self.write(self.bin / "git", GIT)
         kept = {key: value for key, value in os.environ.items() if key[:4] != "RLT_"}
@@ -173,6 +174,13 @@ class Stubs:
         self.shell(command, cwd=home)
         (call,) = self.calls("python")
         return call[1:]
+
+    def mounts_on_worker(self, command: str) -> list[list[str]]:
+        """The calls of gcsfuse when a remote command runs on a worker."""
+        home = self.folder / "home"
+        self.write(home / "rlt_jax_launch/.venv/bin/python", "")
+        self.shell(command, cwd=home)
+        return self.calls("gcsfuse")
 
 
 @pytest.fixture

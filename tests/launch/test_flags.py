@@ -11,11 +11,12 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 MINIMAL = {
     "tpu_pod": ["--name=n", "--zone=z", "--accelerator_type=v6e-8", "--poll_seconds=0"],
     "hosts": ["--hosts=a,b", "--pause_seconds=0"],
-    "gke": ["--cluster=k", "--zone=z", "--tpu_type=tpu7x-16", "--workload=w"],
+    "gke": ["--cluster=k", "--zone=z", "--tpu_type=tpu7x-16", "--workload=w"]
+    + ["--storage=s"],
     "slurm": ["--gpus_per_node=8"],
     "local_pod": ["2", "--port=2000"],
 }
-RUN = ["--config=configs/x.py", "--workdir=gs://bucket/x y"]
+RUN = ["--config=configs/x.py", "--workdir=/mnt/x y"]
 LAUNCHERS = sorted(MINIMAL)
 
 

@@ -1,6 +1,6 @@
 FLAGS = [
     *["--cluster=k", "--zone=z", "--tpu_type=tpu7x-16", "--workload=w"],
-    *["--config=configs/x.py", "--workdir=gs://bucket/x"],
+    *["--storage=s", "--config=configs/x.py", "--workdir=/mnt/x"],
 ]
 
 
@@ -9,7 +9,7 @@ def test_adds_the_checkout_to_an_image_and_waits(stubs, hard_words) -> None:
         "--project=p",
         "--env=A=b c",
         "--env=D=e",
-        "--storage=s",
+        "--storage=t",
         "--xpk_flag=--spot",
     ]
     result = stubs.launch("gke", *FLAGS, *words, "--", *hard_words)
@@ -22,12 +22,13 @@ def test_adds_the_checkout_to_an_image_and_waits(stubs, hard_words) -> None:
     assert create[9] == "--max-restarts=10"
     assert create[10] == "--base-docker-image=python:3.12"
     assert create[11].startswith("--script-dir=")
-    assert create[12:16] == ["--spot", "--storage=s", "--env=A=b c", "--env=D=e"]
+    assert create[12:14] == ["--spot", "--storage=s"]
+    assert create[14:17] == ["--storage=t", "--env=A=b c", "--env=D=e"]
     assert wait[1:] == [
         *["workload", "list", "--cluster=k", "--zone=z", "--project=p"],
         "--wait-for-job-completion=w",
     ]
-    stubs.shell(create[16].removeprefix("--command="))
+    stubs.shell(create[17].removeprefix("--command="))
     install, run = stubs.calls("python")
     assert install[1:] == ["-m", "pip", "install", "--quiet", "-e", ".[tpu]"]
     config, workdir = FLAGS[-2:]
@@ -37,8 +38,8 @@ def test_adds_the_checkout_to_an_image_and_waits(stubs, hard_words) -> None:
 def test_runs_an_image_as_it_is(stubs) -> None:
     stubs.launch("gke", *FLAGS, "--image=mine", "--wait=false")
     (call,) = stubs.calls()
-    assert call[-2] == "--docker-image=mine"
-    assert call[-1].startswith("--command=python -m rlt_jax.main ")
+    assert "--docker-image=mine" in call
+    assert call[-1].startswith("--command=exec python -m rlt_jax.main ")
 
 
 def test_nothing_can_be_asked(stubs) -> None:
@@ -53,9 +54,15 @@ def test_status_of_the_workload_is_passed_on(stubs) -> None:
 
 
 def test_a_workdir_that_would_be_lost_is_refused(stubs) -> None:
-    result = stubs.launch("gke", *FLAGS, "--workdir=runs/x")
-    assert result.returncode == 2
-    assert "--workdir=runs/x ends with its pods" in result.stderr
+    flags = [flag for flag in FLAGS if not flag.startswith("--storage")]
+    lost = stubs.launch("gke", *flags)
+    assert lost.returncode == 2
+    assert "--workdir=/mnt/x ends with its pods" in lost.stderr
     assert not stubs.calls()
-    mounted = ["--workdir=/mnt/x", "--storage=s"]
-    assert stubs.launch("gke", *FLAGS, *mounted).returncode == 0
+
+
+def test_a_bucket_has_to_be_attached(stubs) -> None:
+    result = stubs.launch("gke", *FLAGS, "--workdir=gs://bucket/x")
+    assert result.returncode == 2
+    assert "attach the bucket to the cluster" in result.stderr
+    assert not stubs.calls()

@@ -1,3 +1,7 @@
+import subprocess
+
+import pytest
+
 FLAGS = ["--hosts=ann@h0,ann@h1,h2", "--config=configs/x.py", "--pause_seconds=0"]
 RUN = [*FLAGS, "--workdir=runs/x", "--install=none"]
 
@@ -85,3 +89,32 @@ def test_hosts_that_are_none(stubs) -> None:
     assert result.returncode == 2
     assert "--hosts=a,,b has a host that is none: ''" in result.stderr
     assert not stubs.calls()
+
+
+def test_a_bucket_is_mounted_on_every_host(stubs) -> None:
+    words = [*FLAGS, "--workdir=gs://my-bucket/a b", "--install=none"]
+    result = stubs.launch("hosts", *words)
+    assert result.returncode == 0, result.stderr
+    calls = stubs.calls()
+    assert [call[0] for call in calls] == ["ssh"] * 3  # nothing is fetched
+    mount = [
+        *["gcsfuse", "--implicit-dirs", "--rename-dir-limit=100000"],
+        *["--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"],
+        *["my-bucket", "gs/my-bucket"],
+    ]
+    for call in calls:
+        assert stubs.mounts_on_worker(call[-1]) == [mount]
+        folder = stubs.folder / "home/rlt_jax_launch/gs/my-bucket/a b"
+        assert folder.is_dir()
+        assert "--workdir=gs/my-bucket/a b" in stubs.on_worker(call[-1])
+    stubs.set("mounted")
+    assert not stubs.mounts_on_worker(calls[0][-1])
+
+
+def test_without_gcsfuse_nothing_runs(stubs) -> None:
+    stubs.launch("hosts", *FLAGS, "--workdir=gs://b/x", "--install=none")
+    command = stubs.calls()[0][-1]
+    stubs.outcomes("gcsfuse", ("b", "127"))
+    with pytest.raises(subprocess.CalledProcessError):
+        stubs.mounts_on_worker(command)
+    assert [call[0] for call in stubs.calls()] == ["mountpoint", "gcsfuse"]

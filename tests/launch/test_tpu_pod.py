@@ -47,6 +47,15 @@ def test_waits_for_a_slice_that_is_being_made(stubs) -> None:
     assert steps(stubs) == ["send", "install", "run"]
 
 
+def test_mounts_a_bucket_on_its_workers(stubs) -> None:
+    stubs.set("state.tpu-vm", "READY")
+    stubs.launch("tpu_pod", *FLAGS, BUCKET, "--install=none")
+    command = commands(stubs)[-1]
+    (mount,) = stubs.mounts_on_worker(command)
+    assert mount[-2:] == ["bucket", "gs/bucket"]
+    assert "--workdir=gs/bucket/x" in stubs.on_worker(command)
+
+
 def test_keep(stubs) -> None:
     result = stubs.launch("tpu_pod", *MAKE, BUCKET, "--keep")
     assert steps(stubs) == ["create", "send", "install", "run"]

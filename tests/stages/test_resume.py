@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlt_jax.stages import collect, evaluate
-from rlt_jax.training import checkpoint
+from rlt_jax.training import checkpoint, hosts
 from rlt_jax.training.metrics import read_jsonl
 
 Section = Callable[[str], dict[str, Any]]
@@ -77,6 +77,30 @@ def test_training_resumes_bit_for_bit(
     assert ("adapters" in items) == bool(rank)
     assert summary(resumed) == summary(whole)
     for file in whole.glob("samples.jsonl"):
+        assert (resumed / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl", "collect", "evaluate"])
+def test_a_run_that_was_asked_to_stop_goes_on(
+    stage: str,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = run_stage(section(stage), tmp_path / "whole")
+    answers = iter([False, False, True])  # before the stage, then in it
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "stopping", lambda: next(answers))
+        with pytest.raises(hosts.Stopped):
+            run_stage(section(stage), tmp_path / "stopped")
+    assert not (tmp_path / "stopped/part/done.json").exists()
+    resumed = run_stage(section(stage), tmp_path / "stopped")
+    assert summary(resumed) == summary(whole)
+    if stage in ("sft", "rl"):
+        assert metric_rows(resumed) == metric_rows(whole)
+        assert_same_checkpoint(resumed, whole, 5)
+    for file in (*whole.glob("samples.jsonl"), *whole.glob("traces.jsonl")):
         assert (resumed / file.name).read_bytes() == file.read_bytes()
 
 

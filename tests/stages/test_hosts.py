@@ -1,0 +1,184 @@
+"""Several processes as a user starts them: alone, in disagreement, killed, asked to stop."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+Section = Callable[[str], dict[str, Any]]
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+import json, ml_collections
+def get_config(seed="0"):
+    values = {"seed": int(seed)} | json.loads(%r)
+    return ml_collections.ConfigDict(values)
+"""
+STEPS = 100_000  # more than anybody waits for
+SECONDS = 240  # a hang, on any machine
+
+
+@pytest.fixture
+def config(section: Section, tmp_path: Path) -> Path:
+    """A config of an endless `sft` on any number of devices up to 8."""
+    sft = section("sft")
+    sft["sft"] |= {"steps": STEPS, "batch_size": 8, "checkpoint_every": STEPS}
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG % json.dumps({"pipeline": ["sft"], "sft": sft}))
+    return file
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts process `index` of `count`, which meet at a port of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+
+    def start(
+        config: Any, index: int, count: int, *flags: str, cwd: Path = ROOT
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "rlt_jax.main", f"--config={config}"]
+        command += [f"--workdir={tmp_path / 'run'}", *flags]
+        if count > 1:
+            command += [f"--coordinator_address={address}", f"--process_id={index}"]
+            command += [f"--num_processes={count}"]
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Status and messages of a process, which has to end."""
+    _, messages = process.communicate(timeout=SECONDS)
+    return process.returncode, messages
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Until a file has something in it."""
+    while not (file.is_file() and file.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_of_two_alone_gives_up(index: int, config: Path, start: Callable) -> None:
+    status, messages = ended(start(config, index, 2, "--init_timeout=2"))
+    assert status == 1
+    assert f"rlt_jax: process {index} of 2 waited 2 s for 1 more" in messages
+    assert "Traceback" not in messages
+
+
+def test_flags_that_belong_together(config: Path, start: Callable) -> None:
+    status, messages = ended(start(config, 0, 1, "--process_id=0"))
+    assert status == 1
+    assert "--coordinator_address and --num_processes missing" in messages
+
+
+def test_different_configs_are_told_everywhere(config: Path, start: Callable) -> None:
+    processes = [start(f"{config}:{index}", index, 2) for index in (0, 1)]
+    for status, messages in map(ended, processes):
+        assert status == 1
+        assert "config.seed is 0 in process 0, but 1 in process 1" in messages
+        assert "Traceback" not in messages
+
+
+def test_tasks_of_slurm_meet_without_flags(
+    config: Path, start: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))  # the port comes from it
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+    processes = []
+    for index in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", index)
+        monkeypatch.setenv("SLURM_LOCALID", index)
+        processes.append(start(f"{config}:{index}", 0, 1))
+    for status, messages in map(ended, processes):
+        assert status == 1
+        assert "config.seed is 0 in process 0, but 1 in process 1" in messages
+
+
+def test_an_error_in_one_process_ends_the_other(
+    config: Path, start: Callable, tmp_path: Path
+) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    first = start(config, 0, 2, "--workdir=run", cwd=tmp_path)
+    second = start(config, 1, 2, "--workdir=run", cwd=away)
+    (status, told), (failed, messages) = ended(first), ended(second)
+    assert (status, failed) == (1, 1)
+    assert "rlt_jax: process 1 of 2: run/sft, which process 0 has made" in messages
+    assert "ends, as another process failed: process 1 of 2: run/sft" in told
+    assert "Traceback" not in told + messages
+
+
+def test_a_process_that_dies_ends_the_other(
+    config: Path, start: Callable, tmp_path: Path
+) -> None:
+    flag = "--heartbeat_timeout=5"
+    first, second = (start(config, index, 2, flag) for index in (0, 1))
+    wait_for(tmp_path / "run/sft/metrics.jsonl", first)
+    second.send_signal(signal.SIGKILL)
+    status, _ = ended(first)
+    assert status not in (0, 143)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_saves_and_stops_all(
+    count: int, config: Path, start: Callable, tmp_path: Path
+) -> None:
+    processes = [start(config, index, count) for index in range(count)]
+    wait_for(tmp_path / "run/sft/metrics.jsonl", processes[0])
+    processes[-1].terminate()
+    for status, messages in map(ended, processes):
+        assert status == 143
+        assert "stopped by SIGTERM, all is saved" in messages
+        assert "Traceback" not in messages
+    (saved,) = (tmp_path / "run/sft/checkpoints").iterdir()
+    rows = (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()
+    assert 1 < int(saved.name) == len(rows)
+
+
+def test_a_second_sigterm_kills(config: Path, start: Callable, tmp_path: Path) -> None:
+    process = start(config, 0, 1)
+    wait_for(tmp_path / "run/sft/settings.json", process)
+    for _ in range(2):  # the first step is still to be compiled
+        process.terminate()
+        time.sleep(0.2)
+    status, messages = ended(process)
+    assert status == 143
+    assert "all is saved" not in messages
