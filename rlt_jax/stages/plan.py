@@ -208,10 +208,7 @@ def _assess(
         if not needed:
             raise
         total = float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] + resident
-        room = {"resident": resident, "total": total, "limit": limit}
-        room["headroom"] = 1 - total / limit
-        seconds = time.monotonic() - began
-        return result | {"fits": False, "bytes": room, "compile_seconds": seconds}
+        return result | _too_large(resident, total, limit, began)
     text, memory = made.as_text(), costs.memory(made)
     total = memory.peak + resident
     moved = costs.collectives(text, program.trips)
