@@ -176,20 +176,15 @@ def _plan_slice(
         section = recipe[name]
         mesh = slice_mesh(topology, section["mesh"])
         meshes[name] = dict(mesh.shape)
+        loop = section.get("loop") or section.get("sft") or {}
+        steps[name] = loop.get("steps", 1)
         lowered = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
         # The largest are the first to fail.
         for program in reversed(lowered):
             programs.append(_assess(c, name, program, chip, mesh))
             if give_up and not programs[-1]["fits"]:
-                break
-        steps[name] = (section.get("loop") or section.get("sft") or {}).get("steps", 1)
-    fits = all(program["fits"] for program in programs)
-    return {
-        "fits": fits,
-        "topology": topology,
-        "programs": programs,
-        "recipe": _recipe(c, topology, meshes, steps, programs),
-    }
+                return _found(c, topology, meshes, steps, programs)
+    return _found(c, topology, meshes, steps, programs)
 
 
 def _assess(
@@ -201,8 +196,12 @@ def _assess(
     limit = chip.usable_bytes
     result = {"stage": stage, "name": f"{stage}/{program.name}"}
     result |= {"runs_per_step": program.runs, "model_flops": program.flops}
+    arguments = [x for x in jax.tree.leaves(program.args) if hasattr(x, "sharding")]
+    least = resident + sharding.device_bytes(arguments)
+    if least > limit:
+        return result | _too_large(resident, least, limit, began)
     try:
-        made = program.lower().compile()
+        made = program.jitted.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(_TOO_MUCH, str(error))
         if not needed:
@@ -225,6 +224,29 @@ def _assess(
         "hbm_bytes": hbm,
         "roofline": limits._asdict(),
         "compile_seconds": time.monotonic() - began,
+    }
+
+
+def _too_large(resident: int, total: float, limit: int, began: float) -> dict[str, Any]:
+    """A program that was refused: total is the least that it needs."""
+    room = {"resident": resident, "total": total, "limit": limit}
+    room["headroom"] = 1 - total / limit
+    seconds = time.monotonic() - began
+    return {"fits": False, "bytes": room, "compile_seconds": seconds}
+
+
+def _found(
+    c: PlanConfig,
+    topology: str,
+    meshes: Mapping[str, Any],
+    steps: Mapping[str, int],
+    programs: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "fits": all(program["fits"] for program in programs),
+        "topology": topology,
+        "programs": programs,
+        "recipe": _recipe(c, topology, meshes, steps, programs),
     }
 
 

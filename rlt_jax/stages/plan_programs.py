@@ -1,7 +1,7 @@
 """The device programs of each stage, ready to be lowered for devices elsewhere."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from rlt_jax.stages.plan_shapes import Lengths, Shape
 from rlt_jax.training import sharding
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import abstract_state, state_shardings
+from rlt_jax.types import ScoringBatch
 
 Section = Mapping[str, Any]
 
@@ -37,7 +38,8 @@ class Program(NamedTuple):
 
     Attributes:
       name: of it.
-      lower: gives what can be compiled.
+      jitted: has `lower`.
+      args: of it, as shapes.
       resident: arrays that are on the devices beside its arguments.
       runs: how often it runs in a step of its stage.
       flops: model flops of a run, over all devices.
@@ -46,7 +48,8 @@ class Program(NamedTuple):
     """
 
     name: str
-    lower: Callable[[], Any]
+    jitted: Any
+    args: tuple
     resident: Any
     runs: float
     flops: float
@@ -72,9 +75,7 @@ def sft_programs(
     C = chunk_length(*ids.shape, model.config.vocab_size, mesh.size)
     flops = train_flops(model.config, tokens, c.row_length / 2, tokens)
     trips = (-(-c.row_length // C),)
-    return [
-        Program("update", lambda: update.lower(state, batch, None), (), 1, flops, trips)
-    ]
+    return [Program("update", update, (state, batch, None), (), 1, flops, trips)]
 
 
 def rl_programs(
@@ -102,21 +103,24 @@ def rl_programs(
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
     if students:
-        score = _score(section, policy, students, sampling, mesh, batch)
+        score = _score(section, policy, students, sampling, mesh)
+        args = _score_args(policy, students, batch, mesh)
         flops = forward + sum(_forward(one, N, lengths) for one in students)
         beside = (state.opt_state, () if c.offload else reference)
-        programs.append(Program("score", score, beside, 1, flops, trips))
+        programs.append(Program("score", score, args, beside, 1, flops, trips))
     if objective.beta:
         log_probs = sharding.jit(
             functools.partial(score_rows, policy.model, sampling.temperature),
             mesh,
             out_shardings=sharding.batch_sharding(mesh, 1),
         )
-        lower = functools.partial(
-            log_probs.lower, reference, batch.teacher, batch.completion
+        args, beside = (
+            (reference, batch.teacher, batch.completion),
+            (state, others[:-1]),
         )
-        beside = (state, others[:-1])
-        programs.append(Program("reference", lower, beside, 1, forward, trips))
+        programs.append(
+            Program("reference", log_probs, args, beside, 1, forward, trips)
+        )
 
     per_token = shapes.per_row(mesh, batch.teacher.tokens.shape, jnp.float32)
     known = bool(students) or c.updates_per_rollout > 1
@@ -133,16 +137,15 @@ def rl_programs(
     update = policy_programs.jit_update(
         policy.model, tx, sampling, objective, mesh, placed
     )
-    lower = functools.partial(update.lower, state, policy_batch, None)
-    flops = _train(policy, N, lengths)
+    args, flops = (state, policy_batch, None), _train(policy, N, lengths)
     programs.append(
-        Program("update", lower, others, c.updates_per_rollout, flops, trips)
+        Program("update", update, args, others, c.updates_per_rollout, flops, trips)
     )
     if objective.beta and c.sync_every:
         mix = policy_programs.jit_mix()
-        lower = functools.partial(mix.lower, reference, state.params, c.sync_alpha)
+        args = (reference, state.params, c.sync_alpha)
         beside = (state.opt_state, others[:-1])
-        programs.append(Program("mix", lower, beside, 1 / c.sync_every, 0))
+        programs.append(Program("mix", mix, args, beside, 1 / c.sync_every, 0))
     return programs
 
 
@@ -156,14 +159,15 @@ def collect_programs(
     students = _students(section, recipe, mesh)
     resident = [student.params for student in students]
     programs = _rollout(section, teacher, sampling, mesh, rows.row_length, N, lengths)
-    cache = programs[-1].lower.args[1]
+    cache = programs[-1].args[1]
     batch = shapes.scoring_batch(mesh, N, rows)
-    score = _score(section, teacher, students, sampling, mesh, batch)
+    score = _score(section, teacher, students, sampling, mesh)
+    args = _score_args(teacher, students, batch, mesh)
     flops = sum(_forward(one, N, lengths) for one in (teacher, *students))
     trips = shapes.micro_batches(teacher.model.config, mesh, N, rows, lengths)
     return [
         *(p._replace(resident=(p.resident, resident)) for p in programs),
-        Program("score", score, cache, 1, flops, trips),
+        Program("score", score, args, cache, 1, flops, trips),
     ]
 
 
@@ -219,11 +223,8 @@ def _rollout(
     refill = Refill(replaced, slots, table, ids(B), ids(B), ids(layout.shards))
     size = engine.chunks[-1]
     part = ids(layout.shards, layout.columns), ids(layout.shards, size)
-    fill = functools.partial(
-        engine.prefill.lower, weights, cache, *part, ids(layout.shards)
-    )
-    key = shapes.key_shape(mesh)
-    draw = functools.partial(engine.decode.lower, weights, cache, slots, refill, key)
+    fill = (weights, cache, *part, ids(layout.shards))
+    draw = (weights, cache, slots, refill, shapes.key_shape(mesh))
 
     c, steps = model.config, layout.steps
     context = lengths.prompt + lengths.completion / 2
@@ -235,9 +236,11 @@ def _rollout(
     drawn = forward_flops(c, B * steps, context, B * steps)
     dispatches = N * lengths.completion / (B * steps)
     return [
-        Program("weights", functools.partial(engine.to_decode.lower, params), (), 1, 0),
-        Program("prefill", fill, params, parts, filled),
-        Program("decode", draw, params, dispatches, drawn, (steps,), read),
+        Program("weights", engine.to_decode, (params,), (), 1, 0),
+        Program("prefill", engine.prefill, fill, params, parts, filled),
+        Program(
+            "decode", engine.decode, draw, params, dispatches, drawn, (steps,), read
+        ),
     ]
 
 
@@ -247,9 +250,8 @@ def _score(
     students: Sequence[Shape],
     sampling: SamplingConfig,
     mesh: Mesh,
-    batch: Any,
-) -> Callable[[], Any]:
-    score = jit_score(
+) -> Any:
+    return jit_score(
         build(RLTRewardConfig, section["reward"], "reward"),
         build(StudentsConfig, section["students"], "students"),
         policy.model,
@@ -257,11 +259,14 @@ def _score(
         sampling.temperature,
         mesh,
     )
+
+
+def _score_args(
+    policy: Shape, students: Sequence[Shape], batch: ScoringBatch, mesh: Mesh
+) -> tuple:
     params = tuple(student.params for student in students)
     batches = (batch,) * len(students)
-    return functools.partial(
-        score.lower, policy.params, params, batches, shapes.scalar(mesh)
-    )
+    return policy.params, params, batches, shapes.scalar(mesh)
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:

@@ -96,7 +96,7 @@ def texts(recipe: Path) -> dict[str, str]:
                 section, sections, mesh, Lengths(64, 64)
             )
             for program in programs:
-                made = program.lower().compile()
+                made = program.jitted.lower(*program.args).compile()
                 found[f"{name}/{program.name}"] = made.as_text()
     return found
 
