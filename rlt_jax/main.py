@@ -40,6 +40,9 @@ _TIMEOUT = flags.DEFINE_integer(
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 100, "Seconds of silence that mean death.", lower_bound=1
 )
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "Folder of compiled programs; none by default on CPUs."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> None:
     # Imported late, so that --help and bad flags answer at once.
     from rlt_jax.stages import run_pipeline
     from rlt_jax.training import hosts
+    from rlt_jax.training.compilation import keep_programs
 
     def run() -> None:
         hosts.connect(
@@ -61,6 +65,7 @@ def main(argv: list[str]) -> None:
             _TIMEOUT.value,
             _HEARTBEAT.value,
         )
+        keep_programs(_CACHE.value)
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)
         run_pipeline(_CONFIG.value, _WORKDIR.value, _ONLY.value)

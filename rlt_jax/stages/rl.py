@@ -53,7 +53,7 @@ from rlt_jax.training.metrics import (
     keep_rows_before,
     memory_metrics,
     phase_metrics,
-    progress,
+    steps,
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import (
@@ -90,6 +90,7 @@ class RLConfig:
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of them stay.
       max_skipped: updates in a row that may be skipped before the run stops.
+      profile_steps: first of the steps that are profiled, and the one after the last.
       rollouts: folder in which the completions of every step are kept; what is there
         already is taken from there, which replays a run.
     """
@@ -110,9 +111,12 @@ class RLConfig:
     checkpoint_every: int = 20
     keep_checkpoints: int = 1
     max_skipped: int = 5
+    profile_steps: Sequence[int] = ()
     rollouts: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.profile_steps) not in (0, 2):
+            raise UserError(f"loop.profile_steps={self.profile_steps}: (first, end).")
         for name in ("steps", "batch_size", "updates_per_rollout", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"loop.{name}={getattr(self, name)}: at least 1.")
@@ -248,11 +252,8 @@ def train(
             start = {"kl_coef": kl_coef, "best": found["reward"]}
             start |= _named(found, "first")
         kl_coef = start["kl_coef"]
-        with (
-            MetricWriter(workdir, first) as writer,
-            progress(first, c.steps, workdir.name) as bar,
-        ):
-            for step in range(first, c.steps):
+        with MetricWriter(workdir, first) as writer:
+            for step in steps(first, c.steps, workdir, c.profile_steps):
                 done, began = step + 1, time.monotonic()
                 chosen = [problems[i] for i in next(prompts)]
                 group = [problem for problem in chosen for _ in range(c.group_size)]
@@ -327,7 +328,6 @@ def train(
                     checkpoint.save(manager, done, items, data)
                 if stop:
                     raise hosts.Stopped
-                bar.update()
         _, end = evaluate(c.steps, kl_coef)
         manager.wait_until_finished()
     return start | _named(end, "last")

@@ -8,7 +8,7 @@ solution).
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
     phase_metrics,
-    progress,
     read_jsonl,
+    steps,
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import (
@@ -59,6 +59,7 @@ class SFTConfig:
       keep_checkpoints: how many of them stay.
       max_skipped: steps in a row that may be skipped, for a loss or gradient that is not
         finite, before the run stops.
+      profile_steps: first of the steps that are profiled, and the one after the last.
     """
 
     format: str
@@ -68,8 +69,11 @@ class SFTConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 1
     max_skipped: int = 5
+    profile_steps: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if len(self.profile_steps) not in (0, 2):
+            raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
         if self.steps < 1:
             raise UserError(f"steps={self.steps}: at least 1.")
         if self.format not in FORMATS:
@@ -123,12 +127,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     checkpoint.describe(workdir, model, tokenizer)
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first, state = _restore(manager, tuning, state, batches)
-        with (
-            MetricWriter(workdir, first) as writer,
-            progress(first, c.steps, workdir.name) as bar,
-        ):
+        with MetricWriter(workdir, first) as writer:
             began = time.monotonic()
-            for step in range(first, c.steps):
+            for step in steps(first, c.steps, workdir, c.profile_steps):
                 rows = next(batches)
                 batch = sharding.put_rows(rows, mesh)
                 state, metrics = update(state, batch, tuning.frozen)
@@ -143,7 +144,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                     _save(manager, done, tuning, state, batches)
                 if stop:
                     raise hosts.Stopped
-                bar.update()
         manager.wait_until_finished()
     file = workdir / "metrics.jsonl"
     loss = hosts.from_first(lambda: read_jsonl(file)[-1]["sft/loss"])

@@ -3,10 +3,11 @@
 Of several processes only process 0 writes and shows anything.
 """
 
+import contextlib
 import json
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -150,6 +151,29 @@ def _rewrite(file: Path, rows: list[dict[str, Any]]) -> None:
     rewritten.unlink(missing_ok=True)
     append_jsonl(rewritten, rows)
     rewritten.replace(file)
+
+
+def steps(
+    first: int, total: int, workdir: Path, profile: Sequence[int] = ()
+) -> Iterator[int]:
+    """The steps of a stage's loop, with a progress bar.
+
+    Args:
+      first: step that is next.
+      total: how many there are in all.
+      workdir: of the stage.
+      profile: a step and the one after the last of those whose trace goes to `profile/`,
+        for TensorBoard or xprof; () traces none.
+    """
+    begin, end = profile or (-1, -1)
+    with progress(first, total, workdir.name) as bar, contextlib.ExitStack() as tracing:
+        for step in range(first, total):
+            if step == begin:
+                tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
+            elif step == end:
+                tracing.close()
+            yield step
+            bar.update()
 
 
 def progress(first: int, total: int | None, what: str, unit: str = "step") -> tqdm.tqdm:
