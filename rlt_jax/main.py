@@ -58,13 +58,8 @@ def main(argv: list[str]) -> None:
     from rlt_jax.training.compilation import keep_programs
 
     def run() -> None:
-        hosts.connect(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            _TIMEOUT.value,
-            _HEARTBEAT.value,
-        )
+        members = (_COORDINATOR, _PROCESSES, _PROCESS, _TIMEOUT, _HEARTBEAT)
+        hosts.connect(*(flag.value for flag in members))
         keep_programs(_CACHE.value)
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)
