@@ -214,8 +214,9 @@ def from_first(make: Callable[[], T]) -> T:
     except UserError as error:
         global_state.client.key_value_set(key, json.dumps({"error": str(error)}))
         raise
-    global_state.client.key_value_set(key, json.dumps({"value": value}))
-    return value
+    text = json.dumps({"value": value})
+    global_state.client.key_value_set(key, text)
+    return json.loads(text)["value"]
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:

@@ -18,9 +18,9 @@ Section = Callable[[str], dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 import json, ml_collections
-def get_config(seed="0"):
-    values = {"seed": int(seed)} | json.loads(%r)
-    return ml_collections.ConfigDict(values)
+def get_config(stage="sft"):
+    section = json.loads(%r)[stage]
+    return ml_collections.ConfigDict({"seed": 0, "pipeline": ("it",), "it": section})
 """
 STEPS = 100_000  # more than anybody waits for
 SECONDS = 240  # a hang, on any machine
@@ -28,11 +28,14 @@ SECONDS = 240  # a hang, on any machine
 
 @pytest.fixture
 def config(section: Section, tmp_path: Path) -> Path:
-    """A config of an endless `sft` on any number of devices up to 8."""
-    sft = section("sft")
-    sft["sft"] |= {"steps": STEPS, "batch_size": 8, "checkpoint_every": STEPS}
+    """A config of an endless stage, `sft` or `config.py:rl`, on up to 4 devices."""
+    sft, rl = section("sft"), section("rl")
+    endless = {"steps": STEPS, "checkpoint_every": STEPS}
+    sft["sft"] |= endless | {"batch_size": 4}
+    rl["loop"] |= endless
+    rl["rows"] |= {"micro_batch_size": 4}
     file = tmp_path / "config.py"
-    file.write_text(CONFIG % json.dumps({"pipeline": ["sft"], "sft": sft}))
+    file.write_text(CONFIG % json.dumps({"sft": sft, "rl": rl}))
     return file
 
 
@@ -109,7 +112,7 @@ def test_flags_that_belong_together(config: Path, start: Callable) -> None:
 
 
 def test_different_configs_are_told_everywhere(config: Path, start: Callable) -> None:
-    processes = [start(f"{config}:{index}", index, 2) for index in (0, 1)]
+    processes = [start(config, index, 2, f"--config.seed={index}") for index in (0, 1)]
     for status, messages in map(ended, processes):
         assert status == 1
         assert "config.seed is 0 in process 0, but 1 in process 1" in messages
@@ -126,7 +129,7 @@ def test_tasks_of_slurm_meet_without_flags(
     for index in ("0", "1"):
         monkeypatch.setenv("SLURM_PROCID", index)
         monkeypatch.setenv("SLURM_LOCALID", index)
-        processes.append(start(f"{config}:{index}", 0, 1))
+        processes.append(start(config, 0, 1, f"--config.seed={index}"))
     for status, messages in map(ended, processes):
         assert status == 1
         assert "config.seed is 0 in process 0, but 1 in process 1" in messages
@@ -141,8 +144,8 @@ def test_an_error_in_one_process_ends_the_other(
     second = start(config, 1, 2, "--workdir=run", cwd=away)
     (status, told), (failed, messages) = ended(first), ended(second)
     assert (status, failed) == (1, 1)
-    assert "rlt_jax: process 1 of 2: run/sft, which process 0 has made" in messages
-    assert "ends, as another process failed: process 1 of 2: run/sft" in told
+    assert "rlt_jax: process 1 of 2: run/it, which process 0 has made" in messages
+    assert "ends, as another process failed: process 1 of 2: run/it" in told
     assert "Traceback" not in told + messages
 
 
@@ -151,31 +154,31 @@ def test_a_process_that_dies_ends_the_other(
 ) -> None:
     flag = "--heartbeat_timeout=5"
     first, second = (start(config, index, 2, flag) for index in (0, 1))
-    wait_for(tmp_path / "run/sft/metrics.jsonl", first)
+    wait_for(tmp_path / "run/it/metrics.jsonl", first)
     second.send_signal(signal.SIGKILL)
     status, _ = ended(first)
     assert status not in (0, 143)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("stage", "count"), [("sft", 1), ("rl", 2)])
 def test_sigterm_saves_and_stops_all(
-    count: int, config: Path, start: Callable, tmp_path: Path
+    stage: str, count: int, config: Path, start: Callable, tmp_path: Path
 ) -> None:
-    processes = [start(config, index, count) for index in range(count)]
-    wait_for(tmp_path / "run/sft/metrics.jsonl", processes[0])
+    processes = [start(f"{config}:{stage}", i, count) for i in range(count)]
+    wait_for(tmp_path / "run/it/metrics.jsonl", processes[0])
     processes[-1].terminate()
     for status, messages in map(ended, processes):
         assert status == 143
         assert "stopped by SIGTERM, all is saved" in messages
         assert "Traceback" not in messages
-    (saved,) = (tmp_path / "run/sft/checkpoints").iterdir()
-    rows = (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()
+    (saved,) = (tmp_path / "run/it/checkpoints").iterdir()
+    rows = (tmp_path / "run/it/metrics.jsonl").read_text().splitlines()
     assert 1 < int(saved.name) == len(rows)
 
 
 def test_a_second_sigterm_kills(config: Path, start: Callable, tmp_path: Path) -> None:
     process = start(config, 0, 1)
-    wait_for(tmp_path / "run/sft/settings.json", process)
+    wait_for(tmp_path / "run/it/settings.json", process)
     for _ in range(2):  # the first step is still to be compiled
         process.terminate()
         time.sleep(0.2)
