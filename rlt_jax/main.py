@@ -61,11 +61,11 @@ def main(argv: list[str]) -> None:
             _TIMEOUT.value,
             _HEARTBEAT.value,
         )
+        hosts.listen()
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)
         run_pipeline(_CONFIG.value, _WORKDIR.value, _ONLY.value)
 
-    hosts.listen()
     hosts.guard(run)
 
 

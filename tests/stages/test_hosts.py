@@ -34,9 +34,11 @@ def config(section: Section, tmp_path: Path) -> Path:
     sft["sft"] |= endless | {"batch_size": 4}
     rl["loop"] |= endless
     rl["rows"] |= {"micro_batch_size": 4}
-    file = tmp_path / "config.py"
-    file.write_text(CONFIG % json.dumps({"sft": sft, "rl": rl}))
-    return file
+    file = sft | {"data": {"task": "file", "path": "traces.jsonl"}}
+    sections = {"sft": sft, "rl": rl, "file": file}
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG % json.dumps(sections))
+    return config
 
 
 @pytest.fixture
@@ -133,6 +135,20 @@ def test_tasks_of_slurm_meet_without_flags(
     for status, messages in map(ended, processes):
         assert status == 1
         assert "config.seed is 0 in process 0, but 1 in process 1" in messages
+
+
+def test_data_files_that_differ(config: Path, start: Callable, tmp_path: Path) -> None:
+    processes = []
+    for index, solution in enumerate(("2", "two")):
+        row = {"question": "1+1?", "solution": solution, "reasoning_trace": "1+1=2"}
+        host = tmp_path / f"host{index}"
+        host.mkdir()
+        (host / "traces.jsonl").write_text(json.dumps(row) + "\n")
+        processes.append(start(f"{config}:file", index, 2, cwd=host))
+    for status, messages in map(ended, processes):
+        assert status == 1
+        assert "the traces of the data must be the same in all 2 processes" in messages
+        assert "Traceback" not in messages
 
 
 def test_an_error_in_one_process_ends_the_other(
