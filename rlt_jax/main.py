@@ -60,12 +60,12 @@ def main(argv: list[str]) -> None:
     def run() -> None:
         members = (_COORDINATOR, _PROCESSES, _PROCESS, _TIMEOUT, _HEARTBEAT)
         hosts.connect(*(flag.value for flag in members))
+        hosts.listen()
         keep_programs(_CACHE.value)
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)
         run_pipeline(_CONFIG.value, _WORKDIR.value, _ONLY.value)
 
-    hosts.listen()
     hosts.guard(run)
 
 

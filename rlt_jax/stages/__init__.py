@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,19 +140,22 @@ def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
 
 def _checked_workdir(workdir: str | Path) -> Path:
     """The workdir, if files in it can be appended to and renamed."""
-    scheme, colon, place = str(workdir).partition("://")
-    if colon:
-        bucket, _, folder = place.partition("/")
-        raise UserError(
-            f"--workdir={workdir}: a run appends to files and renames folders, so it "
-            f"needs a file system. Mount the bucket on every host, `gcsfuse "
-            "--implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
-            f"{bucket} DIR`, and name DIR/{folder}; tpu_pod.sh and hosts.sh do it by "
-            "themselves."
-            if scheme == "gs"
-            else f"--workdir={workdir}: name a folder in a file system."
+    address = re.match(r"(\w\w+):/+([^/]*)/?(.*)", str(workdir))
+    if address is None:
+        return Path(workdir)
+    scheme, bucket, folder = address.groups()
+    how = "name a folder in one."
+    if scheme == "gs":
+        how = (
+            "mount the bucket on every host, `gcsfuse --implicit-dirs "
+            "--rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
+            f"--metadata-cache-negative-ttl-secs=0 {bucket} DIR`, and name DIR/{folder}; "
+            "launch/tpu_pod.sh and launch/hosts.sh do it by themselves."
         )
-    return Path(workdir)
+    raise UserError(
+        f"--workdir={workdir}: a run appends to files and renames folders, which needs a "
+        f"file system; {how}"
+    )
 
 
 def _check_hosts(

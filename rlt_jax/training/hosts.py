@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.5  # between two looks at what other processes have announced
 ENDING_SECONDS = 10  # processes that end wait so long for each other
+STOPPING_SECONDS = 60  # and those that agree on where to stop
 PREEMPTED = 128 + signal.SIGTERM  # exit status
 
 
@@ -214,8 +215,9 @@ def from_first(make: Callable[[], T]) -> T:
     except UserError as error:
         global_state.client.key_value_set(key, json.dumps({"error": str(error)}))
         raise
-    global_state.client.key_value_set(key, json.dumps({"value": value}))
-    return value
+    text = json.dumps({"value": value})
+    global_state.client.key_value_set(key, text)
+    return json.loads(text)["value"]
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:
@@ -357,6 +359,6 @@ def _agree_on_stop() -> None:
     with _stop.lock:  # no calls meanwhile
         name = f"rlt_jax_calls/{global_state.process_id}"
         client.key_value_set(name, str(_stop.calls))
-        client.wait_at_barrier("rlt_jax_stop", ENDING_SECONDS * 1000)
+        client.wait_at_barrier("rlt_jax_stop", STOPPING_SECONDS * 1000)
         calls = [int(value) for _, value in client.key_value_dir_get("rlt_jax_calls/")]
         _stop.last_call = max(calls) + 1

@@ -220,3 +220,21 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(
     assert int(saved.name) < 4
     run_here(sft, moved)
     assert_same_files(whole, moved, "sft/metrics.jsonl")
+
+
+def test_sampling_goes_on_in_two_processes(section: Section, tmp_path: Path) -> None:
+    sections = {"evaluate": section("evaluate")}
+    sections["evaluate"]["engine"]["slots"] = 8
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run_here(sections, whole)
+    shutil.copytree(whole, moved)
+    (moved / "evaluate/done.json").unlink()
+    for name, kept in (("completions", 7), ("samples", 5)):
+        file = moved / f"evaluate/{name}.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
+    run(POD, sections, moved)
+    for name in ("samples.jsonl", "results.json"):
+        ours, theirs = (run / "evaluate" / name for run in (whole, moved))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert len(read_jsonl(moved / "evaluate/completions.jsonl")) == 10

@@ -18,9 +18,9 @@ Section = Callable[[str], dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 import json, ml_collections
-def get_config(seed="0"):
-    values = {"seed": int(seed)} | json.loads(%r)
-    return ml_collections.ConfigDict(values)
+def get_config(stage="sft"):
+    section = json.loads(%r)[stage]
+    return ml_collections.ConfigDict({"seed": 0, "pipeline": ("it",), "it": section})
 """
 STEPS = 100_000  # more than anybody waits for
 SECONDS = 240  # a hang, on any machine
@@ -28,12 +28,17 @@ SECONDS = 240  # a hang, on any machine
 
 @pytest.fixture
 def config(section: Section, tmp_path: Path) -> Path:
-    """A config of an endless `sft` on any number of devices up to 8."""
-    sft = section("sft")
-    sft["sft"] |= {"steps": STEPS, "batch_size": 8, "checkpoint_every": STEPS}
-    file = tmp_path / "config.py"
-    file.write_text(CONFIG % json.dumps({"pipeline": ["sft"], "sft": sft}))
-    return file
+    """A config of an endless stage, `sft` or `config.py:rl`, on up to 4 devices."""
+    sft, rl = section("sft"), section("rl")
+    endless = {"steps": STEPS, "checkpoint_every": STEPS}
+    sft["sft"] |= endless | {"batch_size": 4}
+    rl["loop"] |= endless
+    rl["rows"] |= {"micro_batch_size": 4}
+    file = sft | {"data": {"task": "file", "path": "traces.jsonl"}}
+    sections = {"sft": sft, "rl": rl, "file": file}
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG % json.dumps(sections))
+    return config
 
 
 @pytest.fixture
@@ -109,7 +114,7 @@ def test_flags_that_belong_together(config: Path, start: Callable) -> None:
 
 
 def test_different_configs_are_told_everywhere(config: Path, start: Callable) -> None:
-    processes = [start(f"{config}:{index}", index, 2) for index in (0, 1)]
+    processes = [start(config, index, 2, f"--config.seed={index}") for index in (0, 1)]
     for status, messages in map(ended, processes):
         assert status == 1
         assert "config.seed is 0 in process 0, but 1 in process 1" in messages
@@ -126,10 +131,24 @@ def test_tasks_of_slurm_meet_without_flags(
     for index in ("0", "1"):
         monkeypatch.setenv("SLURM_PROCID", index)
         monkeypatch.setenv("SLURM_LOCALID", index)
-        processes.append(start(f"{config}:{index}", 0, 1))
+        processes.append(start(config, 0, 1, f"--config.seed={index}"))
     for status, messages in map(ended, processes):
         assert status == 1
         assert "config.seed is 0 in process 0, but 1 in process 1" in messages
+
+
+def test_data_files_that_differ(config: Path, start: Callable, tmp_path: Path) -> None:
+    processes = []
+    for index, solution in enumerate(("2", "two")):
+        row = {"question": "1+1?", "solution": solution, "reasoning_trace": "1+1=2"}
+        host = tmp_path / f"host{index}"
+        host.mkdir()
+        (host / "traces.jsonl").write_text(json.dumps(row) + "\n")
+        processes.append(start(f"{config}:file", index, 2, cwd=host))
+    for status, messages in map(ended, processes):
+        assert status == 1
+        assert "the traces of the data must be the same in all 2 processes" in messages
+        assert "Traceback" not in messages
 
 
 def test_an_error_in_one_process_ends_the_other(
@@ -141,8 +160,8 @@ def test_an_error_in_one_process_ends_the_other(
     second = start(config, 1, 2, "--workdir=run", cwd=away)
     (status, told), (failed, messages) = ended(first), ended(second)
     assert (status, failed) == (1, 1)
-    assert "rlt_jax: process 1 of 2: run/sft, which process 0 has made" in messages
-    assert "ends, as another process failed: process 1 of 2: run/sft" in told
+    assert "rlt_jax: process 1 of 2: run/it, which process 0 has made" in messages
+    assert "ends, as another process failed: process 1 of 2: run/it" in told
     assert "Traceback" not in told + messages
 
 
@@ -151,31 +170,31 @@ def test_a_process_that_dies_ends_the_other(
 ) -> None:
     flag = "--heartbeat_timeout=5"
     first, second = (start(config, index, 2, flag) for index in (0, 1))
-    wait_for(tmp_path / "run/sft/metrics.jsonl", first)
+    wait_for(tmp_path / "run/it/metrics.jsonl", first)
     second.send_signal(signal.SIGKILL)
     status, _ = ended(first)
     assert status not in (0, 143)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("stage", "count"), [("sft", 1), ("rl", 2)])
 def test_sigterm_saves_and_stops_all(
-    count: int, config: Path, start: Callable, tmp_path: Path
+    stage: str, count: int, config: Path, start: Callable, tmp_path: Path
 ) -> None:
-    processes = [start(config, index, count) for index in range(count)]
-    wait_for(tmp_path / "run/sft/metrics.jsonl", processes[0])
+    processes = [start(f"{config}:{stage}", i, count) for i in range(count)]
+    wait_for(tmp_path / "run/it/metrics.jsonl", processes[0])
     processes[-1].terminate()
     for status, messages in map(ended, processes):
         assert status == 143
         assert "stopped by SIGTERM, all is saved" in messages
         assert "Traceback" not in messages
-    (saved,) = (tmp_path / "run/sft/checkpoints").iterdir()
-    rows = (tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()
+    (saved,) = (tmp_path / "run/it/checkpoints").iterdir()
+    rows = (tmp_path / "run/it/metrics.jsonl").read_text().splitlines()
     assert 1 < int(saved.name) == len(rows)
 
 
 def test_a_second_sigterm_kills(config: Path, start: Callable, tmp_path: Path) -> None:
     process = start(config, 0, 1)
-    wait_for(tmp_path / "run/sft/settings.json", process)
+    wait_for(tmp_path / "run/it/settings.json", process)
     for _ in range(2):  # the first step is still to be compiled
         process.terminate()
         time.sleep(0.2)

@@ -256,6 +256,17 @@ def test_unknown_keys_are_found_in_every_depth(path: str, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_a_workdir_has_to_be_in_a_file_system(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    for workdir in ("gs://bucket/my/run", Path("gs://bucket/my/run")):
+        with pytest.raises(UserError, match="gcsfuse .* bucket DIR.*DIR/my/run"):
+            run_pipeline(config, workdir)
+    with pytest.raises(UserError, match="--workdir=s3://b: .* name a folder in one"):
+        run_pipeline(config, "s3://b")
+    assert not stage.ran
+
+
 def load_config(file: Path) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
