@@ -41,6 +41,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
             format="student",
             steps=3_000,
             batch_size=max(16, groups),
+            micro_batch_size=groups,
             row_length=16_384,
             checkpoint_every=250,
         ),

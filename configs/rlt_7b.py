@@ -62,6 +62,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
             format="teacher",
             steps=10_400,
             batch_size=max(16, groups),
+            micro_batch_size=groups,
             row_length=16_384,
             checkpoint_every=500,
         ),

@@ -62,17 +62,17 @@ def sft_programs(
 ) -> list[Program]:
     """The update of supervised training, on full rows."""
     c = build(sft.SFTConfig, section["sft"], "sft")
-    names = "sft.batch_size, sft.row_length"
-    sharding.check_rows(mesh, c.batch_size, c.row_length, names)
+    sft.check_rows(c, mesh)
     model, params = shapes.load_shape(section["model"], recipe, mesh)
     tx = _optimizer(section, c.steps)
     state = abstract_state(model, params, tx, mesh)
     ids = shapes.per_row(mesh, (c.batch_size, c.row_length), jnp.int32)
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), ids)
     batch["loss_mask"] = shapes.per_row(mesh, ids.shape, jnp.bool_)
-    update = sft.jit_update(model, tx, mesh, state_shardings(model, tx, mesh))
+    placed, parts = state_shardings(model, tx, mesh), c.batch_size // c.rows_at_once
+    update = sft.jit_update(model, tx, mesh, placed, parts)
     tokens = c.batch_size * c.row_length
-    C = chunk_length(*ids.shape, model.config.vocab_size, mesh.size)
+    C = chunk_length(c.rows_at_once, c.row_length, model.config.vocab_size, mesh.size)
     flops = train_flops(model.config, tokens, c.row_length / 2, tokens)
     trips = (-(-c.row_length // C),)
     return [Program("update", update, (state, batch, None), (), 1, flops, trips)]

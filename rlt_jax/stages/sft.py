@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -54,6 +55,7 @@ class SFTConfig:
       format: which rows are made of the traces, "teacher" or "student".
       steps: optimizer steps.
       batch_size: packed rows per step.
+      micro_batch_size: rows computed at once, over all devices; 0 is all of them.
       row_length: tokens per packed row; no single row may be longer.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of them stay.
@@ -66,12 +68,23 @@ class SFTConfig:
     steps: int
     batch_size: int
     row_length: int
+    micro_batch_size: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 1
     max_skipped: int = 5
     profile_steps: Sequence[int] = ()
 
+    @property
+    def rows_at_once(self) -> int:
+        """Of a micro-batch, or of the whole batch."""
+        return self.micro_batch_size or self.batch_size
+
     def __post_init__(self) -> None:
+        if self.batch_size % self.rows_at_once:
+            raise UserError(
+                f"sft.micro_batch_size={self.micro_batch_size} does not divide "
+                f"batch_size={self.batch_size}."
+            )
         if len(self.profile_steps) not in (0, 2):
             raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
         if self.steps < 1:
@@ -104,9 +117,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """
     c = build(SFTConfig, config.sft, "sft")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
-    sharding.check_rows(
-        mesh, c.batch_size, c.row_length, "sft.batch_size, sft.row_length"
-    )
+    check_rows(c, mesh)
     source = build(checkpoint.ModelSource, config.model, "model")
     key = jax.random.key(seed)
     model, params, tokenizer = checkpoint.load(source, mesh, key)
@@ -123,7 +134,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     shardings = state_shardings(tuning.model, tx, mesh)
     state = new_state(params, tx, shardings)
     del params
-    update = jit_update(tuning.model, tx, mesh, shardings)
+    parts = c.batch_size // c.rows_at_once
+    update = jit_update(tuning.model, tx, mesh, shardings, parts)
     checkpoint.describe(workdir, model, tokenizer)
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first, state = _restore(manager, tuning, state, batches)
@@ -150,15 +162,22 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     return {"traces": len(traces), "loss": loss}
 
 
+def check_rows(c: SFTConfig, mesh: Mesh) -> None:
+    """Refuses rows that the mesh cannot split."""
+    names = "sft.micro_batch_size (or batch_size), sft.row_length"
+    sharding.check_rows(mesh, c.rows_at_once, c.row_length, names)
+
+
 def jit_update(
     model: Transformer,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     shardings: TrainState,
+    micro_batches: int = 1,
 ) -> Any:
     """Compiles `update` for the mesh; the state is donated."""
     return sharding.jit(
-        functools.partial(update, model, tx),
+        functools.partial(update, model, tx, micro_batches),
         mesh,
         in_shardings=(shardings, sharding.batch_sharding(mesh), None),
         out_shardings=(shardings, sharding.replicated(mesh)),
@@ -169,26 +188,46 @@ def jit_update(
 def update(
     model: Transformer,
     tx: optax.GradientTransformation,
+    micro_batches: int,
     state: TrainState,
     batch: Mapping[str, jax.Array],
     frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on one batch of packed rows, arrays [B, T]."""
+    """One step on one batch of packed rows, arrays [B, T].
 
-    def loss_fn(params: Params) -> jax.Array:
+    Micro-batches, B / micro_batches rows each, are computed one after another; the loss
+    is the mean over the tokens of all.
+    """
+    weight = batch["loss_mask"] & (batch["positions"] > 0)
+    total = weight.sum()
+
+    def loss_fn(params: Params, rows: Mapping[str, jax.Array]) -> jax.Array:
         whole = combine(model, frozen, params)
-        weight = batch["loss_mask"] & (batch["positions"] > 0)
         stats = token_stats(
             model,
             whole,
-            batch["tokens"],
-            batch["segment_ids"],
-            batch["positions"],
-            wanted=weight,
+            rows["tokens"],
+            rows["segment_ids"],
+            rows["positions"],
+            wanted=rows["weight"],
         )
-        return -(stats.log_probs * weight).sum() / weight.sum()
+        return -(stats.log_probs * rows["weight"]).sum() / total
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    gradient = jax.value_and_grad(loss_fn)
+    rows = {**batch, "weight": weight}
+    if micro_batches == 1:
+        loss, grads = gradient(state.params, rows)
+    else:
+
+        def parts(x: jax.Array) -> jax.Array:
+            """[M, B / M, T], of rows that each device has already."""
+            return x.reshape(-1, micro_batches, x.shape[1]).swapaxes(0, 1)
+
+        def add(sums: tuple, rows: Mapping[str, jax.Array]) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, sums, gradient(state.params, rows)), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+        (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(parts, rows))
     state, metrics = apply_gradients(state, grads, tx, loss)
     tokens = (batch["segment_ids"] > 0).sum()
     fill = tokens / batch["segment_ids"].size

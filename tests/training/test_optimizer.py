@@ -355,3 +355,33 @@ def test_eight_devices_step_as_one_does(tmp_path: Path) -> None:
 def test_unknown_optimizers_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         OptimizerConfig(0.1, **settings)
+
+
+def test_micro_batches_add_up_to_the_batch(
+    model: Transformer, params: Params, mesh: Mesh
+) -> None:
+    """Of unequal numbers of tokens, as packed rows have them."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, 6)[:, None]
+    places = np.broadcast_to(np.arange(12), (6, 12))
+    batch = {
+        "tokens": rng.integers(1, 40, (6, 12)),
+        "segment_ids": (places < lengths).astype(np.int32),
+        "positions": places * (places < lengths),
+        "loss_mask": (places < lengths) & (rng.random((6, 12)) < 0.7),
+    }
+    tx = optax.sgd(1.0)
+    shardings = state_shardings(model, tx, mesh)
+    found = []
+    for parts in (1, 2, 3, 6):
+        update = sft.jit_update(model, tx, mesh, shardings, parts)
+        found.append(update(new_state(params, tx, shardings), batch))
+    for state, metrics in found[1:]:
+        np.testing.assert_allclose(
+            metrics["sft/loss"], found[0][1]["sft/loss"], rtol=1e-6
+        )
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6),
+            state.params,
+            found[0][0].params,
+        )
