@@ -292,31 +292,32 @@ def guard(work: Callable[[], None]) -> None:
 
 
 def _leave(status: int, message: str) -> NoReturn:
-    if global_state.client is None:
+    client, index = global_state.client, global_state.process_id
+    if client is not None:
+        message = f"process {index} of {global_state.num_processes}: {message}"
+    if client is None or status == PREEMPTED:  # as all processes do
+        _ending.set()
         print(f"rlt_jax: {message}", file=sys.stderr)
         sys.exit(status)
-    message = (
-        f"process {global_state.process_id} of {global_state.num_processes}: {message}"
-    )
-    if status == 1:
-        try:
-            name = f"{FAILED}{global_state.process_id}"
-            global_state.client.key_value_set(name, message)
-        except jax.errors.JaxRuntimeError:
-            pass  # process 0 is gone
-    _exit_together(status, f"rlt_jax: {message}")
+    try:
+        client.key_value_set(f"{FAILED}{index}", message)
+    except jax.errors.JaxRuntimeError:
+        pass  # process 0 is gone
+    _exit_together(f"rlt_jax: {message}")
 
 
-def _exit_together(status: int, message: str) -> NoReturn:
-    """Ends without the waits of libraries for processes that will not come."""
+def _exit_together(message: str) -> NoReturn:
+    """Fails without the waits of libraries for processes that will not come."""
     _ending.set()
     print(message, file=sys.stderr, flush=True)
     try:
-        # Process 0 must not go before the others have heard of it.
+        # Process 0 must not go before the others have heard of it,
         global_state.client.wait_at_barrier("rlt_jax_end", ENDING_SECONDS * 1000)
     except jax.errors.JaxRuntimeError:
         pass
-    _exit(status)
+    if is_first():
+        time.sleep(POLL_SECONDS)  # nor before they have gone: its end aborts them
+    _exit(1)
 
 
 def _exit(status: int, message: str = "") -> NoReturn:
@@ -346,7 +347,7 @@ def _watch() -> None:
             failed = [text for name, text in news.items() if name.startswith(FAILED)]
             if failed and not _ending.is_set():
                 reason = f"rlt_jax: ends, as another process failed: {failed[0]}"
-                _exit_together(1, reason)
+                _exit_together(reason)
             if _stop.last_call is None and (news or _stop.asked.is_set()):
                 name = f"{STOP}{global_state.process_id}"
                 client.key_value_set(name, "", allow_overwrite=True)
