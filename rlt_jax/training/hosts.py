@@ -27,9 +27,11 @@ from rlt_jax.errors import UserError
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.5  # between two looks at what other processes have announced
+POLL_SECONDS = 1.0  # between two looks at what other processes have announced
+FAILED, STOP = "rlt_jax_news/failed/", "rlt_jax_news/stop/"  # and the process's number
 ENDING_SECONDS = 10  # processes that end wait so long for each other
 STOPPING_SECONDS = 60  # and those that agree on where to stop
+_K8S_INDEX = "JOB_COMPLETION_INDEX"
 PREEMPTED = 128 + signal.SIGTERM  # exit status
 
 
@@ -75,7 +77,7 @@ def connect(
       heartbeat_timeout: a process that is silent for so many seconds has died.
 
     Raises:
-      UserError: flags that do not fit together.
+      UserError: flags that do not fit together, or an address that cannot be used.
     """
     flags = {
         "--coordinator_address": coordinator_address,
@@ -126,7 +128,9 @@ def _in_cluster() -> bool:
     """Whether the environment has several processes, as far as JAX can tell."""
     try:
         for kind in ClusterEnv._cluster_types:
-            if not kind.opt_in_only_method and kind.is_env_present():
+            # Of Kubernetes only the pods of an indexed job are several for sure.
+            alone = kind.__name__ == "K8sCluster" and _K8S_INDEX not in os.environ
+            if not (kind.opt_in_only_method or alone) and kind.is_env_present():
                 return kind.get_process_count() > 1
     except (OSError, RuntimeError, LookupError, ValueError) as error:
         raise UserError(
@@ -166,7 +170,7 @@ def listen() -> None:
                 if _stop.asked.is_set():
                     os._exit(PREEMPTED)
                 _stop.asked.set()
-        sender.close()
+        sender.close()  # never comes, but keeps the other end open
 
     threading.Thread(target=receive, args=[theirs], daemon=True).start()
 
@@ -288,31 +292,32 @@ def guard(work: Callable[[], None]) -> None:
 
 
 def _leave(status: int, message: str) -> NoReturn:
-    if global_state.client is None:
+    client, index = global_state.client, global_state.process_id
+    if client is not None:
+        message = f"process {index} of {global_state.num_processes}: {message}"
+    if client is None or status == PREEMPTED:  # as all processes do
+        _ending.set()
         print(f"rlt_jax: {message}", file=sys.stderr)
         sys.exit(status)
-    message = (
-        f"process {global_state.process_id} of {global_state.num_processes}: {message}"
-    )
-    if status == 1:
-        name = f"rlt_jax_failed/{global_state.process_id}"
-        try:
-            global_state.client.key_value_set(name, message)
-        except jax.errors.JaxRuntimeError:
-            pass  # process 0 is gone
-    _exit_together(status, f"rlt_jax: {message}")
+    try:
+        client.key_value_set(f"{FAILED}{index}", message)
+    except jax.errors.JaxRuntimeError:
+        pass  # process 0 is gone
+    _exit_together(f"rlt_jax: {message}")
 
 
-def _exit_together(status: int, message: str) -> NoReturn:
-    """Ends without the waits of libraries for processes that will not come."""
+def _exit_together(message: str) -> NoReturn:
+    """Fails without the waits of libraries for processes that will not come."""
     _ending.set()
     print(message, file=sys.stderr, flush=True)
     try:
-        # Process 0 must not go before the others have heard of it.
+        # Process 0 must not go before the others have heard of it,
         global_state.client.wait_at_barrier("rlt_jax_end", ENDING_SECONDS * 1000)
     except jax.errors.JaxRuntimeError:
         pass
-    _exit(status)
+    if is_first():
+        time.sleep(POLL_SECONDS)  # nor before they have gone: its end aborts them
+    _exit(1)
 
 
 def _exit(status: int, message: str = "") -> NoReturn:
@@ -338,16 +343,15 @@ def _watch() -> None:
     client = global_state.client
     while not _ending.wait(POLL_SECONDS):
         try:
-            failed = client.key_value_dir_get("rlt_jax_failed/")
+            news = dict(client.key_value_dir_get("rlt_jax_news/"))
+            failed = [text for name, text in news.items() if name.startswith(FAILED)]
             if failed and not _ending.is_set():
-                reason = min(failed)[1]
-                _exit_together(1, f"rlt_jax: ends, as another process failed: {reason}")
-            if _stop.last_call is None:
-                if _stop.asked.is_set():
-                    name = f"rlt_jax_stop/{global_state.process_id}"
-                    client.key_value_set(name, "", allow_overwrite=True)
-                if client.key_value_dir_get("rlt_jax_stop/"):
-                    _agree_on_stop()
+                reason = f"rlt_jax: ends, as another process failed: {failed[0]}"
+                _exit_together(reason)
+            if _stop.last_call is None and (news or _stop.asked.is_set()):
+                name = f"{STOP}{global_state.process_id}"
+                client.key_value_set(name, "", allow_overwrite=True)
+                _agree_on_stop()
         except jax.errors.JaxRuntimeError:
             # Process 0 has died, and the service's own thread will say so.
             time.sleep(POLL_SECONDS)
