@@ -1,5 +1,6 @@
 """Schedules at chosen steps, first steps by hand, and what optimizers keep where."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from optax.contrib import MuonDimensionNumbers
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.stages import sft
 from rlt_jax.training.optimizer import (
     OPTIMIZERS,
     OptimizerConfig,
@@ -375,7 +377,7 @@ def test_micro_batches_add_up_to_the_batch(
     found = []
     for parts in (1, 2, 3, 6):
         update = sft.jit_update(model, tx, mesh, shardings, parts)
-        found.append(update(new_state(params, tx, shardings), batch))
+        found.append(update(new_state(params, tx, shardings), batch, None))
     for state, metrics in found[1:]:
         np.testing.assert_allclose(
             metrics["sft/loss"], found[0][1]["sft/loss"], rtol=1e-6
