@@ -16,8 +16,9 @@ def render(plan: Mapping[str, Any]) -> str:
       plan: `topology`, `fits`, `programs` and `recipe`. A program has `name`, `fits`,
         `bytes` per device by name, `collectives` by kind with `count` and `bytes`,
         `model_flops`, `roofline` with `seconds` and `bound`, `runs_per_step` and
-        `compile_seconds`. The recipe has `name`, `hours`, `chip_hours`, `step_seconds`
-        and the sentences of `advice`. What is None or missing shows as "-".
+        `compile_seconds`. The recipe has `name`, `hours`, `chip_hours`,
+        `efficiency`, `stages` with `steps` and `step_seconds`, and the sentences of
+        `advice`. What is None or missing shows as "-".
     """
     programs = plan["programs"]
     fits = "fits" if plan["fits"] else "does not fit"
@@ -40,7 +41,7 @@ def render(plan: Mapping[str, Any]) -> str:
         for p in programs
         for kind, one in (p.get("collectives") or {}).items()
     ]
-    names = ("program", "fits", *_BYTES, "headroom")
+    names = ("program", "fits", *_BYTES, "free")
     parts = [
         f"{plan['topology']}: {fits}",
         "GB of memory per device\n" + _table(names, memory),
@@ -57,8 +58,15 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
         return ""
     hours = _number(recipe.get("hours")), _number(recipe.get("chip_hours"))
     line = f"{recipe['name']}: {hours[0]} h, {hours[1]} chip-hours"
-    line += f", {_seconds(recipe.get('step_seconds'))} a step"
-    return "\n".join([_short(line, WIDTH), *map(_wrapped, recipe.get("advice", ()))])
+    if recipe.get("efficiency"):
+        line += f" at {recipe['efficiency']:.0%} of the speed above"
+    stages = [
+        f"  {name}: {_number(one['steps'])} steps of {_seconds(one['step_seconds'])}"
+        for name, one in recipe.get("stages", {}).items()
+    ]
+    lines = [line, *stages]
+    lines = [_short(line, WIDTH) for line in lines]
+    return "\n".join([*lines, *map(_wrapped, recipe.get("advice", ()))])
 
 
 def _wrapped(sentence: str) -> str:
@@ -84,11 +92,13 @@ def _short(text: str, width: int) -> str:
 
 
 def _gigabytes(sizes: Mapping[str, float] | None) -> list[str]:
-    found = ((sizes or {}).get(name) for name in (*_BYTES, "headroom"))
-    return [
+    sizes = sizes or {}
+    found = [
         "-" if size is None else f"{size / 1e9:,.{2 if abs(size) < 100e9 else 0}f}"
-        for size in found
+        for size in map(sizes.get, _BYTES)
     ]
+    headroom = sizes.get("headroom")
+    return [*found, "-" if headroom is None else f"{headroom:.0%}"]
 
 
 def _yes(fits: bool | None) -> str:

@@ -264,11 +264,13 @@ def _recipe(
             once = program["roofline"]["seconds"] / c.efficiency
             seconds[program["stage"]] += once * program["runs_per_step"]
     hours = sum(seconds[name] * steps[name] for name in meshes) / 3600
+    stages = {
+        name: {"mesh": mesh, "steps": steps[name], "step_seconds": seconds[name]}
+        for name, mesh in meshes.items()
+    }
     return {
         "name": c.recipe,
-        "mesh": meshes,
-        "steps": steps,
-        "step_seconds": seconds,
+        "stages": stages,
         "hours": hours,
         "chip_hours": hours * num_chips(topology),
         "prompt_tokens": c.prompt_tokens,

@@ -16,7 +16,7 @@ def program(name: str, **changes: Any) -> dict[str, Any]:
             "resident": 2_500_000_000,
             "total": 8_734_000_000,
             "limit": 16_911_433_728,
-            "headroom": 8_177_433_728,
+            "headroom": 0.4835,
         },
         "collectives": {"all-gather": {"count": 112, "bytes": 3.2e9}},
         "model_flops": 1.234e13,
@@ -30,7 +30,8 @@ RECIPE = {
     "name": "rlt_7b",
     "hours": 31.25,
     "chip_hours": 2000.0,
-    "step_seconds": 90.0,
+    "efficiency": 0.4,
+    "stages": {"rl": {"steps": 125, "step_seconds": 90.0}},
     "advice": ["Split the batch. " * 10, "Or take v5e:8x16."],
 }
 
@@ -42,22 +43,23 @@ def test_numbers_stand_under_their_names() -> None:
     names, row = lines[3:5]
     assert names.split() == [
         *("program", "fits", "arguments", "temporaries", "outputs", "resident"),
-        *("total", "limit", "headroom"),
+        *("total", "limit", "free"),
     ]
     assert row.split() == [
-        *("update", "yes", "1.23", "5.00", "0.00", "2.50", "8.73", "16.91", "8.18"),
+        *("update", "yes", "1.23", "5.00", "0.00", "2.50", "8.73", "16.91", "48%"),
     ]
     assert len(names) == len(row)
     text = "\n".join(lines)
     assert "12.3 TFLOP" in text
     assert "62.5 ms" in text
     assert "3.2 GB" in text
-    assert "rlt_7b: 31.2 h, 2,000 chip-hours, 90 s a step" in lines
+    assert "rlt_7b: 31.2 h, 2,000 chip-hours at 40% of the speed above" in lines
+    assert "  rl: 125 steps of 90 s" in lines
     assert "- Or take v5e:8x16." in lines
 
 
 def test_all_fits_in_a_terminal() -> None:
-    wide = dict.fromkeys(program("x")["bytes"], 9.9e12)
+    wide = dict.fromkeys(program("x")["bytes"], 9.9e12) | {"headroom": -1.5}
     programs = [program(f"update of a long name {i}" * 5, bytes=wide) for i in range(3)]
     plan = {"fits": False, "topology": "v5e:16x16", "programs": programs}
     text = render(plan | {"recipe": RECIPE | {"name": "long" * 40}})

@@ -144,7 +144,7 @@ def test_a_plan_that_fits(recipe: Path, tmp_path: Path) -> None:
     assert update["collectives"]["all-gather"]["bytes"] > 0
     recipe_found = found["recipe"]
     assert recipe_found["chip_hours"] == pytest.approx(4 * recipe_found["hours"])
-    assert recipe_found["mesh"]["rl"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert recipe_found["stages"]["rl"]["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
     table = (tmp_path / "plan.txt").read_text()
     assert all(name in table for name in names)
     assert table in done.stdout
