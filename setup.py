@@ -38,9 +38,11 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
+        "plan": ["jax[tpu]>=0.10"],  # libtpu compiles without a TPU
         "cuda": ["jax[cuda13]>=0.10"],
         "dev": [
             "ipykernel",
+            "jax[tpu]>=0.10",  # libtpu compiles without a TPU
             "nbclient",
             "nbformat",
             "pytest",

@@ -29,7 +29,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.settings import build
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
-from rlt_jax.training import sharding
+from rlt_jax.training import hosts, sharding
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -181,6 +181,7 @@ def _plan_slice(
         lowered = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
         # The largest are the first to fail.
         for program in reversed(lowered):
+            hosts.stop_if_asked()
             programs.append(_assess(c, name, program, chip, mesh))
             if give_up and not programs[-1]["fits"]:
                 return _found(c, topology, meshes, steps, programs)
