@@ -41,8 +41,9 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
 from rlt_jax.inference.stored import roll_out
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.rl import scorer
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
+from rlt_jax.rl.scorer import Scored, StudentsConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.types import Completion, Params, ScoringBatch, TokenSpans
@@ -266,6 +267,35 @@ def make_scorer(
         ]
 
     return score
+
+
+def jit_score(
+    config: RLTRewardConfig,
+    students: StudentsConfig,
+    teacher_model: Transformer,
+    student_models: Sequence[Transformer],
+    teacher_temperature: float,
+    mesh: Mesh,
+    per_token: bool = False,
+) -> Callable[..., Scored]:
+    """Compiles `score` on a mesh; per-token values are large, () unless asked for."""
+    if students.combine == "weights" and len(students.weights) != len(student_models):
+        raise UserError(
+            f"students.weights has {len(students.weights)} numbers for "
+            f"{len(student_models)} students."
+        )
+    whole = sharding.replicated(mesh)
+    models = teacher_model, tuple(student_models)
+
+    def program(*args: Any) -> Scored:
+        scored = scorer.score(config, students, *models, teacher_temperature, *args)
+        return scored if per_token else scored._replace(tokens=())
+
+    return sharding.jit(
+        program,
+        mesh,
+        out_shardings=Scored(whole, sharding.batch_sharding(mesh, 1), whole),
+    )
 
 
 def check_finite(result: Scored, questions: Sequence[str]) -> None:

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.inference.scoring import score_rows
@@ -21,7 +20,6 @@ from rlt_jax.rl.rlt_reward import (
     reward_tokens,
     rlt_reward,
 )
-from rlt_jax.training import sharding
 from rlt_jax.types import Params, Reward, ScoringBatch
 
 COMBINATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -61,35 +59,6 @@ class Scored(NamedTuple):
     reward: Reward
     teacher_log_probs: jax.Array
     tokens: tuple[RewardTokens, ...]
-
-
-def jit_score(
-    config: RLTRewardConfig,
-    students: StudentsConfig,
-    teacher_model: Transformer,
-    student_models: Sequence[Transformer],
-    teacher_temperature: float,
-    mesh: Mesh,
-    per_token: bool = False,
-) -> Callable[..., Scored]:
-    """Compiles `score` on a mesh; per-token values are large, () unless asked for."""
-    if students.combine == "weights" and len(students.weights) != len(student_models):
-        raise UserError(
-            f"students.weights has {len(students.weights)} numbers for "
-            f"{len(student_models)} students."
-        )
-    whole = sharding.replicated(mesh)
-    models = teacher_model, tuple(student_models)
-
-    def program(*args: Any) -> Scored:
-        scored = score(config, students, *models, teacher_temperature, *args)
-        return scored if per_token else scored._replace(tokens=())
-
-    return sharding.jit(
-        program,
-        mesh,
-        out_shardings=Scored(whole, sharding.batch_sharding(mesh, 1), whole),
-    )
 
 
 def score(

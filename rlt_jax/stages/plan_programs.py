@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlt_jax.api import jit_score
 from rlt_jax.costs.flops import forward_flops, train_flops
 from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill
@@ -20,7 +21,7 @@ from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.rl.losses import ObjectiveConfig
 from rlt_jax.rl.policy_update import PolicyBatch
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig, jit_score
+from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build
 from rlt_jax.stages import plan_shapes as shapes
 from rlt_jax.stages import policy_programs, rl, sft
@@ -92,9 +93,8 @@ def rl_programs(
     state = abstract_state(*policy, tx, mesh)
     reference = policy.params if objective.beta else ()
     # Offloaded, each is on the devices for as long as it is used.
-    others = [] if c.offload else [student.params for student in students]
-    if not c.offload:
-        others.append(reference)
+    others = [student.params for student in students] + [reference]
+    others = [] if c.offload else others
 
     forward = _forward(policy, N, lengths)
     trips = shapes.micro_batches(policy.model.config, mesh, N, rows, lengths)
@@ -114,25 +114,14 @@ def rl_programs(
             mesh,
             out_shardings=sharding.batch_sharding(mesh, 1),
         )
-        args, beside = (
-            (reference, batch.teacher, batch.completion),
-            (state, others[:-1]),
-        )
+        args = (reference, batch.teacher, batch.completion)
+        beside = (state, others[:-1])
         programs.append(
             Program("reference", log_probs, args, beside, 1, forward, trips)
         )
 
-    per_token = shapes.per_row(mesh, batch.teacher.tokens.shape, jnp.float32)
     known = bool(students) or c.updates_per_rollout > 1
-    policy_batch = PolicyBatch(
-        batch.teacher,
-        batch.completion,
-        shapes.per_row(mesh, (N,), jnp.float32),
-        per_token if known else None,
-        per_token if objective.beta else None,
-        batch.closed,
-        per_token,
-    )
+    policy_batch = _policy_batch(mesh, batch, known, bool(objective.beta))
     placed = state_shardings(policy.model, tx, mesh)
     update = policy_programs.jit_update(
         policy.model, tx, sampling, objective, mesh, placed
@@ -159,7 +148,7 @@ def collect_programs(
     students = _students(section, recipe, mesh)
     resident = [student.params for student in students]
     programs = _rollout(section, teacher, sampling, mesh, rows.row_length, N, lengths)
-    cache = programs[-1].args[1]
+    weights_and_cache = programs[-1].args[:2]
     batch = shapes.scoring_batch(mesh, N, rows)
     score = _score(section, teacher, students, sampling, mesh)
     args = _score_args(teacher, students, batch, mesh)
@@ -167,7 +156,7 @@ def collect_programs(
     trips = shapes.micro_batches(teacher.model.config, mesh, N, rows, lengths)
     return [
         *(p._replace(resident=(p.resident, resident)) for p in programs),
-        Program("score", score, args, cache, 1, flops, trips),
+        Program("score", score, args, weights_and_cache, 1, flops, trips),
     ]
 
 
@@ -242,6 +231,22 @@ def _rollout(
             "decode", engine.decode, draw, params, dispatches, drawn, (steps,), read
         ),
     ]
+
+
+def _policy_batch(
+    mesh: Mesh, batch: ScoringBatch, known: bool, beta: bool
+) -> PolicyBatch:
+    """What an update takes; `known`: whether the old log-probs are computed before."""
+    per_token = shapes.per_row(mesh, batch.teacher.tokens.shape, jnp.float32)
+    return PolicyBatch(
+        batch.teacher,
+        batch.completion,
+        shapes.per_row(mesh, batch.closed.shape, jnp.float32),
+        per_token if known else None,
+        per_token if beta else None,
+        batch.closed,
+        per_token,
+    )
 
 
 def _score(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlt_jax.api import jit_score
 from rlt_jax.data import examples, pipeline, scoring
 from rlt_jax.data.stop_texts import stop_finder
 from rlt_jax.data.templates import Problem, Template, load_template
@@ -17,7 +18,7 @@ from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import Scored, StudentsConfig, jit_score
+from rlt_jax.rl.scorer import Scored, StudentsConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, hosts, provenance, sharding
 from rlt_jax.types import Params, Reward, ScoringBatch
