@@ -257,7 +257,9 @@ def make_scorer(
         batches, rows = _batches(teacher[2], tokenizers, template, traces, groups)
         batches = sharding.put_rows(batches, mesh)
         coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
-        result = jax.device_get(scored(teacher[1], params, batches, jnp.float32(coef)))
+        result = scored(teacher[1], params, batches, jnp.float32(coef))
+        # These stay on the devices of their rows, which may be another host's.
+        result = jax.device_get(result._replace(teacher_log_probs=None))
         check_finite(result, [trace.trace.problem.question for trace in traces])
         spans = batches[0].student_explanation
         return [

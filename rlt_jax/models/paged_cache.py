@@ -78,7 +78,7 @@ def write(
     column = jnp.where(inside, positions // C, 0)
     page = jnp.where(inside, jnp.take_along_axis(cache.table, column, axis=1), 0)
 
-    def by_slices(pool: jax.Array, x: jax.Array) -> jax.Array:
+    def by_slices(pool: jax.Array, x: jax.Array, *_: jax.Array) -> jax.Array:
         # On CPU a scatter copies the whole pool; slices are written in place.
         n = C if T % C == 0 else 1
         parts = x.astype(pool.dtype).reshape(B * T // n, n, *x.shape[2:])
@@ -92,13 +92,31 @@ def write(
 
         return jax.lax.fori_loop(0, len(parts), one, pool)
 
-    def by_scatter(pool: jax.Array, x: jax.Array) -> jax.Array:
-        return pool.at[:, layer, page, positions % C].set(
-            jnp.moveaxis(x, 2, 0).astype(pool.dtype)
-        )
+    def by_scatter(
+        pool: jax.Array,
+        x: jax.Array,
+        layer: jax.Array,
+        page: jax.Array,
+        positions: jax.Array,
+    ) -> jax.Array:
+        # With the head as an index, and not in the window that is written, XLA keeps the
+        # layout that the kernels read; else it copies the pool in every layer.
+        K, H = x.shape[2:]
+        x = jnp.moveaxis(x, 2, 0).astype(pool.dtype)
+        heads = jnp.arange(K)[:, None, None]
+        if T % C == 0:
+            pages = x.reshape(K, B, T // C, C, H)
+            return pool.at[heads, layer, page[:, ::C]].set(pages)
+        return pool.at[heads, layer, page, positions % C].set(x)
+
+    whole = Spec()
+    specs = (Spec("tensor"), Spec(None, None, "tensor"), whole, whole, whole)
+    scattered = _over_heads(by_scatter, specs, Spec("tensor"))
 
     def store(pool: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(pool, x, cpu=by_slices, default=by_scatter)
+        return jax.lax.platform_dependent(
+            *(pool, x, layer, page, positions), cpu=by_slices, default=scattered
+        )
 
     return cache._replace(
         keys=store(cache.keys, key), values=store(cache.values, value)
@@ -140,25 +158,33 @@ def paged_attention(
     # Sizes that the kernels take; that of TPU rounds keys and values to bfloat16.
     on_tpu = H % 128 == 0 and cache.keys.dtype == jnp.bfloat16
     on_gpu = C.bit_count() == H.bit_count() == 1
+
+    heads, pool, whole = Spec(None, None, "tensor"), Spec("tensor"), Spec()
+    specs = (heads, PagedCache(pool, pool, whole), whole, whole, whole)
+
+    def over_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return _over_heads(functools.partial(kernel, softcap), specs, heads)
+
     return jax.lax.platform_dependent(
         *operands,
-        tpu=_over_heads(functools.partial(_tpu_kernel, softcap)) if on_tpu else xla,
-        cuda=_over_heads(functools.partial(_gpu_kernel, softcap)) if on_gpu else xla,
+        tpu=over_heads(_tpu_kernel) if on_tpu else xla,
+        cuda=over_heads(_gpu_kernel) if on_gpu else xla,
         default=xla,
     )
 
 
-def _over_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The kernel on each device's heads: compilers cannot split it."""
+def _over_heads(
+    program: Callable[..., jax.Array], in_specs: tuple, out_specs: Spec
+) -> Callable[..., jax.Array]:
+    """The program on each device's heads, which compilers cannot split well."""
     mesh = jax.sharding.get_abstract_mesh()
     split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
     if not split:
-        return kernel
-    heads, pool, whole = Spec(None, None, "tensor"), Spec("tensor"), Spec()
+        return program
     return jax.shard_map(
-        kernel,
-        in_specs=(heads, PagedCache(pool, pool, whole), whole, whole, whole),
-        out_specs=heads,
+        program,
+        in_specs=in_specs,
+        out_specs=out_specs,
         axis_names=split,
         check_vma=False,
     )
