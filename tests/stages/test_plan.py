@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def get_config(topology):
         "students": {{}},
         "rows": {{"micro_batch_size": 2, "row_length": {ROWS}}},
         "sampling": {{"max_new_tokens": 1024}},
-        "engine": {{"slots": 8, "steps": 4, "prefill_chunk": 128, "weights": "bfloat16"}},
+        "engine": {{"slots": 64, "steps": 4, "prefill_chunk": 128, "weights": "bfloat16"}},
         "reward": {{}},
         "objective": {{}},
         "loop": {{"steps": 2, "batch_size": 2, "group_size": 4}},
@@ -82,8 +83,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def texts(recipe: Path) -> dict[str, str]:
-    """Name -> compiled text of every program of warm-up and RL on four chips."""
+def compiled(recipe: Path) -> dict[str, Any]:
+    """Every program of warm-up and RL on four chips, by name."""
     with pytest.MonkeyPatch.context() as patch:
         # So few logits at a time that rows have several chunks.
         patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**22)
@@ -97,8 +98,13 @@ def texts(recipe: Path) -> dict[str, str]:
             )
             for program in programs:
                 made = program.jitted.lower(*program.args).compile()
-                found[f"{name}/{program.name}"] = made.as_text()
+                found[f"{name}/{program.name}"] = made
     return found
+
+
+@pytest.fixture(scope="module")
+def texts(compiled: dict[str, Any]) -> dict[str, str]:
+    return {name: made.as_text() for name, made in compiled.items()}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -241,6 +247,15 @@ def test_updates_hold_one_float32_tree_of_gradients(texts: dict[str, str]) -> No
         ]
         assert stacked, name
         assert max(map(elements, stacked)) <= L * part, name
+
+
+def test_decoding_copies_no_cache(compiled: dict[str, Any]) -> None:
+    """Keys and values are written in place, with two heads on a device."""
+    for name in ("rl/prefill", "rl/decode"):
+        memory = costs.memory(compiled[name])
+        cache = memory.aliased  # donated
+        assert cache > 2**28, name
+        assert memory.temporaries < cache / 4, name
 
 
 def test_no_program_holds_all_logits(texts: dict[str, str]) -> None:
