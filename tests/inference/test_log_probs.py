@@ -124,6 +124,28 @@ def test_gradients_are_those_of_a_log_softmax_of_all_logits(
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_have_the_dtype_of_the_parameters(
+    model: Transformer, tied: bool, dtype: str
+) -> None:
+    """Whatever that of the activations is."""
+    config = dataclasses.replace(model.config, tie_embeddings=tied, dtype=dtype)
+    model = Transformer(config)
+    exact = init_params(config, jax.random.key(1))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+
+    def total(params: Params) -> jax.Array:
+        return token_stats(model, params, *unpacked(LINES)).log_probs.sum()
+
+    fine, coarse = jax.grad(total)(exact), jax.grad(total)(rounded)
+    for a, b in zip(jax.tree.leaves(fine), jax.tree.leaves(coarse), strict=True):
+        assert (a.dtype, b.dtype) == (jnp.float32, jnp.bfloat16)
+        largest = np.abs(np.asarray(a)).max()
+        # Sums of some tens of bfloat16 numbers, 8 bits each.
+        np.testing.assert_allclose(b.astype(jnp.float32), a, atol=0.1 * largest)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_tokens_that_are_not_wanted_change_nothing(

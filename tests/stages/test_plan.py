@@ -12,6 +12,7 @@ import pytest
 
 from rlt_jax.costs import compiled as costs
 from rlt_jax.costs import hlo
+from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
 from rlt_jax.stages.plan import PlanConfig, plan, read_recipe, slice_mesh
 from rlt_jax.stages.plan_programs import PROGRAMS
@@ -45,7 +46,7 @@ def get_config(topology):
     mesh = {{"data": 1, "fsdp": -1, "tensor": 2}}
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.pipeline = ("warmup", "rl", "report")
+    config.pipeline = ("warmup", "rl", "collect", "evaluate", "report")
     config.warmup = {{
         "stage": "sft",
         "model": trained,
@@ -70,6 +71,20 @@ def get_config(topology):
         "optimizer": {{"learning_rate": 1e-3}},
         "mesh": mesh,
     }}
+    config.collect = {{
+        **{{key: config.rl[key].to_dict() for key in (
+            "student", "students", "rows", "sampling", "engine", "reward", "mesh")}},
+        "stage": "collect",
+        "teacher": frozen | {{"architecture": None, "path": "{{workdir}}/rl",
+                             "tokenizer": ""}},
+        "collect": {{"batch_size": 16}},
+    }}
+    config.evaluate = {{
+        **{{key: config.rl[key].to_dict() for key in ("sampling", "engine", "mesh")}},
+        "stage": "evaluate",
+        "model": frozen,
+        "evaluate": {{"batch_size": 16}},
+    }}
     config.report = {{"stage": "report"}}
     return config
 """
@@ -88,7 +103,7 @@ def compiled(recipe: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         # So few logits at a time that rows have several chunks.
         patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**22)
-        c = PlanConfig(str(recipe), "v5e:2x2")
+        c = PlanConfig(str(recipe), "v5e:2x2", stages=("warmup", "rl"))
         sections, found = read_recipe(c, c.topology), {}
         for name in sections["pipeline"]:
             section = sections[name]
@@ -123,6 +138,7 @@ def test_a_plan_that_fits(recipe: Path, tmp_path: Path) -> None:
         f"--workdir={tmp_path}",
         f"--config.plan.recipe={recipe}",
         "--config.plan.topology=v5e:2x2",
+        '--config.plan.stages=("warmup", "rl")',
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
@@ -188,6 +204,39 @@ def test_the_smallest_slice_is_found(recipe: Path) -> None:
     found = plan(c)
     assert found["topology"] == "v6e:2x2"
     assert [one["topology"] for one in found["searched"]] == ["v6e:1x1", "v6e:2x2"]
+
+
+def test_collection_and_evaluation_are_lowered(recipe: Path) -> None:
+    c = PlanConfig(str(recipe), "v5e:2x2")
+    sections, names = read_recipe(c, c.topology), {}
+    for name in ("collect", "evaluate"):
+        mesh = slice_mesh(c.topology, sections[name]["mesh"])
+        made = PROGRAMS[name](sections[name], sections, mesh, Lengths(64, 64))
+        names[name] = [program.name for program in made]
+        made[-1].jitted.lower(*made[-1].args)
+    assert names["collect"] == ["weights", "prefill", "decode", "score"]
+    assert names["evaluate"] == ["weights", "prefill", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topology": "v9:2x2"}, "chip 'v9' is not one of"),
+        ({"topology": "v5e:3x3"}, "cannot be compiled for"),
+        ({"topology": "h100:8"}, "GPUs can only be planned by their shapes"),
+        ({"recipe": "nowhere.py"}, "no config file whose get_config"),
+        ({"stages": ("nothing",)}, "no stage 'nothing'"),
+        ({"changes": ("rl.loop.rounds=3",)}, "rl.loop.rounds"),
+        ({"changes": ("rl.rows.micro_batch_size=3",)}, "3 rows of 2048 tokens"),
+        ({"changes": ("warmup.mesh.tensor=8",)}, "does not cover 4 devices"),
+        ({"changes": ("rl.lora.rank=4",)}, "cannot be planned yet"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(
+    recipe: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(PlanConfig(**{"recipe": str(recipe), "topology": "v5e:2x2"} | change))
 
 
 def arrays(text: str) -> list[hlo.Array]:

@@ -13,6 +13,7 @@ from rlt_jax.training.metrics import (
     keep_rows_before,
     keep_whole_batches,
     read_jsonl,
+    steps,
 )
 
 
@@ -127,3 +128,19 @@ def test_only_whole_batches_are_kept(file: Path, rows: int, kept: int) -> None:
         lines.write(json.dumps({"step": rows})[:-1])
     assert keep_whole_batches(file, 4) == kept
     assert steps_of(file) == list(range(kept))
+
+
+def test_chosen_steps_are_traced(tmp_path: Path) -> None:
+    found = []
+    for step in steps(1, 5, tmp_path, (2, 4)):
+        found.append((step, (tmp_path / "profile").is_dir()))
+        jnp.ones(3).sum().block_until_ready()
+    assert found == [(1, False), (2, False), (3, False), (4, True)]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_loop_that_ends_early_keeps_its_trace(tmp_path: Path) -> None:
+    for step in steps(0, 5, tmp_path, (1, 9)):
+        if step == 2:
+            break
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,14 +15,20 @@ from jax.sharding import Mesh, PartitionSpec
 from rlt_jax.errors import UserError
 from rlt_jax.inference.log_probs import token_log_probs
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.models.transformer import Transformer, init_params, logical_axes
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.sharding import (
+    DECODING_RULES,
+    RULES,
     MeshConfig,
+    Rules,
     batch_sharding,
+    check_model,
+    check_rows,
     make_mesh,
     param_shardings,
     replicated,
+    to_shardings,
 )
 from rlt_jax.training.state import state_shardings
 
@@ -167,3 +174,38 @@ def test_eight_devices_compute_what_one_does(tmp_path: Path) -> None:
     for name, shard in shards.items():
         parts = np.array(shard["whole"]) // np.array(shard["part"])
         assert parts.prod() == (2 if "norm" in name else 4), name
+
+
+@pytest.mark.parametrize("rules", [RULES, DECODING_RULES])
+def test_no_array_is_split_twice_over_one_axis(rules: Rules, mesh: Mesh) -> None:
+    """Parameters use every mesh axis that their rules name, each at most once."""
+    table = dict(rules)
+    assert len(table) == len(rules)
+    for spec in jax.tree.leaves(
+        logical_axes(CONFIG), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    ):
+        wanted = [table[name] for name in spec if table[name]]
+        assert len(set(wanted)) == len(wanted), spec
+        split = [axis for axis in to_shardings(spec, mesh, rules).spec if axis]
+        assert split == wanted, spec
+
+
+def fake_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return types.SimpleNamespace(shape=shape)
+
+
+def test_models_that_cannot_be_split_are_refused() -> None:
+    check_model(CONFIG, fake_mesh(5, 4, 2))
+    with pytest.raises(UserError, match="num_heads=4 over tensor=3, num_kv_heads=2"):
+        check_model(CONFIG, fake_mesh(1, 1, 3))
+    with pytest.raises(UserError, match="embed_dim=16 over fsdp=5"):
+        check_model(CONFIG, fake_mesh(1, 5, 1))
+
+
+def test_rows_that_cannot_be_split_are_refused() -> None:
+    check_rows(fake_mesh(2, 2, 2), 8, 64, "a, b")
+    with pytest.raises(UserError, match="a, b: 6 rows of 64 tokens .* 4 groups"):
+        check_rows(fake_mesh(2, 2, 2), 6, 64, "a, b")
+    with pytest.raises(UserError, match="63 tokens .* tensor = 2"):
+        check_rows(fake_mesh(2, 2, 2), 8, 63, "a, b")
