@@ -1,11 +1,13 @@
 """The published teacher: Qwen2.5-7B, warmed up, then trained by RL with a 7B student.
 
     python -m rlt_jax.main --config=configs/rlt_7b.py:v5p:4x4x4 --workdir=/mnt/bucket/rlt_7b \\
-        --config.data=/mnt/bucket/bespoke_stratos_17k.parquet
+        --config.data=/mnt/bucket/bespoke_stratos_17k.parquet \\
+        --config.held_out=/mnt/bucket/held_out.jsonl
 
 After the colon stands the slice, here 64 chips of v5p (see `MESHES`; `h100:8` and
 `h200:8` are a node of GPUs); launch/tpu_pod.sh runs it on all hosts. `data` is
-bespokelabs/Bespoke-Stratos-17k as downloaded from the Hugging Face Hub.
+bespokelabs/Bespoke-Stratos-17k as downloaded from the Hugging Face Hub, `held_out`
+questions with solutions that are not in it.
 
 Settings as published (arXiv 2506.08388): warm-up of 10 epochs over 17k traces, batch 16,
 learning rate 1e-5; 125 steps of 16 prompts x 64 completions, learning rate 1e-6,
@@ -45,6 +47,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = "bespoke_stratos_17k.parquet"
+    config.held_out = "held_out.jsonl"
     tensor = MESHES[topology.partition(":")[0]]
     groups = max(1, num_chips(topology) // tensor)
     mesh = section(MeshConfig, data=1, fsdp=-1, tensor=tensor)
@@ -104,7 +107,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
         "data": data,
-        "held_out": data | {"limit": 128},
+        "held_out": {"task": "file", "path": config.get_ref("held_out")},
         "loop": section(RLConfig, steps=125, batch_size=16, group_size=64),
         "lora": section(LoRAConfig),
         "optimizer": section(OptimizerConfig, learning_rate=1e-6),
