@@ -39,7 +39,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "sft": section(
             SFTConfig,
             format="student",
-            steps=3_000,
+            steps=1_000,  # three passes over 17k traces of some 5,000 tokens, packed
             batch_size=max(16, groups),
             micro_batch_size=groups,
             row_length=16_384,

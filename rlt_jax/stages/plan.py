@@ -6,6 +6,7 @@ can take; `plan.json` has it for programs, a table for people.
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ class PlanConfig:
     """What is planned.
 
     Attributes:
-      recipe: config file whose `get_config` takes a slice, such as configs/rlt_7b.py.
+      recipe: config file; its `get_config` is given the slice if it takes an argument.
       topology: slice, such as "v5e:8x8"; a chip alone, "v5e", finds its smallest slice
         on which the recipe fits.
       stages: names of the recipe's stages; () is all of a kind that can be planned.
@@ -122,12 +123,13 @@ def plan(c: PlanConfig) -> dict[str, Any]:
 def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
     """The recipe for a slice, as plain values."""
     try:
-        config = runpy.run_path(c.recipe)["get_config"](topology)
-    except (OSError, KeyError, TypeError) as error:
+        get_config = runpy.run_path(c.recipe)["get_config"]
+    except (OSError, KeyError) as error:
         raise UserError(
-            f"plan.recipe={c.recipe!r}: no config file whose get_config takes a slice "
-            f"({error})."
+            f"plan.recipe={c.recipe!r}: no config file with get_config ({error})."
         ) from error
+    takes_slice = bool(inspect.signature(get_config).parameters)
+    config = get_config(topology) if takes_slice else get_config()
     for change in c.changes:
         key, _, value = change.partition("=")
         try:

@@ -224,7 +224,7 @@ def test_collection_and_evaluation_are_lowered(recipe: Path) -> None:
         ({"topology": "v9:2x2"}, "chip 'v9' is not one of"),
         ({"topology": "v5e:3x3"}, "cannot be compiled for"),
         ({"topology": "h100:8"}, "GPUs can only be planned by their shapes"),
-        ({"recipe": "nowhere.py"}, "no config file whose get_config"),
+        ({"recipe": "nowhere.py"}, "no config file with get_config"),
         ({"stages": ("nothing",)}, "no stage 'nothing'"),
         ({"changes": ("rl.loop.rounds=3",)}, "rl.loop.rounds"),
         ({"changes": ("rl.rows.micro_batch_size=3",)}, "3 rows of 2048 tokens"),
