@@ -9,6 +9,7 @@ from rlt_jax.inference.engine import make_engine
 from rlt_jax.inference.layout import (
     EngineConfig,
     Request,
+    check_memory,
     check_requests,
     make_layout,
     prefill_sizes,
@@ -56,9 +57,10 @@ def test_a_cache_too_small_for_a_request_names_the_size_that_is_not(
 def test_a_cache_too_large_for_the_memory_is_refused(
     model: Transformer, mesh: Mesh
 ) -> None:
-    def make(cache_tokens: int) -> object:
+    def make(cache_tokens: int) -> None:
         sizes = EngineConfig(cache_tokens=cache_tokens)
-        return make_engine(model, SAMPLED, STOPS, sizes, mesh, LONGEST_ROW)
+        engine = make_engine(model, SAMPLED, STOPS, sizes, mesh, LONGEST_ROW)
+        check_memory(model, engine.layout, mesh)
 
     message = r"needs .* GB a device, .* GB are free: at most engine.cache_tokens=\d+"
     with pytest.raises(UserError, match=message) as refused:

@@ -143,3 +143,12 @@ def test_an_unknown_key_of_an_architecture(
     values["model"]["architecture"]["embed_dims"] = 16
     with pytest.raises(UserError, match="architecture: unknown key 'embed_dims'"):
         run_stage(values, tmp_path / "run")
+
+
+def test_a_cache_without_room_is_refused_before_the_stage_works(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    values = section("collect")
+    values["engine"] |= {"cache_tokens": 10**15}
+    with pytest.raises(UserError, match="are free: at most engine.cache_tokens="):
+        run_stage(values, tmp_path / "run")
