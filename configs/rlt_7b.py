@@ -13,6 +13,20 @@ Settings as published (arXiv 2506.08388): warm-up of 10 epochs over 17k traces, 
 learning rate 1e-5; 125 steps of 16 prompts x 64 completions, learning rate 1e-6,
 temperature 0.7, up to 16,384 + 16,384 tokens. The paper reports about 280 H100-hours for
 the teacher and 7 for its traces.
+
+The smallest slices on which warm-up and RL fit, by configs/plan.py (compiled, not run;
+hours at 40% of the chips' published speed, with prompts of 2,048 and completions of 4,096
+tokens on average):
+
+    slice      chips  memory of a device      step of RL  warm-up + RL   chip-hours
+    v5e:8x8       64  13.4 of 15.8 GiB, 15%        221 s         10.8 h         693
+    v6e:4x4       16  26.6 of 31.2 GiB, 15%        239 s         11.0 h         176
+    v5p:2x2x1      4  81.8 of 95.7 GiB, 15%      1,147 s         61.4 h         246
+
+The cache takes what is left, so the fullest program is decoding on all of them. On v5e:4x8
+an update leaves 1%. GPUs were not planned: parameters, moments, reference and student take
+17 GB of each of 8 (18 bytes a parameter), the weights to decode with 4 GB on h100 and 8
+on h200, and gradients 4 GB.
 """
 
 import ml_collections
