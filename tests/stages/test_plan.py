@@ -122,7 +122,7 @@ def compiled(recipe: Path) -> Callable[[str], Any]:
         yield compile_one
 
 
-def run(*argumentsdef run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rlt_jax.main", "--config=configs/plan.py", *arguments],
         cwd=ROOT,
