@@ -6,6 +6,18 @@
 After the colon stands the slice, here 64 chips of v5p (see `MESHES`; `h100:8` and
 `h200:8` are a node of GPUs). `traces` is what `collect` wrote, or any file of traces.
 Rows of up to 16,384 tokens; three passes over some 17k traces.
+
+The smallest slices on which it fits, by configs/plan.py (compiled, not run; hours at 40% of
+the chips' published speed):
+
+    slice      chips  memory of a device        step   hours  chip-hours
+    v5e:8x16     128   9.2 of 15.8 GiB, 42%    7.3 s     2.0         259
+    v6e:4x8       32  29.2 of 31.2 GiB,  6%    6.3 s     1.7          56
+    v5p:2x2x4     16  58.2 of 95.7 GiB, 39%   25.0 s     7.0         111
+
+GPUs were not planned: parameters, moments and gradients take 66 GB of each of 8, which
+leaves h100 hardly any room for a row (optimizer.state_dtype="bfloat16" saves 8 GB); h200
+has 141 GB.
 """
 
 import ml_collections

@@ -6,6 +6,17 @@
 After the colon stands the slice, here 64 chips of v5p (see `MESHES`; `h100:8` and
 `h200:8` are a node of GPUs). `traces` is what `collect` wrote, or any file of traces.
 Rows of up to 16,384 tokens; three passes over some 17k traces.
+
+The smallest slices on which it fits, by configs/plan.py (compiled, not run; hours at 40% of
+the chips' published speed):
+
+    slice      chips  memory of a device        step   hours  chip-hours
+    v5e:4x8       32   9.8 of 15.8 GiB, 38%    6.9 s     1.9          61
+    v6e:2x4        8  26.3 of 31.2 GiB, 16%    5.9 s     1.6          13
+    v5p:2x2x1      4  51.6 of 95.7 GiB, 46%   23.5 s     6.5          26
+
+On v5e:4x4 4% are free. GPUs were not planned: parameters, moments and gradients take 15 GB
+of each of 8.
 """
 
 import ml_collections
