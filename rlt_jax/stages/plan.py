@@ -173,14 +173,17 @@ def _plan_slice(
 ) -> dict[str, Any]:
     """Compiles all programs; `give_up` stops at the first that does not fit."""
     chip, lengths = chip_of(topology), Lengths(c.prompt_tokens, c.completion_tokens)
-    programs, steps, meshes = [], {}, {}
+    programs, steps, meshes, stages = [], {}, {}, {}
     for name in recipe["pipeline"]:
         section = recipe[name]
         mesh = slice_mesh(topology, section["mesh"])
         meshes[name] = dict(mesh.shape)
         loop = section.get("loop") or section.get("sft") or {}
         steps[name] = loop.get("steps", 1)
-        lowered = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
+        stage = PROGRAMS[section["stage"]]
+        stages[name] = mesh, stage(section, recipe, mesh, lengths)
+    # Only now, as compiling takes long and settings may be wrong.
+    for name, (mesh, lowered) in stages.items():
         # The largest are the first to fail.
         for program in reversed(lowered):
             hosts.stop_if_asked()
