@@ -31,6 +31,7 @@ from rlt_jax.settings import build
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
 from rlt_jax.training import hosts, sharding
+from rlt_jax.training.compilation import programs_not_kept
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -207,7 +208,7 @@ def _assess(
     if least > limit:
         return result | _too_large(resident, least, limit, began)
     try:
-        made = program.jitted.lower(*program.args).compile()
+        made = compile_program(program)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(_TOO_MUCH, str(error))
         if not needed:
@@ -231,6 +232,12 @@ def _assess(
         "roofline": limits._asdict(),
         "compile_seconds": time.monotonic() - began,
     }
+
+
+def compile_program(program: Program) -> Any:
+    """The program for the devices of its arguments, which need not exist."""
+    with programs_not_kept():
+        return program.jitted.lower(*program.args).compile()
 
 
 def _too_large(resident: int, total: float, limit: int, began: float) -> dict[str, Any]:

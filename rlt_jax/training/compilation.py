@@ -1,8 +1,11 @@
 """Where compiled programs are kept for later runs."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 FOLDER = "~/.cache/rlt_jax"
 
@@ -19,3 +22,16 @@ def keep_programs(folder: str | None) -> None:
             return
         folder = FOLDER
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+@contextlib.contextmanager
+def programs_not_kept() -> Iterator[None]:
+    """For programs of devices that are not there, which could not be read back."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()

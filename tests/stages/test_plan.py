@@ -16,7 +16,13 @@ from rlt_jax.costs import compiled as costs
 from rlt_jax.costs import hlo
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
-from rlt_jax.stages.plan import PlanConfig, plan, read_recipe, slice_mesh
+from rlt_jax.stages.plan import (
+    PlanConfig,
+    compile_program,
+    plan,
+    read_recipe,
+    slice_mesh,
+)
 from rlt_jax.stages.plan_programs import PROGRAMS
 from rlt_jax.stages.plan_shapes import Lengths
 
@@ -106,7 +112,7 @@ def compiled(recipe: Path) -> Callable[[str], Any]:
     sections, programs = read_recipe(c, c.topology), {}
     # So few logits at a time that rows have several chunks.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**22)
+        patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**21)
         for name in sections["pipeline"]:
             section = sections[name]
             mesh = slice_mesh(c.topology, section["mesh"])
@@ -116,8 +122,7 @@ def compiled(recipe: Path) -> Callable[[str], Any]:
 
         @functools.cache
         def compile_one(name: str) -> Any:
-            program = programs[name]
-            return program.jitted.lower(*program.args).compile()
+            return compile_program(programs[name])
 
         yield compile_one
 
@@ -195,6 +200,7 @@ def test_a_plan_that_does_not_fit(recipe: Path, tmp_path: Path) -> None:
     assert found["programs"][0]["bytes"]["headroom"] < 0
 
 
+@pytest.mark.slow
 def test_the_smallest_slice_is_found(recipe: Path) -> None:
     """Heads over two chips need two chips, so four."""
     found = plan(PlanConfig(str(recipe), "v6e", stages=("warmup",)))
