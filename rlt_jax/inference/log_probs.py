@@ -97,8 +97,9 @@ def token_stats(
 
 def chunk_length(B: int, T: int, V: int, devices: int) -> int:
     """C, tokens of each of B rows whose logits are held at a time."""
-    C = max(1, min(T, LOGITS_PER_CHUNK * devices // (B * V)))
-    return C - C % 128 if C > 128 else C  # whole tiles of a matrix unit
+    C = max(1, LOGITS_PER_CHUNK * devices // (B * V))
+    # A part of a row is made of whole tiles of a matrix unit.
+    return T if C >= T else C - C % 128 if C > 128 else C
 
 
 @jax.custom_vjp
