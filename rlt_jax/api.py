@@ -245,7 +245,7 @@ def make_scorer(
         mesh,
         per_token=True,
     )
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = sharding.num_groups(mesh)
     params = tuple(student[1] for student in students)
 
     def score(

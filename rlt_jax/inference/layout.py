@@ -13,6 +13,7 @@ from rlt_jax.inference.decode import CPU_TILES
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.training.sharding import num_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def make_layout(
             f"context is {model.config.max_length}: shorten sampling.max_new_tokens or "
             "the prompts."
         )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = num_groups(mesh)
     if config.slots % shards:
         raise UserError(
             f"engine.slots={config.slots} is no multiple of data * fsdp = {shards}."

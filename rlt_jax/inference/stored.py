@@ -15,7 +15,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, Occupancy, complete
 from rlt_jax.inference.scheduler import Request
 from rlt_jax.training import hosts
-from rlt_jax.training.metrics import append_jsonl, read_jsonl, stream_jsonl
+from rlt_jax.training.metrics import append_jsonl, stream_jsonl
 from rlt_jax.types import Completion, Params
 
 
@@ -101,7 +101,10 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     """What the file holds now, in every process; process 0 is about to add to it."""
 
     def count() -> int:
-        return len(read_jsonl(file)) if file.is_file() else 0
+        if not file.is_file():
+            return 0
+        with file.open("rb") as lines:
+            return sum(line.endswith(b"\n") for line in lines)
 
     number = hosts.from_first(count)
     rows = list(itertools.islice(stream_jsonl(file), number)) if number else []

@@ -1,9 +1,10 @@
 """Attention over packed rows, with memory linear in the length.
 
 TPU and GPU use the kernels that come with JAX where these take the sizes. For all else
-this is the online softmax of FlashAttention (arXiv 2205.14135) in plain XLA. A block of queries meets only the blocks of keys between
-the start of its earliest segment (or window) and itself, so packing several segments into
-a row costs no more attention than the segments alone.
+this is the online softmax of FlashAttention (arXiv 2205.14135) in plain XLA. A block of
+queries meets only the blocks of keys between the start of its earliest segment (or
+window) and itself, so packing several segments into a row costs no more attention than
+the segments alone.
 """
 
 import functools

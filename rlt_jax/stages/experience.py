@@ -18,7 +18,6 @@ from rlt_jax.data.scoring import sampled_rows
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, Occupancy
-from rlt_jax.inference.scoring import score_rows
 from rlt_jax.inference.stored import roll_out
 from rlt_jax.rl.metrics import rollout_metrics
 from rlt_jax.rl.reward_terms import (
@@ -31,6 +30,7 @@ from rlt_jax.rl.reward_terms import (
 from rlt_jax.rl.scorer import Scored, balanced_kl_coef
 from rlt_jax.stages.roles import (
     Roles,
+    jit_log_probs,
     jit_scorer,
     load_policy_engine,
     requests_of,
@@ -112,11 +112,7 @@ def load_writing(
         )
     engine = load_policy_engine(roles, config, mesh, form)
     temperature = engine.sampling.temperature
-    log_probs = sharding.jit(
-        functools.partial(score_rows, roles.teacher.model, temperature),
-        mesh,
-        out_shardings=sharding.batch_sharding(mesh, 1),
-    )
+    log_probs = jit_log_probs(roles.teacher.model, temperature, mesh)
     if not scored:
         return Writing(form, engine, terms, None, log_probs, mesh, updates), 0.0
     jitted, reward = jit_scorer(roles, config, temperature, mesh)

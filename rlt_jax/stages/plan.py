@@ -92,7 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     root = workdir.parent
     (root / "plan.json").write_text(json.dumps(found, indent=1) + "\n")
     table = render(found)
-    (root / "plan.txt").write_text(table + "\n")
+    (root / "plan.txt").write_text(table)
     print(table)
     if not found["fits"]:
         advice = " ".join(found["recipe"]["advice"])
@@ -221,11 +221,10 @@ def _assess(
     hbm = program.hbm_bytes or costs.hbm_bytes(text, program.trips)
     between = sum(traffic.bytes for traffic in moved.values())
     limits = roofline(chip, program.flops / mesh.size, hbm, between)
-    headroom = 1 - total / limit
-    room = {"resident": resident, "total": total, "limit": limit, "headroom": headroom}
-    _LOG.info("plan: %s compiled, %.0f%% free", result["name"], 100 * headroom)
+    room = _room(resident, total, limit)
+    _LOG.info("plan: %s compiled, %.0f%% free", result["name"], 100 * room["headroom"])
     return result | {
-        "fits": headroom >= c.headroom,
+        "fits": room["headroom"] >= c.headroom,
         "bytes": memory._asdict() | room,
         "collectives": {kind: one._asdict() for kind, one in moved.items()},
         "hbm_bytes": hbm,
@@ -242,10 +241,20 @@ def compile_program(program: Program) -> Any:
 
 def _too_large(resident: int, total: float, limit: int, began: float) -> dict[str, Any]:
     """A program that was refused: total is the least that it needs."""
-    room = {"resident": resident, "total": total, "limit": limit}
-    room["headroom"] = 1 - total / limit
     seconds = time.monotonic() - began
+    room = _room(resident, total, limit)
     return {"fits": False, "bytes": room, "compile_seconds": seconds}
+
+
+def _room(resident: int, total: float, limit: int) -> dict[str, float]:
+    """Bytes that stay beside a program, those of all, those there are; the free share."""
+    headroom = 1 - total / limit
+    return {
+        "resident": resident,
+        "total": total,
+        "limit": limit,
+        "headroom": headroom,
+    }
 
 
 def _found(
@@ -255,22 +264,7 @@ def _found(
     steps: Mapping[str, int],
     programs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    return {
-        "fits": all(program["fits"] for program in programs),
-        "topology": topology,
-        "programs": programs,
-        "recipe": _recipe(c, topology, meshes, steps, programs),
-    }
-
-
-def _recipe(
-    c: PlanConfig,
-    topology: str,
-    meshes: Mapping[str, Any],
-    steps: Mapping[str, int],
-    programs: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Estimates for the whole recipe, and what to change where it does not fit."""
+    """The plan, with estimates for the whole recipe and what to change."""
     seconds = dict.fromkeys(meshes, 0.0)
     for program in programs:
         if "roofline" in program:
@@ -281,7 +275,7 @@ def _recipe(
         name: {"mesh": mesh, "steps": steps[name], "step_seconds": seconds[name]}
         for name, mesh in meshes.items()
     }
-    return {
+    recipe = {
         "name": c.recipe,
         "stages": stages,
         "hours": hours,
@@ -290,6 +284,12 @@ def _recipe(
         "completion_tokens": c.completion_tokens,
         "efficiency": c.efficiency,
         "advice": [advice for program in programs for advice in _advice(program)],
+    }
+    return {
+        "fits": all(program["fits"] for program in programs),
+        "topology": topology,
+        "programs": programs,
+        "recipe": recipe,
     }
 
 

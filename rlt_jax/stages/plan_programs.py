@@ -1,6 +1,5 @@
 """The device programs of each stage, ready to be lowered for devices elsewhere."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from rlt_jax.inference.decode import Refill
 from rlt_jax.inference.engine import EngineConfig, cache_shardings, make_engine
 from rlt_jax.inference.log_probs import chunk_length
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scoring import score_rows
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.rl.losses import ObjectiveConfig
@@ -26,6 +24,7 @@ from rlt_jax.settings import build
 from rlt_jax.stages import plan_shapes as shapes
 from rlt_jax.stages import policy_programs, rl, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
+from rlt_jax.stages.roles import jit_log_probs, load_rows, students_of
 from rlt_jax.training import sharding
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import abstract_state, state_shardings
@@ -86,7 +85,7 @@ def rl_programs(
     c = build(rl.RLConfig, section["loop"], "loop")
     objective = build(ObjectiveConfig, section["objective"], "objective")
     sampling = build(SamplingConfig, section["sampling"], "sampling")
-    rows, N = shapes.row_shape(section, mesh), c.batch_size * c.group_size
+    rows, N = load_rows(section, mesh), c.batch_size * c.group_size
     policy = shapes.load_shape(section["policy"], recipe, mesh)
     students = [policy] if c.self_teaching else _students(section, recipe, mesh)
     tx = _optimizer(section, c.steps * c.updates_per_rollout)
@@ -109,11 +108,7 @@ def rl_programs(
         beside = (state.opt_state, () if c.offload else reference)
         programs.append(Program("score", score, args, beside, 1, flops, trips))
     if objective.beta:
-        log_probs = sharding.jit(
-            functools.partial(score_rows, policy.model, sampling.temperature),
-            mesh,
-            out_shardings=sharding.batch_sharding(mesh, 1),
-        )
+        log_probs = jit_log_probs(policy.model, sampling.temperature, mesh)
         args = (reference, batch.teacher, batch.completion)
         beside = (state, others[:-1])
         programs.append(
@@ -143,7 +138,7 @@ def collect_programs(
 ) -> list[Program]:
     """Rollout and scores of a batch of explanations."""
     sampling = build(SamplingConfig, section["sampling"], "sampling")
-    rows, N = shapes.row_shape(section, mesh), section["collect"]["batch_size"]
+    rows, N = load_rows(section, mesh), section["collect"]["batch_size"]
     teacher = shapes.load_shape(section["teacher"], recipe, mesh)
     students = _students(section, recipe, mesh)
     resident = [student.params for student in students]
@@ -275,8 +270,7 @@ def _score_args(
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
-    given = section["student"]
-    several = given if isinstance(given, list | tuple) else [given] if given else []
+    several = students_of(section["student"])
     return [shapes.load_shape(one, recipe, mesh) for one in several]
 
 

@@ -55,8 +55,6 @@ def load_shape(
     Raises:
       UserError: the shape is not known here, or the mesh cannot split it.
     """
-    if section is None:
-        raise UserError("plan: a stage has no model in its section.")
     source = build(checkpoint.ModelSource, section, "model")
     config = _config(source, recipe)
     sharding.check_model(config, mesh)
@@ -78,14 +76,6 @@ def _config(source: checkpoint.ModelSource, recipe: Mapping[str, Any]) -> ModelC
     numerics = {"dtype": source.dtype, "remat": source.remat}
     known = published_config(origin.path, **numerics)
     return known or checkpoint.shape_of(dataclasses.replace(origin, **numerics))
-
-
-def row_shape(section: Mapping[str, Any], mesh: Mesh) -> RowShape:
-    """The section `rows`, checked against the mesh."""
-    rows = build(RowShape, section["rows"], "rows")
-    names = "rows.micro_batch_size, rows.row_length"
-    sharding.check_rows(mesh, rows.micro_batch_size, rows.row_length, names)
-    return rows
 
 
 def per_row(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

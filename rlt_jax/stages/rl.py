@@ -43,6 +43,7 @@ from rlt_jax.stages.roles import (
     check_fit,
     load_models,
     load_problems,
+    load_rows,
     sample_rows,
 )
 from rlt_jax.training import checkpoint, hosts, offload, sharding
@@ -339,6 +340,7 @@ def load_rl_roles(
     """The policy as "teacher" of the roles, and the reward's students."""
     if c.self_teaching and config["student"] is not None:
         raise UserError("loop.self_teaching: set `student` to None, it is the policy.")
+    rows = load_rows(config, mesh)
     policy, *students = load_models(config["policy"], config["student"], mesh, seed)
     students = [
         student._replace(params=offload.keep(student.params, c.offload, "student"))
@@ -346,16 +348,12 @@ def load_rl_roles(
     ]
     if c.self_teaching:
         students = [policy._replace(params=None)]
-    rows = build(RowShape, config["rows"], "rows")
     return Roles(policy, tuple(students), load_template(config["template"]), rows)
 
 
 def _log_sizes(c: RLConfig, roles: Roles, mesh: Mesh) -> None:
-    """Prints what the settings make of the devices; refuses what cannot be split."""
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
-    lines = roles.rows.micro_batch_size
-    names = "rows.micro_batch_size, rows.row_length"
-    sharding.check_rows(mesh, lines, roles.rows.row_length, names)
+    """Prints what the settings make of the devices."""
+    groups, lines = sharding.num_groups(mesh), roles.rows.micro_batch_size
     _LOG.info(
         f"a step: {c.batch_size} prompts x {c.group_size} completions = "
         f"{c.batch_size * c.group_size}; {lines} lines of {roles.rows.row_length} tokens "

@@ -1,5 +1,6 @@
 """Teacher, student and template of a run, and what stages do with them on the host."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
+from rlt_jax.inference.scoring import score_rows
+from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import Scored, StudentsConfig
 from rlt_jax.settings import build
@@ -48,24 +51,37 @@ class Roles(NamedTuple):
 
 def load_roles(config: Mapping[str, Any], mesh: Mesh, seed: int) -> Roles:
     """Loads sections `teacher`, `student` (one or several), `template` and `rows`."""
-    rows = build(scoring.RowShape, config["rows"], "rows")
+    rows = load_rows(config, mesh)
     teacher, *students = load_models(config["teacher"], config["student"], mesh, seed)
     return Roles(teacher, tuple(students), load_template(config["template"]), rows)
+
+
+def load_rows(config: Mapping[str, Any], mesh: Mesh) -> scoring.RowShape:
+    """The section `rows`; refuses what the mesh cannot split."""
+    rows = build(scoring.RowShape, config["rows"], "rows")
+    names = "rows.micro_batch_size, rows.row_length"
+    sharding.check_rows(mesh, rows.micro_batch_size, rows.row_length, names)
+    return rows
+
+
+def students_of(section: Any) -> list[Any]:
+    """Sections of the students: `student` is None, one or several."""
+    if isinstance(section, list | tuple):
+        return list(section)
+    return [] if section is None else [section]
 
 
 def load_models(
     first: Any, others: Any, mesh: Mesh, seed: int
 ) -> list[checkpoint.LoadedModel]:
     """Models of one section, and of None, one or several more."""
-    if not isinstance(others, list | tuple):
-        others = [] if others is None else [others]
     return [
         checkpoint.load(
             build(checkpoint.ModelSource, section, "student" if n else "teacher"),
             mesh,
             jax.random.fold_in(jax.random.key(seed), n),
         )
-        for n, section in enumerate([first, *others])
+        for n, section in enumerate([first, *students_of(others)])
     ]
 
 
@@ -80,14 +96,20 @@ def jit_scorer(
     roles: Roles, config: Mapping[str, Any], temperature: float, mesh: Mesh
 ) -> tuple[Callable[..., Scored], RLTRewardConfig]:
     """Compiles the reward of sections `reward` and `students`; and its settings."""
-    shape = roles.rows
-    names = "rows.micro_batch_size, rows.row_length"
-    sharding.check_rows(mesh, shape.micro_batch_size, shape.row_length, names)
     reward = build(RLTRewardConfig, config["reward"], "reward")
     students = build(StudentsConfig, config["students"], "students")
     models = [student.model for student in roles.students]
     args = (reward, students, roles.teacher.model, models, temperature, mesh)
     return jit_score(*args), reward
+
+
+def jit_log_probs(model: Transformer, temperature: float, mesh: Mesh) -> Any:
+    """Compiles params, packed rows, spans -> log-probs [M, B, T] for the mesh."""
+    return sharding.jit(
+        functools.partial(score_rows, model, temperature),
+        mesh,
+        out_shardings=sharding.batch_sharding(mesh, 1),
+    )
 
 
 def provenance_of(

@@ -102,6 +102,11 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
         )
 
 
+def num_groups(mesh: Mesh) -> int:
+    """Groups of devices, each with rows of its own: data * fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_rows(mesh: Mesh, rows: int, row_length: int, names: str) -> None:
     """Refuses rows that the mesh cannot split.
 
@@ -114,7 +119,7 @@ def check_rows(mesh: Mesh, rows: int, row_length: int, names: str) -> None:
     Raises:
       UserError: with the numbers.
     """
-    groups, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    groups, tensor = num_groups(mesh), mesh.shape["tensor"]
     if rows % groups or row_length % tensor:
         raise UserError(
             f"{names}: {rows} rows of {row_length} tokens cannot be split over data * "
@@ -165,7 +170,7 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
     [M, B, T] is split over B, [N, ...] over N, both over data and fsdp; what these do
     not divide is whole on every device.
     """
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = num_groups(mesh)
 
     def one(x: Any) -> NamedSharding:
         axis = 1 if np.ndim(x) == 3 else 0
