@@ -10,17 +10,19 @@ import numpy as np
 from rlt_jax import settings
 from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Row
-from rlt_jax.data.tasks import arithmetic, gsm8k
+from rlt_jax.data.tasks import arithmetic, countdown, gsm8k
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
 
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "arithmetic": arithmetic.problems,
+    "countdown": countdown.problems,
     "gsm8k": gsm8k.problems,
     "file": files.read_problems,
 }
 TRACES: dict[str, Callable[..., list[Trace]]] = {
     "arithmetic": arithmetic.traces,
+    "countdown": countdown.traces,
     "gsm8k": gsm8k.traces,
     "file": files.read_traces,
 }
