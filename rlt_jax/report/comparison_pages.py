@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlt_jax.report import comparison_plots as plots
-from rlt_jax.report.comparison import COSTS, ONE_RUN, CompareConfig, Interval, compare
+from rlt_jax.report.comparison import COSTS, ONE_RUN, Interval, compare
+from rlt_jax.report.comparison_config import CompareConfig
 from rlt_jax.report.files import Record
 from rlt_jax.report.pages import render
 
@@ -51,6 +52,7 @@ def write_comparison(workdir: Path, config: CompareConfig) -> Record:
         counts=_counts(found),
         sections=_by_section(found["claims"]),
         tables=tables,
+        costly=any(route["cost"] for route in found["routes"].values()),
         pictures={n: base64.b64encode(png).decode() for n, png in pictures.items()},
     )
     (out / "index.html").write_text(page, encoding="utf-8", errors="replace")
@@ -99,8 +101,8 @@ def correlation_sentence(correlation: Record) -> str:
 def tables_of(found: Record) -> dict[str, Table]:
     """Title -> table, of everything that a README would show."""
     tables = {}
-    if found["claims"]:
-        tables["Claims"] = _claims_table(found["claims"])
+    for section, claims in _by_section(found["claims"]).items():
+        tables[_titled("Claims", section)] = _claims_table(claims)
     for section, routes in _by_section(found["routes"].values()).items():
         tables[_titled("Right answers (%)", section)] = _routes_table(routes)
     if found["correlation"]:
@@ -108,8 +110,9 @@ def tables_of(found: Record) -> dict[str, Table]:
         tables[title] = _correlation_table(found["correlation"])
     for section, measures in _by_section(found["measures"]).items():
         tables[_titled("Measures", section)] = _measures_table(measures)
-    if costly := [route for route in found["routes"].values() if route["cost"]]:
-        tables["Costs, mean over runs"] = _costs_table(costly)
+    costly = [route for route in found["routes"].values() if route["cost"]]
+    for section, routes in _by_section(costly).items():
+        tables[_titled("Costs, mean over runs", section)] = _costs_table(routes)
     return tables
 
 

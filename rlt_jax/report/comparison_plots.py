@@ -32,7 +32,8 @@ def routes(found: Mapping[str, Any]) -> bytes:
         accuracy = route["accuracy"]
         seeds = [of_seed["accuracy"] for of_seed in route["seeds"].values()]
         note = f"{100 * accuracy['mean']:.1f}"
-        row = Row(route["section"], route["label"], accuracy, seeds, note, BLUE)
+        label = wrapped(route["label"])
+        row = Row(route["section"], label, accuracy, seeds, note, BLUE)
         rows.append(row)
     return intervals(rows, "right answers (%)", (0, 100), None)
 
@@ -43,9 +44,10 @@ def claims(found: Mapping[str, Any]) -> bytes:
     for claim in found["claims"]:
         seeds = [of_seed["difference"] for of_seed in claim["seeds"].values()]
         verdict = textwrap.fill(claim["verdict"], 22)
-        note = f"{100 * claim['difference']['mean']:+.1f}  {verdict}"
+        points = f"{100 * claim['difference']['mean']:+.1f}".replace("-", "−")
+        note = f"{points}  {verdict}"
         colour = verdict_colour(claim["verdict"])
-        label = f"{claim['better']} − {claim['worse']}"
+        label = f"{wrapped(claim['better'])}\n− {wrapped(claim['worse'])}"
         row = Row(claim["section"], label, claim["difference"], seeds, note, colour)
         rows.append(row)
     what = "difference in right answers (points; published: above 0)"
@@ -69,14 +71,13 @@ def intervals(
       zero: where a line is drawn.
     """
     places, headers, y = [], [], 0.0
-    labels = [textwrap.fill(row.label, LABEL_WIDTH) for row in rows]
     section = ""
-    for row, label in zip(rows, labels):
+    for row in rows:
         if row.section != section:
             section = row.section
-            headers.append((y + 0.35, section))
-            y += 1.0
-        height = 1.0 + 0.5 * max(label.count("\n"), row.note.count("\n"))
+            headers.append((y + 0.7, wrapped(section)))
+            y += 1.2
+        height = 1.0 + 0.4 * max(row.label.count("\n"), row.note.count("\n"))
         places.append(y + height / 2)
         y += height
     figure = Figure(figsize=(WIDTH, 1.1 + 0.36 * y), layout="constrained")
@@ -104,7 +105,7 @@ def intervals(
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, limits[0] - 2), min(high, limits[1] + 2))
     axes.set_ylim(y, 0)
-    axes.set_yticks(places, labels, parse_math=False, color=INK)
+    axes.set_yticks(places, [row.label for row in rows], parse_math=False, color=INK)
     axes.set_xlabel(what, color=MUTED)
     _legend(figure)
     return png(figure)
@@ -119,23 +120,30 @@ def correlation(found: Mapping[str, Any]) -> bytes:
         runs = [of_seed["routes"][name] for of_seed in ranks["seeds"].values()]
         x = [run["mean_rank"] for run in runs]
         y = [100 * run["accuracy"] for run in runs]
+        middle = sum(x) / len(x), sum(y) / len(y)
+        for run in zip(x, y):
+            axes.plot(*zip(middle, run), color=PALE, linewidth=1, zorder=2)
         axes.scatter(x, y, s=30, color=PALE, zorder=2)
-        places.append((sum(x) / len(x), sum(y) / len(y), label))
+        places.append((*middle, label))
     _label_points(axes, places)
     return png(figure)
 
 
 def costs(found: Mapping[str, Any]) -> bytes | None:
     """Accuracy against operations; None where no route counted any."""
-    places = []
+    places, labels = [], [route["label"] for route in found["routes"].values()]
     for route in found["routes"].values():
+        label = route["label"]
+        if labels.count(label) > 1:
+            label = f"{label} ({route['section']})"
         flops = route["cost"]["mean"]["flops"] if route["cost"] else 0.0
         if flops > 0:
-            places.append((flops, 100 * route["accuracy"]["mean"], route["label"]))
+            places.append((flops, 100 * route["accuracy"]["mean"], label))
     if not places:
         return None
     figure, axes = _scatter("floating-point operations of all stages, mean over runs")
     axes.set_xscale("log")
+    axes.tick_params(which="both", colors=MUTED, length=0, labelsize=9)
     _label_points(axes, places)
     return png(figure)
 
@@ -197,7 +205,7 @@ def _scatter(what: str) -> tuple[Figure, Axes]:
 def _label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:
     """Draws points and names them in a column on the right, where none overlap."""
     places = sorted(places, key=lambda place: place[1])
-    labels = [textwrap.fill(label, LABEL_WIDTH) for _, _, label in places]
+    labels = [wrapped(label) for _, _, label in places]
     axes.scatter(*zip(*[place[:2] for place in places]), s=44, color=BLUE, zorder=3)
     lines = sum(label.count("\n") + 1.35 for label in labels)
     axes.figure.set_figheight(max(5.4, 0.8 + 0.17 * lines))
@@ -216,8 +224,18 @@ def _label_points(axes: Axes, places: Sequence[tuple[float, float, str]]) -> Non
             color=INK,
             fontsize=9,
             parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": MUTED,
+                "linewidth": 0.6,
+            },
         )
+
+
+def wrapped(label: str) -> str:
+    """A label in lines that leave room for what it names."""
+    return textwrap.fill(label, LABEL_WIDTH)
 
 
 def spread_out(centres: Sequence[float], sizes: Sequence[float]) -> list[float]:
