@@ -117,15 +117,14 @@ def tables_of(found: Record) -> dict[str, Table]:
 
 
 def _claims_table(claims: Sequence[Record]) -> Table:
-    heading = ["claim", "better − worse", "difference (points)", "95% over runs"]
-    table = [heading + ["95% over questions", "each run", "verdict"]]
+    heading = ["claim", "difference (points)", "95% over runs", "95% over questions"]
+    table = [heading + ["each run", "verdict"]]
     for claim in claims:
         found = claim["difference"]
         seeds = [of_seed["difference"] for of_seed in claim["seeds"].values()]
         table.append(
             [
-                claim["title"],
-                f"{claim['better']} − {claim['worse']}",
+                f"{claim['title']}: {claim['better']} − {claim['worse']}",
                 _percent(found["mean"]),
                 _span(found["over_runs"]),
                 _span(found["over_questions"]),

@@ -46,11 +46,13 @@ def claims(found: Mapping[str, Any]) -> bytes:
         verdict = textwrap.fill(claim["verdict"], 22)
         points = f"{100 * claim['difference']['mean']:+.1f}".replace("-", "−")
         note = f"{points}  {verdict}"
+        if claim["margin"]:
+            note += f"\n(margin {100 * claim['margin']:.1f})"
         colour = verdict_colour(claim["verdict"])
         label = f"{wrapped(claim['better'])}\n− {wrapped(claim['worse'])}"
         row = Row(claim["section"], label, claim["difference"], seeds, note, colour)
         rows.append(row)
-    what = "difference in right answers (points; published: above 0)"
+    what = "difference in right answers (points; as published: to the right)"
     return intervals(rows, what, (-100, 100), 0.0)
 
 
@@ -65,13 +67,14 @@ def intervals(
     """Rows from top to bottom: mean, both intervals, a point for each run, a note.
 
     Args:
-      rows: in their order; a section's name stands above its first row.
+      rows: in the order of their sections, whose names stand above them.
       what: label of the axis.
       limits: what the axis can hold; intervals may reach beyond and are cut there.
       zero: where a line is drawn.
     """
     places, headers, y = [], [], 0.0
-    section = ""
+    section, sections = "", list(dict.fromkeys(row.section for row in rows))
+    rows = sorted(rows, key=lambda row: sections.index(row.section))
     for row in rows:
         if row.section != section:
             section = row.section
