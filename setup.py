@@ -31,6 +31,7 @@ setuptools.setup(
         "pyarrow",
         "qwix>=0.1.8",
         "safetensors",
+        "scipy",
         "sentencepiece>=0.2.1",
         "tensorboardX",
         "tokenizers",

@@ -18,7 +18,17 @@ from rlt_jax.training import hosts
 
 _LOG = logging.getLogger("rlt_jax")
 
-STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
+STAGES = (
+    "sft",
+    "rl",
+    "collect",
+    "score",
+    "evaluate",
+    "plan",
+    "export",
+    "report",
+    "compare",
+)
 
 
 def run_pipeline(
