@@ -93,7 +93,7 @@ def test_too_few_problems_are_refused() -> None:
 
 def test_packed_batches_hold_whole_rows() -> None:
     rows = numbered_rows(9)
-    batches = pipeline.packed_batches(rows, 2, ROW_LENGTH, seed=0)
+    batches = pipeline.packed_batches([rows], [1.0], 2, ROW_LENGTH, seed=0)
     for _ in range(6):
         batch = next(batches)
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
@@ -119,7 +119,7 @@ def test_packed_batches_hold_whole_rows() -> None:
 
 def test_every_row_is_packed_equally_often() -> None:
     rows = numbered_rows(9)
-    batches = pipeline.packed_batches(rows, 2, ROW_LENGTH, seed=0)
+    batches = pipeline.packed_batches([rows], [1.0], 2, ROW_LENGTH, seed=0)
     seen: Counter[int] = Counter()
     for _ in range(40):
         batch = next(batches)
@@ -135,7 +135,9 @@ def test_every_row_is_packed_equally_often() -> None:
 def test_a_saved_state_brings_the_same_batches_again(kind: str) -> None:
     def iterator() -> pipeline.grain.DatasetIterator:
         if kind == "packed":
-            return pipeline.packed_batches(numbered_rows(9), 2, ROW_LENGTH, seed=3)
+            return pipeline.packed_batches(
+                [numbered_rows(9)], [1.0], 2, ROW_LENGTH, seed=3
+            )
         return pipeline.problem_batches([Problem("", "")] * 7, 3, seed=3)
 
     first = iterator()

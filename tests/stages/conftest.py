@@ -46,6 +46,7 @@ SECTIONS = {
             "kinds": {"careful": 0.5, "restating": 0.5},
             "known_answer": True,
         },
+        "held_out": None,
         "sft": {
             "format": "student",
             "steps": 5,
