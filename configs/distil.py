@@ -4,11 +4,13 @@
         --workdir=/mnt/bucket/distil_32b --config.traces=/mnt/bucket/rlt_7b/collect/traces.jsonl
 
 After the colon stand the student, `7b` or `32b`, and the slice, here 64 chips of v5p (see
-`STUDENTS`; `h100:8` and `h200:8` are a node of GPUs). `traces` is what `collect` wrote, or
-any file of traces. Rows of up to 16,384 tokens, one of each question; a longer trace
-gives way to another of its question, if there is one that fits. Three passes over some 17k
-traces. `--config.held_out=FILE --config.distil.sft.evaluate_every=100` follows the loss on
-traces that are not learned.
+`MESHES`; `h100:8` and `h200:8` are a node of GPUs). `traces` is what `collect` wrote, or
+any file of traces; one of each question is learned, for three passes over some 17k. Of
+traces longer than 16,384 tokens another of the same question takes the place, where one
+fits. To follow the loss on traces that are not learned, add
+
+    --config.distil.held_out='{"task": "file", "path": "FILE"}' \\
+        --config.distil.sft.evaluate_every=100
 
 The smallest slices on which it fits, by configs/plan.py (compiled, not run; hours at 40% of
 the chips' published speed):
@@ -27,6 +29,7 @@ of each of 8 for 7b, 66 GB for 32b, which leaves h100 hardly any room for a row
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from rlt_jax.costs.chips import num_chips
 from rlt_jax.errors import UserError
@@ -37,22 +40,50 @@ from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
 
-# Student -> its base, and for each chip the devices over which a row is split; these
-# divide the key/value heads.
-STUDENTS = {
-    "7b": (
-        "Qwen/Qwen2.5-7B-Instruct",
-        {"v5e": 4, "v6e": 4, "v5p": 2, "h100": 4, "h200": 4},
-    ),
-    "32b": (
-        "Qwen/Qwen2.5-32B-Instruct",
-        {"v5e": 8, "v6e": 8, "v5p": 4, "h100": 8, "h200": 8},
-    ),
+BASES = {"7b": "Qwen/Qwen2.5-7B-Instruct", "32b": "Qwen/Qwen2.5-32B-Instruct"}
+# Devices over which a row is split; it divides the key/value heads.
+MESHES = {
+    "7b": {"v5e": 4, "v6e": 4, "v5p": 2, "h100": 4, "h200": 4},
+    "32b": {"v5e": 8, "v6e": 8, "v5p": 4, "h100": 8, "h200": 8},
 }
-SLICE = "v5p:4x4x4"
 
 
-def get_config(student: str = "7b") -> ml_collections.ConfigDict:
-    """One stage, for a student and perhaps a slice such as "32b:v5e:8x16"."""
+def get_config(student: str = "7b:v5p:4x4x4") -> ml_collections.ConfigDict:
+    """One stage, for a student and a slice such as "32b:v5e:8x16"."""
     size, _, topology = student.partition(":")
-    topology = topology or SLICE
+    if size not in BASES:
+        raise UserError(f"configs/distil.py:{student}: begin with 7b or 32b.")
+    topology = topology or "v5p:4x4x4"
+    tensor = MESHES[size][topology.partition(":")[0]]
+    groups = max(1, num_chips(topology) // tensor)
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.traces = "traces.jsonl"
+    config.pipeline = ("distil",)
+    config.distil = {
+        "stage": "sft",
+        "model": section(ModelSource, path=BASES[size], dtype="bfloat16", remat="full"),
+        "template": "rlt",
+        "data": {"task": "file", "path": config.get_ref("traces")},
+        "held_out": config_dict.placeholder(object),
+        "sft": section(
+            SFTConfig,
+            format="student",
+            steps=1_000,  # three passes over 17k traces of some 5,000 tokens, packed
+            batch_size=max(16, groups),
+            micro_batch_size=groups,
+            row_length=16_384,
+            overlong="shorter",
+            traces_per_question=1,
+            checkpoint_every=250,
+        ),
+        "lora": section(LoRAConfig),
+        "optimizer": section(
+            OptimizerConfig,
+            learning_rate=1e-5,
+            schedule="cosine",
+            warmup_fraction=0.05,
+        ),
+        "mesh": section(MeshConfig, data=1, fsdp=-1, tensor=tensor),
+    }
+    return config

@@ -76,8 +76,8 @@ def load_sources(
     if config.get("task") != MIX:
         return [Source("data", 1.0, load_traces(config, template, seed))]
     found = []
-    for name, section in sorted(settings.build(_mix, config, "data").items()):
-        where, keys = f"data.sources.{name}", dict(section)
+    for where, section in settings.build(_sections, config, "data"):
+        keys = dict(section)
         share = keys.pop("share", 1.0)
         if not isinstance(share, int | float) or not 0 <= share < float("inf"):
             raise UserError(f"{where}.share={share!r}: a number from 0.")
@@ -89,9 +89,15 @@ def load_sources(
     return found
 
 
-def _mix(task: str, sources: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The keys of a mix."""
-    return sources
+def _sections(task: str, sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Those of a mix, by name, and where they stand; `task` is known."""
+    found = {"data.sources": sources}
+    if isinstance(sources, Mapping):
+        found = {f"data.sources.{name}": sources[name] for name in sorted(sources)}
+    for where, section in found.items():
+        if not isinstance(section, Mapping):
+            raise UserError(f"{where} is {section!r}; give it as keys and values.")
+    return list(found.items())
 
 
 def _load(
