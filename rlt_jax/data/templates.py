@@ -24,11 +24,19 @@ ASSETS = Path(__file__).parent / "assets" / "templates"
 
 
 class Problem(NamedTuple):
-    """A question with its known solution and, where it can be graded, its answer."""
+    """A question with its known solution and, where it can be graded, its answer.
+
+    Attributes:
+      question: as it is asked.
+      solution: as a student shall write it.
+      answer: what a grader compares with; None where there is none.
+      grader: how, one of `rlt_jax.rl.grading.GRADERS`.
+    """
 
     question: str
     solution: str
     answer: str | None = None
+    grader: str = "math"
 
 
 class Trace(NamedTuple):
