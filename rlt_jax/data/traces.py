@@ -59,10 +59,22 @@ def read_traces(path: str, template: Template) -> list[Trace]:
 def read_problems(path: str, template: Template) -> list[Problem]:
     """Reads the problems of the same files as `read_traces`; traces are ignored.
 
+    A row with an answer needs no solution: the answer is one.
+
     Raises:
       UserError: as `read_traces`, but a row needs no trace.
     """
-    return [_problem(where, row, template) for where, row in _rows(path)]
+    return [
+        _problem(where, _with_solution(where, row), template)
+        for where, row in _rows(path)
+    ]
+
+
+def _with_solution(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    answer = _answer(where, row.get("answer"))
+    if row.get("solution") is not None or answer is None:
+        return row
+    return row | {"solution": answer}
 
 
 def read_completions(

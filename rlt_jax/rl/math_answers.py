@@ -13,7 +13,7 @@ import resource
 import signal
 import threading
 from collections.abc import Collection
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -90,21 +90,22 @@ def _compare(pairs: Collection[Pair]) -> dict[Pair, Comparison]:
 
 
 def _comparison(future: Future) -> Comparison | None:
-    try:
+    error = future.exception()
+    if error is None:
         return Comparison(*future.result())
-    except (BrokenProcessPool, CancelledError):
+    if isinstance(error, BrokenProcessPool):
         return None
-    except TimeoutError:
-        return Comparison(False, error="timeout")
-    except Exception:  # whatever sympy raises, or the end of the process
-        return Comparison(False, error="crash")
+    # Else it is whatever sympy raises, or the end of the process.
+    timed_out = isinstance(error, TimeoutError)
+    return Comparison(False, error="timeout" if timed_out else "crash")
 
 
 def _running() -> pebble.ProcessPool:
     global _pool
     with _lock:
         if _pool is None or not _pool.active:  # idle processes that die break a pool
-            _stop()
+            if _pool is not None:
+                _stop(_pool)
             _pool = pebble.ProcessPool(
                 min(MAX_PROCESSES, os.cpu_count() or 1),
                 initializer=_begin,
@@ -115,11 +116,16 @@ def _running() -> pebble.ProcessPool:
         return _pool
 
 
+def _stop(pool: pebble.ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
 @atexit.register
-def _stop() -> None:
+def _exit() -> None:
+    _lock.acquire()  # for good: no thread begins another pool
     if _pool is not None:
-        _pool.stop()
-        _pool.join()
+        _stop(_pool)
 
 
 def _begin(memory: int) -> None:
