@@ -1,6 +1,7 @@
 """From a section of the config to the dataclass or function that owns its keys."""
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
@@ -58,6 +59,19 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     ]
     _check_keys(values, parameters, required, where)
     return factory(**values)
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """A function that a config names as "module:function".
+
+    Raises:
+      UserError: there is none.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f'{path!r} is no "module:function": {error}.') from error
 
 
 def check(owner: Any, values: Any, where: str) -> None:

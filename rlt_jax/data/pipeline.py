@@ -11,7 +11,7 @@ import numpy as np
 from rlt_jax import settings
 from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Row
-from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k
+from rlt_jax.data.tasks import arithmetic, benchmarks, countdown, gpqa, gsm8k
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
 
@@ -26,6 +26,7 @@ def file_problems(
 
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "arithmetic": arithmetic.problems,
+    "countdown": countdown.problems,
     "gsm8k": gsm8k.problems,
     **{
         name: functools.partial(benchmarks.problems, name)
@@ -36,6 +37,7 @@ PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
 }
 TRACES: dict[str, Callable[..., list[Trace]]] = {
     "arithmetic": arithmetic.traces,
+    "countdown": countdown.traces,
     "gsm8k": gsm8k.traces,
     "file": files.read_traces,
 }

@@ -87,13 +87,16 @@ def read_completions(
       template: as for `read_traces`.
 
     Yields:
-      Where the row stands, its problem, and the texts under `completions`.
+      Where the row stands, its problem, and the texts under `completions`; of a trace
+      without them its explanation, as the only one.
 
     Raises:
       UserError: as `read_problems`, or `completions` is not a list of texts.
     """
     for where, row in _rows(path):
         completions = row.get("completions")
+        if completions is None:
+            completions = [_trace(where, row, template).explanation]
         if not isinstance(completions, list) or not all(
             isinstance(text, str) for text in completions
         ):
@@ -168,7 +171,8 @@ def _text(where: str, values: dict[str, Any], *names: str) -> str:
         raise UserError(
             f"{where}: no value for {' or '.join(names)}; found "
             f"{', '.join(values) or 'nothing'}. Rows hold question (or prompt), "
-            "solution, for traces reasoning_trace, and perhaps answer; or "
+            "solution, for traces reasoning_trace, to score it or completions, and "
+            "perhaps answer; or "
             "conversations: turns with from and value (or role and content)."
         )
     if not isinstance(values[name], str):

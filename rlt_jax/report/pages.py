@@ -18,8 +18,8 @@ import jinja2
 
 from rlt_jax.errors import UserError
 from rlt_jax.report import plots, statistics
+from rlt_jax.report.files import Record, read_json, read_lines
 
-Record = dict[str, Any]
 OUT = "report"  # folder of the page in the workdir
 
 
@@ -48,18 +48,18 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
       UserError: a stage that the config names has not left its files, or the
         evaluations cannot be compared.
     """
-    teacher = _read(workdir / config.rl / "done.json")["summary"]
-    metrics = _read_lines(workdir / config.rl / "metrics.jsonl")
+    teacher = read_json(workdir / config.rl / "done.json")["summary"]
+    metrics = read_lines(workdir / config.rl / "metrics.jsonl")
     traces = {
-        label: _read_lines(workdir / folder / "traces.jsonl")
+        label: read_lines(workdir / folder / "traces.jsonl")
         for label, folder in config.traces
     }
     results = {
-        label: _read(workdir / folder / "results.json")
+        label: read_json(workdir / folder / "results.json")
         for label, folder in config.evaluations
     }
     answers = {
-        label: _read_lines(workdir / folder / "samples.jsonl")
+        label: read_lines(workdir / folder / "samples.jsonl")
         for label, folder in config.evaluations
     }
     summary = {
@@ -80,7 +80,8 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
     pictures = _pictures(metrics, results)
     for name, png in pictures.items():
         (out / f"{name}.png").write_bytes(png)
-    page = _render(
+    page = render(
+        "page.html",
         run=workdir.resolve().name,
         summary=summary,
         teacher=teacher,
@@ -129,7 +130,7 @@ def _seconds(workdir: Path) -> Record:
     """Seconds of every completed stage but the report itself, in the order they ended."""
     done = [path for path in workdir.glob("*/done.json") if path.parent.name != OUT]
     done.sort(key=lambda path: (path.stat().st_mtime_ns, path))
-    seconds = {path.parent.name: _read(path)["seconds"] for path in done}
+    seconds = {path.parent.name: read_json(path)["seconds"] for path in done}
     return {"seconds_total": math.fsum(seconds.values()), "seconds": seconds}
 
 
@@ -170,7 +171,8 @@ def _side_by_side(
     ]
 
 
-def _render(**values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page made from a template of this folder; every value is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -180,7 +182,7 @@ def _render(**values: Any) -> str:
     )
     environment.filters.update(words=_words, number=_number)
     environment.globals["z_95"] = plots.Z_95
-    return environment.get_template("page.html").render(values)
+    return environment.get_template(template).render(values)
 
 
 def _words(name: str) -> str:
@@ -191,30 +193,3 @@ def _number(value: float | None, digits: int = 5) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
-
-
-def _read(path: Path) -> Record:
-    return _parse(_text(path), path)
-
-
-def _read_lines(path: Path) -> list[Record]:
-    # Not splitlines, which would also cut at separators inside of a JSON string.
-    lines = _text(path).split("\n")
-    return [_parse(line, path) for line in lines if line.strip()]
-
-
-def _parse(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"report: {path} is missing. The stage {path.parent.name!r} writes it: run "
-            "that stage first, or name another one in the report's config."
-        ) from error

@@ -62,7 +62,7 @@ def metric_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> by
     figure = Figure(figsize=(WIDTH, 2.7 * lines), layout="constrained")
     for place, name in enumerate(names, start=1):
         _curve(figure.add_subplot(lines, columns, place), rows, name)
-    return _png(figure)
+    return png(figure)
 
 
 def accuracy_bars(
@@ -75,7 +75,7 @@ def accuracy_bars(
     places = range(len(heights))
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     axes.bar(places, heights, width=0.5, color=PALE, zorder=2)
     below = [min(height, span) for height, span in zip(heights, spans)]
     axes.errorbar(
@@ -96,14 +96,14 @@ def accuracy_bars(
     axes.set_xlim(-0.6, len(heights) - 0.4)
     axes.set_ylim(0, max(*tops, 1.0) * 1.15)
     axes.set_ylabel("accuracy (%)", color=MUTED)
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     present = [row for row in rows if row.get(name) is not None]
     steps = [row["step"] for row in present]
     values = [row[name] for row in present]
-    _style(axes)
+    style(axes)
     marker = "o" if len(steps) <= 40 else None  # a lone point has no line to see
     axes.plot(steps, values, color=BLUE, linewidth=1.6, marker=marker, markersize=3)
     if name.endswith("_mean"):
@@ -133,7 +133,8 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     axes.yaxis.set_major_formatter("{x:.6g}")
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Lines and colours that all pictures share."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -141,7 +142,8 @@ def _style(axes: Axes) -> None:
     axes.tick_params(colors=MUTED, length=0, labelsize=9)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, facecolor="white")
     return buffer.getvalue()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rlt_jax.data.tasks import countdown
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.rl.math_answers import Pair, compare
@@ -127,8 +128,15 @@ def _exact(prediction: str, answer: str) -> Verdict:
     return Verdict(text == answer.strip(), text or None)
 
 
+def _countdown(prediction: str, answer: str) -> Verdict:
+    """An expression of the given numbers that makes the target; see the task."""
+    correct = countdown.is_solution(prediction, answer)
+    return Verdict(correct, answer.strip() if correct else prediction.strip() or None)
+
+
 GRADERS: dict[str, Callable[[str, str], Verdict | Pair]] = {
     "math": _math,
     "choice": _choice,
     "exact": _exact,
+    "countdown": _countdown,
 }

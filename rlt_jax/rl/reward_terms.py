@@ -6,7 +6,6 @@ numbers, larger for better, NumPy on the host or an array of the device.
 
 import dataclasses
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from rlt_jax.data.controls import copied_share
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.rl.grading import grade
+from rlt_jax.settings import load_function
 from rlt_jax.training import hosts
 from rlt_jax.types import Reward
 
@@ -146,11 +146,7 @@ def combine_terms(values: Mapping[str, Any], weights: Mapping[str, float]) -> Re
 
 
 def _user_function(path: str) -> Callable[[Written], np.ndarray]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'{path!r} is no "module:function": {error}.') from error
+    function = load_function(path)
 
     def checked(written: Written) -> np.ndarray:
         values = np.asarray(function(*written[:3]), np.float32)

@@ -18,7 +18,17 @@ from rlt_jax.training import hosts
 
 _LOG = logging.getLogger("rlt_jax")
 
-STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
+STAGES = (
+    "sft",
+    "rl",
+    "collect",
+    "score",
+    "evaluate",
+    "plan",
+    "export",
+    "report",
+    "compare",
+)
 
 
 def run_pipeline(
@@ -27,8 +37,8 @@ def run_pipeline(
     """Runs every stage of the config that is not complete.
 
     A config has `seed` and either `stage` (the config is that one stage) or `pipeline`,
-    an ordered tuple of names of sections that each have a `stage`. In any string of a
-    section `{workdir}` stands for the workdir.
+    an ordered tuple of names of sections that each have a `stage`, and a `seed` where it
+    is not the config's. In any string of a section `{workdir}` stands for the workdir.
 
     Args:
       config: the config.
@@ -84,6 +94,9 @@ def _checked_stage(section: Any, where: str) -> str:
         raise UserError(f"{where} is {section!r}, not the section of a stage.")
     values = section.to_dict()
     stage = values.pop("stage", None)
+    seed = values.pop("seed", 0)
+    if not isinstance(seed, int):
+        raise UserError(f"{where}.seed={seed!r}: write an integer.")
     if stage not in STAGES:
         raise UserError(f"{where}.stage={stage!r}: one of {', '.join(STAGES)}.")
     settings.check(_module(stage).SECTIONS, values, where)
@@ -112,7 +125,7 @@ def _run_stage(
     config = ml_collections.ConfigDict(values)
     del config.seed, config.stage
     try:
-        summary = _module(section.stage).run(config, folder, seed)
+        summary = _module(section.stage).run(config, folder, values["seed"])
     except UserError:
         if hosts.is_first():
             _remove_untouched(folder)

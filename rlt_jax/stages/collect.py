@@ -1,10 +1,12 @@
 """Stage `collect`: the trained teacher explains every question with its solution.
 
 Writes `traces.jsonl`, one row a completion, as they are finished: question, solution,
-answer, reasoning_trace, closed, reward, its terms, and what it came from. The file is read by `sft`.
+answer, reasoning_trace, closed, reward, its terms, its kind where `classify` tells it, and
+what it came from. The file is read by `sft` and by `score`.
 """
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import complete_stored, in_order
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig
-from rlt_jax.settings import build
+from rlt_jax.settings import build, load_function
 from rlt_jax.stages.roles import (
     check_fit,
     fixed_kl_coef,
@@ -48,10 +50,13 @@ class CollectConfig:
     Attributes:
       batch_size: completions per device batch.
       samples_per_problem: completions of each problem.
+      classify: "module:function" of question and explanation that names the kind of an
+        explanation, such as `rlt_jax.data.tasks.arithmetic:kind_of`; "" for none.
     """
 
     batch_size: int
     samples_per_problem: int = 1
+    classify: str = ""
 
 
 SECTIONS = {
@@ -79,9 +84,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of the sampling.
 
     Returns:
-      Number of traces, mean reward and share of closed explanations.
+      Number of traces, mean reward, share of closed explanations and of each kind.
     """
     c = build(CollectConfig, config.collect, "collect")
+    classify = load_function(c.classify) if c.classify else None
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     roles = load_roles(config, mesh, seed)
     sampling = build(SamplingConfig, config.sampling, "sampling")
@@ -121,7 +127,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             rows = sample_rows(
                 roles, "teacher", part, padded, reward, slice(0, len(batch))
             )
-            append_jsonl(file, [row | {"provenance": origin} for row in rows])
+            for row in rows:
+                row["provenance"] = origin
+                if classify:
+                    row["kind"] = classify(row["question"], row["reasoning_trace"])
+            append_jsonl(file, rows)
             first += len(batch)
             bar.update(len(batch))
             hosts.stop_if_asked()
@@ -129,8 +139,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    kinds = Counter(row["kind"] for row in rows if "kind" in row)
     return {
         "traces": len(rows),
         "reward": float(np.mean([row["reward"] for row in rows])),
         "closed": float(np.mean([row["closed"] for row in rows])),
+        "kinds": {kind: count / len(rows) for kind, count in sorted(kinds.items())},
     }

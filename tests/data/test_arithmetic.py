@@ -170,3 +170,26 @@ def test_bad_shares_are_refused(kinds: dict[str, float]) -> None:
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(UserError, match="split 'valid'"):
         arithmetic.problems("valid", 5, seed=0)
+
+
+def test_the_kind_of_what_was_explained(rng: np.random.Generator) -> None:
+    for n in range(200):
+        chain, kind = arithmetic.sample_chain(rng), arithmetic.KINDS[n % 4]
+        text, _ = arithmetic.explain(chain, kind, rng, known_answer=bool(n % 3))
+        assert arithmetic.kind_of(chain.question, text) == kind
+
+
+@pytest.mark.parametrize(
+    ("explanation", "kind"),
+    [
+        ("4+3=7 7*7=9", "other"),
+        ("4+3=7 7-2=5", "wrong"),  # a step was left out
+        ("4+3=7 8*7=6", "wrong"),  # does not go on from 7
+        ("4+3=8", "wrong"),
+        ("5+3=8", "wrong"),
+        ("", "restating"),
+        ("I know: it is 0", "restating"),
+    ],
+)
+def test_kinds_by_hand(explanation: str, kind: str) -> None:
+    assert arithmetic.kind_of(CHAIN.question, explanation) == kind

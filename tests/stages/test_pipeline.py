@@ -153,6 +153,13 @@ def test_changed_settings_are_refused_with_the_first_difference(
     }
 
 
+def test_a_section_may_have_its_own_seed(stage: Stage, tmp_path: Path) -> None:
+    config = config_of(a=section_of() | {"seed": 3}, b=section_of())
+    run_pipeline(config, tmp_path)
+    assert done(tmp_path / "a")["summary"]["seed"] == 3
+    assert done(tmp_path / "b")["summary"]["seed"] == 7
+
+
 def test_another_seed_is_another_setting(
     stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
 ) -> None:

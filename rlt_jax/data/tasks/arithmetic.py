@@ -16,6 +16,7 @@ Train and test questions are disjoint: a question belongs to "test" when its che
 """
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 
@@ -99,6 +100,36 @@ def explain(
             value = apply(value, operation)
         lines.append(f"{before}{written}={value}")
     return " ".join(lines), answer
+
+
+def kind_of(question: str, explanation: str) -> str:
+    """The kind of an explanation that somebody wrote for a question.
+
+    "wrong" is one with a step that is false, does not go on from the one before, or is
+    not the question's; then "careful" has all single steps, "skipping" several at once,
+    and "restating" none. "other" are right steps that do not cover the question.
+    """
+    digits = re.findall(r"[+\-*]?\d", question)
+    operations = [(text[0], int(text[1])) for text in digits[1:]]
+    steps = re.findall(r"(\d)((?:[+\-*]\d)+)=(\d)", explanation)
+    value, done, longest = int(digits[0]), 0, 0
+    for before, written, after in steps:
+        group = [
+            (sign, int(operand)) for sign, operand in re.findall(r"(.)(.)", written)
+        ]
+        if int(before) != value or group != operations[done : done + len(group)]:
+            return "wrong"
+        for operation in group:
+            value = apply(value, operation)
+        if int(after) != value:
+            return "wrong"
+        done += len(group)
+        longest = max(longest, len(group))
+    if not steps:
+        return "restating"
+    if done < len(operations):
+        return "other"
+    return "careful" if longest == 1 else "skipping"
 
 
 def _wrong_steps(

@@ -1,0 +1,477 @@
+"""The paper's comparisons at the scale of the embedded tasks, several seeds, with verdicts.
+
+    python -m rlt_jax.main --config=configs/experiments/paper_small.py \\
+        --workdir=runs/paper_small --compilation_cache=runs/programs
+
+    python -m rlt_jax.main --config=configs/experiments/paper_small.py:100 ...
+
+The second form names other seeds ("100" or "100,101"); those of the first are SEEDS. All
+settings were chosen on seeds from 100 on. What is cut off goes on where it was.
+
+A small teacher (0.23 million parameters) and students of its size, a four times larger
+solver and student (0.85 million); results are in runs/paper_small/comparison/index.html.
+
+Hardware: 2 CPU cores, under 90 minutes.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from rlt_jax.data.scoring import RowShape
+from rlt_jax.data.selection import SelectionConfig
+from rlt_jax.inference.engine import EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.rl.losses import ObjectiveConfig
+from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.settings import section
+from rlt_jax.stages.collect import CollectConfig
+from rlt_jax.stages.evaluate import EvaluateConfig
+from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
+
+SEEDS = (0, 1, 2)
+KIND = "rlt_jax.data.tasks.arithmetic:kind_of"
+SMALL, LARGE = "embedded_small", "embedded"
+TEMPLATE = "tiny"
+KINDS = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}
+ROW = 160  # tokens
+
+# Of a student to whom wrong steps are plausible as long as they end at the answer.
+GULLIBLE = {"careful": 0.1, "skipping": 0.2, "restating": 0.2, "wrong": 0.5}
+
+# How the teachers of reward ablations and of other students differ: settings of the
+# reward, and the reward's student, a model or the name of a stage.
+PLAIN = {"solution_reductions": {"mean": 1.0}, "kl_reductions": {"mean": 1.0}}
+STRICT = {
+    "solution_reductions": {"mean": 1.0, "min": 0.1},
+    "kl_reductions": {"mean": 1.0, "max": 0.1},
+}
+TEACHERS = {
+    "rlt": ({}, SMALL),
+    "no_kl": ({"explanation_kl_coef": 0.0}, SMALL),
+    "no_solution": ({"solution_coef": 0.0}, SMALL),
+    "no_extremes": (PLAIN, SMALL),
+    "strong": ({}, "solver"),
+    "gullible": ({}, "gullible_base"),
+    "gullible_plain": (PLAIN, "gullible_base"),
+    "gullible_strict": (STRICT, "gullible_base"),
+    "self": ({}, None),
+}
+TRACE_SETS = ("warmup", *TEACHERS, "solver", "solver_large")
+
+
+def get_config(seeds: str = "") -> ml_collections.ConfigDict:
+    """All stages of all seeds, then the comparison."""
+    chosen = tuple(int(seed) for seed in seeds.split(",")) if seeds else SEEDS
+    stages: dict[str, Any] = {}
+    for seed in chosen:
+        for name, values in _stages_of_a_seed(seed).items():
+            stages[f"{name}_{seed}"] = values | {"seed": seed}
+    stages["comparison"] = _comparison(chosen)
+    config = ml_collections.ConfigDict(stages)
+    config.seed = 0
+    config.pipeline = tuple(stages)
+    return config
+
+
+def _stages_of_a_seed(seed: int) -> dict[str, Any]:
+    """Name -> section, in order."""
+
+    def made_by(name: str) -> str:
+        return name if name in (SMALL, LARGE) else f"{{workdir}}/{name}_{seed}"
+
+    stages: dict[str, Any] = {}
+
+    def distil_and_evaluate(name: str, traces: str, base: str = SMALL) -> None:
+        data = {"task": "file", "path": f"{made_by(traces)}/traces.jsonl"}
+        stages[f"{name}_distil"] = _sft(base, "student", data, 60, 24, 1e-3)
+        stages[f"{name}_eval"] = _evaluate(made_by(f"{name}_distil"))
+
+    worked = _chains("train", 8000, stream=1, kinds=KINDS, known_answer=True)
+    stages["warmup"] = _sft(SMALL, "teacher", worked, 750, 8, 4e-3)
+    wrong = _chains("train", 4000, stream=6, kinds=GULLIBLE, known_answer=True)
+    stages["gullible_base"] = _sft(SMALL, "student", wrong, 60, 24, 1e-3)
+
+    # Learning to solve: correctness RL of either size, right answers become traces.
+    for name, base in (("solver", SMALL), ("solver_large", LARGE)):
+        stages[name] = _student_rl(base, steps=20)
+        stages[f"{name}_traces"] = _evaluate(
+            made_by(name), _chains("train", 1024, stream=4), samples=1, keep_right=True
+        )
+        distil_and_evaluate(name, f"{name}_traces")
+        stages[f"{name}_itself_eval"] = _evaluate(made_by(name))
+    for name, base in (("base", SMALL), ("base_large", LARGE)):
+        stages[f"{name}_eval"] = _evaluate(base)
+
+    # Learning to teach: one teacher for each reward.
+    stages["warmup_traces"] = _collect(made_by("warmup"), SMALL)
+    distil_and_evaluate("warmup", "warmup_traces")
+    for name, (reward, student) in TEACHERS.items():
+        judge = made_by(student) if student else None
+        stages[f"{name}_rl"] = _teacher_rl(made_by("warmup"), judge, reward)
+        stages[f"{name}_traces"] = _collect(made_by(f"{name}_rl"), SMALL)
+        distil_and_evaluate(name, f"{name}_traces")
+    for source in ("warmup", "rlt", "solver"):
+        distil_and_evaluate(f"{source}_to_large", f"{source}_traces", LARGE)
+
+    # Cold start: the same few steps of correctness RL from each student.
+    for source in ("base", "warmup", "rlt", "solver", "solver_large"):
+        start = SMALL if source == "base" else made_by(f"{source}_distil")
+        stages[f"{source}_cold"] = _student_rl(start, steps=8)
+        stages[f"{source}_cold_eval"] = _evaluate(made_by(f"{source}_cold"))
+
+    # Transfer: the teachers explain puzzles, or RL solves them.
+    for name in ("warmup", "rlt"):
+        teacher = "warmup" if name == "warmup" else "rlt_rl"
+        stages[f"{name}_puzzles_traces"] = _collect(
+            made_by(teacher), SMALL, _puzzles("train", 1024, stream=4)
+        )
+        distil_and_evaluate(f"{name}_puzzles", f"{name}_puzzles_traces")
+    stages["puzzles_rl"] = _student_rl(SMALL, steps=20, task=_puzzles)
+    stages["puzzles_rl_eval"] = _evaluate(made_by("puzzles_rl"))
+    stages["base_puzzles_eval"] = _evaluate(SMALL)
+    for name in ("warmup_puzzles", "rlt_puzzles", "puzzles_rl", "base_puzzles"):
+        stages[f"{name}_eval"]["data"] = _puzzles("test", 256, stream=5)
+
+    # All trace sets before one judge; those of the gullible student before two, with
+    # controls.
+    for name in TRACE_SETS:
+        path = f"{made_by(f'{name}_traces')}/traces.jsonl"
+        stages[f"{name}_score"] = _score(made_by("warmup"), SMALL, path)
+    path = f"{made_by('gullible_traces')}/traces.jsonl"
+    for name, judge in (("gullible", "gullible_base"), ("base", SMALL)):
+        stages[f"{name}_controls"] = _score(
+            made_by("gullible_rl"), made_by(judge), path, controls=True
+        )
+    return stages
+
+
+# Route -> what a reader sees, by the section of the report; a student is distilled from
+# traces unless its label says otherwise.
+ROUTES = {
+    "1 Traces for a student of the teacher's size": {
+        "base": "no distillation",
+        "warmup": "traces of the warmed-up teacher",
+        "rlt": "traces of the RLT",
+        "solver": "right answers of a solver, same size",
+        "solver_large": "right answers of a 4x larger solver",
+    },
+    "2 A student 4x larger than the teacher": {
+        "base_large": "large, no distillation",
+        "warmup_to_large": "large, traces of the warmed-up teacher",
+        "rlt_to_large": "large, traces of the RLT",
+        "solver_to_large": "large, right answers of the small solver",
+    },
+    "3 Correctness RL from students": {
+        "base_cold": "RL from no distillation",
+        "warmup_cold": "RL from warmed-up teacher's traces",
+        "rlt_cold": "RL from RLT traces",
+        "solver_cold": "RL from the same-size solver's answers",
+        "solver_large_cold": "RL from the larger solver's answers",
+        "solver_itself": "the solver: more RL, no distillation",
+        "solver_large_itself": "the larger solver",
+    },
+    "4 Puzzles, on which no teacher was trained": {
+        "base_puzzles": "puzzles, no distillation",
+        "warmup_puzzles": "puzzles, traces of the warmed-up teacher",
+        "rlt_puzzles": "puzzles, traces of the RLT",
+        "puzzles_rl": "puzzles, RL on them",
+    },
+    "5 Rewards without a term": {
+        "no_kl": "reward without the explanation KL",
+        "no_solution": "reward without the solution score",
+        "no_extremes": "reward without min and max",
+    },
+    "8 One model in both roles": {"self": "traces of a self-teaching RLT"},
+    "9 Other students in the reward": {
+        "strong": "the reward's student is the solver",
+        "gullible": "the reward's student finds wrong steps plausible",
+        "gullible_plain": "the same without min and max",
+        "gullible_strict": "the same with min and max ten times as heavy",
+    },
+}
+
+# Better, worse, what was published.
+_HIGHER = "Students of RLT traces score higher (7B: 49.5 against 46.6 in the mean)."
+_LARGER = "A 32B student of a 7B teacher scores higher (73.2 against 71.5)."
+_COLD = "RL reaches more from a student of RLT traces (50.5 against 48.3)."
+_ZERO = "Zero-shot traces of the RLT beat RL on the new task itself."
+_TERMS = "Each term of the reward is needed."
+_STRONG = "A stronger student in the reward makes a better teacher."
+CLAIMS = (
+    ("rlt", "warmup", _HIGHER),
+    ("rlt", "solver", _HIGHER),
+    ("rlt", "solver_large", _HIGHER),
+    ("rlt", "base", _HIGHER),
+    ("rlt_to_large", "warmup_to_large", _LARGER),
+    ("rlt_to_large", "solver_to_large", _LARGER),
+    ("rlt_to_large", "base_large", _LARGER),
+    ("rlt_cold", "base_cold", _COLD),
+    ("rlt_cold", "warmup_cold", _COLD),
+    ("rlt_cold", "solver_cold", _COLD),
+    ("rlt_cold", "solver_large_cold", _COLD),
+    ("rlt_puzzles", "puzzles_rl", _ZERO),
+    ("rlt_puzzles", "warmup_puzzles", "RL on one task helps teaching another."),
+    ("rlt_puzzles", "base_puzzles", "Zero-shot traces teach."),
+    ("rlt", "no_kl", _TERMS),
+    ("rlt", "no_solution", _TERMS),
+    ("rlt", "no_extremes", _TERMS),
+    ("self", "warmup", "Not in the paper: a copy of the policy serves as student."),
+    ("strong", "rlt", _STRONG),
+    ("rlt", "gullible", _STRONG),
+    ("gullible_strict", "gullible_plain", "Min and max punish single wrong steps."),
+)
+
+
+def _comparison(seeds: tuple[int, ...]) -> dict:
+    routes, headings = [], {}
+    for heading, labels in ROUTES.items():
+        for name, label in labels.items():
+            headings[name] = heading
+            route = {"name": name, "label": label, "section": heading}
+            route |= {"evaluation": f"{name}_eval_{{seed}}"}
+            route |= {"stages": [f"{stage}_{{seed}}" for stage in _route(name)]}
+            if name in TRACE_SETS:
+                route["traces"] = f"{name}_score_{{seed}}"
+            routes.append(route)
+    labels = {route["name"]: route["label"] for route in routes}
+    claims = [
+        {
+            "title": f"{labels[better]} against {labels[worse]}",
+            "published": published,
+            "better": better,
+            "worse": worse,
+            # Of the ablations and other students it is the other route that is new.
+            "section": max(headings[better], headings[worse]),
+        }
+        for better, worse, published in CLAIMS
+    ]
+    return {
+        "stage": "compare",
+        "seeds": seeds,
+        "routes": routes,
+        "claims": claims,
+        "measures": _measures(),
+        "correlation": TRACE_SETS,
+        "correlation_published": "The mean rank of a trace set by the RLT reward goes "
+        "with the score of its students.",
+    }
+
+
+def _route(name: str) -> list[str]:
+    """The stages that make the route's model, one after the other."""
+    source = name.removesuffix("_cold").removesuffix("_itself").removesuffix("_puzzles")
+    source = source.removesuffix("_to_large")
+    if name == "puzzles_rl":
+        return [name]
+    if source in ("base", "base_large"):
+        return ["base_cold"] if name == "base_cold" else []
+    if source.startswith("solver"):
+        stages = [source]
+    else:
+        stages = ["warmup"] + [f"{source}_rl"] * (source in TEACHERS)
+        if source.startswith("gullible"):
+            stages = ["gullible_base", *stages]
+        if source == "strong":
+            stages = ["solver", *stages]
+    if name.endswith("_itself"):
+        return stages
+    puzzles = "_puzzles" if name.endswith("_puzzles") else ""
+    stages += [f"{source}{puzzles}_traces"]
+    stages += [f"{name}_distil" if "_to_" in name or puzzles else f"{source}_distil"]
+    return [*stages, name] if name.endswith("_cold") else stages
+
+
+def _measures() -> list[dict]:
+    """Shares of wrong explanations, and what rewards and controls say of them."""
+    measures = []
+
+    def add(heading: str, label: str, folder: str, key: str) -> None:
+        measure = {"section": heading, "label": label, "folder": f"{folder}_{{seed}}"}
+        measures.append(measure | {"key": f"summary.{key}"})
+
+    labels = {name: label for part in ROUTES.values() for name, label in part.items()}
+    for name in ("warmup", *TEACHERS):
+        for kind in ("wrong", "careful"):
+            heading = f"Share of explanations with {'a wrong step' * (kind == 'wrong')}"
+            heading += "all single steps" * (kind == "careful")
+            add(heading, labels[name], f"{name}_traces", f"kinds.{kind}")
+    for name in TEACHERS:
+        for when in ("first", "last"):
+            heading = f"Reward on held-out questions, {when}"
+            add(heading, labels[name], f"{name}_rl", f"held_out_reward_{when}")
+    for name in TRACE_SETS:
+        heading = "Reward of the traces before one judge (small base)"
+        add(heading, labels[name], f"{name}_score", "reward")
+    for name, judge in (("gullible", "its own student"), ("base", "the small base")):
+        heading = f"The gullible student's teacher before {judge}"
+        folder = f"{name}_controls"
+        add(heading, "its explanations", folder, "reward")
+        for control in ("empty", "shuffled", "other"):
+            add(heading, control, folder, f"controls.{control}")
+    return measures
+
+
+def _chains(split: str, size: int, stream: int, **more: Any) -> dict:
+    task = {"task": "arithmetic", "split": split, "size": size, "stream": stream}
+    return task | more
+
+
+def _puzzles(split: str, size: int, stream: int) -> dict:
+    limits = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
+    task = {"task": "countdown", "split": split, "size": size, "stream": stream}
+    return task | limits
+
+
+def _engine() -> ml_collections.ConfigDict:
+    return section(EngineConfig, slots=64, page_size=32, prefill_chunk=64, steps=16)
+
+
+def _sampling(temperature: float = 0.7) -> ml_collections.ConfigDict:
+    return section(SamplingConfig, max_new_tokens=56, temperature=temperature)
+
+
+def _sft(
+    model: str, form: str, data: dict, steps: int, batch_size: int, rate: float
+) -> dict:
+    return {
+        "stage": "sft",
+        "model": section(ModelSource, path=model),
+        "template": TEMPLATE,
+        "data": data,
+        "held_out": None,
+        "sft": section(
+            SFTConfig,
+            format=form,
+            steps=steps,
+            batch_size=batch_size,
+            row_length=ROW,
+            checkpoint_every=1000,
+        ),
+        "lora": section(LoRAConfig),
+        "optimizer": section(
+            OptimizerConfig,
+            learning_rate=rate,
+            schedule="cosine",
+            warmup_fraction=0.05,
+        ),
+        "mesh": section(MeshConfig),
+    }
+
+
+def _writing(student: str | None, temperature: float = 0.7) -> dict:
+    """What all stages with a teacher or a policy share."""
+    return {
+        "student": student and section(ModelSource, path=student),
+        "students": section(StudentsConfig),
+        "template": TEMPLATE,
+        "rows": section(RowShape, micro_batch_size=16, row_length=ROW),
+        "sampling": _sampling(temperature),
+        "engine": _engine(),
+        "mesh": section(MeshConfig),
+    }
+
+
+def _rl(policy: str, held_out: dict, rate: float, **loop: Any) -> dict:
+    return {
+        "stage": "rl",
+        "policy": section(ModelSource, path=policy),
+        "held_out": held_out,
+        "loop": section(RLConfig, checkpoint_every=1000, **loop),
+        "lora": section(LoRAConfig),
+        "optimizer": section(OptimizerConfig, learning_rate=rate),
+    }
+
+
+def _teacher_rl(policy: str, student: str | None, reward: dict) -> dict:
+    """Without a student, the policy's copy is the student."""
+    loop = {"steps": 40, "batch_size": 16, "group_size": 8}
+    return (
+        _writing(student)
+        | _rl(
+            policy,
+            _chains("test", 128, stream=3),
+            5e-4,
+            self_teaching=student is None,
+            **loop,
+        )
+        | {
+            "data": _chains("train", 4000, stream=2),
+            "reward": section(RLTRewardConfig, **reward),
+            "terms": {"rlt": {"weight": 1.0}},
+            "objective": section(ObjectiveConfig),
+        }
+    )
+
+
+def _student_rl(policy: str, steps: int, task: Any = _chains) -> dict:
+    loop = {"steps": steps, "batch_size": 32, "group_size": 8, "format": "student"}
+    return (
+        _writing(None, temperature=1.0)
+        | _rl(policy, task("test", 128, stream=3), 5e-4, **loop)
+        | {
+            "data": task("train", 4000, stream=2),
+            "reward": section(RLTRewardConfig),
+            "terms": {"correctness": {"weight": 1.0}},
+            "objective": section(ObjectiveConfig, beta=0.0),
+        }
+    )
+
+
+def _collect(teacher: str, student: str, data: dict | None = None) -> dict:
+    return _writing(student) | {
+        "stage": "collect",
+        "teacher": section(ModelSource, path=teacher),
+        "data": data or _chains("train", 1024, stream=4),
+        "reward": section(RLTRewardConfig),
+        "collect": section(
+            CollectConfig, batch_size=128, classify=KIND if data is None else ""
+        ),
+    }
+
+
+def _evaluate(
+    model: str, data: dict | None = None, samples: int = 4, keep_right: bool = False
+) -> dict:
+    return {
+        "stage": "evaluate",
+        "model": section(ModelSource, path=model),
+        "template": TEMPLATE,
+        "data": data or _chains("test", 256, stream=5),
+        "predictions": "",
+        "sampling": _sampling(),
+        "engine": _engine(),
+        "evaluate": section(
+            EvaluateConfig,
+            batch_size=128,
+            samples_per_problem=samples,
+            keep_right=keep_right,
+        ),
+        "mesh": section(MeshConfig),
+    }
+
+
+def _score(teacher: str, student: str, path: str, controls: bool = False) -> dict:
+    return {
+        "stage": "score",
+        "teacher": section(ModelSource, path=teacher),
+        "student": section(ModelSource, path=student),
+        "students": section(StudentsConfig),
+        "template": TEMPLATE,
+        "data": {"path": path},
+        "reward": section(RLTRewardConfig),
+        "select": section(SelectionConfig),
+        "teacher_temperature": 0.7,
+        "batch_size": 128,
+        "assume_closed": True,
+        "per_token": False,
+        "controls": controls,
+        "num_examples": 4,
+        "mesh": section(MeshConfig),
+    }

@@ -1,0 +1,329 @@
+"""The numbers of a comparison of routes over seeds, and the verdicts on claims.
+
+Two 95% intervals stand beside every mean over runs. The one *over questions* comes from
+the standard errors over the questions of these runs, errors of different runs taken as
+independent: it says how well these very models were measured. The one *over runs* is
+Student's t of the runs' means: it holds what changes from run to run, too, and verdicts
+go by it. Accuracies are shares in JSON and percent where people read.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from rlt_jax.errors import UserError
+from rlt_jax.report.comparison_config import (
+    ClaimConfig,
+    CompareConfig,
+    MeasureConfig,
+    RouteConfig,
+    parts_of,
+)
+from rlt_jax.report.files import Record, read_json, read_lines
+from rlt_jax.report.plots import Z_95
+
+COSTS = ("decoded_tokens", "scored_tokens", "trained_tokens", "flops")
+ONE_RUN = "one run only"
+TOO_WIDE = "in every run, spread between runs too large"
+TOO_FEW = "too few routes"
+
+Interval = Sequence[float]  # low, high
+ByQuestion = dict[str, float]
+
+
+def compare(workdir: Path, config: CompareConfig) -> Record:
+    """All numbers of the comparison, ready for JSON.
+
+    Raises:
+      UserError: a stage that the config names has not left its files, or two routes
+        cannot be compared.
+    """
+    parts = parts_of(config)
+    answers = {
+        name: {
+            seed: _by_question(_folder(workdir, route.evaluation, seed), "correct")
+            for seed in route.seeds
+        }
+        for name, route in parts.routes.items()
+    }
+    routes = {
+        name: _route(workdir, route, answers[name])
+        for name, route in parts.routes.items()
+    }
+    ranked = [parts.routes[name] for name in config.correlation]
+    return {
+        "seeds": list(config.seeds),
+        "routes": routes,
+        "claims": [_claim(claim, parts.routes, answers) for claim in parts.claims],
+        "correlation": _correlation(workdir, ranked, routes)
+        | {"published": config.correlation_published}
+        if ranked
+        else None,
+        "measures": [_measure(workdir, measure) for measure in parts.measures],
+    }
+
+
+def mean_over_questions(values: Iterable[float], what: str) -> tuple[float, float]:
+    """Mean and its standard error.
+
+    >>> mean_over_questions([0.0, 1.0], "a seed")
+    (0.5, 0.5)
+    """
+    array = np.fromiter(values, float)
+    if array.size < 2:
+        raise UserError(f"{what}: a comparison needs two or more questions.")
+    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(array.size))
+
+
+def over_seeds(means: Sequence[float], errors: Sequence[float] | None) -> Record:
+    """Mean over runs, standard deviation and 95% intervals.
+
+    Args:
+      means: of each run.
+      errors: standard errors of each over its questions; None where there are none.
+
+    Returns:
+      mean; standard_deviation and over_runs, None for one run; over_questions, None
+      without `errors`.
+    """
+    n, mean = len(means), math.fsum(means) / len(means)
+    deviation = float(np.std(means, ddof=1)) if n > 1 else None
+    runs = questions = None
+    if deviation is not None:
+        quantile = float(scipy.stats.t.ppf(0.975, n - 1))
+        runs = _around(mean, quantile * deviation / math.sqrt(n))
+    if errors is not None:
+        questions = _around(mean, Z_95 * math.hypot(*errors) / n)
+    return {
+        "mean": mean,
+        "standard_deviation": deviation,
+        "over_runs": runs,
+        "over_questions": questions,
+    }
+
+
+def verdict(
+    over_runs: Interval | None, of_each_run: Sequence[Interval], margin: float = 0.0
+) -> str:
+    """What the intervals of a difference say of a claim that it exceeds the margin.
+
+    Args:
+      over_runs: 95% interval over runs; None for one run.
+      of_each_run: 95% interval of each run over its questions.
+      margin: "opposite" needs a difference beyond it on the other side of zero.
+
+    Returns:
+      "seen" or "opposite" when the interval over runs lies wholly beyond; these words
+      and `TOO_WIDE` when only every run's own interval does; else "not seen". One run
+      decides nothing.
+    """
+    if over_runs is None:
+        return ONE_RUN
+    low, high = over_runs
+    if low > margin:
+        return "seen"
+    if high < -abs(margin):
+        return "opposite"
+    if all(own[0] > margin for own in of_each_run):
+        return f"seen {TOO_WIDE}"
+    if all(own[1] < -abs(margin) for own in of_each_run):
+        return f"opposite {TOO_WIDE}"
+    return "not seen"
+
+
+def correlate(x: Sequence[float], y: Sequence[float], routes: int) -> Record:
+    """Pearson and Spearman with 95% intervals by Fisher's transformation.
+
+    Several runs of one route are not several routes: the width is that of as many points
+    as there are routes. Spearman's has 1.06 times the variance (Fieller, Hartley and
+    Pearson 1957). There is no interval for less than four routes nor at +-1, where the
+    transformation has none, and no value where all x or all y are the same.
+    """
+    found: Record = {"points": len(x)}
+    for name, function, variance in (
+        ("pearson", scipy.stats.pearsonr, 1.0),
+        ("spearman", scipy.stats.spearmanr, 1.06),
+    ):
+        value = interval = None
+        if np.ptp(x) > 0 and np.ptp(y) > 0:
+            value = float(function(x, y).statistic)
+            if routes > 3 and abs(value) < 1 - 1e-9:
+                width = Z_95 * math.sqrt(variance / (routes - 3))
+                z = math.atanh(value)
+                interval = [math.tanh(z - width), math.tanh(z + width)]
+        found[name] = {"value": value, "interval": interval}
+    return found
+
+
+def mean_ranks(rewards: Sequence[ByQuestion]) -> tuple[list[float], int]:
+    """Mean rank of each route's rewards over the questions that all share, 1 the lowest.
+
+    Ties have the mean of their ranks. Returns the number of questions, too.
+
+    >>> mean_ranks([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 2.0, "c": 0.0}])
+    ([1.25, 1.75], 2)
+    """
+    shared = [q for q in rewards[0] if all(q in of_route for of_route in rewards)]
+    if not shared:
+        raise UserError("compare.correlation: the routes' traces share no question.")
+    table = np.array([[of_route[q] for q in shared] for of_route in rewards])
+    ranks = scipy.stats.rankdata(table, axis=0)
+    return [float(rank) for rank in ranks.mean(axis=1)], len(shared)
+
+
+def _route(
+    workdir: Path, route: RouteConfig, answers: Mapping[int, ByQuestion]
+) -> Record:
+    seeds = {}
+    for seed, of_seed in answers.items():
+        what = _folder(workdir, route.evaluation, seed).name
+        accuracy, error = mean_over_questions(of_seed.values(), what)
+        seeds[str(seed)] = {
+            "accuracy": accuracy,
+            "standard_error": error,
+            "questions": len(of_seed),
+        }
+    accuracies = [of_seed["accuracy"] for of_seed in seeds.values()]
+    errors = [of_seed["standard_error"] for of_seed in seeds.values()]
+    return {
+        "label": route.label,
+        "section": route.section,
+        "accuracy": over_seeds(accuracies, errors),
+        "cost": _cost(workdir, route) if route.stages else None,
+        "seeds": seeds,
+    }
+
+
+def _cost(workdir: Path, route: RouteConfig) -> Record:
+    """Seconds and `COSTS` of all stages of the route, and their means over seeds."""
+    seeds = {}
+    for seed in route.seeds:
+        done = [
+            read_json(_folder(workdir, stage, seed) / "done.json")
+            for stage in route.stages
+        ]
+        # A stage need not return a dict, nor cost anything.
+        costs = [(one["summary"] or {}).get("cost") or {} for one in done]
+        seeds[str(seed)] = {"seconds": math.fsum(one["seconds"] for one in done)} | {
+            name: math.fsum(cost.get(name, 0.0) for cost in costs) for name in COSTS
+        }
+    mean = {
+        name: math.fsum(of_seed[name] for of_seed in seeds.values()) / len(seeds)
+        for name in ("seconds", *COSTS)
+    }
+    return {"mean": mean, "seeds": seeds}
+
+
+def _claim(
+    claim: ClaimConfig,
+    routes: Mapping[str, RouteConfig],
+    answers: Mapping[str, Mapping[int, ByQuestion]],
+) -> Record:
+    better, worse = answers[claim.better], answers[claim.worse]
+    seeds = {}
+    for seed in (seed for seed in better if seed in worse):
+        more, less = better[seed], worse[seed]
+        if more.keys() != less.keys():
+            raise UserError(
+                f"compare: the routes {claim.better!r} and {claim.worse!r} of seed "
+                f"{seed} cannot be compared question by question: they answered "
+                f"{len(more)} and {len(less)} questions, {len(more.keys() & less)} of "
+                "them the same. Evaluate both on the same questions."
+            )
+        differences = (more[question] - less[question] for question in more)
+        mean, error = mean_over_questions(differences, f"seed {seed}")
+        seeds[str(seed)] = {
+            "difference": mean,
+            "standard_error": error,
+            "interval": _around(mean, Z_95 * error),
+        }
+    found = over_seeds(
+        [one["difference"] for one in seeds.values()],
+        [one["standard_error"] for one in seeds.values()],
+    )
+    own = [one["interval"] for one in seeds.values()]
+    return {
+        "title": claim.title,
+        "section": claim.section,
+        "published": claim.published,
+        "better": routes[claim.better].label,
+        "worse": routes[claim.worse].label,
+        "margin": claim.margin,
+        "verdict": verdict(found["over_runs"], own, claim.margin),
+        "difference": found,
+        "seeds": seeds,
+    }
+
+
+def _correlation(
+    workdir: Path, ranked: Sequence[RouteConfig], routes: Mapping[str, Record]
+) -> Record:
+    shared = [s for s in ranked[0].seeds if all(s in route.seeds for route in ranked)]
+    if not shared:
+        raise UserError("compare.correlation: its routes share no seed.")
+    seeds, pooled = {}, []
+    for seed in shared:
+        rewards = [
+            _by_question(_folder(workdir, route.traces, seed), "reward")
+            for route in ranked
+        ]
+        ranks, questions = mean_ranks(rewards)
+        scores = [routes[r.name]["seeds"][str(seed)]["accuracy"] for r in ranked]
+        pooled += zip(ranks, scores)
+        seeds[str(seed)] = correlate(ranks, scores, len(ranked)) | {
+            "questions": questions,
+            "routes": {
+                route.name: {"mean_rank": rank, "accuracy": score}
+                for route, rank, score in zip(ranked, ranks, scores)
+            },
+        }
+    together = correlate(*zip(*pooled), len(ranked))
+    interval = together["pearson"]["interval"]
+    return {
+        "routes": {route.name: route.label for route in ranked},
+        "verdict": verdict(interval, [[-1.0, 1.0]]) if interval else TOO_FEW,
+        "pooled": together,
+        "seeds": seeds,
+    }
+
+
+def _measure(workdir: Path, measure: MeasureConfig) -> Record:
+    seeds = {}
+    for seed in measure.seeds:
+        file = _folder(workdir, measure.folder, seed) / measure.file
+        value: Any = read_json(file)
+        for name in measure.key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, int | float):
+            raise UserError(
+                f"compare.measures: {measure.label!r}: {file} has no number "
+                f"{measure.key!r}."
+            )
+        seeds[str(seed)] = float(value)
+    return {
+        "label": measure.label,
+        "section": measure.section,
+        **over_seeds(list(seeds.values()), None),
+        "seeds": seeds,
+    }
+
+
+def _by_question(folder: Path, key: str) -> ByQuestion:
+    """Mean of a key over the rows of each question of an evaluation or of scores."""
+    file = "samples.jsonl" if key == "correct" else "scores.jsonl"
+    values: dict[str, list[float]] = {}
+    for row in read_lines(folder / file):
+        values.setdefault(row["question"], []).append(float(row[key]))
+    return {question: math.fsum(all_) / len(all_) for question, all_ in values.items()}
+
+
+def _folder(workdir: Path, pattern: str, seed: int) -> Path:
+    return workdir / pattern.replace("{seed}", str(seed))
+
+
+def _around(middle: float, half: float) -> list[float]:
+    return [middle - half, middle + half]

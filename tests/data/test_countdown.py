@@ -1,0 +1,153 @@
+"""Countdown: puzzles can be solved, and only right solutions are accepted."""
+
+import numpy as np
+import pytest
+
+from rlt_jax.data.tasks import countdown
+from rlt_jax.errors import UserError
+
+SMALL = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
+ANSWER = "25 from 3, 4, 7"
+
+
+@pytest.mark.parametrize("limits", [{}, SMALL, {"numbers": 5, "signs": "-+*"}])
+def test_every_problem_has_its_solution(limits: dict) -> None:
+    found = countdown.problems("train", 200, seed=0, **limits)
+    assert len({problem.question for problem in found}) == 200
+    for problem in found:
+        assert problem.question == f"Make {problem.answer}."
+        assert countdown.is_solution(problem.solution, problem.answer)
+
+
+def test_careful_steps_are_true_and_use_every_number_once() -> None:
+    kinds = {"careful": 1.0}
+    for problem, explanation in countdown.traces("train", 200, 1, kinds):
+        target, _, given = problem.answer.partition(" from ")
+        pool = [int(number) for number in given.split(", ")]
+        for step in explanation.split(" "):
+            left, _, right = step.partition("=")
+            value = eval(left)  # our own text: digits and one sign
+            assert value == int(right)
+            for number in map(
+                int,
+                left.replace("-", "+").replace("*", "+").replace("/", "+").split("+"),
+            ):
+                pool.remove(number)
+            pool.append(value)
+        assert pool == [int(target)]
+
+
+def test_a_wrong_step_is_false_and_the_others_are_true() -> None:
+    for _, explanation in countdown.traces("train", 200, 1, {"wrong": 1.0}):
+        steps = [step.partition("=") for step in explanation.split(" ")]
+        assert [eval(left) == int(right) for left, _, right in steps] == [
+            True,
+            True,
+            False,
+        ]
+
+
+def test_kinds_come_in_their_shares() -> None:
+    kinds = {"careful": 0.5, "skipping": 0.25, "restating": 0.25}
+    written = [
+        explanation for _, explanation in countdown.traces("train", 400, 2, kinds)
+    ]
+    restating = sum(text.startswith("it is ") for text in written)
+    assert 70 < restating < 130
+    assert 150 < sum(" " in text and "it" not in text for text in written) < 250
+
+
+def test_train_and_test_share_no_numbers_with_the_same_target() -> None:
+    def keys(split: str, seed: int) -> set:
+        found = countdown.problems(split, 300, seed, **SMALL)
+        parts = [problem.answer.partition(" from ") for problem in found]
+        return {(target, *sorted(given.split(", "))) for target, _, given in parts}
+
+    train = keys("train", 0) | keys("train", 1)
+    assert not train & (keys("test", 0) | keys("test", 1))
+
+
+def test_the_seed_and_the_stream_decide() -> None:
+    first = countdown.problems("train", 50, seed=3)
+    assert first == countdown.problems("train", 50, seed=3)
+    assert first != countdown.problems("train", 50, seed=4)
+    assert first != countdown.problems("train", 50, seed=3, stream=1)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "7*4-3",
+        " 4 * 7 - 3 ",
+        "(7*4)-3",
+        "7*4-3=25",
+        "7 \\times 4 - 3 = 25",
+        "$7×4−3$",
+        "so it is \\boxed{7*4-3}",
+    ],
+)
+def test_right_solutions_are_accepted(prediction: str) -> None:
+    assert countdown.is_solution(prediction, ANSWER)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "25",
+        "7*4-3=24",
+        "7*4-3=",
+        "7*4",
+        "7*4-3+3-3",
+        "7*4-(1+2)",
+        "74-3",
+        "4**7-3",
+        "7//4-3",
+        "-3+7*4",
+        "7*4-3 7",
+        "7(4)-3",
+        "7*4-3j",
+        "__import__('os')",
+        "lambda: 0",
+        "7*4-(3",
+        "7/(4-4)",
+        "(" * 3000 + "7*4-3" + ")" * 3000,
+        "9" * 100_000,
+        "",
+        "\0",
+        "07*4-3",
+    ],
+)
+def test_everything_else_is_refused(prediction: str) -> None:
+    assert not countdown.is_solution(prediction, ANSWER)
+
+
+def test_division_is_exact() -> None:
+    assert countdown.is_solution("8/(3-8/3)", "24 from 3, 3, 8, 8")
+    assert not countdown.is_solution("7/2", "3 from 2, 7")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "dev"}, "train or test"),
+        ({"signs": "+^"}, "signs"),
+        ({"numbers": 1}, "at least two numbers"),
+        ({"numbers": 2, "max_number": 3}, "found .* of 300"),
+        ({"kinds": {"careful": 0.5}}, "sum to 1"),
+    ],
+)
+def test_bad_settings(changes: dict, message: str) -> None:
+    settings = {"split": "train", "size": 300, "seed": 0, "kinds": {"careful": 1.0}}
+    with pytest.raises(UserError, match=message):
+        countdown.traces(**settings | changes)
+
+
+def test_values_of_a_chosen_puzzle() -> None:
+    puzzle = countdown.Puzzle(
+        (3, 4, 7), 25, ((7, "*", 4, 28), (28, "-", 3, 25)), "7*4-3"
+    )
+    rng = np.random.default_rng(0)
+    assert puzzle.problem == ("Make 25 from 3, 4, 7.", "7*4-3", ANSWER)
+    assert countdown.explain(puzzle, "careful", rng) == "7*4=28 28-3=25"
+    assert countdown.explain(puzzle, "skipping", rng) == "7*4-3=25"
+    assert countdown.explain(puzzle, "restating", rng) == "it is 7*4-3"

@@ -1,0 +1,373 @@
+"""Routes over seeds: statistics by hand, made-up workdirs, and the command itself."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlt_jax.errors import UserError
+from rlt_jax.report import comparison, comparison_plots
+from rlt_jax.report.comparison import TOO_FEW, TOO_WIDE, compare
+from rlt_jax.report.comparison_config import CompareConfig
+from rlt_jax.report.comparison_pages import write_comparison
+
+ROOT = Path(__file__).parents[2]
+PNG = b"\x89PNG\r\n\x1a\n"
+T_2 = 4.302653  # 97.5% quantile of Student's t with two degrees of freedom
+HOSTILE = '<script>alert(1)</script> | $x^2$ & "é" \''
+
+# Right answers to four questions, two samples each, for each seed.
+MARKS = {
+    "rlt": {
+        10: [[1, 1], [1, 1], [1, 1], [1, 0]],
+        11: [[1, 1], [1, 1], [1, 0], [1, 0]],
+        12: [[1, 1], [1, 1], [1, 1], [1, 1]],
+    },
+    "warmup": {
+        10: [[0, 0], [0, 0], [1, 0], [0, 0]],
+        11: [[1, 0], [0, 1], [0, 0], [0, 0]],
+        12: [[0, 0], [0, 0], [0, 0], [0, 0]],
+    },
+    "copy": {seed: [[1, 0], [1, 1], [0, 0], [0, 1]] for seed in (10, 11, 12)},
+    "same": {seed: [[1, 1], [0, 1], [0, 0], [1, 0]] for seed in (10, 11, 12)},
+}
+# Rewards of the traces of two questions; the third is not in all routes.
+REWARDS = {"rlt": [-1.0, -1.0], "warmup": [-3.0, -2.0], "copy": [-2.0, -2.0]}
+REWARDS["same"] = [-4.0, -5.0, 0.0]
+
+
+def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    for name, seeds in MARKS.items():
+        for seed, marks in seeds.items():
+            rows = [
+                {"question": f"{HOSTILE} {q}", "correct": bool(mark)}
+                for q, of_question in enumerate(marks)
+                for mark in of_question
+            ]
+            _write(tmp_path / f"{name}_eval_{seed}" / "samples.jsonl", rows)
+            # Two traces a question, whose mean is the reward above.
+            scores = [
+                {"question": f"q{q}", "reward": reward + side}
+                for q, reward in enumerate(REWARDS[name])
+                for side in (-0.25, 0.25)
+            ]
+            _write(tmp_path / f"{name}_score_{seed}" / "scores.jsonl", scores)
+            cost = {"decoded_tokens": 100.0 * seed, "flops": 1e12 * seed}
+            done = {"seconds": float(seed), "summary": {"cost": cost, "a": {"b": seed}}}
+            _write(tmp_path / f"{name}_rl_{seed}" / "done.json", [done])
+    _write(tmp_path / "pretrain" / "done.json", [{"seconds": 5.0, "summary": None}])
+    return tmp_path
+
+
+def _routes(**changes: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "label": f"{HOSTILE} {name}",
+            "section": "1 Traces" if name != "same" else "2 Others",
+            "evaluation": f"{name}_eval_{{seed}}",
+            "stages": ["pretrain", f"{name}_rl_{{seed}}"],
+            "traces": f"{name}_score_{{seed}}",
+        }
+        | changes
+        for name in MARKS
+    ]
+
+
+def _config(**changes: Any) -> CompareConfig:
+    claim = {"title": "RLT helps", "published": "It did.", "section": "1 Traces"}
+    values = {
+        "seeds": (10, 11, 12),
+        "routes": _routes(),
+        "claims": [
+            claim | {"better": "rlt", "worse": "warmup"},
+            claim | {"better": "warmup", "worse": "rlt", "section": "2 Others"},
+            claim | {"better": "copy", "worse": "same"},
+        ],
+        "measures": [
+            {"label": HOSTILE, "folder": "rlt_rl_{seed}", "key": "summary.a.b"},
+        ],
+        "correlation": ("rlt", "warmup", "copy", "same"),
+    }
+    return CompareConfig(**values | changes)
+
+
+def test_a_claim_equals_hand_computed_numbers(workdir: Path) -> None:
+    seen, opposite, nothing = compare(workdir, _config())["claims"]
+    # Differences of the questions: seed 10: 1, 1, 0.5, 0.5; 11: all 0.5; 12: all 1.
+    error = (0.25 / 3) ** 0.5 / 2
+    assert seen["seeds"]["10"] == {
+        "difference": pytest.approx(0.75),
+        "standard_error": pytest.approx(error),
+        "interval": pytest.approx([0.75 - 1.96 * error, 0.75 + 1.96 * error]),
+    }
+    assert [seen["seeds"][seed]["difference"] for seed in ("11", "12")] == [0.5, 1.0]
+    runs, questions = T_2 * 0.25 / 3**0.5, 1.96 * error / 3
+    assert seen["difference"] == {
+        "mean": pytest.approx(0.75),
+        "standard_deviation": pytest.approx(0.25),
+        "over_runs": pytest.approx([0.75 - runs, 0.75 + runs]),
+        "over_questions": pytest.approx([0.75 - questions, 0.75 + questions]),
+    }
+    assert (seen["verdict"], opposite["verdict"]) == ("seen", "opposite")
+    # Questions differ, and yet the effect is exactly zero in every run.
+    assert nothing["difference"]["mean"] == nothing["seeds"]["10"]["difference"] == 0
+    assert nothing["seeds"]["10"]["standard_error"] > 0
+    assert nothing["verdict"] == "not seen"
+
+
+@pytest.mark.parametrize(
+    ("runs", "own", "margin", "expected"),
+    [
+        ((0.1, 0.2), [(0.1, 0.2), (-0.1, 0.3)], 0.0, "seen"),
+        ((-0.2, -0.1), [(-0.2, 0.1)], 0.0, "opposite"),
+        ((0.0, 0.2), [(0.1, 0.2), (0.0, 0.3)], 0.0, "not seen"),
+        ((0.0, 0.0), [(0.0, 0.0), (0.0, 0.0)], 0.0, "not seen"),
+        ((-0.1, 0.9), [(0.1, 0.2), (0.5, 0.6)], 0.0, f"seen {TOO_WIDE}"),
+        ((-0.9, 0.1), [(-0.2, -0.1), (-0.6, -0.5)], 0.0, f"opposite {TOO_WIDE}"),
+        ((0.1, 0.2), [(0.1, 0.2)], 0.15, "not seen"),
+        ((0.16, 0.2), [(0.1, 0.2)], 0.15, "seen"),
+        ((-0.1, 0.1), [(-0.1, 0.1)], 0.15, "not seen"),
+        ((-0.2, -0.1), [(-0.2, 0.0)], 0.15, "not seen"),
+        ((-0.3, -0.2), [(-0.3, -0.2)], 0.15, "opposite"),
+        ((-0.01, 0.02), [(-0.1, 0.1)], -0.02, "seen"),
+        (None, [(0.1, 0.2)], 0.0, "one run only"),
+    ],
+)
+def test_verdicts(runs: Any, own: Any, margin: float, expected: str) -> None:
+    assert comparison.verdict(runs, own, margin) == expected
+
+
+def test_a_single_run_gives_no_verdict_and_no_interval_over_runs(workdir: Path) -> None:
+    found = compare(workdir, _config(seeds=(10,)))
+    assert {claim["verdict"] for claim in found["claims"]} == {"one run only"}
+    difference = found["claims"][0]["difference"]
+    assert difference["over_runs"] is difference["standard_deviation"] is None
+    assert difference["over_questions"] == found["claims"][0]["seeds"]["10"]["interval"]
+    write_comparison(workdir, _config(seeds=(10,)))
+    page = (workdir / "comparison" / "index.html").read_text(encoding="utf-8")
+    assert "One run only:" in page
+    assert "seed 75.0)." in page
+
+
+def test_routes_need_not_have_all_seeds(workdir: Path) -> None:
+    routes = _routes()
+    routes[1]["seeds"] = (12, 10)
+    found = compare(workdir, _config(routes=routes))
+    assert list(found["claims"][0]["seeds"]) == ["10", "12"]
+    assert list(found["correlation"]["seeds"]) == ["10", "12"]
+    assert list(found["routes"]["rlt"]["seeds"]) == ["10", "11", "12"]
+
+
+def test_routes_and_costs_equal_hand_computed_numbers(workdir: Path) -> None:
+    route = compare(workdir, _config())["routes"]["rlt"]
+    # Accuracies 7/8, 6/8 and 1; of the first the questions' are 1, 1, 1, 0.5.
+    assert route["accuracy"]["mean"] == pytest.approx(0.875)
+    assert route["accuracy"]["standard_deviation"] == pytest.approx(0.125)
+    assert route["seeds"]["10"] == {
+        "accuracy": pytest.approx(0.875),
+        "standard_error": pytest.approx(0.25 / 2),
+        "questions": 4,
+    }
+    # The shared stage costs its seconds alone.
+    assert route["cost"]["mean"] == {
+        "seconds": pytest.approx(11.0 + 5.0),
+        "decoded_tokens": pytest.approx(1100.0),
+        "scored_tokens": 0.0,
+        "trained_tokens": 0.0,
+        "flops": pytest.approx(1.1e13),
+    }
+    assert route["cost"]["seeds"]["12"]["seconds"] == 17.0
+
+
+def test_ranks_and_correlation_of_the_workdir(workdir: Path) -> None:
+    found = compare(workdir, _config())["correlation"]
+    of_seed = found["seeds"]["11"]
+    ranks = {name: run["mean_rank"] for name, run in of_seed["routes"].items()}
+    # First question: same, warm-up, copy, RLT; second: warm-up and copy tie.
+    assert ranks == {"rlt": 4.0, "warmup": 2.25, "copy": 2.75, "same": 1.0}
+    assert of_seed["questions"] == 2
+    assert found["pooled"]["points"] == 12
+    # Accuracies 0.75, 0.25, 0.5, 0.5 against these ranks.
+    x, y = [1.5, -0.25, 0.25, -1.5], [0.25, -0.25, 0.0, 0.0]
+    above = sum(a * b for a, b in zip(x, y))
+    below = (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
+    assert of_seed["pearson"]["value"] == pytest.approx(above / below)
+    three = _config(correlation=("rlt", "warmup", "copy"))
+    assert compare(workdir, three)["correlation"]["verdict"] == TOO_FEW
+
+
+def test_correlation_equals_textbook_numbers() -> None:
+    found = comparison.correlate([1, 2, 3, 4], [1, 3, 2, 4], routes=4)
+    # atanh(0.8) = 1.0986, less and more 1.96 and 1.96 * sqrt(1.06).
+    assert found["points"] == 4
+    assert found["pearson"]["value"] == pytest.approx(0.8)
+    assert found["pearson"]["interval"] == pytest.approx([-0.697, 0.9956], abs=1e-3)
+    assert found["spearman"]["interval"] == pytest.approx([-0.7255, 0.9961], abs=1e-3)
+    # Runs of the same four routes tell more points, not more routes.
+    more = comparison.correlate([1, 2, 3, 4] * 3, [1, 3, 2, 4] * 3, routes=4)
+    interval = pytest.approx(found["pearson"]["interval"])
+    assert more["pearson"] == {"value": pytest.approx(0.8), "interval": interval}
+    assert more["points"] == 12
+    perfect = comparison.correlate([1, 2, 3, 4], [1, 2, 3, 4], routes=4)
+    assert perfect["spearman"] == {"value": pytest.approx(1.0), "interval": None}
+    flat = comparison.correlate([1, 2, 3, 4], [1, 1, 1, 1], routes=4)
+    assert flat["pearson"] == {"value": None, "interval": None}
+
+
+def test_measures_are_read_by_their_path(workdir: Path) -> None:
+    (measure,) = compare(workdir, _config())["measures"]
+    assert measure["seeds"] == {"10": 10.0, "11": 11.0, "12": 12.0}
+    assert measure["mean"] == pytest.approx(11.0)
+    assert measure["standard_deviation"] == pytest.approx(1.0)
+    for key in ("summary.a.c", "summary.a", "seconds.b"):
+        wrong = {"label": "x", "folder": "rlt_rl_{seed}", "key": key}
+        with pytest.raises(UserError, match=f"done.json has no number '{key}'"):
+            compare(workdir, _config(measures=[wrong]))
+
+
+def test_page_markdown_and_pictures(workdir: Path) -> None:
+    counts = write_comparison(workdir, _config())
+    assert counts == {
+        "routes": 4,
+        "verdicts": {"seen": 1, "opposite": 1, "not seen": 1},
+    }
+    folder = workdir / "comparison"
+    names = {"routes", "claims", "correlation", "costs"}
+    assert {file.stem for file in folder.glob("*.png")} == names
+    assert all(file.read_bytes().startswith(PNG) for file in folder.glob("*.png"))
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,iVBOR") == len(names)
+    assert "<script" not in page
+    assert "75.0 points above" in page
+    assert "95% over runs 12.9 to 137.1; 95% over questions 65.6 to 84.4" in page
+    assert "seeds 75.0, 50.0, 100.0)" in page
+    assert "75.0 points below" in page
+    found = json.loads((workdir / "comparison.json").read_text(encoding="utf-8"))
+    assert found["claims"][0]["sentence"].startswith("Seen: <script>")
+    markdown = (workdir / "comparison.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert any("87.5 ± 31.1 | ± " in line for line in tables)
+    # Cells that hold a bar do not add columns.
+    widths = {line.replace("\\|", "").count("|") for line in tables}
+    assert widths == {5, 7}
+
+
+def test_a_comparison_of_routes_alone(workdir: Path) -> None:
+    routes = _routes(stages=(), section="")
+    config = _config(routes=routes, claims=(), measures=(), correlation=())
+    write_comparison(workdir, config)
+    folder = workdir / "comparison"
+    assert [file.stem for file in folder.glob("*.png")] == ["routes"]
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert not [word for word in ("Costs", "claims", "Fisher") if word in page]
+
+
+def test_other_questions_are_refused(workdir: Path) -> None:
+    file = workdir / "rlt_eval_11" / "samples.jsonl"
+    file.write_text(file.read_text().replace("' 3", "' 4"))
+    with pytest.raises(UserError, match="'rlt' and 'warmup' of seed 11.*3 of them the"):
+        compare(workdir, _config())
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("warmup_eval_12", "samples.jsonl"),
+        ("rlt_rl_10", "done.json"),
+        ("copy_score_11", "scores.jsonl"),
+    ],
+)
+def test_a_missing_stage_is_named(workdir: Path, folder: str, file: str) -> None:
+    (workdir / folder / file).unlink()
+    (workdir / folder).rmdir()
+    with pytest.raises(UserError, match=f"{file} is missing. The stage '{folder}'"):
+        compare(workdir, _config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ()}, "one or more"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"routes": _routes(name="rlt")}, r"routes\[1\]: the name 'rlt' is taken"),
+        ({"routes": _routes(seeds=(7,))}, r"routes\[0\].seeds: 7 is not in"),
+        ({"routes": _routes(colour="red")}, r"routes\[0\]: unknown key 'colour'"),
+        ({"routes": {"rlt": {}}}, r"routes\[0\] is 'rlt'; give it as keys"),
+        ({"routes": _routes(traces="")}, "the route 'rlt' has no traces"),
+        ({"correlation": ("rlt", "copy")}, "three or more"),
+        ({"correlation": ("sft",)}, "no route 'sft'; there are rlt, warmup"),
+        ({"claims": [{"title": "x"}]}, r"claims\[0\]: the key 'published' is missing"),
+        ({"measures": [{"label": "x"}]}, r"measures\[0\]: the key 'folder'"),
+    ],
+)
+def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _config(**changes)
+
+
+def test_claims_need_a_shared_seed() -> None:
+    routes = _routes()
+    routes[0]["seeds"], routes[1]["seeds"] = (10,), (11,)
+    with pytest.raises(UserError, match="its two routes share no seed"):
+        _config(routes=routes)
+
+
+def test_labels_keep_apart() -> None:
+    moved = comparison_plots.spread_out([0.1, 0.9, 0.9, 0.95], [0.2] * 4)
+    assert moved == pytest.approx([0.1, 0.5, 0.7, 0.9])
+
+
+def test_the_command(workdir: Path) -> None:
+    file = workdir / "config.py"
+    file.write_text(
+        f"""
+from rlt_jax.report.comparison_config import CompareConfig
+from rlt_jax.settings import section
+import ml_collections
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.pipeline = ("compare",)
+    config.compare = section(
+        CompareConfig,
+        seeds=(10, 11, 12),
+        routes={tuple(_routes())!r},
+        claims=({{"title": "t", "published": "p", "better": "rlt", "worse": "copy"}},),
+    )
+    config.compare.stage = "compare"
+    return config
+"""
+    )
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "rlt_jax.main"),
+            *(f"--config={file}", f"--workdir={workdir}"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((workdir / "comparison.json").read_text(encoding="utf-8"))
+    # RLT less copy: 0.875, 0.75 and 1 less 0.5.
+    seeds = found["claims"][0]["seeds"].values()
+    assert [of_seed["difference"] for of_seed in seeds] == [0.375, 0.25, 0.5]
+    done = json.loads((workdir / "compare" / "done.json").read_text())
+    assert done["summary"] == {"routes": 4, "verdicts": {"seen": 1}}
+    assert (workdir / "comparison" / "index.html").is_file()
