@@ -28,6 +28,7 @@ setuptools.setup(
         "numpy",
         "optax",
         "orbax-checkpoint>=0.11",
+        "pebble",
         "pyarrow",
         "qwix>=0.1.8",
         "safetensors",

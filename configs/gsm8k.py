@@ -123,6 +123,7 @@ def _evaluate(model: dict[str, Any], test: Any) -> dict[str, Any]:
         "model": model,
         "template": TEMPLATE,
         "data": {"task": "gsm8k", "path": test, "limit": 8},
+        "predictions": "",
         "sampling": {"max_new_tokens": 96, "temperature": 0.7},
         "engine": {"slots": 32},
         "evaluate": {"batch_size": 8},

@@ -76,6 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
             "model": section(ModelSource, path=model),
             "template": "tiny",
             "data": _problems("test", 256, stream=5),
+            "predictions": "",
             "sampling": _sampling(),
             "engine": _engine(),
             "evaluate": section(EvaluateConfig, batch_size=128, samples_per_problem=4),

@@ -1,5 +1,6 @@
 """Sources of problems and traces, and the Grain iterators over them."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,15 +11,29 @@ import numpy as np
 from rlt_jax import settings
 from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Row
-from rlt_jax.data.tasks import arithmetic, countdown, gsm8k
+from rlt_jax.data.tasks import arithmetic, benchmarks, countdown, gpqa, gsm8k
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
+
+
+def file_problems(
+    path: str, template: Template, limit: int | None = None, grader: str = "math"
+) -> list[Problem]:
+    """Problems of the user's files, the first `limit`; see `files.read_problems`."""
+    problems = files.read_problems(path, template)[:limit]
+    return [problem._replace(grader=grader) for problem in problems]
+
 
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "arithmetic": arithmetic.problems,
     "countdown": countdown.problems,
     "gsm8k": gsm8k.problems,
-    "file": files.read_problems,
+    **{
+        name: functools.partial(benchmarks.problems, name)
+        for name in benchmarks.SOURCES
+    },
+    "gpqa": gpqa.problems,
+    "file": file_problems,
 }
 TRACES: dict[str, Callable[..., list[Trace]]] = {
     "arithmetic": arithmetic.traces,

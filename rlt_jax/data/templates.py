@@ -24,11 +24,19 @@ ASSETS = Path(__file__).parent / "assets" / "templates"
 
 
 class Problem(NamedTuple):
-    """A question with its known solution and, where it can be graded, its answer."""
+    """A question with its known solution and, where it can be graded, its answer.
+
+    Attributes:
+      question: as it is asked.
+      solution: as a student shall write it.
+      answer: what a grader compares with; None where there is none.
+      grader: how, one of `rlt_jax.rl.grading.GRADERS`.
+    """
 
     question: str
     solution: str
     answer: str | None = None
+    grader: str = "math"
 
 
 class Trace(NamedTuple):
@@ -117,6 +125,12 @@ class Template:
         """
         _, tag, text = completion.rpartition(self.solution_tags[0])
         return text.partition(self.solution_tags[1])[0].strip() if tag else None
+
+    def thought_of(self, completion: str) -> str | None:
+        """The student's first whole thought, None when there is none."""
+        _, opened, rest = completion.partition(self.thought_tags[0])
+        text, closed, _ = rest.partition(self.thought_tags[1])
+        return text if opened and closed else None
 
 
 def load_template(name: str) -> Template:

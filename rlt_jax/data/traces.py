@@ -64,11 +64,22 @@ def read_problems(
 ) -> list[Problem]:
     """Reads the problems of the same files as `read_traces`; traces are ignored.
 
+    A row with an answer needs no solution: the answer is one.
+
     Raises:
       UserError: as `read_traces`, but a row needs no trace.
     """
     rows = itertools.islice(_rows(path), limit)
-    return [_problem(where, row, template) for where, row in rows]
+    return [
+        _problem(where, _with_solution(where, row), template) for where, row in rows
+    ]
+
+
+def _with_solution(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    answer = _answer(where, row.get("answer"))
+    if row.get("solution") is not None or answer is None:
+        return row
+    return row | {"solution": answer}
 
 
 def read_completions(

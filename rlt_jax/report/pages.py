@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import jinja2
 
 from rlt_jax.errors import UserError
-from rlt_jax.report import plots
+from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import Record, read_json, read_lines
 
 OUT = "report"  # folder of the page in the workdir
@@ -115,36 +114,16 @@ def _accuracies(
         summary[f"accuracy_{label}_standard_error"] = result["standard_error"]
     if len(results) > 1:
         before, after = list(results)[-2:]
-        difference, error = _paired_difference(before, after, answers)
-        summary["accuracy_difference"] = difference
-        summary["accuracy_difference_standard_error"] = error
+        compared = statistics.compare(
+            statistics.accuracy_by_question(answers[after]),
+            statistics.accuracy_by_question(answers[before]),
+            (after, before),
+        )
+        for name, value in compared._asdict().items():
+            key = "accuracy_difference"
+            summary[key if name == "difference" else f"{key}_{name}"] = value
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
     return summary
-
-
-def _paired_difference(
-    before: str, after: str, answers: Mapping[str, Sequence[Record]]
-) -> tuple[float, float]:
-    """Mean over questions of accuracy after minus before, and its standard error."""
-    old = _accuracy_by_question(answers[before])
-    new = _accuracy_by_question(answers[after])
-    if old.keys() != new.keys() or len(old) < 2:
-        raise UserError(
-            f"the evaluations {before!r} and {after!r} cannot be compared question by "
-            f"question: they answered {len(old)} and {len(new)} questions, "
-            f"{len(old.keys() & new.keys())} of them the same. Evaluate both on the "
-            "same two or more questions."
-        )
-    differences = [new[question] - old[question] for question in old]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences), error
-
-
-def _accuracy_by_question(samples: Sequence[Record]) -> dict[str, float]:
-    correct: dict[str, list[bool]] = {}
-    for sample in samples:
-        correct.setdefault(sample["question"], []).append(sample["correct"])
-    return {question: statistics.fmean(marks) for question, marks in correct.items()}
 
 
 def _seconds(workdir: Path) -> Record:

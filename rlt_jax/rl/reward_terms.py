@@ -17,7 +17,7 @@ import numpy as np
 from rlt_jax.data.controls import copied_share
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
-from rlt_jax.rl.grading import is_correct
+from rlt_jax.rl.grading import grade
 from rlt_jax.settings import load_function
 from rlt_jax.training import hosts
 from rlt_jax.types import Reward
@@ -53,15 +53,9 @@ def correctness(
 ) -> np.ndarray:
     """Graded answers; the defaults are those of the published baseline."""
 
-    def grade(problem: Problem, answer: str | None) -> float:
-        if problem.answer is None:
-            question = problem.question[:60]
-            raise UserError(f"correctness: the problem {question!r} has no `answer`.")
-        if answer is None:
-            return unreadable
-        return right if is_correct(answer, problem.answer) else wrong
-
-    return np.array(list(map(grade, written.problems, written.answers)))
+    correct = [v.correct for v in grade(written.problems, written.answers)]
+    missing = [answer is None for answer in written.answers]
+    return np.where(missing, unreadable, np.where(correct, right, wrong))
 
 
 def length(written: Written, budget: int) -> np.ndarray:

@@ -1,25 +1,33 @@
-"""Stage `evaluate`: a student answers held-out questions, the answers are graded.
+"""Stage `evaluate`: answers to held-out questions are sampled, or read, and graded.
 
-Writes `samples.jsonl`, every completion with its verdict, and `results.json`.
+Writes `samples.jsonl`, every completion with its verdict, and `results.json`; where asked
+for also `traces.jsonl`, the right completions for `sft` to learn from.
 """
 
 import dataclasses
+import functools
 import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
+import tqdm
 
+from rlt_jax.costs.spent import writing_cost
 from rlt_jax.data import examples
-from rlt_jax.data.templates import load_template
+from rlt_jax.data.predictions import read_predictions
+from rlt_jax.data.templates import Problem, Template, load_template
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
 from rlt_jax.inference.stored import complete_stored, in_order
-from rlt_jax.rl.grading import is_correct
+from rlt_jax.report import statistics
+from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import load_engine, load_problems
 from rlt_jax.training import checkpoint, hosts, sharding
@@ -37,17 +45,31 @@ class EvaluateConfig:
 
     Attributes:
       batch_size: rows of samples.jsonl written at once.
-      samples_per_problem: k, completions of each question.
+      samples_per_problem: k, completions of each question; of predictions, as many as
+        there are.
+      untagged: what becomes of a completion without the template's solution tags:
+        "wrong", or "whole", all of its text is graded.
+      compare_with: folder of another evaluation of the same questions, or its
+        samples.jsonl; "" for none.
+      keep_right: whether right completions with a thought are written as traces.
     """
 
     batch_size: int
     samples_per_problem: int = 1
+    untagged: str = "wrong"
+    compare_with: str = ""
+    keep_right: bool = False
+
+    def __post_init__(self) -> None:
+        if self.untagged not in ("wrong", "whole"):
+            raise UserError(f"evaluate.untagged={self.untagged!r}: wrong or whole.")
 
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": None,
     "data": None,
+    "predictions": None,  # a path, "" for none
     "sampling": SamplingConfig,
     "engine": EngineConfig,
     "evaluate": EvaluateConfig,
@@ -55,62 +77,63 @@ SECTIONS = {
 }
 
 
+class Sample(NamedTuple):
+    """A completion; of predictions nobody knows more than the text."""
+
+    text: str
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    truncated: bool | None = None
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Samples and grades answers; goes on where an earlier run stopped.
 
     Args:
       config: sections `model`, `template`, `data`, `sampling`, `engine`, `evaluate`,
-        `mesh`.
+        `mesh`; and `predictions`, a file of completions, with which no model is loaded.
       workdir: folder of the stage.
       seed: of the sampling.
 
     Returns:
-      Accuracy (pass@1, the mean over samples and questions), its standard error over
-      questions, and the counts.
+      What `results.json` holds, see `summarise`.
     """
     c = build(EvaluateConfig, config.evaluate, "evaluate")
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
-    source = build(checkpoint.ModelSource, config.model, "model")
-    loaded = checkpoint.load(source, mesh, jax.random.key(seed))
-    tokenizer = loaded.tokenizer
     template = load_template(config.template)
     problems = load_problems(config.data, template, seed)
-    if any(problem.answer is None for problem in problems):
-        raise UserError("evaluate: the data needs an 'answer' for every question.")
-    prompts = [
-        tokenizer.encode(examples.student_prompt(tokenizer, template, p.question)).ids
-        for p in problems
-    ]
-    longest = config.sampling.max_new_tokens
-    room = loaded.model.config.max_length - longest
-    what = "question (model max_length - sampling.max_new_tokens)"
-    examples.check_lengths(prompts, room, what)
-    todo = [i for i in range(len(problems)) for _ in range(c.samples_per_problem)]
-    requests = [Request(prompts[i], n, longest) for n, i in enumerate(todo)]
-
-    longest_row = max(map(len, prompts)) + longest
-    engine = load_engine(loaded, config, mesh, longest_row)
+    check_gradable(problems)
+    other = _read_other(c.compare_with, problems)
+    predictions, k = None, c.samples_per_problem
+    if config.predictions:
+        predictions = read_predictions(config.predictions, problems)
+        hosts.agree_on_items("the predictions", predictions)
+        k = len(predictions[0])
+    asked = [problem for problem in problems for _ in range(k)]
     file = workdir / "samples.jsonl"
     first = keep_whole_batches(file, c.batch_size)
-    stored = workdir / "completions.jsonl"
-    key = jax.random.key(seed)
-    with progress(first, len(todo), workdir.name, unit="sample") as bar:
-        stream = complete_stored(
-            stored, engine, loaded.params, requests[first:], key, bar=bar
-        )
-        for batch in in_order(stream, c.batch_size):
-            part = todo[first : first + len(batch)]
-            texts = [examples.completion_text(tokenizer, c.tokens)[0] for c in batch]
-            append_jsonl(
-                file, [_verdict(template, problems[i], t) for i, t in zip(part, texts)]
+    with progress(first, len(asked), workdir.name, unit="sample") as bar:
+        if predictions is None:
+            batches = _sample(config, template, asked, workdir, seed, first, bar)
+        else:
+            batches = _batches(predictions, first, c.batch_size)
+        for batch in batches:
+            part = asked[first : first + len(batch)]
+            hosts.from_first(
+                functools.partial(_append_graded, file, template, c, part, batch)
             )
             first += len(batch)
             bar.update(len(batch))
             hosts.stop_if_asked()
 
-    def write_results() -> dict[str, float]:
-        correct = np.array([row["correct"] for row in read_jsonl(file)], float)
-        results = summarise(correct.reshape(len(problems), c.samples_per_problem))
+    def write_results() -> dict[str, Any]:
+        rows = read_jsonl(file)
+        results = summarise(rows, len(problems))
+        if predictions is None:
+            results["cost"] = _cost(config.model, rows)
+        if c.keep_right:
+            results["traces"] = _write_right(workdir / "traces.jsonl", template, rows)
+        if other:
+            results["difference"] = _difference(c.compare_with, file, other)
         text = json.dumps(results, indent=1) + "\n"
         (workdir / "results.json").write_text(text, encoding="utf-8")
         return results
@@ -118,25 +141,177 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     return hosts.from_first(write_results)
 
 
-def summarise(correct: np.ndarray) -> dict[str, float]:
-    """Accuracy and its standard error over questions, from verdicts [questions, k]."""
-    per_question = correct.mean(axis=1)
-    questions, samples = correct.shape
-    spread = per_question.std(ddof=1) if questions > 1 else 0.0
-    return {
-        "accuracy": float(per_question.mean()),
-        "standard_error": float(spread / np.sqrt(questions)),
+def summarise(rows: Sequence[Mapping[str, Any]], questions: int) -> dict[str, Any]:
+    """What the rows of `samples.jsonl` say, those of a question side by side.
+
+    Returns:
+      accuracy (pass@1, the mean over samples and questions) with its standard error
+      over questions, pass_at_<k> for powers of two and majority_at_<k>, each with a
+      `_standard_error`, and counts.
+    """
+    correct = np.array([row["correct"] for row in rows]).reshape(questions, -1)
+    k = correct.shape[1]
+    read = [row["read"] for row in rows]
+    votes = [read[k * n : k * (n + 1)] for n in range(questions)]
+    powers = [2**i for i in range(k.bit_length())]
+    scores = {f"pass_at_{n}": statistics.pass_at_k(correct, n) for n in powers}
+    scores[f"majority_at_{k}"] = statistics.majority_at_k(correct, votes)
+    accuracy, error = statistics.mean_and_error(correct.mean(axis=1))
+    results = {"accuracy": accuracy, "standard_error": error}
+    for name, by_question in scores.items():
+        mean, error = statistics.mean_and_error(by_question)
+        results |= {name: mean, f"{name}_standard_error": error}
+    errors = Counter(row["error"] for row in rows)
+    is_known = all(row["tokens"] is not None for row in rows)
+    return results | {
         "num_questions": questions,
-        "samples_per_question": samples,
+        "samples_per_question": k,
+        "unreadable": sum(r["read"] is None and r["error"] is None for r in rows),
+        "timed_out": errors["timeout"],
+        "crashed": errors["crash"],
+        "truncated": sum(row["truncated"] for row in rows) if is_known else None,
+        "mean_tokens": float(np.mean([r["tokens"] for r in rows]))
+        if is_known
+        else None,
     }
 
 
-def _verdict(template: Any, problem: Any, completion: str) -> dict[str, Any]:
-    extracted = template.solution_of(completion)
-    return {
-        "question": problem.question,
-        "answer": problem.answer,
-        "completion": completion,
-        "extracted": extracted,
-        "correct": is_correct(extracted, problem.answer),
+def _sample(
+    config: ml_collections.ConfigDict,
+    template: Template,
+    asked: Sequence[Problem],
+    workdir: Path,
+    seed: int,
+    first: int,
+    bar: tqdm.tqdm,
+) -> Iterator[list[Sample]]:
+    """Batches of what the model answers, from the one numbered `first` on."""
+    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    source = build(checkpoint.ModelSource, config.model, "model")
+    loaded = checkpoint.load(source, mesh, jax.random.key(seed))
+    tokenizer = loaded.tokenizer
+    prompts = {
+        question: tokenizer.encode(
+            examples.student_prompt(tokenizer, template, question)
+        ).ids
+        for question in dict.fromkeys(problem.question for problem in asked)
     }
+    longest = config.sampling.max_new_tokens
+    room = loaded.model.config.max_length - longest
+    what = "question (model max_length - sampling.max_new_tokens)"
+    examples.check_lengths(list(prompts.values()), room, what)
+    requests = [
+        Request(prompts[problem.question], n, longest)
+        for n, problem in enumerate(asked)
+    ]
+    longest_row = max(map(len, prompts.values())) + longest
+    engine = load_engine(loaded, config, mesh, longest_row)
+    stored = workdir / "completions.jsonl"
+    key = jax.random.key(seed)
+    stream = complete_stored(
+        stored, engine, loaded.params, requests[first:], key, bar=bar
+    )
+    for batch in in_order(stream, config.evaluate.batch_size):
+        part = asked[first : first + len(batch)]
+        first += len(batch)
+        yield [
+            Sample(
+                examples.completion_text(tokenizer, completion.tokens)[0],
+                len(prompts[problem.question]),
+                len(completion.tokens),
+                not completion.finished,
+            )
+            for problem, completion in zip(part, batch, strict=True)
+        ]
+
+
+def _batches(
+    predictions: Sequence[Sequence[str]], first: int, size: int
+) -> Iterator[list[Sample]]:
+    samples = [Sample(text) for texts in predictions for text in texts]
+    for start in range(first, len(samples), size):
+        yield samples[start : start + size]
+
+
+def _append_graded(
+    file: Path,
+    template: Template,
+    c: EvaluateConfig,
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+) -> None:
+    extracted = [template.solution_of(sample.text) for sample in samples]
+    if c.untagged == "whole":
+        pairs = zip(extracted, samples, strict=True)
+        extracted = [s.text if text is None else text for text, s in pairs]
+    verdicts = grade(problems, extracted)
+    rows = [
+        {
+            "question": problem.question,
+            "answer": problem.answer,
+            "completion": sample.text,
+            "extracted": text,
+            "read": verdict.answer,
+            "correct": verdict.correct,
+            "error": verdict.error,
+            "prompt_tokens": sample.prompt_tokens,
+            "tokens": sample.tokens,
+            "truncated": sample.truncated,
+        }
+        for problem, sample, text, verdict in zip(
+            problems, samples, extracted, verdicts, strict=True
+        )
+    ]
+    append_jsonl(file, rows)
+
+
+def _write_right(
+    file: Path, template: Template, rows: Sequence[Mapping[str, Any]]
+) -> int:
+    """Writes right completions that have a thought as traces; returns their number."""
+    file.unlink(missing_ok=True)
+    traces = [
+        {
+            "question": row["question"],
+            "solution": row["extracted"],
+            "answer": row["answer"],
+            "reasoning_trace": thought,
+        }
+        for row in rows
+        if row["correct"]
+        and (thought := template.thought_of(row["completion"])) is not None
+    ]
+    append_jsonl(file, traces)
+    return len(traces)
+
+
+def _cost(section: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    source = build(checkpoint.ModelSource, section, "model")
+    drawn, prompts = (
+        sum(r[name] for r in rows) for name in ("tokens", "prompt_tokens")
+    )
+    return writing_cost(drawn, prompts, checkpoint.shape_of(source))
+
+
+def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
+    """Question -> accuracy of another evaluation, none without a path."""
+    if not path:
+        return {}
+    file = Path(path)
+    file = file / "samples.jsonl" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(
+            f"evaluate.compare_with={path!r}: there is no {file}; name the folder of a "
+            "complete evaluate stage, or its samples.jsonl."
+        )
+    other = statistics.accuracy_by_question(read_jsonl(file))
+    questions = {problem.question for problem in problems}
+    statistics.check_same_questions(questions, other, ("this one", path))
+    return other
+
+
+def _difference(path: str, file: Path, other: Mapping[str, float]) -> dict[str, Any]:
+    """The paired difference of this evaluation minus the other."""
+    ours = statistics.accuracy_by_question(read_jsonl(file))
+    found = statistics.compare(ours, other, ("this one", path))
+    return {"compared_with": path, **found._asdict()}

@@ -102,7 +102,9 @@ def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
                 lines.seek(0)
                 lines.truncate(lines.read().rfind(b"\n") + 1)
         for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+            text = json.dumps(row, ensure_ascii=False)
+            # Half a surrogate pair becomes the escape that JSON has for it.
+            lines.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

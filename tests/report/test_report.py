@@ -111,6 +111,8 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
     # Accuracy of each question, after minus before: 1, 0, 0, 0.5.
     mean = 1.5 / 4
     variance = ((1 - mean) ** 2 + 2 * mean**2 + (0.5 - mean) ** 2) / 3
+    error = math.sqrt(variance / 4)
+    t_975 = 3.182446  # of Student's distribution with three degrees of freedom
     assert summary == {
         "teacher_reward_warmup": -0.5,
         "teacher_reward_warmup_standard_error": 0.02,
@@ -123,7 +125,10 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
         "accuracy_student_<i>$rlt_traces": 0.75,
         "accuracy_student_<i>$rlt_traces_standard_error": 0.125,
         "accuracy_difference": pytest.approx(mean),
-        "accuracy_difference_standard_error": pytest.approx(math.sqrt(variance / 4)),
+        "accuracy_difference_standard_error": pytest.approx(error),
+        "accuracy_difference_low": pytest.approx(mean - t_975 * error),
+        "accuracy_difference_high": pytest.approx(mean + t_975 * error),
+        "accuracy_difference_p_value": pytest.approx(0.2152, abs=1e-4),
         "n_eval": 4,
         "samples_per_question": 2,
         "seed": 7,

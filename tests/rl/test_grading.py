@@ -1,8 +1,28 @@
 """Verdicts on answers as students write them."""
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import pytest
 
-from rlt_jax.rl.grading import is_correct
+from rlt_jax.data.tasks import benchmarks, gsm8k
+from rlt_jax.data.templates import Problem
+from rlt_jax.errors import UserError
+from rlt_jax.rl import math_answers
+from rlt_jax.rl.grading import MAX_CHARACTERS, Verdict, grade
+
+HANGS = r"\boxed{9^{9^{9^9}}}"  # one computation in C that no signal handler interrupts
+
+
+def graded(prediction: str | None, answer: str, grader: str = "math") -> Verdict:
+    (verdict,) = grade([Problem("q", "s", answer, grader)], [prediction])
+    return verdict
 
 
 @pytest.mark.parametrize(
@@ -19,28 +39,241 @@ from rlt_jax.rl.grading import is_correct
         (r"\boxed{x+1}", "1+x"),
         ("1,000", "1000"),
         ("It is 7.", "7"),
+        ("012", "12"),
+        ("+5", "5"),
     ],
 )
 def test_right_answers_in_other_words(prediction: str, answer: str) -> None:
-    assert is_correct(prediction, answer)
+    assert graded(prediction, answer) == Verdict(True, answer)
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer"),
+    ("prediction", "answer", "read"),
     [
-        (None, "7"),
-        (None, ""),
-        ("", "7"),
-        ("8", "7"),
-        ("-7", "7"),
-        ("70", "7"),
-        ("0.333", "1/3"),
-        (r"First \boxed{4}, but no: \boxed{3}", "4"),
-        (r"The known 7 gives \boxed{8}", "7"),
-        (r"\boxed{", "7"),
-        ("{}{$$", "7"),
-        ("other words", "some words"),
+        (None, "7", None),
+        (None, "", None),
+        ("", "7", None),
+        ("8", "7", "8"),
+        ("-7", "7", "-7"),
+        ("70", "7", "70"),
+        ("007", "8", "7"),
+        ("1,234", "1", "1234"),
+        (r"First \boxed{4}, but no: \boxed{3}", "4", "3"),
+        (r"The known 7 gives \boxed{8}", "7", "8"),
+        ("{}{$$", "7", None),
+        ("other words", "some words", None),
+        (r"\boxed{\frac{6}{4}}", "0.5", "3/2"),
     ],
 )
-def test_wrong_or_missing_answers(prediction: str | None, answer: str) -> None:
-    assert not is_correct(prediction, answer)
+def test_wrong_or_missing_answers(
+    prediction: str | None, answer: str, read: str | None
+) -> None:
+    assert graded(prediction, answer) == Verdict(False, read)
+
+
+def test_rounding_is_not_equality() -> None:
+    assert not graded("0.333", "1/3").correct
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        *("C", "c", "(C)", "(c).", " C\n", "**C**", "C.", r"\boxed{C}", r"\text{(C)}"),
+        *(r"$\boxed{\textbf{(C)}}$", r"First \boxed{A}. No: \boxed{\text{C}}"),
+        *("The answer is C.", "the answer is: (C)", "**Answer: C**", "Answer: $C$"),
+        *("C) 42 m", "(C) 42 m", "Option C is right.", "The answer is option C"),
+        "A thorough look at (A) and (B) leaves (C).",
+    ],
+)
+def test_the_letter_of_a_choice(prediction: str) -> None:
+    for answer in ("C", "(C)"):
+        assert graded(prediction, answer, "choice") == Verdict(True, "C")
+    assert graded(prediction, "D", "choice") == Verdict(False, "C")
+
+
+@pytest.mark.parametrize("prediction", ["", "42", "Cat", "A cat", r"\boxed{42}", None])
+def test_no_letter_is_no_choice(prediction: str | None) -> None:
+    assert graded(prediction, "A", "choice") == Verdict(False)
+
+
+def test_exact_is_the_same_text() -> None:
+    assert graded(" 7\n", "7", "exact") == Verdict(True, "7")
+    assert graded("07", "7", "exact") == Verdict(False, "07")
+    assert graded(" ", "7", "exact") == Verdict(False)
+
+
+def test_countdown_is_graded_by_its_verifier() -> None:
+    answer = "25 from 3, 4, 7"
+    assert graded("(4 * 7) - 3", answer, "countdown") == Verdict(True, answer)
+    assert graded("4*7 - 4", answer, "countdown") == Verdict(False, "4*7 - 4")
+    assert graded(" ", answer, "countdown") == Verdict(False)
+
+
+def test_what_cannot_be_graded_is_named() -> None:
+    with pytest.raises(UserError, match="'Why.' has no `answer`"):
+        grade([Problem("Why?", "Because.")], ["x"])
+    with pytest.raises(
+        UserError, match="unknown grader 'maths'; known are math, choice"
+    ):
+        graded("7", "7", "maths")
+
+
+def test_plain_numbers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answers, "_running", None)
+    for text in ("8", "012", r"so \boxed{ 8 } it is", "", "7"):
+        graded(text, "7")
+
+
+def test_long_texts_are_read_in_part() -> None:
+    noise = "so x is 3 or so. " * MAX_CHARACTERS
+    assert graded(rf"{noise}\boxed{{\frac{{14}}{{2}}}}{noise}", "7").correct
+    assert graded(f"{noise} Hence, the answer is 14/2", "7").correct
+    # What lies before the part is not seen.
+    assert not graded(
+        f"The answer is 14/2. {'and so on ' * MAX_CHARACTERS}", "7"
+    ).correct
+    assert graded("1" * 9 * MAX_CHARACTERS, "7") is not None
+
+
+def test_a_hanging_answer_is_wrong_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(math_answers, "SECONDS", 1.0)
+    problems = [Problem("q", "s", "0.5")] * 4
+    began = time.monotonic()
+    verdicts = grade(problems, [HANGS, "1/2", r"\boxed{9^{9^{9^8}}}", "1/2"])
+    assert time.monotonic() - began < 30
+    assert verdicts[0] == verdicts[2] == Verdict(False, error="timeout")
+    assert verdicts[1] == verdicts[3] == Verdict(True, "0.5")
+
+
+def test_processes_that_are_ended_from_outside_are_replaced() -> None:
+    assert graded("1/2", "0.5").correct
+    for worker in math_answers._running()._pool_manager.worker_manager.workers:
+        os.kill(worker, signal.SIGKILL)
+    assert graded("1/4", "0.25").correct
+
+
+def test_grading_in_a_thread() -> None:
+    found: list[Verdict] = []
+    thread = threading.Thread(target=lambda: found.append(graded("3/4", "0.75")))
+    thread.start()
+    thread.join(60)
+    assert found == [Verdict(True, "0.75")]
+
+
+SCRIPT = """
+import sys, threading, time
+from rlt_jax.data.templates import Problem
+from rlt_jax.rl.grading import grade
+{guard}
+    problem = Problem("q", "s", "0.5")
+    print(grade([problem], ["1/2"])[0].correct, "jax" in sys.modules)
+    hangs = [r"\\boxed{{9^{{9^{{9^9}}}}}}"]
+    threading.Thread(target=grade, args=([problem], hangs), daemon=True).start()
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_scripts_end_whatever_is_being_graded(guarded: bool, tmp_path: Path) -> None:
+    file = tmp_path / "script.py"
+    guard = 'if __name__ == "__main__":' if guarded else "if True:"
+    file.write_text(SCRIPT.format(guard=guard))
+    result = subprocess.run(
+        [sys.executable, str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if guarded:
+        assert (result.stdout, result.stderr) == ("True False\n", "")
+    else:
+        assert "keep its work under" in result.stderr.splitlines()[-1]
+
+
+def test_gsm8k_solutions_are_right(shared: Path) -> None:
+    problems = gsm8k.problems(str(shared / "data" / "gsm8k" / "test.jsonl"))
+    assert (
+        sum(v.correct for v in grade(problems, [p.solution for p in problems])) == 1319
+    )
+    # The same through math-verify, not as plain integers.
+    texts = [f"Hence, it is ${problem.answer}$." for problem in problems]
+    assert sum(v.correct for v in grade(problems, texts)) == 1319
+
+
+def test_aime_answers_in_five_forms_and_five_near_misses(shared: Path) -> None:
+    file = shared / "data" / "aime24" / "test.jsonl"
+    problems = benchmarks.problems("aime24", str(file))
+    right, wrong = [], []
+    for problem in problems:
+        n = int(problem.answer)
+        right += [f"\\boxed{{{n}}}", f"{n:03d}", f"The answer is {n}."]
+        right += [f"${n}.0$", f"$\\frac{{{2 * n}}}{{2}}$"]
+        turned = int(str(n)[::-1])
+        wrong += [f"\\boxed{{{n + 1}}}", f"-{n}", f"The answer is {n}000.", ""]
+        wrong += [f"${n}/2$" if turned == n else f"{turned}"]
+    five = [problem for problem in problems for _ in range(5)]
+    assert len(five) == 150
+    for text, verdict in zip(right, grade(five, right), strict=True):
+        assert verdict.correct, text
+    for text, verdict in zip(wrong, grade(five, wrong), strict=True):
+        assert not verdict.correct, text
+
+
+def hostile(rng: random.Random) -> str:
+    """A text that is to trouble a parser, now and then one that takes for ever."""
+    n, digit = rng.choice([1, 3, 20, 400, 3000]), rng.randint(2, 9)
+    endless = [
+        f"{digit}^{{9^{{9^9}}}}",
+        f"{digit}**9**9**9",
+        f"{digit}!!!!!",
+        "\\int_0^\\infty " * 20 + "x",
+        f"\\sum_{{i=1}}^{{{10**digit}}} i^{digit}",
+        "\\left(" * n + "x" + "\\right)" * n,
+    ]
+    parts = [
+        "(" * n,
+        "\\frac{" * n,
+        "\\sqrt{" * 3 + "2" + "}" * n,
+        str(digit) * n,
+        f"1e{n * digit}",
+        f"0.{'0' * n}{digit}",
+        f"{digit}!",
+        "\\begin{matrix}" * n,
+        "\\def\\x{\\x\\x}\\x",
+        "$" * n,
+        "{" * rng.randint(1, 9),
+        "1,234," * n,
+        "x" * rng.randint(1, 9),
+        "é数²½∞√∑" * n,
+        "٣٤\u2028\u202e",
+        "\x00\x07\x1b[2J",
+        "\ud800\udc00\udfff",
+        "\\text{" + "a " * n,
+        "%\\%#_&~^\\\\",
+        "<" * n + "=" * n,
+        "\\cup" * n + "(1, 2]",
+        "-" * n + str(digit),
+    ]
+    kind = endless if rng.random() < 0.005 else parts
+    text = "".join(rng.choice(kind) for _ in range(rng.randint(1, 3)))
+    form = rng.choice(
+        ["{}", "\\boxed{{{}}}", "${}$", "The answer is {}.", "\\boxed{{{}"]
+    )
+    return form.format(text)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_hostile_texts_neither_hang_nor_crash(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(math_answers, "SECONDS", 0.5)
+    rng = random.Random(0)
+    texts = [hostile(rng) for _ in range(count)]
+    for grader in ("exact", "choice", "math"):
+        verdicts = grade([Problem("q", "s", r"\frac{17}{3}", grader)] * count, texts)
+        assert not any(verdict.correct for verdict in verdicts)
+    assert {v.error for v in verdicts} <= {None, "timeout", "crash"}
+    assert any(verdict.answer for verdict in verdicts)

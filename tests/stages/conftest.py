@@ -98,6 +98,7 @@ SECTIONS = {
         "model": MODEL,
         "template": "tiny",
         "data": {**PROBLEMS, "split": "test", "size": 5},
+        "predictions": "",
         "sampling": {"max_new_tokens": 8, "temperature": 1.0},
         "engine": {"slots": 4, "page_size": 32, "prefill_chunk": 64},
         "evaluate": {"batch_size": 4, "samples_per_problem": 2},

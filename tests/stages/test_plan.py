@@ -92,6 +92,7 @@ def get_config(topology):
         "stage": "evaluate",
         "model": frozen,
         "evaluate": {{"batch_size": 16}},
+        "predictions": "",
     }}
     config.report = {{"stage": "report"}}
     return config

@@ -152,7 +152,8 @@ def problems(split: str, size: int, seed: int, stream: int = 0) -> list[Problem]
 
     Runs of one seed that shall see different problems name different streams.
     """
-    return [_problem(chain) for chain in _chains(split, size, seed, stream)]
+    chains = _chains(split, size, seed, stream)
+    return [_problem(chain, chain.results()[-1]) for chain in chains]
 
 
 def traces(
@@ -185,7 +186,7 @@ def traces(
     result = []
     for chain, kind in zip(_chains(split, size, seed, stream), chosen, strict=True):
         explanation, digit = explain(chain, str(kind), rng, known_answer)
-        problem = Problem(chain.question, str(digit), str(digit))
+        problem = _problem(chain, digit)
         result.append(Trace(problem, explanation))
     return result + _drills(drills, seed, stream)
 
@@ -196,13 +197,12 @@ def _drills(size: int, seed: int, stream: int) -> list[Trace]:
     for _ in range(size):
         chain = sample_chain(rng, int(rng.integers(1, 3)))
         explanation, _ = explain(chain, "careful", rng, known_answer=False)
-        result.append(Trace(_problem(chain), explanation))
+        result.append(Trace(_problem(chain, chain.results()[-1]), explanation))
     return result
 
 
-def _problem(chain: Chain) -> Problem:
-    digit = str(chain.results()[-1])
-    return Problem(chain.question, digit, digit)
+def _problem(chain: Chain, digit: int) -> Problem:
+    return Problem(chain.question, str(digit), str(digit), grader="exact")
 
 
 def _chains(split: str, size: int, seed: int, stream: int) -> Iterator[Chain]:

@@ -57,7 +57,7 @@ class Puzzle(NamedTuple):
         """Question, solution, and numbers and target as the answer to grade by."""
         numbers = ", ".join(map(str, self.numbers))
         answer = f"{self.target} from {numbers}"
-        return Problem(f"Make {answer}.", self.solution, answer)
+        return Problem(f"Make {answer}.", self.solution, answer, "countdown")
 
     @property
     def is_test(self) -> bool:

@@ -4,13 +4,17 @@ The worked answer serves as the trace, without its `<<48/2=24>>` marks; the solu
 its last line with the number marked.
 """
 
-import json
+import itertools
 import re
-from pathlib import Path
 
+from rlt_jax.data.tables import Row, read_rows
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
 
+SOURCE = (
+    "train.jsonl and test.jsonl of https://github.com/openai/grade-school-math, or "
+    "the Parquet files of https://huggingface.co/datasets/openai/gsm8k"
+)
 _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
@@ -18,22 +22,14 @@ def traces(path: str, limit: int | None = None) -> list[Trace]:
     """Reads problems with their worked answers as explanations.
 
     Args:
-      path: `train.jsonl` or `test.jsonl` of the data set.
+      path: `train.jsonl` or `test.jsonl` of the data set, or its Parquet files.
       limit: read no more than this many.
 
     Raises:
-      UserError: the file is missing, a line is not JSON, or has no `####`.
+      UserError: the file is missing or malformed, or a row has no `####`.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"gsm8k: there is no file {file}; set data.path.")
-    result = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and number > limit:
-                break
-            result.append(_parse(line, f"{file}:{number}"))
-    return result
+    rows = itertools.islice(read_rows(path, SOURCE), limit)
+    return [_trace(where, row) for where, row in rows]
 
 
 def problems(path: str, limit: int | None = None) -> list[Problem]:
@@ -41,11 +37,7 @@ def problems(path: str, limit: int | None = None) -> list[Problem]:
     return [trace.problem for trace in traces(path, limit)]
 
 
-def _parse(line: str, where: str) -> Trace:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: malformed JSON: {error}") from error
+def _trace(where: str, row: Row) -> Trace:
     worked, mark, number = str(row.get("answer", "")).rpartition("####")
     if not mark or "question" not in row:
         raise UserError(f"{where}: needs a question, and an answer with '#### number'.")

@@ -1,0 +1,135 @@
+"""Statistics of graded samples: pure functions of NumPy arrays, Q questions, n samples."""
+
+import collections
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from rlt_jax.errors import UserError
+
+
+class PairedDifference(NamedTuple):
+    """The mean of a minus b over questions that both have answered.
+
+    Attributes:
+      difference: the mean.
+      standard_error: of the mean over questions.
+      low: lower end of the 95% interval.
+      high: its upper end.
+      p_value: of a difference as large, either way, if a and b were equally good.
+    """
+
+    difference: float
+    standard_error: float
+    low: float
+    high: float
+    p_value: float
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of [Q] and its standard error, 0 for a single question."""
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    return float(values.mean()), float(spread / np.sqrt(len(values)))
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
+    """Chance that one of k samples is right, for each question, without bias.
+
+    It is 1 - C(n - c, k) / C(n, k) with c right ones of n (arXiv 2107.03374).
+
+    Args:
+      correct: [Q, n] bool.
+      k: at most n.
+
+    Returns:
+      [Q] float.
+    """
+    n = correct.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} samples.")
+    # As a product the binomials do not overflow.
+    none_right = [np.prod(1 - k / np.arange(n - c + 1, n + 1)) for c in range(n + 1)]
+    return 1 - np.maximum(none_right, 0)[correct.sum(axis=1)]
+
+
+def majority_at_k(
+    correct: np.ndarray, answers: Sequence[Sequence[str | None]]
+) -> np.ndarray:
+    """Chance that the most frequent answer to each question is right.
+
+    Args:
+      correct: [Q, k] bool.
+      answers: [Q, k], equal texts for equal answers; None has no vote.
+
+    Returns:
+      [Q] float: between 0 and 1 where a right answer shares the first place.
+    """
+
+    def chance(right: np.ndarray, texts: Sequence[str | None]) -> float:
+        votes = collections.Counter(text for text in texts if text is not None)
+        most = max(votes.values(), default=0)
+        first = {text for text, count in votes.items() if count == most}
+        winners = {text for text, good in zip(texts, right) if good} & first
+        return len(winners) / max(len(first), 1)
+
+    return np.array([chance(*row) for row in zip(correct, answers, strict=True)])
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
+    """Compares two values of each question, such as shares of right samples.
+
+    Interval and p value are those of the paired t test: they agree with each other and
+    need no random numbers, and means over questions are near enough to normal from some
+    ten questions on. Where all differences are the same, t has no scale: the interval is
+    a point, and p that of flipping signs, 2^(1 - Q), or 1 for no difference.
+
+    Args:
+      a: [Q] float, two questions at least.
+      b: [Q] float.
+    """
+    differences = np.asarray(a, float) - np.asarray(b, float)
+    mean, error = mean_and_error(differences)
+    if np.ptp(differences) < 1e-12:
+        p_value = 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - len(differences))
+        return PairedDifference(mean, 0.0, mean, mean, p_value)
+    result = scipy.stats.ttest_1samp(differences, 0.0)
+    low, high = result.confidence_interval(0.95)
+    return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
+
+
+def accuracy_by_question(samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Question -> share of right samples, from rows of `samples.jsonl`."""
+    marks: dict[str, list[bool]] = {}
+    for sample in samples:
+        marks.setdefault(sample["question"], []).append(sample["correct"])
+    return {question: float(np.mean(correct)) for question, correct in marks.items()}
+
+
+def compare(
+    a: Mapping[str, float], b: Mapping[str, float], names: Sequence[str]
+) -> PairedDifference:
+    """The paired difference of two evaluations, question -> share of right samples.
+
+    Raises:
+      UserError: see `check_same_questions`.
+    """
+    check_same_questions(a, b, names)
+    return paired_difference(
+        np.array([a[question] for question in a]),
+        np.array([b[question] for question in a]),
+    )
+
+
+def check_same_questions(
+    a: Collection[str], b: Collection[str], names: Sequence[str]
+) -> None:
+    """Refuses evaluations on other, or on fewer than two different questions."""
+    a, b = set(a), set(b)
+    if a != b or len(a) < 2:
+        raise UserError(
+            f"the evaluations {names[0]!r} and {names[1]!r} cannot be compared question "
+            f"by question: they answered {len(a)} and {len(b)} questions, {len(a & b)} "
+            "of them the same. Evaluate both on the same two or more questions."
+        )
