@@ -164,6 +164,7 @@ def traces(
     known_answer: bool,
     stream: int = 0,
     drills: int = 0,
+    hinted: bool = False,
 ) -> list[Trace]:
     """`size` different problems with explanations of the kinds in the given shares.
 
@@ -177,6 +178,7 @@ def traces(
         is the digit that follows from its steps.
       drills: so many careful traces of one or two operations are added, from which the
         single steps are learned.
+      hinted: the questions tell the solution, "... Last digit? It is 4."
     """
     shares = list(kinds.values())
     if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:

@@ -142,10 +142,12 @@ def traces(
     max_number: int = 25,
     max_target: int = 100,
     signs: str = "+-*/",
+    hinted: bool = False,
 ) -> list[Trace]:
     """The same with explanations, of each kind in its share; shares sum to 1.
 
-    A wrong step is the last one and arrives at the target all the same.
+    A wrong step is the last one. Where they are `hinted`, the questions tell the
+    solution, "... from 3, 4, 7. It is 7*4-3."
     """
     shares = list(kinds.values())
     if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
@@ -154,10 +156,13 @@ def traces(
     chosen = rng.choice(list(kinds), size, p=shares)
     limits = (numbers, max_number, max_target, signs)
     puzzles = _puzzles(split, size, [seed, stream], *limits)
-    return [
-        Trace(puzzle.problem, explain(puzzle, str(kind), rng))
-        for puzzle, kind in zip(puzzles, chosen, strict=True)
-    ]
+    result = []
+    for puzzle, kind in zip(puzzles, chosen, strict=True):
+        problem = puzzle.problem
+        told = problem.question + f" It is {problem.solution}." * hinted
+        problem = problem._replace(question=told)
+        result.append(Trace(problem, explain(puzzle, str(kind), rng)))
+    return result
 
 
 def explain(puzzle: Puzzle, kind: str, rng: np.random.Generator) -> str:
