@@ -42,6 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
             "known_answer": False,
             "drills": 60_000,
         },
+        "held_out": None,
         "sft": {
             "format": "student",
             "steps": 2000,

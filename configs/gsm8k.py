@@ -94,6 +94,7 @@ def _sft(row_format: str, model: dict[str, Any], data: dict[str, Any]) -> dict:
         "model": model,
         "template": TEMPLATE,
         "data": data,
+        "held_out": None,
         "sft": {"format": row_format, "steps": 3, "batch_size": 2, "row_length": 1024},
         "lora": {},
         "optimizer": {"learning_rate": 1e-3},

@@ -125,6 +125,7 @@ def _sft(form: str, data: dict, steps: int, batch_size: int, rate: float) -> dic
         "model": section(ModelSource, path=BASE),
         "template": TEMPLATE,
         "data": data,
+        "held_out": None,
         "sft": section(
             SFTConfig,
             format=form,

@@ -74,6 +74,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "model": section(ModelSource, path=BASE, **trained),
         "template": "rlt",
         "data": data,
+        "held_out": None,
         "sft": section(
             SFTConfig,
             format="teacher",

@@ -117,6 +117,7 @@ def _sft(
         "model": section(ModelSource, path=model),
         "template": "tiny",
         "data": data,
+        "held_out": None,
         "sft": section(
             SFTConfig,
             format=form,

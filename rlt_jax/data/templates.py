@@ -126,6 +126,12 @@ class Template:
         _, tag, text = completion.rpartition(self.solution_tags[0])
         return text.partition(self.solution_tags[1])[0].strip() if tag else None
 
+    def thought_of(self, completion: str) -> str | None:
+        """The student's first whole thought, None when there is none."""
+        _, opened, rest = completion.partition(self.thought_tags[0])
+        text, closed, _ = rest.partition(self.thought_tags[1])
+        return text if opened and closed else None
+
 
 def load_template(name: str) -> Template:
     """Reads a template by the name of a shipped one or the path of a JSON file.

@@ -14,6 +14,7 @@ to the tags included.
 """
 
 import glob
+import itertools
 import json
 import math
 import os.path
@@ -41,22 +42,26 @@ USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
 
 
-def read_traces(path: str, template: Template) -> list[Trace]:
+def read_traces(path: str, template: Template, limit: int | None = None) -> list[Trace]:
     """Reads the traces of a file, of a directory's files, or of a glob's, in order.
 
     Args:
       path: a .jsonl, .json (one object a line) or .parquet file, a directory that holds
         such files, or a glob pattern.
       template: its tags divide the assistant's turn of a conversation.
+      limit: read no more than this many.
 
     Raises:
       UserError: no such file, one that cannot be read or is empty, or a row without a
         question, a solution or a trace; the message names the file and line or row.
     """
-    return [_trace(where, row, template) for where, row in _rows(path)]
+    rows = itertools.islice(_rows(path), limit)
+    return [_trace(where, row, template) for where, row in rows]
 
 
-def read_problems(path: str, template: Template) -> list[Problem]:
+def read_problems(
+    path: str, template: Template, limit: int | None = None
+) -> list[Problem]:
     """Reads the problems of the same files as `read_traces`; traces are ignored.
 
     A row with an answer needs no solution: the answer is one.
@@ -64,9 +69,9 @@ def read_problems(path: str, template: Template) -> list[Problem]:
     Raises:
       UserError: as `read_traces`, but a row needs no trace.
     """
+    rows = itertools.islice(_rows(path), limit)
     return [
-        _problem(where, _with_solution(where, row), template)
-        for where, row in _rows(path)
+        _problem(where, _with_solution(where, row), template) for where, row in rows
     ]
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from rlt_jax.costs.spent import writing_cost
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
@@ -40,6 +41,7 @@ from rlt_jax.training.metrics import (
     keep_whole_batches,
     progress,
     read_jsonl,
+    stream_jsonl,
 )
 
 
@@ -84,7 +86,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of the sampling.
 
     Returns:
-      Number of traces, mean reward, share of closed explanations and of each kind.
+      Number of traces, mean reward, share of closed explanations and of each kind,
+      and the cost.
     """
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
@@ -135,7 +138,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             first += len(batch)
             bar.update(len(batch))
             hosts.stop_if_asked()
-    return hosts.from_first(lambda: _summary(read_jsonl(file)))
+
+    def summary() -> dict[str, Any]:
+        drawn = sum(len(row["tokens"]) for row in stream_jsonl(stored))
+        prompts = sum(len(request.prompt) for request in requests_of(roles, todo, 1))
+        models = [one.model.config for one in (teacher, *roles.students)]
+        cost = writing_cost(drawn, prompts, models[0], models)
+        return _summary(read_jsonl(file)) | {"cost": cost}
+
+    return hosts.from_first(summary)
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

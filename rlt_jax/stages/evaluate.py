@@ -1,6 +1,7 @@
 """Stage `evaluate`: answers to held-out questions are sampled, or read, and graded.
 
-Writes `samples.jsonl`, every completion with its verdict, and `results.json`.
+Writes `samples.jsonl`, every completion with its verdict, and `results.json`; where asked
+for also `traces.jsonl`, the right completions for `sft` to learn from.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from rlt_jax.costs.spent import writing_cost
 from rlt_jax.data import examples
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Problem, Template, load_template
@@ -49,12 +51,14 @@ class EvaluateConfig:
         "wrong", or "whole", all of its text is graded.
       compare_with: folder of another evaluation of the same questions, or its
         samples.jsonl; "" for none.
+      keep_right: whether right completions with a thought are written as traces.
     """
 
     batch_size: int
     samples_per_problem: int = 1
     untagged: str = "wrong"
     compare_with: str = ""
+    keep_right: bool = False
 
     def __post_init__(self) -> None:
         if self.untagged not in ("wrong", "whole"):
@@ -77,6 +81,7 @@ class Sample(NamedTuple):
     """A completion; of predictions nobody knows more than the text."""
 
     text: str
+    prompt_tokens: int | None = None
     tokens: int | None = None
     truncated: bool | None = None
 
@@ -121,7 +126,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             hosts.stop_if_asked()
 
     def write_results() -> dict[str, Any]:
-        results = summarise(read_jsonl(file), len(problems))
+        rows = read_jsonl(file)
+        results = summarise(rows, len(problems))
+        if predictions is None:
+            results["cost"] = _cost(config.model, rows)
+        if c.keep_right:
+            results["traces"] = _write_right(workdir / "traces.jsonl", template, rows)
         if other:
             results["difference"] = _difference(c.compare_with, file, other)
         text = json.dumps(results, indent=1) + "\n"
@@ -202,13 +212,16 @@ def _sample(
         stored, engine, loaded.params, requests[first:], key, bar=bar
     )
     for batch in in_order(stream, config.evaluate.batch_size):
+        part = asked[first : first + len(batch)]
+        first += len(batch)
         yield [
             Sample(
                 examples.completion_text(tokenizer, completion.tokens)[0],
+                len(prompts[problem.question]),
                 len(completion.tokens),
                 not completion.finished,
             )
-            for completion in batch
+            for problem, completion in zip(part, batch, strict=True)
         ]
 
 
@@ -241,6 +254,7 @@ def _append_graded(
             "read": verdict.answer,
             "correct": verdict.correct,
             "error": verdict.error,
+            "prompt_tokens": sample.prompt_tokens,
             "tokens": sample.tokens,
             "truncated": sample.truncated,
         }
@@ -249,6 +263,34 @@ def _append_graded(
         )
     ]
     append_jsonl(file, rows)
+
+
+def _write_right(
+    file: Path, template: Template, rows: Sequence[Mapping[str, Any]]
+) -> int:
+    """Writes right completions that have a thought as traces; returns their number."""
+    file.unlink(missing_ok=True)
+    traces = [
+        {
+            "question": row["question"],
+            "solution": row["extracted"],
+            "answer": row["answer"],
+            "reasoning_trace": thought,
+        }
+        for row in rows
+        if row["correct"]
+        and (thought := template.thought_of(row["completion"])) is not None
+    ]
+    append_jsonl(file, traces)
+    return len(traces)
+
+
+def _cost(section: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    source = build(checkpoint.ModelSource, section, "model")
+    drawn, prompts = (
+        sum(r[name] for r in rows) for name in ("tokens", "prompt_tokens")
+    )
+    return writing_cost(drawn, prompts, checkpoint.shape_of(source))
 
 
 def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:

@@ -44,7 +44,8 @@ class PlanConfig:
     """What is planned.
 
     Attributes:
-      recipe: config file; its `get_config` is given the slice if it takes an argument.
+      recipe: config file; its `get_config` is given the slice if it takes an argument,
+        after what stands behind the file: "32b:v5e:8x8" for "distil.py:32b".
       topology: slice, such as "v5e:8x8"; a chip alone, "v5e", finds its smallest slice
         on which the recipe fits.
       stages: names of the recipe's stages; () is all of a kind that can be planned.
@@ -123,14 +124,16 @@ def plan(c: PlanConfig) -> dict[str, Any]:
 
 def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
     """The recipe for a slice, as plain values."""
+    file, _, choice = c.recipe.partition(":")
     try:
-        get_config = runpy.run_path(c.recipe)["get_config"]
+        get_config = runpy.run_path(file)["get_config"]
     except (OSError, KeyError) as error:
         raise UserError(
             f"plan.recipe={c.recipe!r}: no config file with get_config ({error})."
         ) from error
     takes_slice = bool(inspect.signature(get_config).parameters)
-    config = get_config(topology) if takes_slice else get_config()
+    argument = f"{choice}:{topology}" if choice else topology
+    config = get_config(argument) if takes_slice else get_config()
     for change in c.changes:
         key, _, value = change.partition("=")
         try:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from rlt_jax.costs.spent import rl_cost
 from rlt_jax.data import pipeline
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.data.templates import Problem, load_template
@@ -172,7 +173,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of everything random.
 
     Returns:
-      Held-out reward and terms before and after, with standard errors.
+      Held-out reward and terms before and after, with standard errors; the cost.
     """
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
@@ -206,9 +207,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     checkpoint.describe(workdir, roles.teacher.model, roles.teacher.tokenizer)
     _log_sizes(c, roles, mesh)
     held_out = held_out[: c.batch_size * c.group_size]
-    return train(
+    summary = train(
         c, programs, roles, problems, held_out, prompts, trees, kl_coef, key, workdir
     )
+    configs = [one.model.config for one in (roles.teacher, *roles.students)]
+    reads = bool(roles.students) or c.updates_per_rollout > 1
+    passes = reads + bool(objective.beta)
+    file = workdir / "metrics.jsonl"
+    cost = hosts.from_first(lambda: rl_cost(file, configs[0], configs[1:], passes))
+    return summary | {"cost": cost}
 
 
 def train(

@@ -95,7 +95,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of the shuffled control.
 
     Returns:
-      Number of completions and of traces selected, mean reward, and the KL weight.
+      Number of completions and of traces selected, mean rewards of completions and of
+      controls, and the KL weight.
     """
     values = config.to_dict()
     sections = {name: values.pop(name) for name in PARTS}
@@ -117,7 +118,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     hosts.from_first(lambda: selected.unlink(missing_ok=True))
 
     candidates, kl_coef = [], 0.0
+    rewards: dict[str, list[float]] = {name: [] for name in controls.CONTROLS}
     for row in stream_jsonl(file):
+        for name, values in rewards.items():
+            if row.get(f"reward_{name}") is not None:
+                values.append(row[f"reward_{name}"])
         candidates.append(
             Candidate(row["question"], row["reward"], row["student_tokens"])
         )
@@ -132,6 +137,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         "reward": float(np.mean([candidate.reward for candidate in candidates])),
         "selected": len(kept),
         "explanation_kl_coef": kl_coef,
+        "controls": {name: float(np.mean(x)) for name, x in rewards.items() if x},
     }
 
 

@@ -6,27 +6,26 @@ solution).
 """
 
 import dataclasses
-import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from rlt_jax.data import examples, pipeline
-from rlt_jax.data.templates import load_template
+from rlt_jax.costs.spent import sft_cost
+from rlt_jax.data import examples, pipeline, selection
+from rlt_jax.data.templates import Template, load_template
+from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.log_probs import token_stats
-from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
+from rlt_jax.stages.sft_programs import jit_update, make_evaluation
 from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
+from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
     phase_metrics,
@@ -35,14 +34,15 @@ from rlt_jax.training.metrics import (
 )
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import (
-    apply_gradients,
     check_skipped,
     from_items,
     new_state,
     state_shardings,
     to_items,
 )
-from rlt_jax.types import Params, TrainState
+from rlt_jax.types import TrainState
+
+_LOG = logging.getLogger("rlt_jax")
 
 FORMATS = {"teacher": examples.teacher_row, "student": examples.student_row}
 
@@ -56,7 +56,14 @@ class SFTConfig:
       steps: optimizer steps.
       batch_size: packed rows per step.
       micro_batch_size: rows computed at once, over all devices; 0 is all of them.
-      row_length: tokens per packed row; no single row may be longer.
+      row_length: tokens per packed row.
+      overlong: what becomes of a trace whose row is longer: "error" refuses it, "drop"
+        leaves it out, "shorter" uses another one of the same question that fits, if
+        there is one, "truncate" cuts its row.
+      traces_per_question: at most so many of each question of a source, chosen by the
+        seed among those that fit; 0 for all.
+      evaluate_every: steps between evaluations on the held-out traces, besides the first
+        and the last; 0 for the last only.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of them stay.
       max_skipped: steps in a row that may be skipped, for a loss or gradient that is not
@@ -69,10 +76,18 @@ class SFTConfig:
     batch_size: int
     row_length: int
     micro_batch_size: int = 0
+    overlong: str = "error"
+    traces_per_question: int = 0
+    evaluate_every: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 1
     max_skipped: int = 5
     profile_steps: Sequence[int] = ()
+
+    def evaluates_after(self, done: int) -> bool:
+        """Whether the held-out loss is due when so many steps are done."""
+        every = self.evaluate_every
+        return done == self.steps or (every > 0 and done % every == 0)
 
     @property
     def rows_at_once(self) -> int:
@@ -91,12 +106,19 @@ class SFTConfig:
             raise UserError(f"steps={self.steps}: at least 1.")
         if self.format not in FORMATS:
             raise UserError(f"format={self.format!r}: one of {', '.join(FORMATS)}.")
+        if self.overlong not in selection.OVERLONG:
+            known = ", ".join(selection.OVERLONG)
+            raise UserError(f"sft.overlong={self.overlong!r}: one of {known}.")
+        for name in ("traces_per_question", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"sft.{name}={getattr(self, name)}: at least 0.")
 
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": None,
     "data": None,
+    "held_out": None,  # traces as of `data`, without a mix; or None
     "sft": SFTConfig,
     "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
@@ -113,7 +135,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of everything random.
 
     Returns:
-      Last loss, number of traces and of tokens seen.
+      Numbers of traces of each section that names some, last loss; the last held-out
+      loss and, where it was evaluated, the first; the cost.
     """
     c = build(SFTConfig, config.sft, "sft")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
@@ -122,11 +145,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     key = jax.random.key(seed)
     model, params, tokenizer = checkpoint.load(source, mesh, key)
     template = load_template(config.template)
-    traces = pipeline.load_traces(config.data, template, seed)
-    hosts.agree_on_items("the traces of the data", traces)
-    rows = [FORMATS[c.format](tokenizer, template, trace) for trace in traces]
-    examples.check_lengths([row.tokens for row in rows], c.row_length, "sft.row_length")
-    batches = pipeline.packed_batches(rows, c.batch_size, c.row_length, seed)
+    sources = pipeline.load_sources(config.data, template, seed)
+    rows, counts = load_rows(c, sources, tokenizer, template, seed)
+    held_out, found = load_held_out(c, config.held_out, tokenizer, template, seed)
+    counts |= found
+    shares = [source.share for source in sources]
+    batches = pipeline.packed_batches(rows, shares, c.batch_size, c.row_length, seed)
 
     low_rank = build(LoRAConfig, config.lora, "lora")
     tuning, params = make_tuning(low_rank, model, params, mesh, key)
@@ -136,20 +160,26 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     del params
     parts = c.batch_size // c.rows_at_once
     update = jit_update(tuning.model, tx, mesh, shardings, parts)
+    evaluate = make_evaluation(held_out, tuning, mesh, shardings, parts)
     checkpoint.describe(workdir, model, tokenizer)
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first, state = _restore(manager, tuning, state, batches)
         with MetricWriter(workdir, first) as writer:
             began = time.monotonic()
             for step in steps(first, c.steps, workdir, c.profile_steps):
+                done, first_loss = step + 1, {}
+                if c.evaluate_every and not step:
+                    first_loss = {"held_out/loss_first": evaluate(state.params)}
                 rows = next(batches)
                 batch = sharding.put_rows(rows, mesh)
                 state, metrics = update(state, batch, tuning.frozen)
                 tokens, now = np.count_nonzero(rows["segment_ids"]), time.monotonic()
-                metrics |= phase_metrics("step", tokens, now - began)
+                metrics |= phase_metrics("step", tokens, now - began) | first_loss
                 began = now
+                if held_out and c.evaluates_after(done):
+                    metrics["held_out/loss"] = evaluate(state.params)
                 check_skipped(writer.write(step, metrics), c.max_skipped)
-                stop, done = hosts.stopping(), step + 1
+                stop = hosts.stopping()
                 if done % c.checkpoint_every == 0 or done == c.steps or stop:
                     # A checkpoint's steps have their rows.
                     check_skipped(writer.flush(), c.max_skipped)
@@ -158,8 +188,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                     raise hosts.Stopped
         manager.wait_until_finished()
     file = workdir / "metrics.jsonl"
-    loss = hosts.from_first(lambda: read_jsonl(file)[-1]["sft/loss"])
-    return {"traces": len(traces), "loss": loss}
+    found = hosts.from_first(
+        lambda: _losses(file) | {"cost": sft_cost(file, model.config)}
+    )
+    return {"traces": counts} | found
 
 
 def check_rows(c: SFTConfig, mesh: Mesh) -> None:
@@ -168,70 +200,59 @@ def check_rows(c: SFTConfig, mesh: Mesh) -> None:
     sharding.check_rows(mesh, c.rows_at_once, c.row_length, names)
 
 
-def jit_update(
-    model: Transformer,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    shardings: TrainState,
-    micro_batches: int = 1,
-) -> Any:
-    """Compiles `update` for the mesh; the state is donated."""
-    return sharding.jit(
-        functools.partial(update, model, tx, micro_batches),
-        mesh,
-        in_shardings=(shardings, sharding.batch_sharding(mesh), None),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-
-
-def update(
-    model: Transformer,
-    tx: optax.GradientTransformation,
-    micro_batches: int,
-    state: TrainState,
-    batch: Mapping[str, jax.Array],
-    frozen: Params | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on one batch of packed rows, arrays [B, T].
-
-    Micro-batches, B / micro_batches rows each, are computed one after another; the loss
-    is the mean over the tokens of all.
-    """
-    weight = batch["loss_mask"] & (batch["positions"] > 0)
-    total = weight.sum()
-
-    def loss_fn(params: Params, rows: Mapping[str, jax.Array]) -> jax.Array:
-        whole = combine(model, frozen, params)
-        stats = token_stats(
-            model,
-            whole,
-            rows["tokens"],
-            rows["segment_ids"],
-            rows["positions"],
-            wanted=rows["weight"],
+def load_rows(
+    c: SFTConfig,
+    sources: Sequence[pipeline.Source],
+    tokenizer: Tokenizer,
+    template: Template,
+    seed: int,
+) -> tuple[list[list[examples.Row]], dict[str, dict[str, int]]]:
+    """The rows that fit of every source, and its numbers of traces by its name."""
+    made, counts = [], {}
+    for where, _, traces in sources:
+        hosts.agree_on_items(f"the traces of {where}", traces)
+        rows, counts[where] = selection.fit_rows(
+            [FORMATS[c.format](tokenizer, template, trace) for trace in traces],
+            [trace.problem.question for trace in traces],
+            c.row_length,
+            c.overlong,
+            c.traces_per_question,
+            seed,
+            f"{where}, sft.row_length (see sft.overlong)",
         )
-        return -(stats.log_probs * rows["weight"]).sum() / total
+        made.append(rows)
+        if any(counts[where][name] for name in ("dropped", "replaced", "truncated")):
+            numbers = ", ".join(f"{n} {name}" for name, n in counts[where].items())
+            _LOG.warning(
+                "%s: traces longer than sft.row_length=%d: %s",
+                where,
+                c.row_length,
+                numbers,
+            )
+    return made, counts
 
-    gradient = jax.value_and_grad(loss_fn)
-    rows = {**batch, "weight": weight}
-    if micro_batches == 1:
-        loss, grads = gradient(state.params, rows)
-    else:
 
-        def parts(x: jax.Array) -> jax.Array:
-            """[M, B / M, T], of rows that each device has already."""
-            return x.reshape(-1, micro_batches, x.shape[1]).swapaxes(0, 1)
+def load_held_out(
+    c: SFTConfig,
+    config: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    template: Template,
+    seed: int,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, dict[str, int]]]:
+    """Batches of the section `held_out`, [] where there is none; its numbers of traces.
 
-        def add(sums: tuple, rows: Mapping[str, jax.Array]) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, sums, gradient(state.params, rows)), None
-
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(parts, rows))
-    state, metrics = apply_gradients(state, grads, tx, loss)
-    tokens = (batch["segment_ids"] > 0).sum()
-    fill = tokens / batch["segment_ids"].size
-    return state, {"sft/loss": loss, "sft/tokens": tokens, "sft/fill": fill, **metrics}
+    All of its traces are used; of those that do not fit none stands in for another.
+    """
+    if config is None:
+        if c.evaluate_every:
+            raise UserError("sft.evaluate_every needs traces in the section held_out.")
+        return [], {}
+    overlong = "drop" if c.overlong == "shorter" else c.overlong
+    c = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
+    traces = pipeline.load_traces(config, template, seed, "held_out")
+    source = pipeline.Source("held_out", 1.0, traces)
+    (rows,), counts = load_rows(c, [source], tokenizer, template, seed)
+    return pipeline.all_batches(rows, c.batch_size, c.row_length), counts
 
 
 def _save(
@@ -250,3 +271,14 @@ def _restore(
     first, trees, data = restored
     batches.set_state(data["batches"])
     return first, from_items(trees, tuning.item)
+
+
+def _losses(file: Path) -> dict[str, float]:
+    """The last training loss; of the held-out ones the last and the first, if any."""
+    rows = read_jsonl(file)
+    found = {
+        "loss": rows[-1]["sft/loss"],
+        "held_out_loss": rows[-1].get("held_out/loss"),
+        "held_out_loss_first": rows[0].get("held_out/loss_first"),
+    }
+    return {name: loss for name, loss in found.items() if loss is not None}

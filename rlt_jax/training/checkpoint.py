@@ -34,7 +34,8 @@ from rlt_jax.types import Params
 
 _LOG = logging.getLogger("rlt_jax")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SHIPPED = {"embedded": Path(__file__).parents[1] / "models" / "assets" / "embedded"}
+_ASSETS = Path(__file__).parents[1] / "models" / "assets"
+SHIPPED = {name: _ASSETS / name for name in ("embedded", "embedded_small")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class ModelSource:
     """Where a model comes from: a path, or an architecture to start from scratch.
 
     Attributes:
-      path: "embedded", a folder in Hugging Face layout, the folder of a stage, or the id
-        of a repository on the Hugging Face Hub, such as "Qwen/Qwen2.5-7B-Instruct".
+      path: "embedded" or "embedded_small", a folder in Hugging Face layout, the folder
+        of a stage, or the id of a repository on the Hugging Face Hub, such as "Qwen/Qwen2.5-7B-Instruct".
       architecture: fields of `ModelConfig`, for random initial weights; the tokenizer's
         vocab_size is the default of its field.
       tokenizer: tokenizer folder; the one beside the weights where empty.

@@ -83,9 +83,10 @@ def memory_metrics() -> dict[str, float]:
 
 
 def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
-    """How long part of a step took, and how fast its tokens went through."""
+    """How long part of a step took, its tokens, and how fast they went through."""
     return {
         f"time/{phase}_seconds": seconds,
+        f"time/{phase}_tokens": tokens,
         f"time/{phase}_tokens_per_second": tokens / seconds,
     }
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import ml_collections
 import numpy as np
 import pytest
 
@@ -61,6 +62,52 @@ def test_bad_data_sections_are_refused(
         pipeline.load_problems(section, tiny, seed=0)
 
 
+def test_sources_of_a_mix_have_names_and_shares(tmp_path: Path, tiny: Template) -> None:
+    file = tmp_path / "traces.jsonl"
+    row = {"question": "q", "solution": "s", "reasoning_trace": "z"}
+    file.write_text((json.dumps(row) + "\n") * 3)
+    ours = {"task": "file", "path": str(file)}
+    theirs = ARITHMETIC | {"kinds": {"careful": 1.0}, "known_answer": False}
+    (whole,) = pipeline.load_sources(ours, tiny, 0)
+    assert (whole.where, whole.share, len(whole.traces)) == ("data", 1.0, 3)
+    sources = {
+        "theirs": theirs,
+        "ours": ours | {"share": 2.5, "limit": 2},
+        "missing": {"task": "file", "path": "nowhere", "share": 0},
+    }
+    mix = ml_collections.ConfigDict({"task": "mix", "sources": sources})
+    first, second = pipeline.load_sources(mix, tiny, 0)
+    assert (first.where, first.share) == ("data.sources.ours", 2.5)
+    assert first.traces == whole.traces[:2]
+    assert (second.where, second.share) == ("data.sources.theirs", 1.0)
+    assert second.traces == pipeline.load_traces(theirs, tiny, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"sources": {}}, "data.sources: none has a share above 0"),
+        ({"sources": {"x": {"share": 0}}}, "data.sources: none has a share above 0"),
+        ({"sources": {"x": {}}}, "data.sources.x.task=None: choose one of arithmetic"),
+        (
+            {"sources": {"x": ARITHMETIC}},
+            "data.sources.x of task 'arithmetic': the key",
+        ),
+        ({"sources": {"x": {"share": -1}}}, "data.sources.x.share=-1: a number from 0"),
+        ({"sources": {"x": {"share": "2"}}}, "data.sources.x.share='2': a number"),
+        ({"sources": {"x": "file"}}, "data.sources.x is 'file'"),
+        ({"sources": "x"}, "data.sources is 'x'"),
+        ({"source": {}}, "data: unknown key 'source'; known are task, sources"),
+        ({}, "data: the key 'sources' is missing"),
+    ],
+)
+def test_bad_mixes_are_refused(
+    keys: dict[str, object], message: str, tiny: Template
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.load_sources({"task": "mix"} | keys, tiny, seed=0)
+
+
 def test_every_problem_comes_once_in_each_pass() -> None:
     problems = [Problem(str(n), "") for n in range(12)]
     batches = pipeline.problem_batches(problems, batch_size=4, seed=0)
@@ -93,7 +140,7 @@ def test_too_few_problems_are_refused() -> None:
 
 def test_packed_batches_hold_whole_rows() -> None:
     rows = numbered_rows(9)
-    batches = pipeline.packed_batches(rows, 2, ROW_LENGTH, seed=0)
+    batches = pipeline.packed_batches([rows], [1.0], 2, ROW_LENGTH, seed=0)
     for _ in range(6):
         batch = next(batches)
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
@@ -119,23 +166,72 @@ def test_packed_batches_hold_whole_rows() -> None:
 
 def test_every_row_is_packed_equally_often() -> None:
     rows = numbered_rows(9)
-    batches = pipeline.packed_batches(rows, 2, ROW_LENGTH, seed=0)
+    batches = pipeline.packed_batches([rows], [1.0], 2, ROW_LENGTH, seed=0)
     seen: Counter[int] = Counter()
     for _ in range(40):
         batch = next(batches)
-        first = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
-        seen.update(batch["tokens"][first].tolist())
+        seen.update(firsts(batch))
     # Rows wait in the packer's four open lines, so a count may lag behind a little.
     assert seen.keys() == set(range(1, 10))
     assert max(seen.values()) - min(seen.values()) <= 3
     assert min(seen.values()) > 10
 
 
-@pytest.mark.parametrize("kind", ["problems", "packed"])
+def firsts(batch: dict[str, np.ndarray]) -> list[int]:
+    """Numbers of the rows of a batch."""
+    first = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
+    return batch["tokens"][first].tolist()
+
+
+def mixed(seed: int = 0) -> pipeline.grain.DatasetIterator:
+    """Rows 1 and 2, 3 to 7, 8 and 9, with shares of 3 : 1 : 0.5."""
+    rows = numbered_rows(9)
+    sources = [rows[:2], rows[2:7], rows[7:]]
+    return pipeline.packed_batches(sources, [3.0, 1.0, 0.5], 2, ROW_LENGTH, seed)
+
+
+def test_sources_have_their_shares_of_the_rows() -> None:
+    batches, seen = mixed(), Counter()
+    for _ in range(150):
+        seen.update(firsts(next(batches)))
+    total = seen.total()
+    assert total > 500
+    for part, share in (((1, 2), 3.0), (range(3, 8), 1.0), ((8, 9), 0.5)):
+        counts = [seen[number] for number in part]
+        # Rows wait in the packer's four open lines.
+        assert abs(sum(counts) - share / 4.5 * total) <= 8
+        assert max(counts) - min(counts) <= 6
+
+
+def test_the_seed_decides_the_order_of_a_mix() -> None:
+    orders = [
+        [firsts(next(batches)) for _ in range(5)] for batches in map(mixed, (0, 0, 1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_all_batches_hold_every_row_once() -> None:
+    rows = numbered_rows(9)
+    batches = pipeline.all_batches(rows, 3, ROW_LENGTH)
+    assert sorted(number for batch in batches for number in firsts(batch)) == [
+        *range(1, 10)
+    ]
+    assert len(batches) > 1
+    for batch in batches:
+        assert {x.shape for x in batch.values()} == {(3, ROW_LENGTH)}
+    learned = sum(int(batch["loss_mask"].sum()) for batch in batches)
+    assert learned == sum(int(row.loss_mask.sum()) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["problems", "packed", "mixed"])
 def test_a_saved_state_brings_the_same_batches_again(kind: str) -> None:
     def iterator() -> pipeline.grain.DatasetIterator:
+        if kind == "mixed":
+            return mixed()
         if kind == "packed":
-            return pipeline.packed_batches(numbered_rows(9), 2, ROW_LENGTH, seed=3)
+            return pipeline.packed_batches(
+                [numbered_rows(9)], [1.0], 2, ROW_LENGTH, seed=3
+            )
         return pipeline.problem_batches([Problem("", "")] * 7, 3, seed=3)
 
     first = iterator()

@@ -49,6 +49,8 @@ def test_plain_columns_round_trip(file: Path) -> None:
     assert [t.problem.answer for t in traces] == [str(i) for i in range(5)]
     assert {t.explanation for t in traces} == {ROW["reasoning_trace"]}
     assert read_problems(str(file), TEMPLATE) == [t.problem for t in traces]
+    assert read_traces(str(file), TEMPLATE, limit=2) == traces[:2]
+    assert read_problems(str(file), TEMPLATE, limit=9) == [t.problem for t in traces]
 
 
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])

@@ -46,11 +46,18 @@ SECTIONS = {
             "kinds": {"careful": 0.5, "restating": 0.5},
             "known_answer": True,
         },
+        "held_out": {
+            **PROBLEMS,
+            "split": "test",
+            "kinds": {"careful": 1.0},
+            "known_answer": True,
+        },
         "sft": {
             "format": "student",
             "steps": 5,
             "batch_size": 2,
             "row_length": 128,
+            "evaluate_every": 2,
             "checkpoint_every": 3,
         },
         "lora": {},

@@ -147,7 +147,7 @@ def test_data_files_that_differ(config: Path, start: Callable, tmp_path: Path) -
         processes.append(start(f"{config}:file", index, 2, cwd=host))
     for status, messages in map(ended, processes):
         assert status == 1
-        assert "the traces of the data must be the same in all 2 processes" in messages
+        assert "the traces of data must be the same in all 2 processes" in messages
         assert "Traceback" not in messages
 
 

@@ -245,6 +245,21 @@ def test_shipped_configs_have_the_keys_of_their_stages(file: Path) -> None:
     assert list(sections) == list(config.get("pipeline") or [config.stage])
 
 
+@pytest.mark.parametrize("student", ["7b", "32b:v5e:8x16", "32b:h200:8"])
+def test_the_recipe_of_distillation_takes_a_student(student: str) -> None:
+    size, _, topology = student.partition(":")
+    (section,) = stage_sections(
+        load_config(CONFIGS[0].with_name("distil.py"), student)
+    ).values()
+    assert section.model.path == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
+    assert section.mesh.tensor == {"": 2, "v5e:8x16": 8, "h200:8": 8}[topology]
+
+
+def test_the_recipe_of_distillation_knows_its_students() -> None:
+    with pytest.raises(UserError, match=r"distil.py:v5e:8x16: begin with 7b or 32b"):
+        load_config(CONFIGS[0].with_name("distil.py"), "v5e:8x16")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -274,8 +289,8 @@ def test_a_workdir_has_to_be_in_a_file_system(
     assert not stage.ran
 
 
-def load_config(file: Path) -> ml_collections.ConfigDict:
+def load_config(file: Path, *arguments: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*arguments)

@@ -222,6 +222,13 @@ def test_collection_and_evaluation_are_lowered(recipe: Path) -> None:
     assert names["evaluate"] == ["weights", "prefill", "decode"]
 
 
+def test_a_recipe_is_given_what_stands_behind_its_file() -> None:
+    c = PlanConfig(f"{ROOT}/configs/distil.py:32b", "v5e:8x16")
+    section = read_recipe(c, c.topology)["distil"]
+    assert section["model"]["path"] == "Qwen/Qwen2.5-32B-Instruct"
+    assert section["mesh"]["tensor"] == 8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

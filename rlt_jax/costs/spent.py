@@ -1,0 +1,70 @@
+"""What a stage has cost: tokens, and operations of the models, from what it left.
+
+A token costs two operations for each parameter that it meets in a forward pass, and three
+times as many in an update, recomputation and attention's products apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rlt_jax.costs.flops import params_in_products
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.training.metrics import stream_jsonl
+
+# Phase of a step -> what its tokens are called.
+_PHASES = {
+    "rollout": "decoded_tokens",
+    "score": "scored_tokens",
+    "update": "trained_tokens",
+    "step": "trained_tokens",
+}
+
+
+def token_flops(config: ModelConfig) -> int:
+    """Operations of a token's forward pass, logits included."""
+    return 2 * (params_in_products(config) + config.embed_dim * config.vocab_size)
+
+
+def sft_cost(metrics: Path, model: ModelConfig) -> dict[str, float]:
+    """Tokens and operations of a training by next tokens."""
+    return _of_steps(metrics, {"step": 3 * token_flops(model)})
+
+
+def rl_cost(
+    metrics: Path, policy: ModelConfig, students: Sequence[ModelConfig], passes: int
+) -> dict[str, float]:
+    """Tokens and operations of reinforcement learning; held-out questions apart.
+
+    Args:
+      metrics: the stage's metrics.jsonl.
+      policy: its model.
+      students: of the reward.
+      passes: of the policy and its reference over the rows, besides drawing and updates.
+    """
+    own = token_flops(policy)
+    reading = passes * own + sum(map(token_flops, students))
+    return _of_steps(metrics, {"rollout": own, "score": reading, "update": 3 * own})
+
+
+def writing_cost(
+    drawn: int, prompts: int, writer: ModelConfig, readers: Sequence[ModelConfig] = ()
+) -> dict[str, float]:
+    """Tokens and operations of drawn completions, scored by each of the readers."""
+    rows = drawn + prompts
+    read = sum(map(token_flops, readers))
+    return {
+        "decoded_tokens": drawn,
+        "scored_tokens": rows if readers else 0,
+        "flops": float(rows * (token_flops(writer) + read)),
+    }
+
+
+def _of_steps(metrics: Path, flops: Mapping[str, float]) -> dict[str, float]:
+    cost = {_PHASES[phase]: 0 for phase in flops} | {"flops": 0.0}
+    for row in stream_jsonl(metrics):
+        for phase, each in flops.items():
+            if each:
+                tokens = row[f"time/{phase}_tokens"]
+                cost[_PHASES[phase]] += tokens
+                cost["flops"] += float(tokens * each)
+    return cost
