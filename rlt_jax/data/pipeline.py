@@ -20,7 +20,7 @@ def file_problems(
     path: str, template: Template, limit: int | None = None, grader: str = "math"
 ) -> list[Problem]:
     """Problems of the user's files, the first `limit`; see `files.read_problems`."""
-    problems = files.read_problems(path, template)[:limit]
+    problems = files.read_problems(path, template, limit)
     return [problem._replace(grader=grader) for problem in problems]
 
 

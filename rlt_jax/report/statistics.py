@@ -49,9 +49,12 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     n = correct.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} samples.")
-    # As a product the binomials do not overflow.
-    none_right = [np.prod(1 - k / np.arange(n - c + 1, n + 1)) for c in range(n + 1)]
-    return 1 - np.maximum(none_right, 0)[correct.sum(axis=1)]
+
+    def chance(c: int) -> float:
+        # As a product the binomials do not overflow.
+        return 1.0 if n - c < k else 1 - np.prod(1 - k / np.arange(n - c + 1, n + 1))
+
+    return np.array([chance(c) for c in correct.sum(axis=1)])
 
 
 def majority_at_k(

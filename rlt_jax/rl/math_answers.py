@@ -75,11 +75,13 @@ def compare(pairs: Collection[Pair]) -> dict[Pair, Comparison]:
 
 def _compare(pairs: Collection[Pair]) -> dict[Pair, Comparison]:
     """The same, without those that a broken pool has left."""
-    pool = _running()
-    futures = {
-        pair: pool.schedule(_in_process, (*pair, 2 * SECONDS), timeout=SECONDS)
-        for pair in pairs
-    }
+    pool, futures = _running(), {}
+    try:
+        for pair in pairs:
+            arguments = (*pair, 2 * SECONDS)
+            futures[pair] = pool.schedule(_in_process, arguments, timeout=SECONDS)
+    except RuntimeError:  # it has just broken
+        return {}
     done = {}
     for pair, future in futures.items():
         while pool.active and not future.done():

@@ -147,7 +147,12 @@ def test_values_of_a_chosen_puzzle() -> None:
         (3, 4, 7), 25, ((7, "*", 4, 28), (28, "-", 3, 25)), "7*4-3"
     )
     rng = np.random.default_rng(0)
-    assert puzzle.problem == ("Make 25 from 3, 4, 7.", "7*4-3", ANSWER)
+    assert puzzle.problem == (
+        "Make 25 from 3, 4, 7.",
+        "7*4-3",
+        ANSWER,
+        "countdown",
+    )
     assert countdown.explain(puzzle, "careful", rng) == "7*4=28 28-3=25"
     assert countdown.explain(puzzle, "skipping", rng) == "7*4-3=25"
     assert countdown.explain(puzzle, "restating", rng) == "it is 7*4-3"
