@@ -145,6 +145,8 @@ def _in_process(prediction: str, answer: str, alarm: float) -> tuple[bool, str |
     signal.setitimer(signal.ITIMER_REAL, alarm)  # ends a process whose pool is gone
     gold = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
     parsed = math_verify.parse(prediction, parsing_timeout=None)
+    if not parsed and "\\" in prediction:  # LaTeX that nothing marks as such
+        parsed = math_verify.parse(f"${prediction}$", parsing_timeout=None)
     equal = math_verify.verify(gold, parsed, timeout_seconds=None)
     read = str(parsed[0]) if parsed and not equal else None
     signal.setitimer(signal.ITIMER_REAL, 0)

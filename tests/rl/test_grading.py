@@ -278,3 +278,11 @@ def test_hostile_texts_neither_hang_nor_crash(
         assert not any(verdict.correct for verdict in verdicts)
     assert {v.error for v in verdicts} <= {None, "timeout", "crash"}
     assert any(verdict.answer for verdict in verdicts)
+
+
+def test_latex_needs_no_marks() -> None:
+    problem = Problem("?", "?", "2\\sqrt{3}")
+    texts = ["\\sqrt{12}", "$\\sqrt{12}$", "\\sqrt{13}", "\\frac{1}{2}"]
+    verdicts = grade([problem] * 4, texts)
+    assert [verdict.correct for verdict in verdicts] == [True, True, False, False]
+    assert all(verdict.answer for verdict in verdicts)

@@ -89,6 +89,27 @@ def test_predictions_are_graded_without_a_model(
     assert read_jsonl(again / "samples.jsonl") == rows
 
 
+def test_right_completions_become_traces(
+    predicting: dict[str, Any], run_stage: RunStage, tmp_path: Path
+) -> None:
+    thought = "<|begin_of_thought|>{}<|end_of_thought|>"
+    texts = [
+        thought.format("1+1=2") + f"{OPEN}2{CLOSE}",
+        thought.format("2+2=5") + f"{OPEN}5{CLOSE}",
+        f"{OPEN}6{CLOSE}",  # right, but there is nothing to learn
+    ]
+    rows = [
+        {"question": problem["question"], "completion": text}
+        for problem, text in zip(PROBLEMS, texts, strict=True)
+    ]
+    write(Path(predicting["predictions"]), rows)
+    predicting["evaluate"]["keep_right"] = True
+    folder = run_stage(predicting, tmp_path / "run")
+    trace = {"question": "1+1?", "solution": "2", "answer": "2"}
+    assert read_jsonl(folder / "traces.jsonl") == [trace | {"reasoning_trace": "1+1=2"}]
+    assert json.loads((folder / "results.json").read_text())["traces"] == 1
+
+
 def test_a_whole_text_can_be_graded(
     predicting: dict[str, Any], run_stage: RunStage, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rlt_jax.errors import UserError
 from rlt_jax.stages import run_pipeline, sft, stage_sections
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
 
 
 class Stage:

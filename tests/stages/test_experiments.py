@@ -1,0 +1,122 @@
+"""The experiments: what is held out is not trained on, and all of it runs."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import pytest
+
+from rlt_jax.data.pipeline import load_problems, load_sources
+from rlt_jax.data.templates import load_template
+from rlt_jax.stages import run_pipeline, stage_sections
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+EXPERIMENTS = CONFIGS / "experiments" / "paper_small.py"
+SEEDS = "0,1,2"
+TEMPLATE = load_template("tiny")
+
+
+def load(file: Path, argument: str = "") -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def data_of(config: ml_collections.ConfigDict, name: str) -> Iterator[tuple[dict, int]]:
+    """Generated data sections of that name with the seed of each, no two alike."""
+    seen = set()
+    for section in stage_sections(config).values():
+        data = section.get(name)
+        if data is None or data.get("task") in (None, "file"):
+            continue
+        seed = section.get("seed", config.seed)
+        key = json.dumps([data.to_dict(), seed], sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            yield data.to_dict(), seed
+
+
+def keys_of(questions: Iterator[str]) -> set:
+    """What makes a question: its words, the numbers of a puzzle in any order."""
+    keys = set()
+    for question in questions:
+        asked, _, _ = question.partition(" It is ")
+        if asked.startswith("Make "):
+            target, _, given = asked.partition(" from ")
+            asked = (target, *sorted(given.strip(".").split(", ")))
+        keys.add(asked)
+    return keys
+
+
+def sources_of(data: dict, seed: int) -> Iterator[str]:
+    if "kinds" not in str(data):
+        yield from (p.question for p in load_problems(data, TEMPLATE, seed))
+        return
+    for source in load_sources(data, TEMPLATE, seed):
+        yield from (trace.problem.question for trace in source.traces)
+
+
+def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
+    experiments = load(EXPERIMENTS, SEEDS)
+    held_out, trained = set(), set()
+    stages = stage_sections(experiments)
+    for data, seed in [
+        *data_of(experiments, "data"),
+        *data_of(experiments, "held_out"),
+    ]:
+        split = held_out if data["split"] == "test" else trained
+        split |= keys_of(sources_of(data, seed))
+    for section in stages.values():
+        if section.stage == "evaluate" and not section.evaluate.keep_right:
+            assert section.data.split == "test"
+        if section.stage == "rl":
+            assert (section.data.split, section.held_out.split) == ("train", "test")
+        if section.stage in ("sft", "collect") and section.data.task != "file":
+            assert section.data.split == "train"
+    for base in ("", "small"):
+        for data, seed in data_of(load(CONFIGS / "embedded_base.py", base), "data"):
+            trained |= keys_of(sources_of(data, seed))
+    assert len(held_out) > 1000 and len(trained) > 100_000
+    assert not held_out & trained
+
+
+def test_every_route_names_stages_of_its_seed() -> None:
+    config = load(EXPERIMENTS, "7")
+    stages = stage_sections(config)
+    for route in config.comparison.routes:
+        folders = [*route["stages"], route["evaluation"], route.get("traces", "")]
+        for folder in filter(None, folders):
+            assert folder.format(seed=7) in stages
+    for measure in config.comparison.measures:
+        assert measure["folder"].format(seed=7) in stages
+
+
+@pytest.mark.slow
+def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
+    config = load(EXPERIMENTS, "7")
+    for name in config.pipeline[:-1]:
+        section = config[name]
+        for data in ("data", "held_out"):
+            if section.get(data) is not None and "size" in section[data]:
+                section[data].size = 8
+        for part, smaller in (
+            ("sft", {"steps": 2, "batch_size": 2}),
+            ("loop", {"steps": 1, "batch_size": 2, "group_size": 2}),
+            ("collect", {"batch_size": 8}),
+            ("evaluate", {"batch_size": 8, "keep_right": False}),
+        ):
+            if part in section:
+                section[part].update(smaller)
+        if section.stage == "score":
+            section.batch_size = 8
+        if section.stage == "sft" and "solver" in str(section.data.get("path")):
+            section.data.path = section.data.path.replace("solver_large", "rlt")
+            section.data.path = section.data.path.replace("solver", "rlt")
+    run_pipeline(config, tmp_path)
+    found = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    assert len(found["claims"]) == len(config.comparison.claims)
+    assert all(claim["verdict"] == "one run only" for claim in found["claims"])
