@@ -94,7 +94,7 @@ def _stages_of_a_seed(seed: int) -> dict[str, Any]:
         stages[f"{name}_eval"] = _evaluate(made_by(f"{name}_distil"))
 
     worked = _chains("train", 8000, stream=1, kinds=KINDS, known_answer=True)
-    stages["warmup"] = _sft(SMALL, "teacher", worked, 750, 8, 4e-3)
+    stages["warmup"] = _sft(SMALL, "teacher", worked, 250, 8, 2e-3)
     wrong = _chains("train", 4000, stream=6, kinds=GULLIBLE, known_answer=True)
     stages["gullible_base"] = _sft(SMALL, "student", wrong, 60, 24, 1e-3)
 

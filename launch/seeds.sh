@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Runs an experiment's seeds side by side on this machine, a process each, and then what
+# compares them. Given again, it goes on where it was.
+#
+#   launch/seeds.sh --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
+#   launch/seeds.sh --config=configs/experiments/paper_small.py --workdir=runs/paper_small
+#
+# FILE:SEED is the recipe's config of one seed, FILE:SEED,SEED,... that of several.
+# Each line of output is prefixed with the place of its seed in the list. When one process
+# fails the others are ended; the exit status is that of the first that failed.
+#
+# Every flag can also be given as an environment variable: RLT_ and its name in capitals.
+#
+#   --config=FILE              recipe
+#   --workdir=DIR              workdir of all seeds
+#   --seeds=0,1,2              which
+#   --compilation_cache=DIR    compiled programs, shared by all; WORKDIR/programs by default
+#   --python=python            Python that has rlt_jax
+#   --grace_seconds=30         time that processes have to end before they are killed
+#   --dry_run                  print the commands, run nothing
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+. "$here/flags.sh"
+. "$here/processes.sh"
+
+declare -A flag=(
+  [config]="" [workdir]="" [seeds]=0,1,2 [compilation_cache]="" [python]=python
+  [grace_seconds]=30 [dry_run]=false
+)
+parse_flags "$@"
+require config workdir seeds
+require_number grace_seconds
+: "${flag[compilation_cache]:=${flag[workdir]}/programs}"
+IFS=, read -ra seeds <<<"${flag[seeds]}"
+
+# More threads than cores would only wait for each other.
+threads() {
+  local cores=$(($(nproc) / ${#seeds[@]}))
+  printf '%s' "$((cores > 0 ? cores : 1))"
+}
+
+main() { # main SEEDS
+  local command=(
+    env PYTHONUNBUFFERED=1 "NPROC=$(threads)" "${flag[python]}" -m rlt_jax.main
+    "--config=${flag[config]}:$1" "--workdir=${flag[workdir]}"
+    "--compilation_cache=${flag[compilation_cache]}" "${main_args[@]}"
+  )
+  become "${command[@]}"
+}
+
+one() { main "${seeds[$1]}"; }
+
+if ((${#seeds[@]} > 1)); then
+  if dry_run; then
+    for ((i = 0; i < ${#seeds[@]}; i++)); do one "$i"; done
+  else
+    together "${#seeds[@]}" one
+  fi
+fi
+main "${flag[seeds]}"
