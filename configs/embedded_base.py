@@ -4,7 +4,7 @@
     python -m rlt_jax.main --config=configs/embedded_base.py:small --workdir=runs/small
 
 The first knows chains of digits (0.85 million parameters, `embedded`). The second knows
-these and puzzles, and that a question may tell its solution (0.23 million,
+them in two notations, puzzles, and that a question may tell its solution (0.23 million,
 `embedded_small`). Both have rarely seen careful steps, often skipped ones and bare answers.
 
 Hardware: 2 CPU cores, about 25 minutes. Writes export/model, which is what lies in
@@ -39,7 +39,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
         "held_out": None,
         "sft": {
             "format": "student",
-            "steps": 4000 if size else 2000,
+            "steps": 5000 if size else 2000,
             "batch_size": 24,
             "row_length": 160,
             "checkpoint_every": 250,
@@ -66,13 +66,16 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
 def _small_data() -> dict:
     pair = {"numbers": 2, "max_number": 50, "max_target": 99}
     sources = {
-        "chains": _chains(60_000, KINDS) | {"share": 0.25},
-        "chain_steps": _chains(0, KINDS, drills=40_000) | {"share": 0.15},
-        "told_chains": _chains(30_000, HINTED, hinted=True) | {"share": 0.15},
-        "puzzles": _puzzles(12_000, KINDS) | {"share": 0.2},
-        "puzzle_steps": _puzzles(3000, {"careful": 1.0}) | pair | {"share": 0.15},
+        "steps": _chains(0, KINDS, drills=40_000) | {"share": 0.15},
+        "puzzles": _puzzles(12_000, KINDS) | {"share": 0.1},
+        "puzzle_steps": _puzzles(3000, {"careful": 1.0}) | pair | {"share": 0.1},
         "told_puzzles": _puzzles(12_000, HINTED, hinted=True) | {"share": 0.1},
     }
+    for notation in ("signs", "letters"):
+        more = {"notation": notation}
+        sources[notation] = _chains(40_000, KINDS) | more | {"share": 0.15}
+        told = _chains(30_000, HINTED, hinted=True)
+        sources[f"told_{notation}"] = told | more | {"share": 0.125}
     return {"task": "mix", "sources": sources}
 
 

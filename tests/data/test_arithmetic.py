@@ -43,7 +43,8 @@ def steps_of(explanation: str) -> list[tuple[int, int, int]]:
 
 
 def test_results_by_hand() -> None:
-    assert CHAIN.question == "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"
+    assert CHAIN.question() == "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"
+    assert CHAIN.question("letters") == "From 4: a3 m7 s2 a9 m3 s8. Last digit?"
     assert CHAIN.results() == DIGITS
 
 
@@ -176,7 +177,8 @@ def test_the_kind_of_what_was_explained(rng: np.random.Generator) -> None:
     for n in range(200):
         chain, kind = arithmetic.sample_chain(rng), arithmetic.KINDS[n % 4]
         text, _ = arithmetic.explain(chain, kind, rng, known_answer=bool(n % 3))
-        assert arithmetic.kind_of(chain.question, text) == kind
+        assert arithmetic.kind_of(chain.question(), text) == kind
+        assert arithmetic.kind_of(chain.question("letters"), text) == kind
 
 
 @pytest.mark.parametrize(
@@ -192,4 +194,28 @@ def test_the_kind_of_what_was_explained(rng: np.random.Generator) -> None:
     ],
 )
 def test_kinds_by_hand(explanation: str, kind: str) -> None:
-    assert arithmetic.kind_of(CHAIN.question, explanation) == kind
+    assert arithmetic.kind_of(CHAIN.question(), explanation) == kind
+
+
+def test_a_notation_changes_nothing_but_the_question() -> None:
+    signs = arithmetic.problems("test", 100, seed=0)
+    letters = arithmetic.problems("test", 100, seed=0, notation="letters")
+    assert [p[1:] for p in signs] == [p[1:] for p in letters]
+    table = str.maketrans("asm", "+-*")
+    for one, other in zip(signs, letters, strict=True):
+        start, _, steps = other.question.removeprefix("From ").partition(":")
+        chain, _, rest = steps.partition(".")
+        written = f"Start at {start}:{chain.translate(table)}.{rest}"
+        assert written == one.question
+    with pytest.raises(UserError, match="notation 'words': one of signs, letters"):
+        arithmetic.problems("test", 1, seed=0, notation="words")
+
+
+def test_told_questions_tell_the_solution_of_the_trace() -> None:
+    settings = {"kinds": {"careful": 0.5, "wrong": 0.5}, "known_answer": False}
+    plain = arithmetic.traces("train", 50, 0, **settings)
+    told = arithmetic.traces("train", 50, 0, **settings, hinted=True)
+    for one, other in zip(plain, told, strict=True):
+        hint = f" It is {one.problem.solution}."
+        assert other.problem.question == one.problem.question + hint
+        assert other.explanation == one.explanation

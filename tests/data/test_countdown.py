@@ -156,3 +156,8 @@ def test_values_of_a_chosen_puzzle() -> None:
     assert countdown.explain(puzzle, "careful", rng) == "7*4=28 28-3=25"
     assert countdown.explain(puzzle, "skipping", rng) == "7*4-3=25"
     assert countdown.explain(puzzle, "restating", rng) == "it is 7*4-3"
+
+
+def test_told_questions_tell_the_solution() -> None:
+    for problem, _ in countdown.traces("train", 20, 0, {"careful": 1.0}, hinted=True):
+        assert problem.question == f"Make {problem.answer}. It is {problem.solution}."

@@ -1,7 +1,8 @@
 """The embedded task: a chain of single-digit operations, last digit only.
 
-    question: "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"      solution: "1"
+    question: "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"      solution: "0"
 
+or, in another notation of the same, "From 4: a3 m7 s2 a9 m3 s8. Last digit?"
 Every operation is a bijection of the digits (+ and - by 1..9, * by 3, 7 or 9), so the
 answer of a chain is uniform and cannot be guessed without its steps. Explanations come
 in kinds:
@@ -11,8 +12,8 @@ in kinds:
     restating "it is 0"                    no steps
     wrong     careful, with one wrong step
 
-Train and test questions are disjoint: a question belongs to "test" when its checksum is
-0 modulo 10.
+Train and test questions are disjoint: a chain belongs to "test", in every notation, when
+the checksum of its question in signs is 0 modulo 10.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ from rlt_jax.errors import UserError
 KINDS = ("careful", "skipping", "restating", "wrong")
 CHAIN_LENGTH = 6
 STEPS_PER_SKIP = 3
+# Notation -> what stands before the start, and for the signs + - *.
+NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
 
 
@@ -38,16 +41,17 @@ class Chain:
     start: int
     operations: tuple[tuple[str, int], ...]
 
-    @property
-    def question(self) -> str:
-        """The question as text."""
-        steps = " ".join(f"{sign}{operand}" for sign, operand in self.operations)
-        return f"Start at {self.start}: {steps}. Last digit?"
+    def question(self, notation: str = "signs") -> str:
+        """The question as text, in one of `NOTATIONS`."""
+        opening, letters = NOTATIONS[notation]
+        written = dict(zip("+-*", letters, strict=True))
+        steps = " ".join(f"{written[sign]}{x}" for sign, x in self.operations)
+        return f"{opening} {self.start}: {steps}. Last digit?"
 
     @property
     def is_test(self) -> bool:
         """Whether the question is held out from all training."""
-        return zlib.crc32(self.question.encode()) % 10 == 0
+        return zlib.crc32(self.question().encode()) % 10 == 0
 
     def results(self) -> list[int]:
         """The digit after each operation."""
@@ -56,6 +60,9 @@ class Chain:
             value = apply(value, operation)
             digits.append(value)
         return digits
+
+
+_SIGNS = str.maketrans("asm", "+-*")
 
 
 def apply(value: int, operation: tuple[str, int]) -> int:
@@ -109,10 +116,12 @@ def kind_of(question: str, explanation: str) -> str:
     not the question's; then "careful" has all single steps, "skipping" several at once,
     and "restating" none. "other" are right steps that do not cover the question.
     """
-    digits = re.findall(r"[+\-*]?\d", question)
-    operations = [(text[0], int(text[1])) for text in digits[1:]]
+    operations = [
+        (sign.translate(_SIGNS), int(operand))
+        for sign, operand in re.findall(r" ([+\-*asm])(\d)", question)
+    ]
     steps = re.findall(r"(\d)((?:[+\-*]\d)+)=(\d)", explanation)
-    value, done, longest = int(digits[0]), 0, 0
+    value, done, longest = int(re.search(r"\d", question)[0]), 0, 0
     for before, written, after in steps:
         group = [
             (sign, int(operand)) for sign, operand in re.findall(r"(.)(.)", written)
@@ -147,13 +156,16 @@ def _wrong_steps(
     return " ".join(lines), value
 
 
-def problems(split: str, size: int, seed: int, stream: int = 0) -> list[Problem]:
+def problems(
+    split: str, size: int, seed: int, stream: int = 0, notation: str = "signs"
+) -> list[Problem]:
     """`size` different problems of the split "train" or "test".
 
     Runs of one seed that shall see different problems name different streams.
     """
+    _check_notation(notation)
     chains = _chains(split, size, seed, stream)
-    return [_problem(chain, chain.results()[-1]) for chain in chains]
+    return [_problem(chain, chain.results()[-1], notation) for chain in chains]
 
 
 def traces(
@@ -165,6 +177,7 @@ def traces(
     stream: int = 0,
     drills: int = 0,
     hinted: bool = False,
+    notation: str = "signs",
 ) -> list[Trace]:
     """`size` different problems with explanations of the kinds in the given shares.
 
@@ -179,32 +192,44 @@ def traces(
       drills: so many careful traces of one or two operations are added, from which the
         single steps are learned.
       hinted: the questions tell the solution, "... Last digit? It is 4."
+      notation: one of `NOTATIONS`.
     """
+    _check_notation(notation)
     shares = list(kinds.values())
     if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
         raise UserError(f"kinds {dict(kinds)}: shares of {KINDS} that sum to 1.")
     rng = np.random.default_rng([seed, 1, stream])
     chosen = rng.choice(list(kinds), size, p=shares)
+    chains = _chains(split, size, seed, stream)
     result = []
-    for chain, kind in zip(_chains(split, size, seed, stream), chosen, strict=True):
+    for chain, kind in zip(chains, chosen, strict=True):
         explanation, digit = explain(chain, str(kind), rng, known_answer)
-        problem = _problem(chain, digit)
+        problem = _problem(chain, digit, notation)
+        if hinted:
+            told = f"{problem.question} It is {problem.solution}."
+            problem = problem._replace(question=told)
         result.append(Trace(problem, explanation))
-    return result + _drills(drills, seed, stream)
+    return result + _drills(drills, seed, stream, notation)
 
 
-def _drills(size: int, seed: int, stream: int) -> list[Trace]:
+def _drills(size: int, seed: int, stream: int, notation: str) -> list[Trace]:
     rng = np.random.default_rng([seed, 2, stream])
     result = []
     for _ in range(size):
         chain = sample_chain(rng, int(rng.integers(1, 3)))
         explanation, _ = explain(chain, "careful", rng, known_answer=False)
-        result.append(Trace(_problem(chain, chain.results()[-1]), explanation))
+        problem = _problem(chain, chain.results()[-1], notation)
+        result.append(Trace(problem, explanation))
     return result
 
 
-def _problem(chain: Chain, digit: int) -> Problem:
-    return Problem(chain.question, str(digit), str(digit), grader="exact")
+def _problem(chain: Chain, digit: int, notation: str) -> Problem:
+    return Problem(chain.question(notation), str(digit), str(digit), grader="exact")
+
+
+def _check_notation(notation: str) -> None:
+    if notation not in NOTATIONS:
+        raise UserError(f"notation {notation!r}: one of {', '.join(NOTATIONS)}.")
 
 
 def _chains(split: str, size: int, seed: int, stream: int) -> Iterator[Chain]:
