@@ -1,12 +1,13 @@
 """The paper's comparisons at the scale of the embedded tasks, several seeds, with verdicts.
 
-    python -m rlt_jax.main --config=configs/experiments/paper_small.py \\
-        --workdir=runs/paper_small --compilation_cache=runs/programs
+    launch/seeds.sh --config=configs/experiments/paper_small.py \\
+        --workdir=runs/paper_small
 
-    python -m rlt_jax.main --config=configs/experiments/paper_small.py:100 ...
-
-The second form names other seeds ("100" or "100,101"); those of the first are SEEDS. All
-settings were chosen on seeds from 100 on. What is cut off goes on where it was.
+runs seeds 0, 1 and 2 side by side and then compares them; given again, it goes on where
+it was. Without the script, one after the other: `python -m rlt_jax.main
+--config=configs/experiments/paper_small.py --workdir=runs/paper_small`. The recipe takes
+seeds, `paper_small.py:100,101`; one alone is not compared. All settings were chosen on
+seeds from 100 on.
 
 A small teacher (0.23 million parameters) and students of its size, a four times larger
 solver and student (0.85 million); results are in runs/paper_small/comparison/index.html.
@@ -63,6 +64,26 @@ TEACHERS = {
     "gullible_strict": (STRICT, "gullible_base"),
     "self": ({}, None),
 }
+
+
+def _chains(split: str, size: int, stream: int, **more: Any) -> dict:
+    task = {"task": "arithmetic", "split": split, "size": size, "stream": stream}
+    return task | more
+
+
+def _letters(split: str, size: int, stream: int) -> dict:
+    return _chains(split, size, stream, notation="letters")
+
+
+def _puzzles(split: str, size: int, stream: int) -> dict:
+    limits = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
+    task = {"task": "countdown", "split": split, "size": size, "stream": stream}
+    return task | limits
+
+
+# Tasks that no teacher was trained on, and as many steps of RL on them as cost what the
+# teacher's explanations and a student of them cost.
+NEW_TASKS = {"letters": (_letters, 14), "puzzles": (_puzzles, 20)}
 TRACE_SETS = ("warmup", *TEACHERS, "solver", "solver_large")
 
 
@@ -73,7 +94,8 @@ def get_config(seeds: str = "") -> ml_collections.ConfigDict:
     for seed in chosen:
         for name, values in _stages_of_a_seed(seed).items():
             stages[f"{name}_{seed}"] = values | {"seed": seed}
-    stages["comparison"] = _comparison(chosen)
+    if len(chosen) > 1:
+        stages["comparison"] = _comparison(chosen)
     config = ml_collections.ConfigDict(stages)
     config.seed = 0
     config.pipeline = tuple(stages)
@@ -126,18 +148,18 @@ def _stages_of_a_seed(seed: int) -> dict[str, Any]:
         stages[f"{source}_cold"] = _student_rl(start, steps=8)
         stages[f"{source}_cold_eval"] = _evaluate(made_by(f"{source}_cold"))
 
-    # Transfer: the teachers explain puzzles, or RL solves them.
-    for name in ("warmup", "rlt"):
-        teacher = "warmup" if name == "warmup" else "rlt_rl"
-        stages[f"{name}_puzzles_traces"] = _collect(
-            made_by(teacher), SMALL, _puzzles("train", 1024, stream=4)
-        )
-        distil_and_evaluate(f"{name}_puzzles", f"{name}_puzzles_traces")
-    stages["puzzles_rl"] = _student_rl(SMALL, steps=20, task=_puzzles)
-    stages["puzzles_rl_eval"] = _evaluate(made_by("puzzles_rl"))
-    stages["base_puzzles_eval"] = _evaluate(SMALL)
-    for name in ("warmup_puzzles", "rlt_puzzles", "puzzles_rl", "base_puzzles"):
-        stages[f"{name}_eval"]["data"] = _puzzles("test", 256, stream=5)
+    # Transfer: the teachers explain what they were not trained on, or RL solves it.
+    for task, (make, steps) in NEW_TASKS.items():
+        for source, teacher in (("warmup", "warmup"), ("rlt", "rlt_rl")):
+            name = f"{source}_{task}"
+            data = make("train", 1024, stream=4)
+            stages[f"{name}_traces"] = _collect(made_by(teacher), SMALL, data)
+            distil_and_evaluate(name, f"{name}_traces")
+        stages[f"rl_{task}"] = _student_rl(SMALL, steps, make)
+        stages[f"rl_{task}_eval"] = _evaluate(made_by(f"rl_{task}"))
+        stages[f"base_{task}_eval"] = _evaluate(SMALL)
+        for source in ("warmup", "rlt", "rl", "base"):
+            stages[f"{source}_{task}_eval"]["data"] = make("test", 256, stream=5)
 
     # All trace sets before one judge; those of the gullible student before two, with
     # controls.
@@ -177,11 +199,15 @@ ROUTES = {
         "solver_itself": "the solver: more RL, no distillation",
         "solver_large_itself": "the larger solver",
     },
-    "4 Puzzles, on which no teacher was trained": {
+    "4 Tasks on which no teacher was trained": {
+        "base_letters": "other notation, no distillation",
+        "warmup_letters": "other notation, traces of the warmed-up teacher",
+        "rlt_letters": "other notation, traces of the RLT",
+        "rl_letters": "other notation, RL on it",
         "base_puzzles": "puzzles, no distillation",
         "warmup_puzzles": "puzzles, traces of the warmed-up teacher",
         "rlt_puzzles": "puzzles, traces of the RLT",
-        "puzzles_rl": "puzzles, RL on them",
+        "rl_puzzles": "puzzles, RL on them",
     },
     "5 Rewards without a term": {
         "no_kl": "reward without the explanation KL",
@@ -216,7 +242,10 @@ CLAIMS = (
     ("rlt_cold", "warmup_cold", _COLD),
     ("rlt_cold", "solver_cold", _COLD),
     ("rlt_cold", "solver_large_cold", _COLD),
-    ("rlt_puzzles", "puzzles_rl", _ZERO),
+    ("rlt_letters", "rl_letters", _ZERO),
+    ("rlt_letters", "warmup_letters", "RL on one task helps teaching another."),
+    ("rlt_letters", "base_letters", "Zero-shot traces teach."),
+    ("rlt_puzzles", "rl_puzzles", _ZERO),
     ("rlt_puzzles", "warmup_puzzles", "RL on one task helps teaching another."),
     ("rlt_puzzles", "base_puzzles", "Zero-shot traces teach."),
     ("rlt", "no_kl", _TERMS),
@@ -266,26 +295,24 @@ def _comparison(seeds: tuple[int, ...]) -> dict:
 
 def _route(name: str) -> list[str]:
     """The stages that make the route's model, one after the other."""
-    source = name.removesuffix("_cold").removesuffix("_itself").removesuffix("_puzzles")
-    source = source.removesuffix("_to_large")
-    if name == "puzzles_rl":
+    source = name.removesuffix("_cold").removesuffix("_itself")
+    task = next((t for t in NEW_TASKS if source.endswith(f"_{t}")), "")
+    source, to_large, _ = source.removesuffix(f"_{task}").partition("_to_large")
+    cold = [name] * name.endswith("_cold")
+    if source == "rl":
         return [name]
-    if source in ("base", "base_large"):
-        return ["base_cold"] if name == "base_cold" else []
+    if source.startswith("base"):
+        return cold
     if source.startswith("solver"):
         stages = [source]
     else:
-        stages = ["warmup"] + [f"{source}_rl"] * (source in TEACHERS)
-        if source.startswith("gullible"):
-            stages = ["gullible_base", *stages]
-        if source == "strong":
-            stages = ["solver", *stages]
+        stages = ["gullible_base"] * source.startswith("gullible")
+        stages += ["solver"] * (source == "strong")
+        stages += ["warmup"] + [f"{source}_rl"] * (source in TEACHERS)
     if name.endswith("_itself"):
         return stages
-    puzzles = "_puzzles" if name.endswith("_puzzles") else ""
-    stages += [f"{source}{puzzles}_traces"]
-    stages += [f"{name}_distil" if "_to_" in name or puzzles else f"{source}_distil"]
-    return [*stages, name] if name.endswith("_cold") else stages
+    traces = f"{source}_{task}" if task else source
+    return [*stages, f"{traces}_traces", f"{traces}{to_large}_distil", *cold]
 
 
 def _measures() -> list[dict]:
@@ -316,17 +343,6 @@ def _measures() -> list[dict]:
         for control in ("empty", "shuffled", "other"):
             add(heading, control, folder, f"controls.{control}")
     return measures
-
-
-def _chains(split: str, size: int, stream: int, **more: Any) -> dict:
-    task = {"task": "arithmetic", "split": split, "size": size, "stream": stream}
-    return task | more
-
-
-def _puzzles(split: str, size: int, stream: int) -> dict:
-    limits = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
-    task = {"task": "countdown", "split": split, "size": size, "stream": stream}
-    return task | limits
 
 
 def _engine() -> ml_collections.ConfigDict:

@@ -89,7 +89,7 @@ def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
 
 
 def test_every_route_names_stages_of_its_seed() -> None:
-    config = load(EXPERIMENTS, "7")
+    config = load(EXPERIMENTS, "7,8")
     stages = stage_sections(config)
     for route in config.comparison.routes:
         folders = [*route["stages"], route["evaluation"], route.get("traces", "")]
@@ -102,7 +102,9 @@ def test_every_route_names_stages_of_its_seed() -> None:
 @pytest.mark.slow
 def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
     config = load(EXPERIMENTS, "7")
-    for name in config.pipeline[:-1]:
+    config.comparison = load(EXPERIMENTS, "7,8").comparison
+    config.comparison.seeds = (7,)
+    for name in config.pipeline:
         section = config[name]
         for data in ("data", "held_out"):
             if section.get(data) is not None and "size" in section[data]:
@@ -120,6 +122,7 @@ def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
         if section.stage == "sft" and "solver" in str(section.data.get("path")):
             section.data.path = section.data.path.replace("solver_large", "rlt")
             section.data.path = section.data.path.replace("solver", "rlt")
+    config.pipeline = (*config.pipeline, "comparison")
     run_pipeline(config, tmp_path)
     found = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     assert len(found["claims"]) == len(config.comparison.claims)
