@@ -13,7 +13,7 @@
 #
 #   --config=FILE              recipe
 #   --workdir=DIR              workdir of all seeds
-#   --seeds=0,1,2              which
+#   --seeds=SEEDS              which; 0,1,2 by default
 #   --compilation_cache=DIR    compiled programs, shared by all; WORKDIR/programs by default
 #   --python=python            Python that has rlt_jax
 #   --grace_seconds=30         time that processes have to end before they are killed
@@ -24,12 +24,13 @@ here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/processes.sh"
 
 declare -A flag=(
-  [config]="" [workdir]="" [seeds]=0,1,2 [compilation_cache]="" [python]=python
+  [config]="" [workdir]="" [seeds]="" [compilation_cache]="" [python]=python
   [grace_seconds]=30 [dry_run]=false
 )
 parse_flags "$@"
-require config workdir seeds
+require config workdir
 require_number grace_seconds
+: "${flag[seeds]:=0,1,2}"
 : "${flag[compilation_cache]:=${flag[workdir]}/programs}"
 IFS=, read -ra seeds <<<"${flag[seeds]}"
 

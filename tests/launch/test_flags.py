@@ -15,6 +15,7 @@ MINIMAL = {
     + ["--storage=s"],
     "slurm": ["--gpus_per_node=8"],
     "local_pod": ["2", "--port=2000"],
+    "seeds": ["--seeds=3,5"],
 }
 RUN = ["--config=configs/x.py", "--workdir=/mnt/x y"]
 LAUNCHERS = sorted(MINIMAL)
@@ -111,7 +112,7 @@ def test_dry_run_prints_what_a_run_calls(stubs, script, hard_words) -> None:
         folder = re.compile(r"[^=]*/(?=rlt_jax\.tar\.gz|checkout)")
         calls = [[folder.sub("", word) for word in call] for call in calls]
         calls = [call for call in calls if "status" not in call]
-        return sorted(calls) if script in ("hosts", "local_pod") else calls
+        return sorted(calls) if script in ("hosts", "local_pod", "seeds") else calls
 
     stubs.shell(dry.stdout + "true")  # that there is no slice yet is an error
     printed = normalised(stubs.calls())
