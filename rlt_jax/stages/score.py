@@ -23,7 +23,7 @@ from rlt_jax.data.scoring import WrittenTrace
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.traces import read_completions
-from rlt_jax.report.explanations import write_page
+from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 from rlt_jax.settings import build
@@ -302,4 +302,4 @@ def _write_examples(
         scored = judge.score(traces, kl_coef, per_token=True)[: len(part)]
         examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
     if hosts.is_first():
-        write_page(examples, folder)
+        write_explanations(examples, folder)
