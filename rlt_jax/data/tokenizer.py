@@ -57,7 +57,6 @@ class Tokenizer:
       vocab_size: number of ids.
       base_vocab_size: number of ids without added special tokens.
       eos_id: id that ends a turn.
-      pad_id: id that fills rows; never attended to.
       stop_ids: ids that end a completion: the tokenizer's own and those that the
         model's generation_config.json adds.
     """
@@ -80,7 +79,6 @@ class Tokenizer:
                 f"tokenizer {path}: eos_token {self.eos!r} of tokenizer_config.json is "
                 "not in the vocabulary."
             )
-        self.pad_id = 0
         self.stop_ids = tuple(sorted({self.eos_id, *stop_ids}))
         template = config.get("chat_template")
         if not template:
