@@ -87,23 +87,6 @@ def sampled_rows(
     return packed, packing.gather_spans(first, numbers, shape.row_length)
 
 
-def student_rows(
-    tokenizer: Tokenizer, template: Template, traces: Sequence[WrittenTrace]
-) -> list[examples.Row]:
-    """Canonical student rows of completions given as text."""
-    return [examples.student_row(tokenizer, template, t.trace) for t in traces]
-
-
-def teacher_rows(
-    tokenizer: Tokenizer, template: Template, traces: Sequence[WrittenTrace]
-) -> list[examples.Row]:
-    """Canonical teacher rows of completions given as text."""
-    return [
-        examples.written_teacher_row(tokenizer, template, t.trace.problem, t.completion)
-        for t in traces
-    ]
-
-
 def batch_of_rows(
     shape: RowShape,
     student_rows: list[examples.Row],

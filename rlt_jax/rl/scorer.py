@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,11 +22,6 @@ from rlt_jax.rl.rlt_reward import (
 )
 from rlt_jax.types import Params, Reward, ScoringBatch
 
-COMBINATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "weights": lambda values, weights: jnp.einsum("iN,i->N", values, weights),
-    "min": lambda values, weights: values.min(axis=0),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class StudentsConfig:
@@ -41,7 +36,7 @@ class StudentsConfig:
     weights: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        if self.combine not in ("mean", *COMBINATIONS):
+        if self.combine not in ("mean", "min", "weights"):
             raise UserError(f"students.combine={self.combine!r}: mean, min or weights.")
         if self.weights and not sum(self.weights) > 0:
             raise UserError(f"students.weights={self.weights}: their sum must be > 0.")
@@ -144,10 +139,11 @@ def combine(config: StudentsConfig, rewards: Sequence[Reward]) -> Reward:
         weights = jnp.array(config.weights, jnp.float32) / sum(config.weights)
     else:
         weights = jnp.full(len(rewards), 1 / len(rewards))
-    kind = "min" if config.combine == "min" else "weights"
 
     def one(values: Sequence[jax.Array]) -> jax.Array:
-        return COMBINATIONS[kind](jnp.stack(values), weights)
+        if config.combine == "min":
+            return jnp.stack(values).min(axis=0)
+        return jnp.einsum("iN,i->N", jnp.stack(values), weights)
 
     terms = {name: one([r.terms[name] for r in rewards]) for name in rewards[0].terms}
     each = {f"student_{i}": r.value for i, r in enumerate(rewards)}

@@ -1,4 +1,9 @@
-"""The stages by name, and the pipeline that runs them in order."""
+"""The stages by name, and the pipeline that runs them in order.
+
+A stage is a module with `SECTIONS`, the owners of the keys of its config, and
+`run(config, workdir, seed)`, which is given that config, the folder of the stage and the
+seed of everything random, and returns a summary that goes into `done.json`.
+"""
 
 import importlib
 import json

@@ -15,20 +15,14 @@ from rlt_jax.training import checkpoint, hosts, sharding
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
-    "model_type": None,
-    "dtype": None,
+    "model_type": None,  # the family to write it as, "" for the first that can be
+    "dtype": None,  # of the weights
     "mesh": sharding.MeshConfig,
 }
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Exports a model with its tokenizer, stop ids and a model card.
-
-    Args:
-      config: sections `model` and `mesh`; `dtype` of the weights; `model_type`, the
-        family to write it as, or "" for the first that can express it.
-      workdir: folder of the stage.
-      seed: not used, all stages have it.
 
     Returns:
       The path and the number of parameters.

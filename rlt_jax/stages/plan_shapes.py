@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.data.scoring import RowShape
@@ -122,8 +121,3 @@ def key_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
     """A PRNG key."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return sharding.abstract(key, sharding.replicated(mesh))
-
-
-def scalar(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A float32 number."""
-    return per_row(mesh, (), np.float32)

@@ -129,11 +129,6 @@ SECTIONS = {
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Trains a model on traces; leaves checkpoints that other stages load.
 
-    Args:
-      config: sections as in `SECTIONS`.
-      workdir: folder of the stage.
-      seed: of everything random.
-
     Returns:
       Numbers of traces of each section that names some, last loss; the last held-out
       loss and, where it was evaluated, the first; the cost.
