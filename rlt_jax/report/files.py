@@ -47,7 +47,9 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(words=_words, number=_number)
+    environment.filters.update(
+        words=lambda name: name.replace("_", " "), number=_number
+    )
     inside = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
     page = environment.get_template(template).render(values, pictures=inside)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +57,6 @@ def write_page(
         (folder / f"{name}.png").write_bytes(png)
     # A model can write half of a surrogate pair, which UTF-8 cannot hold.
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _number(value: float | None, digits: int = 5) -> str:

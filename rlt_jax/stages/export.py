@@ -31,12 +31,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
     target = workdir / "model"
-
-    def clear() -> None:
-        if target.exists():  # of a run that was cut off between here and done.json
-            shutil.rmtree(target)
-
-    hosts.from_first(clear)
+    # Of a run that was cut off between here and done.json.
+    hosts.from_first(lambda: shutil.rmtree(target, ignore_errors=True))
     convert.write_model(
         target,
         model.config,

@@ -203,7 +203,9 @@ def _rollout(
     size = engine.chunks[-1]
     part = ids(layout.shards, layout.columns), ids(layout.shards, size)
     fill = (weights, cache, *part, ids(layout.shards))
-    draw = (weights, cache, slots, refill, shapes.key_shape(mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = sharding.abstract(key, sharding.replicated(mesh))
+    draw = (weights, cache, slots, refill, key)
 
     c, steps = model.config, layout.steps
     context = lengths.prompt + lengths.completion / 2
