@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.scoring import score_rows
 from rlt_jax.inference.vocabulary_kl import vocabulary_kl
 from rlt_jax.models.transformer import Transformer
@@ -36,8 +36,7 @@ class StudentsConfig:
     weights: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        if self.combine not in ("mean", "min", "weights"):
-            raise UserError(f"students.combine={self.combine!r}: mean, min or weights.")
+        check_choice("students.combine", self.combine, ("mean", "min", "weights"))
         if self.weights and not sum(self.weights) > 0:
             raise UserError(f"students.weights={self.weights}: their sum must be > 0.")
 

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.models import convert
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
@@ -61,10 +61,7 @@ class ModelSource:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.param_dtype not in ("float32", "bfloat16"):
-            raise UserError(
-                f"model: param_dtype={self.param_dtype!r} is not float32 or bfloat16."
-            )
+        check_choice("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         if bool(self.path) == (self.architecture is not None):
             raise UserError("model: give either a path or an architecture.")
         if self.architecture is not None and not self.tokenizer:
