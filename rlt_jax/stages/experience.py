@@ -172,7 +172,10 @@ def gather_experience(
         log_probs = None
         if writing.updates > 1:
             log_probs = writing.log_probs(params, *on_device)
-    written = _written(writing, roles, problems, completions, finished)
+    tokenizer, template = roles.teacher.tokenizer, roles.template
+    texts = [examples.completion_text(tokenizer, ids)[0] for ids in completions]
+    answers = [template.solution_of(text) for text in texts]
+    written = Written(problems, texts, completions, answers, finished)
     reward = total_reward(
         writing.terms, written._replace(scored=scored and scored.reward)
     )
@@ -242,16 +245,3 @@ def evaluate_held_out(
     shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
     _LOG.info("held out, explanation KL weighed by %.4g: %s", kl_coef, shown)
     return float(kl_coef), result, written
-
-
-def _written(
-    writing: Writing,
-    roles: Roles,
-    problems: Sequence[Problem],
-    completions: Sequence[np.ndarray],
-    finished: np.ndarray,
-) -> Written:
-    tokenizer, template = roles.teacher.tokenizer, roles.template
-    texts = [examples.completion_text(tokenizer, ids)[0] for ids in completions]
-    answers = [template.solution_of(text) for text in texts]
-    return Written(problems, texts, completions, answers, finished)
