@@ -95,11 +95,9 @@ def batch_of_rows(
 ) -> ScoringBatch:
     """Packs student and teacher rows of N completions and finds their spans."""
     size, width = shape.micro_batch_size, shape.row_length
-    student, student_starts = packing.pack(
-        [r.tokens for r in student_rows], size, width
-    )
-    teacher, teacher_starts = packing.pack(
-        [r.tokens for r in teacher_rows], size, width
+    (student, student_starts), (teacher, teacher_starts) = (
+        packing.pack([row.tokens for row in rows], size, width)
+        for rows in (student_rows, teacher_rows)
     )
     pairs = [
         examples.align(s.explanation, t.explanation)
