@@ -28,18 +28,8 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from rollout import SHAPE, write_model
 
-SHAPE = {
-    "vocab_size": 32_000,
-    "hidden_size": 384,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 1024,
-    "max_position_embeddings": 32_768,
-    "tie_word_embeddings": True,
-    "rope_theta": 1e6,
-}
 LINE = 4096
 TEMPERATURE = 0.7
 
@@ -123,16 +113,6 @@ def long_line(model_dir: Path, length: int) -> None:
     jax_scorer(model_dir, packed=True)([row.astype(np.int32)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"peak_gib": peak}))
-
-
-def write_model(folder: Path) -> None:
-    """A random checkpoint in Hugging Face layout."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(**SHAPE)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 def child(*arguments: str) -> dict:

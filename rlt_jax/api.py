@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlt_jax.data import scoring
-from rlt_jax.data.examples import Row
+from rlt_jax.data import examples, scoring
 from rlt_jax.data.stop_texts import stop_finder
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -263,7 +262,10 @@ def make_scorer(
         check_finite(result, [trace.trace.problem.question for trace in traces])
         spans = batches[0].student_explanation
         return [
-            _as_dict(result, n)
+            {
+                "reward": float(result.reward.value[n]),
+                "terms": {k: float(v[n]) for k, v in result.reward.terms.items()},
+            }
             | (_arrays(result, spans, rows[n], traces[n], n) if per_token else {})
             for n in range(len(traces))
         ]
@@ -325,13 +327,19 @@ def _batches(
     template: Template,
     traces: Sequence[scoring.WrittenTrace],
     groups: int,
-) -> tuple[tuple[ScoringBatch, ...], list[Row]]:
+) -> tuple[tuple[ScoringBatch, ...], list[examples.Row]]:
     """A batch for each student in the bucket of the longest row; the first's rows.
 
     The lines of a micro-batch are a multiple of `groups`.
     """
-    in_teacher = scoring.teacher_rows(teacher, template, traces)
-    in_students = [scoring.student_rows(s, template, traces) for s in students]
+    in_teacher = [
+        examples.written_teacher_row(teacher, template, t.trace.problem, t.completion)
+        for t in traces
+    ]
+    in_students = [
+        [examples.student_row(student, template, t.trace) for t in traces]
+        for student in students
+    ]
     lengths = [len(row.tokens) for rows in (in_teacher, *in_students) for row in rows]
     longest = max(lengths)
     if longest > BUCKETS[-1]:
@@ -346,15 +354,12 @@ def _batches(
     return tuple(batches), in_students[0]
 
 
-def _as_dict(result: Scored, n: int) -> dict[str, Any]:
-    return {
-        "reward": float(result.reward.value[n]),
-        "terms": {name: float(term[n]) for name, term in result.reward.terms.items()},
-    }
-
-
 def _arrays(
-    result: Scored, spans: TokenSpans, row: Row, trace: scoring.WrittenTrace, n: int
+    result: Scored,
+    spans: TokenSpans,
+    row: examples.Row,
+    trace: scoring.WrittenTrace,
+    n: int,
 ) -> dict[str, Any]:
     """Texts and per-token values of the first student, one entry a segment or token."""
     tokens = result.tokens[0]
@@ -366,15 +371,15 @@ def _arrays(
         for part in (offsets[segment == i] for i in np.flatnonzero(explained))
     ]
     solution = trace.trace.problem.solution
+
+    def listed(values: np.ndarray, mask: np.ndarray) -> list[float]:
+        return values[n][mask].tolist()
+
     return {
         "explanation_tokens": pieces,
-        "student_log_probs_explanation": tokens.student_explanation[n][
-            explained
-        ].tolist(),
-        "teacher_log_probs_explanation": tokens.teacher_explanation[n][
-            explained
-        ].tolist(),
-        "explanation_kl_tokens": tokens.divergence[n][explained].tolist(),
+        "student_log_probs_explanation": listed(tokens.student_explanation, explained),
+        "teacher_log_probs_explanation": listed(tokens.teacher_explanation, explained),
+        "explanation_kl_tokens": listed(tokens.divergence, explained),
         "solution_tokens": [solution[a:b] for a, b in row.solution.offsets],
-        "student_log_probs_solution": tokens.solution[n][solved].tolist(),
+        "student_log_probs_solution": listed(tokens.solution, solved),
     }

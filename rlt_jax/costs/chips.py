@@ -14,7 +14,6 @@ class Chip(NamedTuple):
 
     Attributes:
       name: as in the topologies of libtpu, and in lower case for GPUs.
-      memory_bytes: HBM of a chip.
       usable_bytes: of a device, what one program may use. On TPU it is the limit that
         the compiler of libtpu 0.0.42 names when a program needs too much; on GPU the
         share that JAX takes unless it is told otherwise
@@ -25,41 +24,36 @@ class Chip(NamedTuple):
         NVLink); the same may arrive meanwhile. A collective over one axis of the torus
         has only that axis's links.
       devices: what JAX sees of a chip when it compiles for a topology.
-      source: where the figures are published.
     """
 
     name: str
-    memory_bytes: int
     usable_bytes: int
     flops: float
     bandwidth: float
     interconnect: float
     devices: int
-    source: str
 
 
 def _tpu(
     name: str,
-    memory: float,
     usable: float,
     tflops: float,
     gb_per_second: float,
     interconnect: float,
     devices: int = 1,
 ) -> Chip:
-    """Memory in GiB, rates in 1e12 and 1e9."""
-    source = f"https://docs.cloud.google.com/tpu/docs/{name}"
-    sizes = int(memory * GIB), int(usable * GIB)
+    """Memory in GiB, rates in 1e12 and 1e9; docs.cloud.google.com/tpu/docs/<name>."""
     rates = tflops * 1e12, gb_per_second * 1e9, interconnect * 1e9
-    return Chip(name, *sizes, *rates, devices, source)
+    return Chip(name, int(usable * GIB), *rates, devices)
 
 
 def _gpu(name: str, memory: int, gb_per_second: float) -> Chip:
-    """SXM boards: 1,979 TFLOP/s with sparsity, which doubles them; 900 GB/s both ways."""
-    source = f"https://www.nvidia.com/en-us/data-center/{name}/"
-    sizes = memory * 10**9, int(0.75 * memory * 1e9)
+    """SXM boards: 1,979 TFLOP/s with sparsity, which doubles them; 900 GB/s both ways.
+
+    From www.nvidia.com/en-us/data-center/<name>/.
+    """
     rates = 1979e12 / 2, gb_per_second * 1e9, 900e9 / 2
-    return Chip(name, *sizes, *rates, 1, source)
+    return Chip(name, int(0.75 * memory * 1e9), *rates, 1)
 
 
 CHIPS: dict[str, Chip] = {
@@ -68,13 +62,13 @@ CHIPS: dict[str, Chip] = {
         # The page has no interconnect per chip but 1.1 PB/s of all-reduce for 4,096 of
         # them, a ratio that gives the published figures of v5e and v6e. A running v4
         # shows one device a chip; its topologies show both cores.
-        _tpu("v4", 32, 15.25, 275, 1200, 1.1e6 / 4096, devices=2),
+        _tpu("v4", 15.25, 275, 1200, 1.1e6 / 4096, devices=2),
         # Interconnects are published as both directions together.
-        _tpu("v5e", 16, 15.75, 197, 819, 400 / 2),
-        # The compiler names 95.74 GiB, more than is published.
-        _tpu("v5p", 95, 95.735, 459, 2765, 1200 / 2),
-        _tpu("v6e", 32, 31.25, 918, 1600, 800 / 2),
-        _tpu("tpu7x", 192, 94.75, 2307, 7380, 1200 / 2, devices=2),
+        _tpu("v5e", 15.75, 197, 819, 400 / 2),
+        # The compiler names 95.74 GiB, more than the 95 that are published.
+        _tpu("v5p", 95.735, 459, 2765, 1200 / 2),
+        _tpu("v6e", 31.25, 918, 1600, 800 / 2),
+        _tpu("tpu7x", 94.75, 2307, 7380, 1200 / 2, devices=2),
         _gpu("h100", 80, 3350),
         _gpu("h200", 141, 4800),
     )

@@ -1,25 +1,21 @@
-"""What a compiled program needs: memory, traffic between and within devices, products.
+"""What a compiled program needs: memory, traffic between and within devices.
 
 All numbers are of one device and one execution. They are read off the program that XLA
 made, with every loop counted as often as it turns. `unknown_trips` says how often loops
-turn whose end depends on data, see `hlo.Trips`.
+turn whose end depends on data, see `hlo.total`.
 """
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rlt_jax.costs.hlo import (
-    Array,
     Computation,
     Instruction,
     Program,
-    Trips,
     fused,
     inside,
-    outside,
     parse,
     total,
 )
@@ -81,7 +77,7 @@ def memory(compiled: Any) -> Memory:
     return Memory(arguments, outputs, temporaries, aliased, code, peak)
 
 
-def collectives(text: str, unknown_trips: Trips = ()) -> dict[str, Traffic]:
+def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:
     """Traffic between devices by kind, for the kinds that occur.
 
     With n devices in a group a device receives (n - 1)/n of what an all-gather makes,
@@ -143,7 +139,7 @@ def _group_size(program: Program, attributes: str) -> int:
     return program.devices
 
 
-def hbm_bytes(text: str, unknown_trips: Trips = ()) -> float:
+def hbm_bytes(text: str, unknown_trips: Sequence[float]) -> float:
     """Bytes from and to main memory, an upper estimate.
 
     Every instruction outside fusions reads its operands and writes its results, as if
@@ -227,78 +223,3 @@ def _written(program: Program, body: Computation, line: Instruction) -> list[flo
     if inner := fused(program, line):
         return _written(program, inner, inner.root)
     return [array.bytes for array in line.arrays]
-
-
-def dot_flops(text: str, unknown_trips: Trips = ()) -> float:
-    """Operations of matrix products and convolutions, a multiply and an add being two.
-
-    Custom calls, such as Pallas kernels and what GPU libraries multiply, are not.
-    """
-    program = parse(text)
-
-    def own(body: Computation) -> dict[str, float]:
-        made = {"dot": _dot_flops, "convolution": _convolution_flops}
-        lines = inside(program, body)
-        return {
-            "flops": sum(
-                made[line.opcode](owner, line)
-                for owner, line in lines
-                if line.opcode in made
-            )
-        }
-
-    return total(program, own, unknown_trips).get("flops", 0)
-
-
-def _dot_flops(body: Computation, line: Instruction) -> float:
-    left = body.operand(line, 0).arrays[0].shape
-    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)[1]
-    contracted = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
-    return 2 * math.prod(line.arrays[0].shape) * contracted
-
-
-def _convolution_flops(body: Computation, line: Instruction) -> float:
-    """Of a convolution, which on TPU a matrix product is too.
-
-    Its batch axes are then spatial, dilated so that one tap of the window meets data.
-    """
-    left, kernel, out = (
-        dict(zip(labels, array.shape, strict=True))
-        for labels, array in zip(
-            re.split("_|->", re.search(r"dim_labels=([\w>-]+)", line.rest)[1]),
-            (*(body.operand(line, i).arrays[0] for i in (0, 1)), line.arrays[0]),
-            strict=True,
-        )
-    )
-    groups = re.search(r"batch_group_count=(\d+)", line.rest)
-    products = out["b"] * out["f"] * kernel["i"] / int(groups[1] if groups else 1)
-    window = re.search(r"window=\{([^}]*)\}", line.rest)
-    fields = dict(re.findall(r"(\w+)=([\dx_-]+)", window[1])) if window else {}
-    for axis in filter(str.isdigit, out):
-
-        def field(name: str, default: int, axis: int = int(axis)) -> int:
-            """Of this axis, of padding that before it; "2x1" or "0_0x1_1" of all."""
-            sizes = fields[name].split("x") if name in fields else ()
-            return int(sizes[axis].split("_")[0]) if sizes else default
-
-        taps = np.arange(kernel[axis]) * field("rhs_dilate", 1)
-        steps = np.arange(out[axis])[:, None] * field("stride", 1)
-        place, gap = steps + taps - field("pad", 0), field("lhs_dilate", 1)
-        met = (place >= 0) & (place % gap == 0) & (place // gap < left[axis])
-        products *= np.sum(met)
-    return 2 * float(products)
-
-
-def largest_arrays(text: str, n: int) -> list[Array]:
-    """The n largest arrays that instructions outside fusions make, each shape once.
-
-    They count wherever they are, as `space` 0.
-    """
-    found = {
-        array._replace(space=0)
-        for body in outside(parse(text))
-        for line in body.instructions.values()
-        if line.opcode not in _FREE and not line.opcode.endswith("-start")
-        for array in line.arrays
-    }
-    return sorted(found, key=lambda array: (-array.bytes, array))[:n]

@@ -11,11 +11,6 @@ _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
-# Iterations of loops whose end depends on data: by how many such loops are around a
-# loop, 1 where there is none; or a function of the name that JAX gave the loop, such as
-# "jit(f)/layers/attention/while", and of that number.
-Trips = Sequence[float] | Callable[[str, int], float]
-
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
@@ -170,7 +165,9 @@ def inside(
 
 
 def total(
-    program: Program, own: Callable[[Computation], dict[str, float]], trips: Trips
+    program: Program,
+    own: Callable[[Computation], dict[str, float]],
+    trips: Sequence[float],
 ) -> dict[str, float]:
     """Sum of `own` over computations, each as often as it runs.
 
@@ -179,7 +176,8 @@ def total(
     Args:
       program: from `parse`.
       own: costs of one execution of a computation without loops, calls and branches.
-      trips: iterations of loops that depend on data.
+      trips: iterations of loops whose end depends on data, by how many such loops are
+        around a loop; 1 where there is none.
     """
 
     def visit(name: str, depth: int) -> collections.Counter:
@@ -190,7 +188,7 @@ def total(
                 count = trip_count(program, computation, line)
                 inner = depth + (count is None)
                 if count is None:
-                    count = _unknown(trips, line, depth)
+                    count = trips[depth] if depth < len(trips) else 1
                 for key, cost in visit(line.called("body")[0], inner).items():
                     costs[key] += count * cost
             elif line.opcode == "call":
@@ -203,25 +201,6 @@ def total(
         return costs
 
     return dict(visit(program.entry, 0))
-
-
-def _unknown(trips: Trips, loop: Instruction, depth: int) -> float:
-    if callable(trips):
-        name = re.search(r'op_name="([^"]*)"', loop.rest)
-        return trips(name[1] if name else "", depth)
-    return trips[depth] if depth < len(trips) else 1
-
-
-def outside(program: Program) -> Iterator[Computation]:
-    """The computations that run as they are and not in a fusion."""
-    attributes = ("body", "to_apply", *_BRANCHES)
-    names = [program.entry]
-    for name in names:
-        computation = program.computations[name]
-        yield computation
-        for line in computation.instructions.values():
-            if line.opcode in ("while", "call", "conditional"):
-                names += line.called(*attributes)
 
 
 def trip_count(program: Program, around: Computation, loop: Instruction) -> int | None:

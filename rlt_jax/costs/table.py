@@ -18,28 +18,29 @@ def render(plan: Mapping[str, Any]) -> str:
         `model_flops`, `roofline` with `seconds` and `bound`, `runs_per_step` and
         `compile_seconds`. The recipe has `name`, `hours`, `chip_hours`,
         `efficiency`, `stages` with `steps` and `step_seconds`, and the sentences of
-        `advice`. What is None or missing shows as "-".
+        `advice`. What was not compiled has no `roofline` and fewer `bytes`: "-".
     """
     programs = plan["programs"]
     fits = "fits" if plan["fits"] else "does not fit"
     memory = [
-        [p["name"], _yes(p.get("fits")), *_gigabytes(p.get("bytes"))] for p in programs
+        [p["name"], "yes" if p["fits"] else "NO", *_gigabytes(p["bytes"])]
+        for p in programs
     ]
     costs = [
         [
             p["name"],
-            _number(p.get("runs_per_step")),
-            _amount(p.get("model_flops"), "FLOP"),
-            _seconds((p.get("roofline") or {}).get("seconds")),
-            (p.get("roofline") or {}).get("bound", "-"),
-            _seconds(p.get("compile_seconds")),
+            _number(p["runs_per_step"]),
+            _amount(p["model_flops"], "FLOP"),
+            _seconds(p["roofline"]["seconds"]) if "roofline" in p else "-",
+            p["roofline"]["bound"] if "roofline" in p else "-",
+            _seconds(p["compile_seconds"]),
         ]
         for p in programs
     ]
     traffic = [
         [p["name"], kind, _number(one["count"]), _amount(one["bytes"], "B")]
         for p in programs
-        for kind, one in (p.get("collectives") or {}).items()
+        for kind, one in p.get("collectives", {}).items()
     ]
     names = ("program", "fits", *_BYTES, "free")
     parts = [
@@ -50,27 +51,22 @@ def render(plan: Mapping[str, Any]) -> str:
     if traffic:
         heads = ("program", "between devices", "times", "per device")
         parts.append(_table(heads, traffic))
-    return "\n\n".join([*parts, _recipe(plan.get("recipe") or {})]).rstrip() + "\n"
+    return "\n\n".join([*parts, _recipe(plan["recipe"])]) + "\n"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    if not recipe:
-        return ""
-    hours = _number(recipe.get("hours")), _number(recipe.get("chip_hours"))
-    line = f"{recipe['name']}: {hours[0]} h, {hours[1]} chip-hours"
-    if recipe.get("efficiency"):
-        line += f" at {recipe['efficiency']:.0%} of the speed above"
+    hours, chip_hours = _number(recipe["hours"]), _number(recipe["chip_hours"])
+    line = f"{recipe['name']}: {hours} h, {chip_hours} chip-hours at "
+    line += f"{recipe['efficiency']:.0%} of the speed above"
     stages = [
         f"  {name}: {_number(one['steps'])} steps of {_seconds(one['step_seconds'])}"
-        for name, one in recipe.get("stages", {}).items()
+        for name, one in recipe["stages"].items()
     ]
-    lines = [line, *stages]
-    lines = [_short(line, WIDTH) for line in lines]
-    return "\n".join([*lines, *map(_wrapped, recipe.get("advice", ()))])
-
-
-def _wrapped(sentence: str) -> str:
-    return textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    lines = [_short(text, WIDTH) for text in (line, *stages)]
+    for advice in recipe["advice"]:
+        indents = {"initial_indent": "- ", "subsequent_indent": "  "}
+        lines.append(textwrap.fill(advice, WIDTH, **indents))
+    return "\n".join(lines)
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,38 +87,26 @@ def _short(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _gigabytes(sizes: Mapping[str, float] | None) -> list[str]:
-    sizes = sizes or {}
+def _gigabytes(sizes: Mapping[str, float]) -> list[str]:
     found = [
         "-" if size is None else f"{size / 1e9:,.{2 if abs(size) < 100e9 else 0}f}"
         for size in map(sizes.get, _BYTES)
     ]
-    headroom = sizes.get("headroom")
-    return [*found, "-" if headroom is None else f"{headroom:.0%}"]
+    return [*found, f"{sizes['headroom']:.0%}"]
 
 
-def _yes(fits: bool | None) -> str:
-    return "-" if fits is None else "yes" if fits else "NO"
-
-
-def _number(value: float | None) -> str:
+def _number(value: float) -> str:
     """Three digits, or all of a large number: "0.125", "12.5", "31,250"."""
-    if value is None:
-        return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _amount(value: float | None, unit: str) -> str:
+def _amount(value: float, unit: str) -> str:
     """1.23e13 -> "12.3 TFLOP"."""
-    if value is None:
-        return "-"
     for size, letter in _UNITS:
         if value >= size:
             return f"{_number(value / size)} {letter}{unit}"
     return f"{_number(value)} {unit}"
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
+def _seconds(value: float) -> str:
     return f"{_number(value)} s" if value >= 1 else f"{_number(value * 1e3)} ms"

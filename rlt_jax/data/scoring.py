@@ -87,23 +87,6 @@ def sampled_rows(
     return packed, packing.gather_spans(first, numbers, shape.row_length)
 
 
-def student_rows(
-    tokenizer: Tokenizer, template: Template, traces: Sequence[WrittenTrace]
-) -> list[examples.Row]:
-    """Canonical student rows of completions given as text."""
-    return [examples.student_row(tokenizer, template, t.trace) for t in traces]
-
-
-def teacher_rows(
-    tokenizer: Tokenizer, template: Template, traces: Sequence[WrittenTrace]
-) -> list[examples.Row]:
-    """Canonical teacher rows of completions given as text."""
-    return [
-        examples.written_teacher_row(tokenizer, template, t.trace.problem, t.completion)
-        for t in traces
-    ]
-
-
 def batch_of_rows(
     shape: RowShape,
     student_rows: list[examples.Row],
@@ -112,11 +95,9 @@ def batch_of_rows(
 ) -> ScoringBatch:
     """Packs student and teacher rows of N completions and finds their spans."""
     size, width = shape.micro_batch_size, shape.row_length
-    student, student_starts = packing.pack(
-        [r.tokens for r in student_rows], size, width
-    )
-    teacher, teacher_starts = packing.pack(
-        [r.tokens for r in teacher_rows], size, width
+    (student, student_starts), (teacher, teacher_starts) = (
+        packing.pack([row.tokens for row in rows], size, width)
+        for rows in (student_rows, teacher_rows)
     )
     pairs = [
         examples.align(s.explanation, t.explanation)

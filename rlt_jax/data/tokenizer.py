@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -35,20 +35,6 @@ class Encoding(NamedTuple):
     offsets: np.ndarray
 
 
-class Codec(Protocol):
-    """What differs between the tokenizer libraries."""
-
-    def encode(self, text: str) -> Encoding: ...
-
-    def token_bytes(self, token: int) -> bytes: ...
-
-    def token_id(self, token: str) -> int | None: ...
-
-    def size(self) -> int: ...
-
-    def base_size(self) -> int: ...
-
-
 class Tokenizer:
     """Text to ids and back, special tokens, and the model's own chat template.
 
@@ -57,13 +43,16 @@ class Tokenizer:
       vocab_size: number of ids.
       base_vocab_size: number of ids without added special tokens.
       eos_id: id that ends a turn.
-      pad_id: id that fills rows; never attended to.
       stop_ids: ids that end a completion: the tokenizer's own and those that the
         model's generation_config.json adds.
     """
 
     def __init__(
-        self, path: Path, codec: Codec, config: dict, stop_ids: Iterable[int] = ()
+        self,
+        path: Path,
+        codec: "_SentencePieceCodec | _FastCodec",
+        config: dict,
+        stop_ids: Iterable[int],
     ) -> None:
         self.path = path
         self._codec = codec
@@ -80,7 +69,6 @@ class Tokenizer:
                 f"tokenizer {path}: eos_token {self.eos!r} of tokenizer_config.json is "
                 "not in the vocabulary."
             )
-        self.pad_id = 0
         self.stop_ids = tuple(sorted({self.eos_id, *stop_ids}))
         template = config.get("chat_template")
         if not template:
@@ -145,7 +133,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         config["chat_template"] = text
     stop_ids = _generation_stop_ids(path / "generation_config.json")
     if (path / "tokenizer.json").is_file():
-        codec: Codec = _FastCodec(path / "tokenizer.json")
+        codec = _FastCodec(path / "tokenizer.json")
     elif (path / "tokenizer.model").is_file():
         codec = _SentencePieceCodec(path / "tokenizer.model")
     else:

@@ -1,4 +1,4 @@
-"""Problems and traces from JSON Lines and Parquet files.
+"""Problems and traces from JSON Lines, JSON, CSV and Parquet files.
 
 A row holds either plain columns or one conversation:
 
@@ -13,19 +13,12 @@ columns are ignored, and a row with a conversation is read from that alone (and 
 to the tags included.
 """
 
-import glob
 import itertools
-import json
 import math
-import os.path
-import reprlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from rlt_jax.data.tables import read_rows, shown
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
 
@@ -43,19 +36,18 @@ ASSISTANT = ("assistant", "gpt")
 
 
 def read_traces(path: str, template: Template, limit: int | None = None) -> list[Trace]:
-    """Reads the traces of a file, of a directory's files, or of a glob's, in order.
+    """Reads traces in order.
 
     Args:
-      path: a .jsonl, .json (one object a line) or .parquet file, a directory that holds
-        such files, or a glob pattern.
+      path: files as of `tables.read_rows`.
       template: its tags divide the assistant's turn of a conversation.
       limit: read no more than this many.
 
     Raises:
-      UserError: no such file, one that cannot be read or is empty, or a row without a
-        question, a solution or a trace; the message names the file and line or row.
+      UserError: as of `tables.read_rows`, or a row without a question, a solution or a
+        trace.
     """
-    rows = itertools.islice(_rows(path), limit)
+    rows = itertools.islice(read_rows(path, columns=COLUMNS), limit)
     return [_trace(where, row, template) for where, row in rows]
 
 
@@ -69,7 +61,7 @@ def read_problems(
     Raises:
       UserError: as `read_traces`, but a row needs no trace.
     """
-    rows = itertools.islice(_rows(path), limit)
+    rows = itertools.islice(read_rows(path, columns=COLUMNS), limit)
     return [
         _problem(where, _with_solution(where, row), template) for where, row in rows
     ]
@@ -98,7 +90,7 @@ def read_completions(
     Raises:
       UserError: as `read_problems`, or `completions` is not a list of texts.
     """
-    for where, row in _rows(path):
+    for where, row in read_rows(path, columns=COLUMNS):
         completions = row.get("completions")
         if completions is None:
             completions = [_trace(where, row, template).explanation]
@@ -106,7 +98,7 @@ def read_completions(
             isinstance(text, str) for text in completions
         ):
             raise UserError(
-                f"{where}: completions is {_shown(completions)}; write a list of texts."
+                f"{where}: completions is {shown(completions)}; write a list of texts."
             )
         yield where, _problem(where, row, template), completions
 
@@ -138,7 +130,7 @@ def _exchange(where: str, turns: Any) -> tuple[str, str]:
     """Texts of the user's and the assistant's turn."""
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise UserError(
-            f"{where}: conversations is {_shown(turns)}, not a list of turns; write an "
+            f"{where}: conversations is {shown(turns)}, not a list of turns; write an "
             "object with from and value (or role and content) for each turn."
         )
     roles, texts = [], []
@@ -182,7 +174,7 @@ def _text(where: str, values: dict[str, Any], *names: str) -> str:
         )
     if not isinstance(values[name], str):
         raise UserError(
-            f"{where}: {name} is {_shown(values[name])}, not text; write a string."
+            f"{where}: {name} is {shown(values[name])}, not text; write a string."
         )
     return values[name]
 
@@ -194,84 +186,6 @@ def _answer(where: str, answer: Any) -> str | None:
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
     if not is_number or math.isnan(answer):
         raise UserError(
-            f"{where}: answer is {_shown(answer)}; write text, a number or null."
+            f"{where}: answer is {shown(answer)}; write text, a number or null."
         )
     return str(answer)
-
-
-def _shown(value: Any) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
-
-
-def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of the files, and where it stands."""
-    for file in _files(path):
-        count = 0
-        for count, (where, row) in enumerate(_READERS[file.suffix](file), 1):
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{where}: the row is {_shown(row)}, not an object; write one JSON "
-                    "object a line."
-                )
-            yield where, row
-        if not count:
-            raise UserError(f"{file}: the file has no rows; fill it or leave it out.")
-
-
-def _files(path: str) -> list[Path]:
-    endings = ", ".join(_READERS)
-    if os.path.isdir(path):
-        inside = (f for f in Path(path).iterdir() if f.suffix in _READERS)
-        files = sorted(f for f in inside if f.is_file())
-        if not files:
-            raise UserError(f"{path}: no file in it ends in {endings}; add one.")
-        return files
-    names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-    files = sorted(Path(name) for name in names if os.path.isfile(name))
-    if not files:
-        raise UserError(
-            f"{path!r}: no such file or directory, and as a pattern it matches none; "
-            f"name a file that ends in {endings}, a directory of them, or a glob."
-        )
-    for file in files:
-        if file.suffix not in _READERS:
-            raise UserError(
-                f"{file}: unknown ending {file.suffix!r}; convert to one of {endings}."
-            )
-    return files
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise UserError(
-                    f"{where}: not valid JSON: {error}. Write one JSON object a line, "
-                    "each on a single line."
-                ) from error
-            yield where, row
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with pq.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            # Other columns may be large, or of types that Python has no value for.
-            wanted = [name for name in names if name in COLUMNS]
-            batches = table.iter_batches(columns=wanted)
-            rows = [row for batch in batches for row in batch.to_pylist()]
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}: not a readable Parquet file: {error}. Write or download it again."
-        ) from error
-    for number, row in enumerate(rows, 1):
-        # The names of all columns, so that a message can list what was found.
-        yield f"{file}, row {number}", dict.fromkeys(names) | row
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}

@@ -106,8 +106,9 @@ def make_engine(
     whole, rows, drawn = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
     cache = cache_shardings(mesh)
-    fill = _split(mesh, functools.partial(prefill, reader), (whole, pools, *[rows] * 3))
-    draw = _split(mesh, steps, (whole, pools, rows, rows, whole))
+    fill = functools.partial(prefill, reader)
+    fill = _split(mesh, fill, (whole, pools, *[rows] * 3), pools)
+    draw = _split(mesh, steps, (whole, pools, rows, rows, whole), (pools, rows, drawn))
     on_shards = functools.partial(jit, mesh=mesh, rules=DECODING_RULES)
     return Engine(
         layout,
@@ -120,9 +121,9 @@ def make_engine(
             out_shardings=(cache, batch_sharding(mesh)),
         ),
         jax.jit(to_decode, out_shardings=decoding_shardings(axes, mesh)),
-        on_shards(fill(pools), donate_argnums=1, out_shardings=cache),
+        on_shards(fill, donate_argnums=1, out_shardings=cache),
         on_shards(
-            draw((pools, rows, drawn)),
+            draw,
             donate_argnums=(1, 2),
             # Every host reads all that is drawn.
             out_shardings=(cache, batch_sharding(mesh), replicated(mesh)),
@@ -217,14 +218,11 @@ def _empty(model: Transformer, layout: Layout) -> tuple[PagedCache, Slots]:
     return pages, Slots(*jnp.zeros((5, B), jnp.int32), jnp.zeros(B, bool), seen)
 
 
-def _split(mesh: Mesh, program: Callable, in_specs: tuple) -> Callable[[Any], Callable]:
-    """Output specs -> the program on each part of slots and pages.
-
-    The tensor axis is left to the compiler.
-    """
+def _split(mesh: Mesh, program: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """The program on each part of slots and pages; tensor is left to the compiler."""
     if mesh.size == 1:
-        return lambda out_specs: program
-    return lambda out_specs: jax.shard_map(
+        return program
+    return jax.shard_map(
         program,
         mesh=mesh,
         in_specs=in_specs,

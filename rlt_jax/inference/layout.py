@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.decode import CPU_TILES
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
@@ -47,10 +47,7 @@ class EngineConfig:
                 f"engine.prefill_chunk={self.prefill_chunk} is no multiple of "
                 f"page_size={self.page_size}."
             )
-        if self.weights not in ("model", "bfloat16", "int8"):
-            raise UserError(
-                f"engine.weights={self.weights!r}: model, bfloat16 or int8."
-            )
+        check_choice("engine.weights", self.weights, ("model", "bfloat16", "int8"))
 
 
 class Request(NamedTuple):

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlt_jax.models.attention import block_of
+from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import (
     Transformer,
@@ -78,15 +80,11 @@ def token_stats(
     back = jnp.argsort(order, axis=1)
     last = -(-needed.sum(axis=1).max() // C)
 
-    def whole(x: jax.Array) -> jax.Array:
-        """In order, padded to whole chunks."""
-        return jnp.pad(x, [(0, 0), (0, -T % C), *[(0, 0)] * (x.ndim - 2)])
-
     targets = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), order, axis=1)
     settings = (model.config, temperature or 1.0, C)
     kernel = head_kernel(model.config, params)
-    states = whole(_permuted(hidden, order, back))
-    stats = _chunked(settings, kernel, states, whole(targets), last)
+    states = pad(_permuted(hidden, order, back), C)
+    stats = _chunked(settings, kernel, states, pad(targets, C), last)
 
     def about_token(x: jax.Array) -> jax.Array:
         x = jnp.take_along_axis(x[:, :T], back, axis=1)
@@ -141,9 +139,9 @@ def _forward(
     config, temperature, C = settings
 
     def one_chunk(i: jax.Array, found: tuple) -> tuple:
-        scores = head_logits(config, kernel, _cut(hidden, i, C)) / temperature
+        scores = head_logits(config, kernel, block_of(hidden, i, C)) / temperature
         normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.where(_hits(scores, _cut(targets, i, C)), scores, 0.0).sum(-1)
+        chosen = jnp.where(_hits(scores, block_of(targets, i, C)), scores, 0.0).sum(-1)
         weights = jnp.exp(scores - normaliser[..., None])
         entropy = normaliser - jnp.sum(weights * scores, axis=-1)
         new = chosen - normaliser, entropy, normaliser
@@ -165,13 +163,13 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
 
     def one_chunk(i: jax.Array, found: tuple) -> tuple:
         d_kernel, d_hidden = found
-        h = _cut(hidden, i, C)
+        h = block_of(hidden, i, C)
         logits = head_logits(config, kernel, h)
-        weights = jnp.exp(logits / temperature - _cut(normaliser, i, C)[..., None])
-        slope = _cut(d_log_probs, i, C)[..., None] / temperature
+        weights = jnp.exp(logits / temperature - block_of(normaliser, i, C)[..., None])
+        slope = block_of(d_log_probs, i, C)[..., None] / temperature
         if config.final_softcap is not None:
             slope *= 1 - (logits / config.final_softcap) ** 2
-        hit = _hits(logits, _cut(targets, i, C))
+        hit = _hits(logits, block_of(targets, i, C))
         d_logits = (slope * (hit - weights)).astype(hidden.dtype)
         if config.tie_embeddings:
             dk = jnp.einsum("BCV,BCD->VD", d_logits, h)
@@ -187,10 +185,6 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
 
 
 _chunked.defvjp(_forward, _backward)
-
-
-def _cut(x: jax.Array, i: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
 
 def _hits(scores: jax.Array, targets: jax.Array) -> jax.Array:

@@ -99,7 +99,9 @@ class Scheduler:
         replaced = np.array([running is None for running in self._slots])
         prefills: list[Prefill] = []
         copies: list[tuple[int, int, int]] = []
-        fresh = _idle(B, self._layout.seen_size)
+        numbers = (np.zeros(B, np.int32) for _ in range(5))
+        seen = np.zeros((B, self._layout.seen_size), bool)
+        fresh = Slots(*numbers, np.zeros(B, bool), seen)
         for b in np.flatnonzero(replaced):
             if self._queue and not put_off:
                 self._admit(int(b), prefills, copies, fresh)
@@ -247,8 +249,3 @@ class Scheduler:
             target[shard, counts[shard]] = new
             counts[shard] += 1
         return source.reshape(-1), target.reshape(-1), counts
-
-
-def _idle(B: int, seen_size: int) -> Slots:
-    numbers = [np.zeros(B, np.int32) for _ in range(5)]
-    return Slots(*numbers, np.zeros(B, bool), np.zeros((B, seen_size), bool))

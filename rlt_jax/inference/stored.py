@@ -50,7 +50,9 @@ def complete_stored(
                 "it was written with other settings. Remove it or name another."
             )
         missing.remove(n)
-        yield n, _completion(row)
+        tokens = np.array(row["tokens"], np.int32)
+        log_probs = np.array(row["log_probs"], np.float32)
+        yield n, Completion(tokens, log_probs, row["finished"])
     left = sorted(missing)
     part = [requests[n] for n in left]
     began, drawn = time.monotonic(), 0
@@ -120,11 +122,6 @@ def _row(request: Request, completion: Completion) -> dict[str, Any]:
         "log_probs": completion.log_probs.tolist(),
         "finished": completion.finished,
     }
-
-
-def _completion(row: dict[str, Any]) -> Completion:
-    tokens = np.array(row["tokens"], np.int32)
-    return Completion(tokens, np.array(row["log_probs"], np.float32), row["finished"])
 
 
 def _fingerprint(request: Request) -> int:

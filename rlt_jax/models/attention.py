@@ -92,13 +92,9 @@ def _by_blocks(
     B, T, N, H = query.shape
     K, block = key.shape[2], min(BLOCK, T)
     query = query.reshape(B, T, K, N // K, H) * scale
-
-    def whole(x: jax.Array) -> jax.Array:
-        """Padded to whole blocks; what is added is padding's segment 0."""
-        return jnp.pad(x, [(0, 0), (0, -T % block), *[(0, 0)] * (x.ndim - 2)])
-
-    padded = Tokens(whole(tokens.positions), whole(tokens.segment_ids), tokens.windowed)
-    arrays = map(whole, (query, key, value))
+    arrays = (query, key, value, tokens.positions, tokens.segment_ids)
+    *arrays, positions, segment_ids = (kernels.pad(x, block) for x in arrays)
+    padded = Tokens(positions, segment_ids, tokens.windowed)
     out = _attend(Settings(block, softcap, window), *arrays, padded)
     return out[:, :T].reshape(B, T, N, H)
 
@@ -131,15 +127,15 @@ def _forward(
     first = _first_blocks(tokens, settings)
 
     def one_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q = _heads_first(_cut(query, i, C))
+        q = _heads_first(block_of(query, i, C))
 
         def add(j: jax.Array, carry: tuple) -> tuple:
             total, norm, largest = carry
-            scores, _ = _scores(settings, q, _cut(key, j, C), tokens, i, j)
+            scores, _ = _scores(settings, q, block_of(key, j, C), tokens, i, j)
             new = jnp.maximum(largest, scores.max(-1))
             weights = jnp.exp(scores - new[..., None])
             shrink = jnp.exp(largest - new)
-            total = total * shrink[..., None] + _weigh(weights, _cut(value, j, C))
+            total = total * shrink[..., None] + _weigh(weights, block_of(value, j, C))
             return total, norm * shrink + weights.sum(-1), new
 
         shape = (B, K, G, C)
@@ -164,13 +160,13 @@ def _backward(settings: Settings, saved: tuple, d_out: jax.Array) -> tuple:
     overlap = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def one_block(carry: tuple, i: jax.Array) -> tuple:
-        q = _heads_first(_cut(query, i, C))
-        d_o = _heads_first(_cut(d_out, i, C)).astype(jnp.float32)
-        delta = jnp.moveaxis(_cut(overlap, i, C), 1, -1)
+        q = _heads_first(block_of(query, i, C))
+        d_o = _heads_first(block_of(d_out, i, C)).astype(jnp.float32)
+        delta = jnp.moveaxis(block_of(overlap, i, C), 1, -1)
 
         def add(j: jax.Array, carry: tuple) -> tuple:
             d_q, d_key, d_value = carry
-            k, v = _cut(key, j, C), _cut(value, j, C)
+            k, v = block_of(key, j, C), block_of(value, j, C)
             scores, slope = _scores(settings, q, k, tokens, i, j)
             weights = jnp.exp(scores - normaliser[i][..., None])
             d_weights = jnp.einsum("BKGTH,BSKH->BKGTS", d_o, v.astype(jnp.float32))
@@ -228,12 +224,12 @@ def _scores(
         squeezed = jnp.tanh(scores / settings.softcap)
         scores, slope = settings.softcap * squeezed, 1 - squeezed**2
     distance = (
-        _cut(tokens.positions, i, C)[:, :, None]
-        - _cut(tokens.positions, j, C)[:, None, :]
+        block_of(tokens.positions, i, C)[:, :, None]
+        - block_of(tokens.positions, j, C)[:, None, :]
     )
     same = (
-        _cut(tokens.segment_ids, i, C)[:, :, None]
-        == _cut(tokens.segment_ids, j, C)[:, None, :]
+        block_of(tokens.segment_ids, i, C)[:, :, None]
+        == block_of(tokens.segment_ids, j, C)[:, None, :]
     )
     # Rows of padding all have position 0; a token of them sees that block alone.
     visible = same & (distance >= 0)
@@ -242,7 +238,7 @@ def _scores(
     return jnp.where(visible[:, None, None], scores, MASKED), slope
 
 
-def _cut(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
+def block_of(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
     """Tokens of one block: [B, T, ...] -> [B, C, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis=1)
 
@@ -250,7 +246,7 @@ def _cut(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
 def _add_at(x: jax.Array, block: jax.Array, update: jax.Array) -> jax.Array:
     size = update.shape[1]
     return jax.lax.dynamic_update_slice_in_dim(
-        x, _cut(x, block, size) + update, block * size, axis=1
+        x, block_of(x, block, size) + update, block * size, axis=1
     )
 
 

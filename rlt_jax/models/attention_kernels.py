@@ -5,6 +5,7 @@ see those of padding before them.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -58,8 +59,8 @@ def tpu_attention(
     T, N = query.shape[1:3]
     block = tpu_block(T, query.shape[3] * query.dtype.itemsize)
     arrays = (query * scale, key, value)
-    q, k, v = (jnp.swapaxes(_pad(x, block), 1, 2) for x in arrays)
-    ids = _pad(segment_ids, block)
+    q, k, v = (jnp.swapaxes(pad(x, block), 1, 2) for x in arrays)
+    ids = pad(segment_ids, block)
     size = q.shape[2]
     at_once = min(block, TPU_KEYS_AT_ONCE)
     blocks = splash.BlockSizes(
@@ -119,7 +120,7 @@ def gpu_attention(
 
     T, groups = query.shape[1], query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    q, k, v, ids = (_pad(x, GPU_BLOCK) for x in (query, key, value, segment_ids))
+    q, k, v, ids = (pad(x, GPU_BLOCK) for x in (query, key, value, segment_ids))
     blocks = kernel.BlockSizes(GPU_BLOCK, GPU_BLOCK, 32, 32, 32, 32)
     # Keywords are not for functions with gradients of their own: causal, blocks, the
     # backward pass, warps, stages, grid, interpret.
@@ -132,27 +133,36 @@ def on_each_device(kernel: Kernel, query: jax.Array) -> Kernel:
 
     Rows are left whole when the mesh does not divide them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
-    if not split:
-        return kernel
+    split = _split_axes()
     rows = tuple(name for name in ROW_AXES if name in split)
-    parts = 1
-    for name in rows:
-        parts *= mesh.shape[name]
-    if query.shape[0] % parts:
+    mesh = jax.sharding.get_abstract_mesh()
+    if query.shape[0] % math.prod(mesh.shape[name] for name in rows):
         rows = ()
     heads = HEAD_AXIS if HEAD_AXIS in split else None
     array = Spec(rows or None, None, heads)
+    specs = (array, array, array, Spec(rows or None), Spec())
+    return split_by_hand(kernel, specs, array)
+
+
+def split_by_hand(program: Kernel, in_specs: tuple, out_specs: Spec) -> Kernel:
+    """The program on each device's part, where compilers cannot split it well."""
+    split = _split_axes()
+    if not split:
+        return program
     return jax.shard_map(
-        kernel,
-        in_specs=(array, array, array, Spec(rows or None), Spec()),
-        out_specs=array,
+        program,
+        in_specs=in_specs,
+        out_specs=out_specs,
         axis_names=split,
         check_vma=False,
     )
 
 
-def _pad(x: jax.Array, block: int) -> jax.Array:
+def _split_axes() -> set[str]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name for name in mesh.axis_names if name not in mesh.manual_axes}
+
+
+def pad(x: jax.Array, block: int) -> jax.Array:
     """Rows padded to whole blocks; what is added is padding's segment 0."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)])

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 
 REMAT_POLICIES = ("none", "full", "dots")
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -40,7 +40,7 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        check_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
         if self.kind != "linear" and not self.original_length:
             raise UserError(f"rope_scaling: {self.kind} needs original_length.")
 
@@ -131,16 +131,11 @@ class ModelConfig:
             )
         if any(self.windowed_layers) != bool(self.sliding_window):
             raise UserError("sliding_window goes with layers that are windowed.")
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("remat", self.remat, REMAT_POLICIES)
-        _check_choice("dtype", self.dtype, DTYPES)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("remat", self.remat, REMAT_POLICIES)
+        check_choice("dtype", self.dtype, DTYPES)
 
     @property
     def activation_dtype(self) -> jnp.dtype:
         """The dtype of activations as a jnp dtype."""
         return jnp.dtype(self.dtype)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}.")

@@ -16,21 +16,14 @@ ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
 
 # Field of RopeScaling -> key of config.json, for each kind.
+_LENGTH = {"original_length": "original_max_position_embeddings"}
 SCALING_KEYS = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "original_length": "original_max_position_embeddings",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_length": "original_max_position_embeddings",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-    },
+    kind: {field: _LENGTH.get(field, field) for field in fields}
+    for kind, fields in {
+        "linear": ("factor",),
+        "llama3": ("factor", *_LENGTH, "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", *_LENGTH, "beta_fast", "beta_slow", "attention_factor"),
+    }.items()
 }
 
 

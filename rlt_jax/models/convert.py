@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
@@ -172,7 +173,11 @@ def write_model(
         if unfinished.exists():  # of an export that was interrupted
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
-        generation = _copy_tokenizer(tokenizer_dir, unfinished)
+        generation = {}
+        if tokenizer_dir is not None:
+            copy_tokenizer(Path(tokenizer_dir), unfinished)
+        if (unfinished / GENERATION).is_file():
+            generation = read_json(unfinished / GENERATION)
         stops = sorted({*map(int, stop_ids), *_stop_ids(generation)})
         generation["eos_token_id"] = content["eos_token_id"] = stops or None
         write_json(unfinished / GENERATION, generation)
@@ -267,9 +272,14 @@ def _write_tensors(
         name: math.prod(stored_shape(item.tensor, sizes)) * jnp.dtype(dtype).itemsize
         for name, item in stored.items()
     }
-    plan = weight_files.plan_files(num_bytes, limit)
+    plan = split_state_dict_into_shards_factory(
+        num_bytes,
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
     writes = jax.process_index() == 0
-    for file, names in plan.items():
+    for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
             tensor, leaf, layer = stored[name]
@@ -279,8 +289,9 @@ def _write_tensors(
         if writes:
             save_file(tensors, path / file, metadata={"format": "pt"})
             shutil.copymode(path / CONFIG, path / file)  # the writer's alone so far
-    if writes and len(plan) > 1:
-        weight_files.write_index(path, plan, sum(num_bytes.values()))
+    if writes and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(path / weight_files.INDEX, index)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -289,19 +300,16 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _stop_ids(generation: dict[str, Any]) -> tuple[int, ...]:
+def _stop_ids(generation: dict[str, Any]) -> list[int]:
     ids = generation.get("eos_token_id")
     if ids is None:
-        return ()
-    return tuple(sorted(ids)) if isinstance(ids, list) else (ids,)
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
-def _copy_tokenizer(source: str | Path | None, target: Path) -> dict[str, Any]:
-    """Copies tokenizer files; returns the source's generation_config.json or {}."""
-    if source is None:
-        return {}
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, target / name)
-    generation = Path(source) / GENERATION
-    return read_json(generation) if generation.is_file() else {}
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's files and generation_config.json, those that are there."""
+    # File by file: the tokenizer may lie beside the weights of its model.
+    for name in (*TOKENIZER_FILES, GENERATION):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

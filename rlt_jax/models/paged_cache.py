@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
+from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import PagedCache
 
@@ -111,7 +112,7 @@ def write(
 
     whole = Spec()
     specs = (Spec("tensor"), Spec(None, None, "tensor"), whole, whole, whole)
-    scattered = _over_heads(by_scatter, specs, Spec("tensor"))
+    scattered = split_by_hand(by_scatter, specs, Spec("tensor"))
 
     def store(pool: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.platform_dependent(
@@ -163,30 +164,13 @@ def paged_attention(
     specs = (heads, PagedCache(pool, pool, whole), whole, whole, whole)
 
     def over_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return _over_heads(functools.partial(kernel, softcap), specs, heads)
+        return split_by_hand(functools.partial(kernel, softcap), specs, heads)
 
     return jax.lax.platform_dependent(
         *operands,
         tpu=over_heads(_tpu_kernel) if on_tpu else xla,
         cuda=over_heads(_gpu_kernel) if on_gpu else xla,
         default=xla,
-    )
-
-
-def _over_heads(
-    program: Callable[..., jax.Array], in_specs: tuple, out_specs: Spec
-) -> Callable[..., jax.Array]:
-    """The program on each device's heads, which compilers cannot split well."""
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
-    if not split:
-        return program
-    return jax.shard_map(
-        program,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=split,
-        check_vma=False,
     )
 
 

@@ -6,6 +6,7 @@ never need all logits at once.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -108,11 +109,8 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        fan_in = 1
-        for size in self.in_shape:
-            fan_in *= size
-        shape = self.in_shape + self.out_shape
-        kernel = self.param("kernel", _kernel_init(self.axes, fan_in), shape)
+        init = _kernel_init(self.axes, math.prod(self.in_shape))
+        kernel = self.param("kernel", init, self.in_shape + self.out_shape)
         product = _dot if self._seen_by_qwix(kernel) else _product
         kernel = jnp.asarray(kernel, x.dtype)
         y = product(x, kernel, len(self.in_shape)).astype(x.dtype)

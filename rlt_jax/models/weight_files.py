@@ -101,36 +101,6 @@ def check_tensors(
             )
 
 
-def plan_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """Names of files -> names of the tensors in them, in the given order.
-
-    Args:
-      sizes: name -> bytes of a tensor.
-      max_bytes: of a file; a larger tensor has a file of its own.
-    """
-    groups: list[list[str]] = [[]]
-    room = max_bytes
-    for name, size in sizes.items():
-        if size > room and groups[-1]:
-            groups.append([])
-            room = max_bytes
-        groups[-1].append(name)
-        room -= size
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-        for i, group in enumerate(groups, start=1)
-    }
-
-
-def write_index(path: Path, plan: dict[str, list[str]], total_size: int) -> None:
-    """Writes which file of several holds which tensor."""
-    weight_map = {name: file for file, names in plan.items() for name in names}
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_json(path / INDEX, index)
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file; UserError where it is missing or broken."""
     try:

@@ -8,7 +8,7 @@ go by it. Accuracies are shares in JSON and percent where people read.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import scipy.stats
 
 from rlt_jax.errors import UserError
+from rlt_jax.report import statistics
 from rlt_jax.report.comparison_config import (
     ClaimConfig,
     CompareConfig,
@@ -45,7 +46,9 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
     parts = parts_of(config)
     answers = {
         name: {
-            seed: _by_question(_folder(workdir, route.evaluation, seed), "correct")
+            seed: statistics.accuracy_by_question(
+                read_lines(_folder(workdir, route.evaluation, seed) / "samples.jsonl")
+            )
             for seed in route.seeds
         }
         for name, route in parts.routes.items()
@@ -65,18 +68,6 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
         else None,
         "measures": [_measure(workdir, measure) for measure in parts.measures],
     }
-
-
-def mean_over_questions(values: Iterable[float], what: str) -> tuple[float, float]:
-    """Mean and its standard error.
-
-    >>> mean_over_questions([0.0, 1.0], "a seed")
-    (0.5, 0.5)
-    """
-    array = np.fromiter(values, float)
-    if array.size < 2:
-        raise UserError(f"{what}: a comparison needs two or more questions.")
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(array.size))
 
 
 def over_seeds(means: Sequence[float], errors: Sequence[float] | None) -> Record:
@@ -180,8 +171,7 @@ def _route(
 ) -> Record:
     seeds = {}
     for seed, of_seed in answers.items():
-        what = _folder(workdir, route.evaluation, seed).name
-        accuracy, error = mean_over_questions(of_seed.values(), what)
+        accuracy, error = statistics.mean_and_error(np.array([*of_seed.values()]))
         seeds[str(seed)] = {
             "accuracy": accuracy,
             "standard_error": error,
@@ -226,20 +216,12 @@ def _claim(
     better, worse = answers[claim.better], answers[claim.worse]
     seeds = {}
     for seed in (seed for seed in better if seed in worse):
-        more, less = better[seed], worse[seed]
-        if more.keys() != less.keys():
-            raise UserError(
-                f"compare: the routes {claim.better!r} and {claim.worse!r} of seed "
-                f"{seed} cannot be compared question by question: they answered "
-                f"{len(more)} and {len(less)} questions, {len(more.keys() & less)} of "
-                "them the same. Evaluate both on the same questions."
-            )
-        differences = (more[question] - less[question] for question in more)
-        mean, error = mean_over_questions(differences, f"seed {seed}")
+        names = [f"{name} of seed {seed}" for name in (claim.better, claim.worse)]
+        paired = statistics.compare(better[seed], worse[seed], names)
         seeds[str(seed)] = {
-            "difference": mean,
-            "standard_error": error,
-            "interval": _around(mean, Z_95 * error),
+            "difference": paired.difference,
+            "standard_error": paired.standard_error,
+            "interval": _around(paired.difference, Z_95 * paired.standard_error),
         }
     found = over_seeds(
         [one["difference"] for one in seeds.values()],
@@ -268,7 +250,10 @@ def _correlation(
     seeds, pooled = {}, []
     for seed in shared:
         rewards = [
-            _by_question(_folder(workdir, route.traces, seed), "reward")
+            statistics.mean_by_question(
+                read_lines(_folder(workdir, route.traces, seed) / "scores.jsonl"),
+                "reward",
+            )
             for route in ranked
         ]
         ranks, questions = mean_ranks(rewards)
@@ -310,15 +295,6 @@ def _measure(workdir: Path, measure: MeasureConfig) -> Record:
         **over_seeds(list(seeds.values()), None),
         "seeds": seeds,
     }
-
-
-def _by_question(folder: Path, key: str) -> ByQuestion:
-    """Mean of a key over the rows of each question of an evaluation or of scores."""
-    file = "samples.jsonl" if key == "correct" else "scores.jsonl"
-    values: dict[str, list[float]] = {}
-    for row in read_lines(folder / file):
-        values.setdefault(row["question"], []).append(float(row[key]))
-    return {question: math.fsum(all_) / len(all_) for question, all_ in values.items()}
 
 
 def _folder(workdir: Path, pattern: str, seed: int) -> Path:

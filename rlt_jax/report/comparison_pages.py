@@ -3,7 +3,6 @@
 <workdir>/<stage>/...  ->  comparison.json, comparison.md, comparison/index.html, *.png
 """
 
-import base64
 import html
 import json
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from pathlib import Path
 from rlt_jax.report import comparison_plots as plots
 from rlt_jax.report.comparison import COSTS, ONE_RUN, Interval, compare
 from rlt_jax.report.comparison_config import CompareConfig
-from rlt_jax.report.files import Record
-from rlt_jax.report.pages import render
+from rlt_jax.report.files import Record, write_page
 
 OUT = "comparison"  # folder of the page in the workdir
 
@@ -41,21 +39,17 @@ def write_comparison(workdir: Path, config: CompareConfig) -> Record:
         pictures["correlation"] = plots.correlation(found)
     if (picture := plots.costs(found)) is not None:
         pictures["costs"] = picture
-    out = workdir / OUT
-    out.mkdir(exist_ok=True)
-    for name, png in pictures.items():
-        (out / f"{name}.png").write_bytes(png)
-    page = render(
+    write_page(
+        workdir / OUT,
         "comparison.html",
+        pictures,
         run=workdir.resolve().name,
         found=found,
         counts=_counts(found),
         sections=_by_section(found["claims"]),
         tables=tables,
         costly=any(route["cost"] for route in found["routes"].values()),
-        pictures={n: base64.b64encode(png).decode() for n, png in pictures.items()},
     )
-    (out / "index.html").write_text(page, encoding="utf-8", errors="replace")
     markdown = "\n".join(
         f"### {title}\n\n{_markdown(table)}" for title, table in tables.items()
     )

@@ -48,17 +48,12 @@ def claims(found: Mapping[str, Any]) -> bytes:
         note = f"{points}  {verdict}"
         if claim["margin"]:
             note += f"\n(margin {100 * claim['margin']:.1f})"
-        colour = verdict_colour(claim["verdict"])
+        colour = {"seen": GOOD, "opposite": BAD}.get(claim["verdict"], BLUE)
         label = f"{wrapped(claim['better'])}\n− {wrapped(claim['worse'])}"
         row = Row(claim["section"], label, claim["difference"], seeds, note, colour)
         rows.append(row)
     what = "difference in right answers (points; as published: to the right)"
     return intervals(rows, what, (-100, 100), 0.0)
-
-
-def verdict_colour(verdict: str) -> str:
-    """Green where a claim is seen, red where its opposite is, else blue."""
-    return {"seen": GOOD, "opposite": BAD}.get(verdict, BLUE)
 
 
 def intervals(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
+from rlt_jax.report.files import write_page
 
 DARKEST = 4.0  # nats at which a colour is full
 
@@ -18,23 +18,13 @@ class Token(NamedTuple):
     title: str
 
 
-def write_page(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+def write_explanations(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Writes `index.html`, best completion first, worst last.
 
     Args:
       rows: of the stage `score`, with per-token arrays.
       folder: made if it is not there.
-
-    Returns:
-      The page's path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rlt_jax", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     items = [
         {
             **row,
@@ -44,11 +34,7 @@ def write_page(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         }
         for row in rows
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "index.html"
-    text = environment.get_template("explanations.html").render(items=items)
-    page.write_text(text, encoding="utf-8")
-    return page
+    write_page(folder, "explanations.html", {}, items=items)
 
 
 def explanation_tokens(row: Mapping[str, Any]) -> list[Token]:

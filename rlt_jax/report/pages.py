@@ -6,19 +6,15 @@ The page holds its pictures and style in itself, so that it can be sent as one f
 Everything that a model or a data set wrote is escaped.
 """
 
-import base64
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
 
 from rlt_jax.errors import UserError
 from rlt_jax.report import plots, statistics
-from rlt_jax.report.files import Record, read_json, read_lines
+from rlt_jax.report.files import Record, read_json, read_lines, write_page
 
 OUT = "report"  # folder of the page in the workdir
 
@@ -75,23 +71,18 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         "seed": seed,
         **_seconds(workdir),
     }
-    out = workdir / OUT
-    out.mkdir(exist_ok=True)
-    pictures = _pictures(metrics, results)
-    for name, png in pictures.items():
-        (out / f"{name}.png").write_bytes(png)
-    page = render(
+    write_page(
+        workdir / OUT,
         "page.html",
+        _pictures(metrics, results),
         run=workdir.resolve().name,
         summary=summary,
         teacher=teacher,
         evaluations=list(results),
-        pictures={n: base64.b64encode(png).decode() for n, png in pictures.items()},
         explanations=_side_by_side(traces, config.num_examples),
         answers=_side_by_side(answers, config.num_examples),
+        z_95=plots.Z_95,
     )
-    # A model can write half of a surrogate pair, which UTF-8 cannot hold.
-    (out / "index.html").write_text(page, encoding="utf-8", errors="replace")
     text = json.dumps(summary, indent=2) + "\n"
     (workdir / "summary.json").write_text(text, encoding="utf-8")
     return summary
@@ -169,27 +160,3 @@ def _side_by_side(
         {label: questions[q] for label, questions in zip(records, first)}
         for q in shared[:count]
     ]
-
-
-def render(template: str, **values: Any) -> str:
-    """A page made from a template of this folder; every value is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(words=_words, number=_number)
-    environment.globals["z_95"] = plots.Z_95
-    return environment.get_template(template).render(values)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _number(value: float | None, digits: int = 5) -> str:
-    if value is None:
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"

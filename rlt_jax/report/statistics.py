@@ -1,6 +1,7 @@
 """Statistics of graded samples: pure functions of NumPy arrays, Q questions, n samples."""
 
 import collections
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,10 +105,15 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
 
 def accuracy_by_question(samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Question -> share of right samples, from rows of `samples.jsonl`."""
-    marks: dict[str, list[bool]] = {}
-    for sample in samples:
-        marks.setdefault(sample["question"], []).append(sample["correct"])
-    return {question: float(np.mean(correct)) for question, correct in marks.items()}
+    return mean_by_question(samples, "correct")
+
+
+def mean_by_question(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, float]:
+    """Question -> mean of a key over the rows that ask it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["question"], []).append(row[key])
+    return {question: math.fsum(x) / len(x) for question, x in values.items()}
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.scoring import scatter
 from rlt_jax.rl import kl
 from rlt_jax.rl.advantages import ADVANTAGES, has_signal
@@ -121,9 +121,7 @@ class ObjectiveConfig:
             "truncated": ("keep", "mask"),
         }
         for name, known in choices.items():
-            value, names = getattr(self, name), ", ".join(known)
-            if value not in known:
-                raise UserError(f"objective.{name}={value!r}: one of {names}.")
+            check_choice(f"objective.{name}", getattr(self, name), known)
         if not 0 <= self.beta < math.inf:
             raise UserError(f"objective.beta={self.beta}: at least 0, and finite.")
         for name in ("clip_low", "clip_high", "importance_cap", "skip_gradient_norm"):

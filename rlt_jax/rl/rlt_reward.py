@@ -1,14 +1,14 @@
 """The reward of a reinforcement-learned teacher (arXiv 2506.08388, section 3.2)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlt_jax import masked
-from rlt_jax.errors import UserError
+from rlt_jax.errors import check_choice
 from rlt_jax.inference.scoring import gather, segment_mask, segment_sums
 from rlt_jax.rl import kl
 from rlt_jax.types import Reward, ScoringBatch
@@ -80,13 +80,17 @@ class RLTRewardConfig:
     empty_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        choices = {
+            "solution_map": MAPS,
+            "kl_map": MAPS,
+            "kl_estimator": (*kl.ESTIMATORS, *OVER_VOCABULARY),
+        }
         if isinstance(self.explanation_kl_coef, str):
-            _check(self.explanation_kl_coef, ("auto",), "explanation_kl_coef")
+            choices["explanation_kl_coef"] = ("auto",)
+        for name, known in choices.items():
+            check_choice(f"reward.{name}", getattr(self, name), known)
         for name in (*self.solution_reductions, *self.kl_reductions):
-            _check(name, REDUCTIONS, "reductions")
-        _check(self.solution_map, MAPS, "solution_map")
-        _check(self.kl_map, MAPS, "kl_map")
-        _check(self.kl_estimator, (*kl.ESTIMATORS, *OVER_VOCABULARY), "kl_estimator")
+            check_choice("reward: reduction", name, REDUCTIONS)
 
 
 class RewardTokens(NamedTuple):
@@ -201,8 +205,3 @@ def rlt_reward(
     }
     terms = {name: term.astype(jnp.float32) for name, term in terms.items()}
     return Reward(value + format_penalty, terms)
-
-
-def _check(name: str, known: Iterable[str], what: str) -> None:
-    if name not in known:
-        raise UserError(f"reward.{what}: {name!r} is not one of {', '.join(known)}.")

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.scoring import score_rows
 from rlt_jax.inference.vocabulary_kl import vocabulary_kl
 from rlt_jax.models.transformer import Transformer
@@ -21,11 +21,6 @@ from rlt_jax.rl.rlt_reward import (
     rlt_reward,
 )
 from rlt_jax.types import Params, Reward, ScoringBatch
-
-COMBINATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "weights": lambda values, weights: jnp.einsum("iN,i->N", values, weights),
-    "min": lambda values, weights: values.min(axis=0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +36,7 @@ class StudentsConfig:
     weights: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        if self.combine not in ("mean", *COMBINATIONS):
-            raise UserError(f"students.combine={self.combine!r}: mean, min or weights.")
+        check_choice("students.combine", self.combine, ("mean", "min", "weights"))
         if self.weights and not sum(self.weights) > 0:
             raise UserError(f"students.weights={self.weights}: their sum must be > 0.")
 
@@ -144,10 +138,11 @@ def combine(config: StudentsConfig, rewards: Sequence[Reward]) -> Reward:
         weights = jnp.array(config.weights, jnp.float32) / sum(config.weights)
     else:
         weights = jnp.full(len(rewards), 1 / len(rewards))
-    kind = "min" if config.combine == "min" else "weights"
 
     def one(values: Sequence[jax.Array]) -> jax.Array:
-        return COMBINATIONS[kind](jnp.stack(values), weights)
+        if config.combine == "min":
+            return jnp.stack(values).min(axis=0)
+        return jnp.einsum("iN,i->N", jnp.stack(values), weights)
 
     terms = {name: one([r.terms[name] for r in rewards]) for name in rewards[0].terms}
     each = {f"student_{i}": r.value for i, r in enumerate(rewards)}

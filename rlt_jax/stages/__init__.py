@@ -1,4 +1,9 @@
-"""The stages by name, and the pipeline that runs them in order."""
+"""The stages by name, and the pipeline that runs them in order.
+
+A stage is a module with `SECTIONS`, the owners of the keys of its config, and
+`run(config, workdir, seed)`, which is given that config, the folder of the stage and the
+seed of everything random, and returns a summary that goes into `done.json`.
+"""
 
 import importlib
 import json
@@ -13,7 +18,7 @@ import jax
 import ml_collections
 
 from rlt_jax import settings
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.training import hosts
 
 _LOG = logging.getLogger("rlt_jax")
@@ -97,8 +102,7 @@ def _checked_stage(section: Any, where: str) -> str:
     seed = values.pop("seed", 0)
     if not isinstance(seed, int):
         raise UserError(f"{where}.seed={seed!r}: write an integer.")
-    if stage not in STAGES:
-        raise UserError(f"{where}.stage={stage!r}: one of {', '.join(STAGES)}.")
+    check_choice(f"{where}.stage", stage, STAGES)
     settings.check(_module(stage).SECTIONS, values, where)
     return stage
 

@@ -18,12 +18,7 @@ SECTIONS = CompareConfig
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
-    """Compares stages that lie beside it.
-
-    Args:
-      config: fields of `CompareConfig`.
-      workdir: folder of the stage; the comparison is written beside it.
-      seed: not used: the runs' seeds are in the config.
+    """Compares stages that lie beside it; the runs' seeds are in the config.
 
     Returns:
       Number of routes, and how many claims have each verdict.

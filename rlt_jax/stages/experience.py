@@ -19,6 +19,7 @@ from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, Occupancy
 from rlt_jax.inference.stored import roll_out
+from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl.metrics import rollout_metrics
 from rlt_jax.rl.reward_terms import (
     Term,
@@ -171,7 +172,10 @@ def gather_experience(
         log_probs = None
         if writing.updates > 1:
             log_probs = writing.log_probs(params, *on_device)
-    written = _written(writing, roles, problems, completions, finished)
+    tokenizer, template = roles.teacher.tokenizer, roles.template
+    texts = [examples.completion_text(tokenizer, ids)[0] for ids in completions]
+    answers = [template.solution_of(text) for text in texts]
+    written = Written(problems, texts, completions, answers, finished)
     reward = total_reward(
         writing.terms, written._replace(scored=scored and scored.reward)
     )
@@ -236,23 +240,8 @@ def evaluate_held_out(
         )
     result = {}
     for name, value in values.items():
-        value = value[: len(problems)]
-        result[name] = float(value.mean())
-        error = value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
-        result[f"{name}_standard_error"] = float(error)
+        mean, error = mean_and_error(value[: len(problems)])
+        result |= {name: mean, f"{name}_standard_error": error}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
     _LOG.info("held out, explanation KL weighed by %.4g: %s", kl_coef, shown)
     return float(kl_coef), result, written
-
-
-def _written(
-    writing: Writing,
-    roles: Roles,
-    problems: Sequence[Problem],
-    completions: Sequence[np.ndarray],
-    finished: np.ndarray,
-) -> Written:
-    tokenizer, template = roles.teacher.tokenizer, roles.template
-    texts = [examples.completion_text(tokenizer, ids)[0] for ids in completions]
-    answers = [template.solution_of(text) for text in texts]
-    return Written(problems, texts, completions, answers, finished)

@@ -15,20 +15,14 @@ from rlt_jax.training import checkpoint, hosts, sharding
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
-    "model_type": None,
-    "dtype": None,
+    "model_type": None,  # the family to write it as, "" for the first that can be
+    "dtype": None,  # of the weights
     "mesh": sharding.MeshConfig,
 }
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Exports a model with its tokenizer, stop ids and a model card.
-
-    Args:
-      config: sections `model` and `mesh`; `dtype` of the weights; `model_type`, the
-        family to write it as, or "" for the first that can express it.
-      workdir: folder of the stage.
-      seed: not used, all stages have it.
 
     Returns:
       The path and the number of parameters.
@@ -37,12 +31,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
     target = workdir / "model"
-
-    def clear() -> None:
-        if target.exists():  # of a run that was cut off between here and done.json
-            shutil.rmtree(target)
-
-    hosts.from_first(clear)
+    # Of a run that was cut off between here and done.json.
+    hosts.from_first(lambda: shutil.rmtree(target, ignore_errors=True))
     convert.write_model(
         target,
         model.config,

@@ -77,11 +77,6 @@ SECTIONS = {"plan": PlanConfig}
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Plans a recipe; writes `plan.json` and `plan.txt` beside the stage's folder.
 
-    Args:
-      config: section `plan`.
-      workdir: folder of the stage.
-      seed: of the recipe, which a plan does not depend on.
-
     Returns:
       What plan.json holds, without its programs.
 
@@ -251,13 +246,8 @@ def _too_large(resident: int, total: float, limit: int, began: float) -> dict[st
 
 def _room(resident: int, total: float, limit: int) -> dict[str, float]:
     """Bytes that stay beside a program, those of all, those there are; the free share."""
-    headroom = 1 - total / limit
-    return {
-        "resident": resident,
-        "total": total,
-        "limit": limit,
-        "headroom": headroom,
-    }
+    room = {"resident": resident, "total": total, "limit": limit}
+    return room | {"headroom": 1 - total / limit}
 
 
 def _found(
@@ -286,7 +276,7 @@ def _found(
         "prompt_tokens": c.prompt_tokens,
         "completion_tokens": c.completion_tokens,
         "efficiency": c.efficiency,
-        "advice": [advice for program in programs for advice in _advice(program)],
+        "advice": [_advice(program) for program in programs if not program["fits"]],
     }
     return {
         "fits": all(program["fits"] for program in programs),
@@ -308,14 +298,11 @@ _REMEDIES = {
 }
 
 
-def _advice(program: Mapping[str, Any]) -> list[str]:
-    if program["fits"]:
-        return []
+def _advice(program: Mapping[str, Any]) -> str:
     room = program["bytes"]
     name = program["name"].rpartition("/")[2]
     needed, limit, held = (room[x] / 2**30 for x in ("total", "limit", "resident"))
-    advice = (
+    return (
         f"{program['name']} needs {needed:.1f} of {limit:.1f} GiB a device, {held:.1f} "
         f"of it held by other arrays; try {_REMEDIES[name]}, or a larger slice."
     )
-    return [advice]

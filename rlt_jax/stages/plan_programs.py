@@ -1,6 +1,6 @@
 """The device programs of each stage, ready to be lowered for devices elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,25 +95,21 @@ def rl_programs(
     others = [student.params for student in students] + [reference]
     others = [] if c.offload else others
 
-    forward = _forward(policy, N, lengths)
     trips = shapes.micro_batches(policy.model.config, mesh, N, rows, lengths)
     batch = shapes.scoring_batch(mesh, N, rows)
     programs = _rollout(section, policy, sampling, mesh, rows.row_length, N, lengths)
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
     if students:
-        score = _score(section, policy, students, sampling, mesh)
-        args = _score_args(policy, students, batch, mesh)
-        flops = forward + sum(_forward(one, N, lengths) for one in students)
+        score = _score(section, policy, students, sampling, mesh, batch, lengths)
         beside = (state.opt_state, () if c.offload else reference)
-        programs.append(Program("score", score, args, beside, 1, flops, trips))
+        programs.append(score._replace(resident=beside, trips=trips))
     if objective.beta:
         log_probs = jit_log_probs(policy.model, sampling.temperature, mesh)
         args = (reference, batch.teacher, batch.completion)
         beside = (state, others[:-1])
-        programs.append(
-            Program("reference", log_probs, args, beside, 1, forward, trips)
-        )
+        flops = _flops(forward_flops, policy, N, lengths)
+        programs.append(Program("reference", log_probs, args, beside, 1, flops, trips))
 
     known = bool(students) or c.updates_per_rollout > 1
     policy_batch = _policy_batch(mesh, batch, known, bool(objective.beta))
@@ -121,7 +117,8 @@ def rl_programs(
     update = policy_programs.jit_update(
         policy.model, tx, sampling, objective, mesh, placed
     )
-    args, flops = (state, policy_batch, None), _train(policy, N, lengths)
+    args = state, policy_batch, None
+    flops = _flops(train_flops, policy, N, lengths)
     programs.append(
         Program("update", update, args, others, c.updates_per_rollout, flops, trips)
     )
@@ -145,13 +142,11 @@ def collect_programs(
     programs = _rollout(section, teacher, sampling, mesh, rows.row_length, N, lengths)
     weights_and_cache = programs[-1].args[:2]
     batch = shapes.scoring_batch(mesh, N, rows)
-    score = _score(section, teacher, students, sampling, mesh)
-    args = _score_args(teacher, students, batch, mesh)
-    flops = sum(_forward(one, N, lengths) for one in (teacher, *students))
+    score = _score(section, teacher, students, sampling, mesh, batch, lengths)
     trips = shapes.micro_batches(teacher.model.config, mesh, N, rows, lengths)
     return [
         *(p._replace(resident=(p.resident, resident)) for p in programs),
-        Program("score", score, args, weights_and_cache, 1, flops, trips),
+        score._replace(resident=weights_and_cache, trips=trips),
     ]
 
 
@@ -208,7 +203,9 @@ def _rollout(
     size = engine.chunks[-1]
     part = ids(layout.shards, layout.columns), ids(layout.shards, size)
     fill = (weights, cache, *part, ids(layout.shards))
-    draw = (weights, cache, slots, refill, shapes.key_shape(mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = sharding.abstract(key, sharding.replicated(mesh))
+    draw = (weights, cache, slots, refill, key)
 
     c, steps = model.config, layout.steps
     context = lengths.prompt + lengths.completion / 2
@@ -250,8 +247,11 @@ def _score(
     students: Sequence[Shape],
     sampling: SamplingConfig,
     mesh: Mesh,
-) -> Any:
-    return jit_score(
+    batch: ScoringBatch,
+    lengths: Lengths,
+) -> Program:
+    """The reward of a batch of completions."""
+    jitted = jit_score(
         build(RLTRewardConfig, section["reward"], "reward"),
         build(StudentsConfig, section["students"], "students"),
         policy.model,
@@ -259,14 +259,13 @@ def _score(
         sampling.temperature,
         mesh,
     )
-
-
-def _score_args(
-    policy: Shape, students: Sequence[Shape], batch: ScoringBatch, mesh: Mesh
-) -> tuple:
     params = tuple(student.params for student in students)
-    batches = (batch,) * len(students)
-    return policy.params, params, batches, shapes.scalar(mesh)
+    batches, coef = (batch,) * len(students), shapes.per_row(mesh, (), jnp.float32)
+    (N,) = batch.closed.shape
+    flops = sum(_flops(forward_flops, x, N, lengths) for x in (policy, *students))
+    return Program(
+        "score", jitted, (policy.params, params, batches, coef), (), 1, flops
+    )
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
@@ -282,11 +281,9 @@ def _optimizer(section: Section, steps: int) -> Any:
     )
 
 
-def _forward(shape: Shape, N: int, lengths: Lengths) -> float:
+def _flops(
+    count: Callable[..., float], shape: Shape, N: int, lengths: Lengths
+) -> float:
+    """Of N rows, of which the completions get logits."""
     tokens, head = N * lengths.row, N * lengths.completion
-    return forward_flops(shape.model.config, tokens, lengths.row / 2, head)
-
-
-def _train(shape: Shape, N: int, lengths: Lengths) -> float:
-    tokens, head = N * lengths.row, N * lengths.completion
-    return train_flops(shape.model.config, tokens, lengths.row / 2, head)
+    return count(shape.model.config, tokens, lengths.row / 2, head)

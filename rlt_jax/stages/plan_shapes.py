@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.data.scoring import RowShape
@@ -84,22 +83,13 @@ def per_row(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
     return sharding.abstract(array, sharding.row_shardings(array, mesh))
 
 
-def packed_rows(mesh: Mesh, N: int, rows: RowShape) -> PackedRows:
-    """N rows packed as `packing.pack` does, of which there is one a line at worst."""
+def scoring_batch(mesh: Mesh, N: int, rows: RowShape) -> ScoringBatch:
+    """N completions, packed as `packing.pack` does, of which one is in a line at worst."""
     M = -(-N // rows.micro_batch_size)
     ids = per_row(mesh, (M, rows.micro_batch_size, rows.row_length), jnp.int32)
-    return PackedRows(ids, ids, ids, per_row(mesh, (), jnp.int32))
-
-
-def token_spans(mesh: Mesh, N: int, rows: RowShape) -> TokenSpans:
-    """One span of each of N rows."""
+    packed = PackedRows(ids, ids, ids, per_row(mesh, (), jnp.int32))
     index = per_row(mesh, (N, rows.row_length), jnp.int32)
-    return TokenSpans(index, index, per_row(mesh, index.shape, jnp.bool_))
-
-
-def scoring_batch(mesh: Mesh, N: int, rows: RowShape) -> ScoringBatch:
-    """Student and teacher rows of N completions."""
-    packed, spans = packed_rows(mesh, N, rows), token_spans(mesh, N, rows)
+    spans = TokenSpans(index, index, per_row(mesh, index.shape, jnp.bool_))
     return ScoringBatch(
         packed, packed, spans, spans, spans, spans, per_row(mesh, (N,), jnp.bool_)
     )
@@ -116,14 +106,3 @@ def micro_batches(
     )
     chunks = -(-in_line * lengths.completion // C)
     return -(-lines // rows.micro_batch_size), chunks
-
-
-def key_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A PRNG key."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return sharding.abstract(key, sharding.replicated(mesh))
-
-
-def scalar(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A float32 number."""
-    return per_row(mesh, (), np.float32)

@@ -13,15 +13,6 @@ SECTIONS = ReportConfig
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
-    """Writes the report next to the stages that it reads.
-
-    Args:
-      config: fields of `ReportConfig`.
-      workdir: folder of the stage, `<workdir>/report`.
-      seed: named in the summary.
-
-    Returns:
-      The summary.
-    """
+    """Writes the report next to the stages that it reads; returns its summary."""
     c = build(ReportConfig, config, "report")
     return hosts.from_first(lambda: write_report(workdir.parent, c, seed=seed))

@@ -23,7 +23,7 @@ from rlt_jax.data.scoring import WrittenTrace
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.traces import read_completions
-from rlt_jax.report.explanations import write_page
+from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 from rlt_jax.settings import build
@@ -86,13 +86,6 @@ class Judge(NamedTuple):
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Scores completions; goes on where an earlier run stopped.
-
-    Args:
-      config: sections `teacher`, `student` (one, or a list of several), `students`,
-        `template`, `data` (with a `path`), `reward`, `select`, `mesh`, and the fields of
-        `ScoreConfig`.
-      workdir: folder of the stage.
-      seed: of the shuffled control.
 
     Returns:
       Number of completions and of traces selected, mean rewards of completions and of
@@ -215,15 +208,15 @@ def _controls(
 ) -> dict[str, list[float | None]]:
     """Control -> reward of each completion's control, None where there is none."""
     problems = [written.trace.problem for written in batch]
+    closing = judge.template.explanation_tags[1]
     replaced = controls.controlled(
         [written.completion for written in batch],
         [problem.question for problem in problems],
-        judge.template.explanation_tags[1],
+        closing,
         [judge.seed, first],
     )
     result = {}
     for name, texts in replaced.items():
-        closing = judge.template.explanation_tags[1]
         traces = [
             api.written(judge.template, problem, text or closing, assume_closed=True)
             for problem, text in zip(problems, texts, strict=True)
@@ -268,11 +261,8 @@ def _log_sizes(rows: list[dict[str, Any]], kl_coef: float) -> None:
     score = np.mean([row["terms"]["solution_score"] for row in rows])
     divergence = np.mean([row["terms"]["explanation_kl"] for row in rows])
     _LOG.info(
-        "first batch: solution score %.4g, explanation KL %.4g times %.4g = %.4g",
-        score,
-        divergence,
-        kl_coef,
-        divergence * kl_coef,
+        f"first batch: solution score {score:.4g}, explanation KL {divergence:.4g} times "
+        f"{kl_coef:.4g} = {divergence * kl_coef:.4g}"
     )
 
 
@@ -302,4 +292,4 @@ def _write_examples(
         scored = judge.score(traces, kl_coef, per_token=True)[: len(part)]
         examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
     if hosts.is_first():
-        write_page(examples, folder)
+        write_explanations(examples, folder)

@@ -21,7 +21,7 @@ from rlt_jax.costs.spent import sft_cost
 from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.settings import build
 from rlt_jax.stages.sft_programs import jit_update, make_evaluation
 from rlt_jax.training import checkpoint, hosts, sharding
@@ -104,11 +104,8 @@ class SFTConfig:
             raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
         if self.steps < 1:
             raise UserError(f"steps={self.steps}: at least 1.")
-        if self.format not in FORMATS:
-            raise UserError(f"format={self.format!r}: one of {', '.join(FORMATS)}.")
-        if self.overlong not in selection.OVERLONG:
-            known = ", ".join(selection.OVERLONG)
-            raise UserError(f"sft.overlong={self.overlong!r}: one of {known}.")
+        check_choice("sft.format", self.format, FORMATS)
+        check_choice("sft.overlong", self.overlong, selection.OVERLONG)
         for name in ("traces_per_question", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"sft.{name}={getattr(self, name)}: at least 0.")
@@ -128,11 +125,6 @@ SECTIONS = {
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Trains a model on traces; leaves checkpoints that other stages load.
-
-    Args:
-      config: sections as in `SECTIONS`.
-      workdir: folder of the stage.
-      seed: of everything random.
 
     Returns:
       Numbers of traces of each section that names some, last loss; the last held-out

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +22,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.models import convert
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import build
 from rlt_jax.training import hosts
-from rlt_jax.training.sharding import check_model, param_shardings
+from rlt_jax.training.sharding import abstract, check_model, param_shardings
 from rlt_jax.types import Params
 
 _LOG = logging.getLogger("rlt_jax")
@@ -62,10 +61,7 @@ class ModelSource:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.param_dtype not in ("float32", "bfloat16"):
-            raise UserError(
-                f"model: param_dtype={self.param_dtype!r} is not float32 or bfloat16."
-            )
+        check_choice("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         if bool(self.path) == (self.architecture is not None):
             raise UserError("model: give either a path or an architecture.")
         if self.architecture is not None and not self.tokenizer:
@@ -205,10 +201,7 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
         return
     folder = stage_dir / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    # File by file: the tokenizer may lie beside the weights of its model.
-    for name in (*convert.TOKENIZER_FILES, convert.GENERATION):
-        if (tokenizer.path / name).is_file():
-            shutil.copyfile(tokenizer.path / name, folder / name)
+    convert.copy_tokenizer(tokenizer.path, folder)
     text = json.dumps(dataclasses.asdict(model.config), indent=1)
     (stage_dir / "model.json").write_text(text + "\n", encoding="utf-8")
 
@@ -216,12 +209,8 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 def _load_stage(
     path: Path, model: Transformer, shardings: Any, dtype: jnp.dtype
 ) -> Params:
-    abstract = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
-        abstract,
-        shardings,
-    )
+    shapes = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+    target = abstract(shapes, shardings, dtype)
     step = hosts.from_first(lambda: _last_step(path))
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(_folder(path) / str(step) / "params", target)

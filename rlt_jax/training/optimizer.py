@@ -7,7 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 
 SCHEDULES = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -74,24 +74,15 @@ class OptimizerConfig:
     state_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise UserError(
-                f"optimizer.name={self.name!r}: one of {', '.join(OPTIMIZERS)}."
-            )
-        if self.state_dtype not in (None, "bfloat16"):
-            raise UserError(
-                f"optimizer.state_dtype={self.state_dtype!r}: None or bfloat16."
-            )
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
+        check_choice("optimizer.state_dtype", self.state_dtype, (None, "bfloat16"))
         if self.state_dtype and self.name == "adafactor":
             raise UserError("optimizer.state_dtype: adafactor keeps no first moment.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the step, over a run of `steps`."""
-    if config.schedule not in SCHEDULES:
-        raise UserError(
-            f"optimizer.schedule={config.schedule!r}: one of {', '.join(SCHEDULES)}."
-        )
+    check_choice("optimizer.schedule", config.schedule, SCHEDULES)
     warmup = round(config.warmup_fraction * steps)
     after = SCHEDULES[config.schedule](config.learning_rate, steps - warmup)
     rise = optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1))

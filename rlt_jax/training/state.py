@@ -1,5 +1,6 @@
 """The train state: made sharded, updated by one function."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,7 @@ def state_shardings(
     """
 
     def boxed_state() -> TrainState:
-        params = trained_part(boxed_params(model, jax.random.key(0)))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero)
+        return _first(tx, trained_part(boxed_params(model, jax.random.key(0))))
 
     def named(box: Any) -> Any:
         if not isinstance(box, nn.Partitioned):
@@ -48,12 +47,7 @@ def abstract_state(
     model: Transformer, params: Params, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state around parameters, given likewise."""
-
-    def init(params: Params) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero)
-
-    shapes = jax.eval_shape(init, params)
+    shapes = jax.eval_shape(functools.partial(_first, tx), params)
     return abstract(shapes, state_shardings(model, tx, mesh))
 
 
@@ -63,11 +57,14 @@ def new_state(
     """The state of step 0 around given parameters; the parameters are copied."""
 
     def init(params: Params) -> TrainState:
-        params = jax.tree.map(jnp.copy, params)
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero)
+        return _first(tx, jax.tree.map(jnp.copy, params))
 
     return jax.jit(init, out_shardings=shardings)(params)
+
+
+def _first(tx: optax.GradientTransformation, params: Params) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), zero)
 
 
 def to_items(state: TrainState, name: str) -> dict[str, Any]:

@@ -48,11 +48,10 @@ for chip in CHIPS.values():
 def test_figures_are_in_their_units() -> None:
     for name, chip in CHIPS.items():
         assert chip.name == name
-        assert 10e9 < chip.usable_bytes < chip.memory_bytes * 1.01
+        assert 10e9 < chip.usable_bytes < 110e9
         assert 100e12 < chip.flops < 3000e12
         assert 0.5e12 < chip.bandwidth < 10e12
         assert chip.bandwidth / 20 < chip.interconnect < chip.bandwidth
-        assert chip.source.startswith("https://")
 
 
 def test_slices_grow() -> None:

@@ -68,10 +68,13 @@ def test_all_fits_in_a_terminal() -> None:
 
 
 def test_a_program_that_was_not_compiled_has_dashes() -> None:
-    nothing = dict.fromkeys(program("x")) | {"name": "rollout", "fits": False}
-    plan = {"fits": False, "topology": "v5e:2x2", "programs": [nothing], "recipe": {}}
+    room = {"resident": 1e9, "total": 9e9, "limit": 8e9, "headroom": -0.125}
+    refused = program("rollout", fits=False, bytes=room)
+    del refused["roofline"], refused["collectives"]
+    plan = {"fits": False, "topology": "v5e:2x2", "programs": [refused]}
+    plan["recipe"] = RECIPE
     rows = [line for line in render(plan).splitlines() if line.startswith("rollout")]
     assert [row.split() for row in rows] == [
-        ["rollout", "NO", *"-------"],
-        ["rollout", *"-----"],
+        ["rollout", "NO", *"---", "1.00", "9.00", "8.00", "-12%"],
+        ["rollout", "8", "12.3", "TFLOP", "-", "-", "12.3", "s"],
     ]

@@ -153,7 +153,7 @@ def test_a_file_of_questions_and_answers_needs_no_solution(tmp_path: Path) -> No
 @pytest.mark.parametrize("task", ["gsm8k", "math500", "aime24", "aime25", "amc23"])
 def test_a_missing_file_says_where_to_get_it(task: str, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no file '.*b.jsonl'. Download it: .*https://"
+        UserError, match=r"b.jsonl': no such file .* Download it: .*https://"
     ):
         load(task, str(tmp_path / "b.jsonl"))
     with pytest.raises(UserError, match="gpqa_diamond.csv of https://"):
@@ -166,20 +166,24 @@ def test_a_missing_file_says_where_to_get_it(task: str, tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"problem": "q", "answer": "1"}\n{"pro',
-            "cannot be read after row 1",
+            "a.jsonl, line 2: not valid JSON",
         ),
         ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", "[1]", "row 1: it is not an object"),
-        ("a.jsonl", '{"problem": "q"}', "row 1: needs problem or question, and answer"),
+        ("a.jsonl", "[1]", "line 1: the row is .* not an object"),
+        (
+            "a.jsonl",
+            '{"problem": "q"}',
+            "line 1: needs problem or question, and answer",
+        ),
         (
             "a.jsonl",
             '{"problem": " ", "answer": "1"}',
             "found the columns problem, ans",
         ),
-        ("a.json", "[{]", "cannot be read after row 0"),
-        ("a.parquet", "no", "cannot be read after row 0"),
+        ("a.json", "[{]", "a.json cannot be read"),
+        ("a.parquet", "no", "a.parquet cannot be read"),
         ("a.csv", "problem,answer\n,1\n", "row 1: needs problem"),
-        ("a.txt", "", "the ending is none of .jsonl, .json, .csv, .parquet"),
+        ("a.txt", "", "unknown ending '.txt'; convert to one of .jsonl, .json, .csv"),
     ],
 )
 def test_bad_files_are_one_message(
@@ -216,9 +220,15 @@ def test_predictions_are_joined_by_the_question(tmp_path: Path) -> None:
             [{"question": q, "completion": "a"} for q in "qqr"],
             "1 predictions for the question 'r', but 2 for others",
         ),
-        ([{"question": "z", "completion": "a"}], "row 1: the data has no question 'z'"),
-        ([{"question": "q"}], "row 1: needs `completions`, a list"),
-        ([{"question": "q", "completions": "a"}], "row 1: needs `completions`, a list"),
+        (
+            [{"question": "z", "completion": "a"}],
+            "line 1: the data has no question 'z'",
+        ),
+        ([{"question": "q"}], "line 1: needs `completions`, a list"),
+        (
+            [{"question": "q", "completions": "a"}],
+            "line 1: needs `completions`, a list",
+        ),
     ],
 )
 def test_predictions_that_do_not_fit(

@@ -282,7 +282,7 @@ def test_unreadable_parquet_is_named(tmp_path: Path) -> None:
     whole = Path(write(path, ROW)).read_bytes()
     for content in (b"", b"no parquet", whole[:-4], whole[:4] + whole[40:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="a.parquet: not a readable Parquet file: "):
+        with pytest.raises(UserError, match="a.parquet cannot be read: "):
             read_traces(str(path), TEMPLATE)
 
 
@@ -304,15 +304,15 @@ def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
 def test_directories_without_data_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(
-        UserError, match="no file in it ends in .jsonl, .json, .parquet"
+        UserError, match="no file in it ends in .jsonl, .json, .csv, .parquet"
     ):
         read_traces(str(tmp_path), TEMPLATE)
 
 
-@pytest.mark.parametrize("pattern", ["a.csv", "*"])
+@pytest.mark.parametrize("pattern", ["a.txt", "*"])
 def test_other_endings_are_named(tmp_path: Path, pattern: str) -> None:
-    (tmp_path / "a.csv").write_text("question,solution\n")
-    with pytest.raises(UserError, match="a.csv: unknown ending '.csv'; convert to one"):
+    (tmp_path / "a.txt").write_text("question,solution\n")
+    with pytest.raises(UserError, match="a.txt: unknown ending '.txt'; convert to one"):
         read_traces(str(tmp_path / pattern), TEMPLATE)
 
 

@@ -77,5 +77,5 @@ def test_other_sizes_that_cannot_be_are_refused(model: Transformer, mesh: Mesh) 
         EngineConfig(slots=0)
     with pytest.raises(UserError, match="prefill_chunk=100 is no multiple of page_si"):
         EngineConfig(prefill_chunk=100)
-    with pytest.raises(UserError, match="weights='int3': model, bfloat16 or int8"):
+    with pytest.raises(UserError, match="weights='int3': one of model, bfloat16, int8"):
         EngineConfig(weights="int3")

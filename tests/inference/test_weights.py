@@ -96,5 +96,5 @@ def test_int8_kernels_have_a_scale_for_each_output(
 
 
 def test_unknown_weights_are_refused() -> None:
-    with pytest.raises(UserError, match="'int4': model, bfloat16 or int8"):
+    with pytest.raises(UserError, match="'int4': one of model, bfloat16, int8"):
         EngineConfig(weights="int4")

@@ -278,7 +278,9 @@ def test_a_comparison_of_routes_alone(workdir: Path) -> None:
 def test_other_questions_are_refused(workdir: Path) -> None:
     file = workdir / "rlt_eval_11" / "samples.jsonl"
     file.write_text(file.read_text().replace("' 3", "' 4"))
-    with pytest.raises(UserError, match="'rlt' and 'warmup' of seed 11.*3 of them the"):
+    with pytest.raises(
+        UserError, match="'rlt of seed 11' and 'warmup of seed.*3 of them the"
+    ):
         compare(workdir, _config())
 
 

@@ -235,7 +235,7 @@ def test_the_recipe_grades_a_file_from_the_command_line(tmp_path: Path) -> None:
 
     found = command(f"--config.predictions={tmp_path / 'p.jsonl'}")
     assert found.returncode == 1
-    assert "there is no file" in found.stderr.splitlines()[-1]
+    assert "no such file" in found.stderr.splitlines()[-1]
     path = write(tmp_path / "p.jsonl", predictions)
     found = command(f"--config.predictions={path}", "--config.data.limit=2")
     assert found.returncode == 0, found.stderr

@@ -347,7 +347,10 @@ def test_eight_devices_step_as_one_does(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"name": "adam"}, "optimizer.name='adam': one of adamw, adafactor, muon"),
-        ({"state_dtype": "int8"}, "optimizer.state_dtype='int8': None or bfloat16"),
+        (
+            {"state_dtype": "int8"},
+            "optimizer.state_dtype='int8': one of None, bfloat16",
+        ),
         (
             {"name": "adafactor", "state_dtype": "bfloat16"},
             "adafactor keeps no first moment",
