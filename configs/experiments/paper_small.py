@@ -324,7 +324,7 @@ def _measures() -> list[dict]:
         measures.append(measure | {"key": f"summary.{key}"})
 
     labels = {name: label for part in ROUTES.values() for name, label in part.items()}
-    for name in ("warmup", *TEACHERS):
+    for name in ("warmup", *TEACHERS, "warmup_letters", "rlt_letters"):
         for kind in ("wrong", "careful"):
             heading = f"Share of explanations with {'a wrong step' * (kind == 'wrong')}"
             heading += "all single steps" * (kind == "careful")
@@ -441,14 +441,14 @@ def _student_rl(policy: str, steps: int, task: Any = _chains) -> dict:
 
 
 def _collect(teacher: str, student: str, data: dict | None = None) -> dict:
+    data = data or _chains("train", 1024, stream=4)
+    kind = KIND if data["task"] == "arithmetic" else ""
     return _writing(student) | {
         "stage": "collect",
         "teacher": section(ModelSource, path=teacher),
-        "data": data or _chains("train", 1024, stream=4),
+        "data": data,
         "reward": section(RLTRewardConfig),
-        "collect": section(
-            CollectConfig, batch_size=128, classify=KIND if data is None else ""
-        ),
+        "collect": section(CollectConfig, batch_size=128, classify=kind),
     }
 
 
