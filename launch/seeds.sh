@@ -6,6 +6,7 @@
 #   launch/seeds.sh --config=configs/experiments/paper_small.py --workdir=runs/paper_small
 #
 # FILE:SEED is the recipe's config of one seed, FILE:SEED,SEED,... that of several.
+# For CPUs: a GPU or TPU takes one process, so give its seeds one after the other.
 # Each line of output is prefixed with the place of its seed in the list. When one process
 # fails the others are ended; the exit status is that of the first that failed.
 #
@@ -32,7 +33,11 @@ require config workdir
 require_number grace_seconds
 : "${flag[seeds]:=0,1,2}"
 : "${flag[compilation_cache]:=${flag[workdir]}/programs}"
+[[ ${flag[seeds]} =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+  die "--seeds is a list of numbers such as 0,1,2, not '${flag[seeds]}'"
 IFS=, read -ra seeds <<<"${flag[seeds]}"
+
+[[ -z $(printf '%s\n' "${seeds[@]}" | sort | uniq -d) ]] || die "--seeds names one twice"
 
 # More threads than cores would only wait for each other.
 threads() {

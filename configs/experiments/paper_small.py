@@ -81,7 +81,7 @@ def _puzzles(split: str, size: int, stream: int) -> dict:
     return task | limits
 
 
-# Tasks that no teacher was trained on, and as many steps of RL on them as cost what the
+# Tasks that the base has seen, but that no warm-up and no RL trained on; and as many steps of RL on them as cost what the
 # teacher's explanations and a student of them cost.
 NEW_TASKS = {"letters": (_letters, 14), "puzzles": (_puzzles, 20)}
 TRACE_SETS = ("warmup", *TEACHERS, "solver", "solver_large")
@@ -199,7 +199,7 @@ ROUTES = {
         "solver_itself": "the solver: more RL, no distillation",
         "solver_large_itself": "the larger solver",
     },
-    "4 Tasks on which no teacher was trained": {
+    "4 Tasks that only the base has seen": {
         "base_letters": "other notation, no distillation",
         "warmup_letters": "other notation, traces of the warmed-up teacher",
         "rlt_letters": "other notation, traces of the RLT",

@@ -31,31 +31,52 @@ def sft_cost(metrics: Path, model: ModelConfig) -> dict[str, float]:
 
 
 def rl_cost(
-    metrics: Path, policy: ModelConfig, students: Sequence[ModelConfig], passes: int
+    metrics: Path,
+    group_size: int,
+    policy: ModelConfig,
+    students: Sequence[ModelConfig],
+    passes: int,
 ) -> dict[str, float]:
     """Tokens and operations of reinforcement learning; held-out questions apart.
 
     Args:
       metrics: the stage's metrics.jsonl.
+      group_size: completions that share a prompt, which is computed once for them.
       policy: its model.
       students: of the reward.
       passes: of the policy and its reference over the rows, besides drawing and updates.
     """
     own = token_flops(policy)
     reading = passes * own + sum(map(token_flops, students))
-    return _of_steps(metrics, {"rollout": own, "score": reading, "update": 3 * own})
+    cost = _of_steps(metrics, {"rollout": own, "score": reading, "update": 3 * own})
+    for row in stream_jsonl(metrics):
+        prompts = row["time/score_tokens"] - row["time/rollout_tokens"]
+        cost["flops"] += prompts / group_size * own
+    return cost
 
 
 def writing_cost(
-    drawn: int, prompts: int, writer: ModelConfig, readers: Sequence[ModelConfig] = ()
+    drawn: int,
+    prompts: int,
+    writer: ModelConfig,
+    read: int = 0,
+    readers: Sequence[ModelConfig] = (),
 ) -> dict[str, float]:
-    """Tokens and operations of drawn completions, scored by each of the readers."""
-    rows = drawn + prompts
-    read = sum(map(token_flops, readers))
+    """Tokens and operations of completions.
+
+    Args:
+      drawn: tokens of all completions.
+      prompts: tokens of the different prompts, each computed once.
+      writer: the model that draws.
+      read: tokens of the rows that are scored.
+      readers: the models that score them.
+    """
+    written = (drawn + prompts) * token_flops(writer)
+    scored = read * sum(map(token_flops, readers))
     return {
         "decoded_tokens": drawn,
-        "scored_tokens": rows if readers else 0,
-        "flops": float(rows * (token_flops(writer) + read)),
+        "scored_tokens": read,
+        "flops": float(written + scored),
     }
 
 

@@ -5,6 +5,7 @@ import glob
 import json
 import os.path
 import reprlib
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ def _files(path: str, source: str) -> list[Path]:
 def _rows(file: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:
     try:
         if file.suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)  # a trace may be long
             with file.open(encoding="utf-8-sig", newline="") as lines:
-                yield from _numbered(file, csv.DictReader(lines))
+                rows = (
+                    {k: v or None for k, v in r.items()} for r in csv.DictReader(lines)
+                )
+                yield from _numbered(file, rows)
         elif file.suffix == ".parquet":
             yield from _numbered(file, _parquet_rows(file, columns))
         elif file.suffix == ".json" and file.read_bytes().lstrip()[:1] == b"[":

@@ -14,6 +14,7 @@ to the tags included.
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,13 +31,15 @@ COLUMNS = (
     "answer",
     "conversations",
     "completions",
+    "closed",
 )
+_LOG = logging.getLogger("rlt_jax")
 USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
 
 
 def read_traces(path: str, template: Template, limit: int | None = None) -> list[Trace]:
-    """Reads traces in order.
+    """Reads traces in order; those with `closed` false were cut off, and are left out.
 
     Args:
       path: files as of `tables.read_rows`.
@@ -47,8 +50,12 @@ def read_traces(path: str, template: Template, limit: int | None = None) -> list
       UserError: as of `tables.read_rows`, or a row without a question, a solution or a
         trace.
     """
-    rows = itertools.islice(read_rows(path, columns=COLUMNS), limit)
-    return [_trace(where, row, template) for where, row in rows]
+    rows = list(itertools.islice(read_rows(path, columns=COLUMNS), limit))
+    whole = [(where, row) for where, row in rows if row.get("closed") is not False]
+    if len(whole) < len(rows):
+        cut = len(rows) - len(whole)
+        _LOG.warning("%s: %d of %d traces were cut off, left out", path, cut, len(rows))
+    return [_trace(where, row, template) for where, row in whole]
 
 
 def read_problems(
@@ -93,7 +100,11 @@ def read_completions(
     for where, row in read_rows(path, columns=COLUMNS):
         completions = row.get("completions")
         if completions is None:
-            completions = [_trace(where, row, template).explanation]
+            trace = _trace(where, row, template)
+            # As a student is trained on it: padded, and closed unless it was cut off.
+            text = template.body(trace.explanation).removeprefix(template.pad)
+            is_closed = row.get("closed") is not False
+            completions = [text + template.explanation_tags[1] * is_closed]
         if not isinstance(completions, list) or not all(
             isinstance(text, str) for text in completions
         ):

@@ -141,9 +141,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     def summary() -> dict[str, Any]:
         drawn = sum(len(row["tokens"]) for row in stream_jsonl(stored))
-        prompts = sum(len(request.prompt) for request in requests_of(roles, todo, 1))
+        prompts = sum(len(r.prompt) for r in requests_of(roles, problems, 1))
         models = [one.model.config for one in (teacher, *roles.students)]
-        cost = writing_cost(drawn, prompts, models[0], models)
+        read = drawn + prompts * c.samples_per_problem
+        cost = writing_cost(drawn, prompts, models[0], read, models)
         return _summary(read_jsonl(file)) | {"cost": cost}
 
     return hosts.from_first(summary)

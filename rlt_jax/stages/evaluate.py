@@ -273,13 +273,14 @@ def _write_right(
     traces = [
         {
             "question": row["question"],
-            "solution": row["extracted"],
+            "solution": solution,
             "answer": row["answer"],
             "reasoning_trace": thought,
         }
         for row in rows
         if row["correct"]
         and (thought := template.thought_of(row["completion"])) is not None
+        and (solution := template.solution_of(row["completion"])) is not None
     ]
     append_jsonl(file, traces)
     return len(traces)
@@ -287,10 +288,9 @@ def _write_right(
 
 def _cost(section: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     source = build(checkpoint.ModelSource, section, "model")
-    drawn, prompts = (
-        sum(r[name] for r in rows) for name in ("tokens", "prompt_tokens")
-    )
-    return writing_cost(drawn, prompts, checkpoint.shape_of(source))
+    prompts = {row["question"]: row["prompt_tokens"] for row in rows}
+    drawn = sum(row["tokens"] for row in rows)
+    return writing_cost(drawn, sum(prompts.values()), checkpoint.shape_of(source))
 
 
 def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:

@@ -213,8 +213,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     configs = [one.model.config for one in (roles.teacher, *roles.students)]
     reads = bool(roles.students) or c.updates_per_rollout > 1
     passes = reads + bool(objective.beta)
-    file = workdir / "metrics.jsonl"
-    cost = hosts.from_first(lambda: rl_cost(file, configs[0], configs[1:], passes))
+    spent = (workdir / "metrics.jsonl", c.group_size, configs[0], configs[1:], passes)
+    cost = hosts.from_first(lambda: rl_cost(*spent))
     return summary | {"cost": cost}
 
 

@@ -138,8 +138,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     model, params, tokenizer = checkpoint.load(source, mesh, key)
     template = load_template(config.template)
     sources = pipeline.load_sources(config.data, template, seed)
-    rows, counts = load_rows(c, sources, tokenizer, template, seed)
-    held_out, found = load_held_out(c, config.held_out, tokenizer, template, seed)
+    reading = (tokenizer, template, seed, model.config.max_length)
+    rows, counts = load_rows(c, sources, *reading)
+    held_out, found = load_held_out(c, config.held_out, *reading)
     counts |= found
     shares = [source.share for source in sources]
     batches = pipeline.packed_batches(rows, shares, c.batch_size, c.row_length, seed)
@@ -198,28 +199,31 @@ def load_rows(
     tokenizer: Tokenizer,
     template: Template,
     seed: int,
+    context: int,
 ) -> tuple[list[list[examples.Row]], dict[str, dict[str, int]]]:
-    """The rows that fit of every source, and its numbers of traces by its name."""
+    """The rows that fit of every source, and its numbers of traces by its name.
+
+    A row has to fit into sft.row_length and into the model's context.
+    """
+    limit = min(c.row_length, context)
+    name = "sft.row_length" if limit == c.row_length else "the model's max_length"
     made, counts = [], {}
     for where, _, traces in sources:
         hosts.agree_on_items(f"the traces of {where}", traces)
         rows, counts[where] = selection.fit_rows(
             [FORMATS[c.format](tokenizer, template, trace) for trace in traces],
             [trace.problem.question for trace in traces],
-            c.row_length,
+            limit,
             c.overlong,
             c.traces_per_question,
             seed,
-            f"{where}, sft.row_length (see sft.overlong)",
+            f"{where}, {name} (see sft.overlong)",
         )
         made.append(rows)
         if any(counts[where][name] for name in ("dropped", "replaced", "truncated")):
             numbers = ", ".join(f"{n} {name}" for name, n in counts[where].items())
             _LOG.warning(
-                "%s: traces longer than sft.row_length=%d: %s",
-                where,
-                c.row_length,
-                numbers,
+                "%s: traces longer than %s=%d: %s", where, name, limit, numbers
             )
     return made, counts
 
@@ -230,6 +234,7 @@ def load_held_out(
     tokenizer: Tokenizer,
     template: Template,
     seed: int,
+    context: int,
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, dict[str, int]]]:
     """Batches of the section `held_out`, [] where there is none; its numbers of traces.
 
@@ -243,7 +248,7 @@ def load_held_out(
     c = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
     traces = pipeline.load_traces(config, template, seed, "held_out")
     source = pipeline.Source("held_out", 1.0, traces)
-    (rows,), counts = load_rows(c, [source], tokenizer, template, seed)
+    (rows,), counts = load_rows(c, [source], tokenizer, template, seed, context)
     return pipeline.all_batches(rows, c.batch_size, c.row_length), counts
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlt_jax.data.templates import Problem, Trace, load_template
-from rlt_jax.data.traces import read_problems, read_traces
+from rlt_jax.data.traces import read_completions, read_problems, read_traces
 from rlt_jax.errors import UserError
 
 TEMPLATE = load_template("rlt")
@@ -51,6 +51,37 @@ def test_plain_columns_round_trip(file: Path) -> None:
     assert read_problems(str(file), TEMPLATE) == [t.problem for t in traces]
     assert read_traces(str(file), TEMPLATE, limit=2) == traces[:2]
     assert read_problems(str(file), TEMPLATE, limit=9) == [t.problem for t in traces]
+
+
+def test_traces_are_scored_as_a_student_learns_them(file: Path) -> None:
+    for row in (chat(), ROW):
+        (trace,) = read_traces(write(file, row), TEMPLATE)
+        ((_, problem, (completion,)),) = read_completions(str(file), TEMPLATE)
+        body, is_closed = TEMPLATE.explanation_of(completion)
+        assert is_closed
+        scored = Trace(problem, body)
+        assert TEMPLATE.student_turn(scored) == TEMPLATE.student_turn(trace)
+
+
+def test_what_was_cut_off_is_not_learned_and_is_scored_as_open(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [ROW | {"closed": True}, ROW | {"closed": False}, ROW | {"closed": True}]
+    assert len(read_traces(write(file, *rows), TEMPLATE)) == 2
+    assert "1 of 3 traces were cut off" in caplog.text
+    completions = [texts[0] for _, _, texts in read_completions(str(file), TEMPLATE)]
+    closed = [TEMPLATE.explanation_of(text)[1] for text in completions]
+    assert closed == [True, False, True]
+
+
+def test_an_empty_cell_of_a_table_is_no_value(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    long = "x" * 200_000
+    file.write_text(f"question,solution,answer\nq1,,5\nq2,{long},\n", encoding="utf-8")
+    assert read_problems(str(file), TEMPLATE) == [
+        Problem("q1", "5", "5"),
+        Problem("q2", long, None),
+    ]
 
 
 @pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])

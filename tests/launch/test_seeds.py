@@ -1,5 +1,7 @@
 """launch/seeds.sh: the seeds of an experiment side by side, then what compares them."""
 
+import pytest
+
 FLAGS = ["--config=configs/x.py", "--workdir=runs/x y"]
 
 
@@ -21,6 +23,13 @@ def test_one_seed_runs_once(stubs) -> None:
     result = stubs.launch("seeds", *FLAGS, "--seeds=3")
     assert result.returncode == 0, result.stderr
     assert stubs.calls() == [command("3")]
+
+
+@pytest.mark.parametrize("seeds", ["0,", "0, 1", "one", "0,1,0"])
+def test_lists_that_are_refused(stubs, seeds) -> None:
+    result = stubs.launch("seeds", *FLAGS, f"--seeds={seeds}")
+    assert result.returncode == 2
+    assert "--seeds" in result.stderr and not stubs.calls()
 
 
 def test_a_failing_seed_ends_the_others_and_nothing_is_compared(stubs) -> None:

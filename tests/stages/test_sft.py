@@ -135,6 +135,16 @@ def test_traces_beyond_the_context(
     assert messages[1].startswith("held_out: traces longer")
 
 
+def test_a_row_longer_than_the_model_reads_is_refused(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    values = section("sft") | {"data": write(tmp_path / "traces.jsonl", plain(LONG))}
+    values["sft"] |= {"row_length": 1024}
+    message = r"the model's max_length .*the limit is 128"
+    with pytest.raises(UserError, match=message):
+        run_stage(values, tmp_path / "run")
+
+
 def test_a_mix_with_some_traces_of_each_question(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:
