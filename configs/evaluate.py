@@ -20,7 +20,12 @@ A row of predictions is {"question": ..., "completions": [text, ...]}, or one te
     aime25   huggingface.co/datasets/math-ai/aime25 or opencompass/AIME2025
     amc23    huggingface.co/datasets/math-ai/amc23
     gpqa     gpqa_diamond.csv of huggingface.co/datasets/Idavidrein/gpqa
-    file     your own JSONL or Parquet with question and answer
+    file     your own JSONL, JSON, CSV or Parquet with question and answer
+
+A task's other settings come with the whole of data, as do the tasks that need no file:
+
+    --config.data='{"task": "gpqa", "path": "gpqa_diamond.csv", "shuffle_seed": 1}'
+    --config.data='{"task": "countdown", "split": "test", "size": 500}'
 
 Hardware: what the model needs to sample; predictions are graded on any CPU.
 """
