@@ -19,6 +19,7 @@ from rlt_jax.report.comparison_pages import write_comparison
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 T_2 = 4.302653  # 97.5% quantile of Student's t with two degrees of freedom
+T_3 = 3.182446
 HOSTILE = '<script>alert(1)</script> | $x^2$ & "é" \''
 
 # Right answers to four questions, two samples each, for each seed.
@@ -46,16 +47,23 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def _write_evaluation(folder: Path, marks: Sequence[Sequence[int]]) -> None:
+    rows = [
+        {"question": f"{HOSTILE} {q}", "answer": str(q), "correct": bool(mark)}
+        for q, of_question in enumerate(marks)
+        for mark in of_question
+    ]
+    _write(folder / "samples.jsonl", rows)
+    results = {"num_questions": len(marks), "samples_per_question": len(marks[0])}
+    _write(folder / "results.json", [results])
+    _write(folder / "done.json", [{}])
+
+
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
     for name, seeds in MARKS.items():
         for seed, marks in seeds.items():
-            rows = [
-                {"question": f"{HOSTILE} {q}", "correct": bool(mark)}
-                for q, of_question in enumerate(marks)
-                for mark in of_question
-            ]
-            _write(tmp_path / f"{name}_eval_{seed}" / "samples.jsonl", rows)
+            _write_evaluation(tmp_path / f"{name}_eval_{seed}", marks)
             # Two traces a question, whose mean is the reward above.
             scores = [
                 {"question": f"q{q}", "reward": reward + side}
@@ -63,6 +71,7 @@ def workdir(tmp_path: Path) -> Path:
                 for side in (-0.25, 0.25)
             ]
             _write(tmp_path / f"{name}_score_{seed}" / "scores.jsonl", scores)
+            _write(tmp_path / f"{name}_score_{seed}" / "done.json", [{}])
             cost = {"decoded_tokens": 100.0 * seed, "flops": 1e12 * seed}
             done = {"seconds": float(seed), "summary": {"cost": cost, "a": {"b": seed}}}
             _write(tmp_path / f"{name}_rl_{seed}" / "done.json", [done])
@@ -110,10 +119,12 @@ def test_a_claim_equals_hand_computed_numbers(workdir: Path) -> None:
     assert seen["seeds"]["10"] == {
         "difference": pytest.approx(0.75),
         "standard_error": pytest.approx(error),
-        "interval": pytest.approx([0.75 - 1.96 * error, 0.75 + 1.96 * error]),
+        "interval": pytest.approx([0.75 - T_3 * error, 0.75 + T_3 * error]),
     }
     assert [seen["seeds"][seed]["difference"] for seed in ("11", "12")] == [0.5, 1.0]
-    runs, questions = T_2 * 0.25 / 3**0.5, 1.96 * error / 3
+    # Questions of the seeds 11 and 12 tell nothing of how much questions differ.
+    assert seen["seeds"]["11"]["interval"] is None
+    runs, questions = T_2 * 0.25 / 3**0.5, T_3 * error / 3
     assert seen["difference"] == {
         "mean": pytest.approx(0.75),
         "standard_deviation": pytest.approx(0.25),
@@ -128,25 +139,70 @@ def test_a_claim_equals_hand_computed_numbers(workdir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("runs", "own", "margin", "expected"),
+    ("runs", "questions", "own", "margin", "expected"),
     [
-        ((0.1, 0.2), [(0.1, 0.2), (-0.1, 0.3)], 0.0, "seen"),
-        ((-0.2, -0.1), [(-0.2, 0.1)], 0.0, "opposite"),
-        ((0.0, 0.2), [(0.1, 0.2), (0.0, 0.3)], 0.0, "not seen"),
-        ((0.0, 0.0), [(0.0, 0.0), (0.0, 0.0)], 0.0, "not seen"),
-        ((-0.1, 0.9), [(0.1, 0.2), (0.5, 0.6)], 0.0, f"seen {TOO_WIDE}"),
-        ((-0.9, 0.1), [(-0.2, -0.1), (-0.6, -0.5)], 0.0, f"opposite {TOO_WIDE}"),
-        ((0.1, 0.2), [(0.1, 0.2)], 0.15, "not seen"),
-        ((0.16, 0.2), [(0.1, 0.2)], 0.15, "seen"),
-        ((-0.1, 0.1), [(-0.1, 0.1)], 0.15, "not seen"),
-        ((-0.2, -0.1), [(-0.2, 0.0)], 0.15, "not seen"),
-        ((-0.3, -0.2), [(-0.3, -0.2)], 0.15, "opposite"),
-        ((-0.01, 0.02), [(-0.1, 0.1)], -0.02, "seen"),
-        (None, [(0.1, 0.2)], 0.0, "one run only"),
+        ((0.1, 0.2), (0.1, 0.2), [(0.1, 0.2), (-0.1, 0.3)], 0.0, "seen"),
+        ((-0.2, -0.1), (-0.2, -0.1), [(-0.2, 0.1)], 0.0, "opposite"),
+        ((0.0, 0.2), (0.1, 0.2), [(0.1, 0.2), (0.0, 0.3)], 0.0, "not seen"),
+        ((0.0, 0.0), (0.0, 0.0), [(0.0, 0.0), (0.0, 0.0)], 0.0, "not seen"),
+        # Runs agree, but about too few questions.
+        ((0.1, 0.1), (-0.1, 0.3), [(-0.2, 0.4)] * 2, 0.0, "not seen"),
+        ((-0.1, -0.1), (-0.3, 0.1), [(-0.4, 0.2)] * 2, 0.0, "not seen"),
+        ((0.1, 0.1), None, [None, None], 0.0, "not seen"),
+        ((-0.1, 0.9), (0.3, 0.4), [(0.1, 0.2), (0.5, 0.6)], 0.0, f"seen {TOO_WIDE}"),
+        ((-0.1, 0.9), (0.3, 0.4), [(0.1, 0.2), None], 0.0, "not seen"),
+        (
+            (-0.9, 0.1),
+            (-0.4, -0.3),
+            [(-0.2, -0.1), (-0.6, -0.5)],
+            0.0,
+            f"opposite {TOO_WIDE}",
+        ),
+        ((0.1, 0.2), (0.16, 0.2), [(0.1, 0.2)], 0.15, "not seen"),
+        ((0.16, 0.2), (0.1, 0.2), [(0.1, 0.2)], 0.15, "not seen"),
+        ((0.16, 0.2), (0.16, 0.2), [(0.1, 0.2)], 0.15, "seen"),
+        ((-0.1, 0.1), (-0.1, 0.1), [(-0.1, 0.1)], 0.15, "not seen"),
+        ((-0.2, -0.1), (-0.2, -0.16), [(-0.2, 0.0)], 0.15, "not seen"),
+        ((-0.3, -0.2), (-0.3, -0.2), [(-0.3, -0.2)], 0.15, "opposite"),
+        ((-0.3, -0.2), (-0.3, -0.1), [(-0.3, -0.1)], 0.15, "not seen"),
+        ((-0.01, 0.02), (-0.01, 0.02), [(-0.1, 0.1)], -0.02, "seen"),
+        (None, (0.1, 0.2), [(0.1, 0.2)], 0.0, "one run only"),
     ],
 )
-def test_verdicts(runs: Any, own: Any, margin: float, expected: str) -> None:
-    assert comparison.verdict(runs, own, margin) == expected
+def test_verdicts(
+    runs: Any, questions: Any, own: Any, margin: float, expected: str
+) -> None:
+    assert comparison.verdict(runs, questions, own, margin) == expected
+
+
+def test_runs_that_agree_on_few_questions_show_nothing(workdir: Path) -> None:
+    for seed in (10, 11, 12):
+        # Differences 1, 1, 1, 0 in every run: t of 0.75 over 0.25 is 3, below 3.18.
+        _write_evaluation(workdir / f"rlt_eval_{seed}", [[1], [1], [1], [0]])
+        _write_evaluation(workdir / f"warmup_eval_{seed}", [[0], [0], [0], [0]])
+    # Errors of three runs are independent: nine degrees of freedom.
+    found = compare(workdir, _config())["claims"][0]
+    assert found["difference"]["over_runs"] == [0.75, 0.75]
+    width = 2.262157 * 0.25 / 3**0.5
+    expected = pytest.approx([0.75 - width, 0.75 + width])
+    assert found["difference"]["over_questions"] == expected
+    assert found["verdict"] == "seen"
+    for seed in (10, 11, 12):
+        _write_evaluation(workdir / f"rlt_eval_{seed}", [[1], [0], [0], [0]])
+    found = compare(workdir, _config())["claims"][0]
+    assert found["difference"]["over_runs"] == [0.25, 0.25]
+    assert found["difference"]["over_questions"][0] < 0
+    assert found["verdict"] == "not seen"
+    # Nor do five questions without any difference between them; six do.
+    for count, verdict in ((5, "not seen"), (6, "seen")):
+        for name in MARKS:
+            for seed in (10, 11, 12):
+                marks = [[int(name == "rlt")]] * count
+                _write_evaluation(workdir / f"{name}_eval_{seed}", marks)
+        assert compare(workdir, _config())["claims"][0]["verdict"] == verdict
+        write_comparison(workdir, _config())
+        page = (workdir / "comparison" / "index.html").read_text(encoding="utf-8")
+        assert ("too few questions" in page) == (count == 5)
 
 
 def test_a_single_run_gives_no_verdict_and_no_interval_over_runs(workdir: Path) -> None:
@@ -179,6 +235,7 @@ def test_routes_and_costs_equal_hand_computed_numbers(workdir: Path) -> None:
         "accuracy": pytest.approx(0.875),
         "standard_error": pytest.approx(0.25 / 2),
         "questions": 4,
+        "samples_per_question": 2,
     }
     # The shared stage costs its seconds alone.
     assert route["cost"]["mean"] == {
@@ -237,6 +294,71 @@ def test_measures_are_read_by_their_path(workdir: Path) -> None:
             compare(workdir, _config(measures=[wrong]))
 
 
+def test_a_measure_that_nobody_counted_is_absent(workdir: Path) -> None:
+    _write(workdir / "rlt_rl_11" / "done.json", [{"seconds": 1, "summary": {"a": {}}}])
+    summary = {"a": {"c": 4}}
+    _write(workdir / "rlt_rl_12" / "done.json", [{"seconds": 1, "summary": summary}])
+    one = {"label": "x", "folder": "rlt_rl_{seed}", "key": "summary.a.c"}
+    one |= {"seeds": (10, 12)}
+    with pytest.raises(UserError, match="rlt_rl_10/done.json has no number"):
+        compare(workdir, _config(measures=[one]))
+    (found,) = compare(workdir, _config(measures=[one | {"absent": 0.5}]))["measures"]
+    assert found["seeds"] == {"10": 0.5, "12": 4.0}
+    # Where nothing at all was counted, or the key is wrong before its end.
+    for changes in ({"seeds": (11,)}, {"key": "summary.b.c"}, {"absent": "none"}):
+        with pytest.raises(UserError, match="has no number"):
+            compare(workdir, _config(measures=[one | {"absent": 0.5} | changes]))
+
+
+def test_seconds_of_several_sessions_are_marked(workdir: Path) -> None:
+    write_comparison(workdir, _config())
+    markdown = (workdir / "comparison.md").read_text(encoding="utf-8")
+    assert "share its cores" in markdown
+    assert "†" not in markdown
+    file = workdir / "copy_rl_11" / "done.json"
+    _write(file, [json.loads(file.read_text()) | {"sessions": 2}])
+    write_comparison(workdir, _config())
+    found = json.loads((workdir / "comparison.json").read_text(encoding="utf-8"))
+    seeds = found["routes"]["copy"]["cost"]["seeds"]
+    assert [seeds[seed]["sessions"] for seed in seeds] == [1, 2, 1]
+    markdown = (workdir / "comparison.md").read_text(encoding="utf-8")
+    assert markdown.count("16† |") == 1
+    assert "\n† A stage was cut off" in markdown
+    page = (workdir / "comparison" / "index.html").read_text(encoding="utf-8")
+    assert "<td>16†</td>" in page
+    assert "† A stage was cut off" in page
+
+
+@pytest.mark.parametrize(
+    ("file", "cut", "message"),
+    [
+        ("samples.jsonl", 9, r"warmup_eval_12/samples.jsonl: the last line is cut off"),
+        ("samples.jsonl", 0, "samples.jsonl has 0 rows, but results.json is of 8"),
+        ("done.json", None, "warmup_eval_12/done.json is missing"),
+    ],
+)
+def test_an_incomplete_evaluation_is_refused(
+    workdir: Path, file: str, cut: int | None, message: str
+) -> None:
+    path = workdir / "warmup_eval_12" / file
+    if cut is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: -cut or 0])
+    with pytest.raises(UserError, match=message):
+        compare(workdir, _config())
+
+
+def test_routes_of_other_sizes_are_shown_but_not_claimed(workdir: Path) -> None:
+    for seed in (10, 11, 12):
+        _write_evaluation(workdir / f"same_eval_{seed}", [[1, 1, 0]] * 2)
+    write_comparison(workdir, _config(claims=()))
+    markdown = (workdir / "comparison.md").read_text(encoding="utf-8")
+    assert (markdown.count("| 4 × 2 |"), markdown.count("| 2 × 3 |")) == (3, 1)
+    with pytest.raises(UserError, match="'copy of seed 10' and 'same of seed 10'"):
+        compare(workdir, _config())
+
+
 def test_page_markdown_and_pictures(workdir: Path) -> None:
     counts = write_comparison(workdir, _config())
     assert counts == {
@@ -251,7 +373,7 @@ def test_page_markdown_and_pictures(workdir: Path) -> None:
     assert page.count("data:image/png;base64,iVBOR") == len(names)
     assert "<script" not in page
     assert "75.0 points above" in page
-    assert "95% over runs 12.9 to 137.1; 95% over questions 65.6 to 84.4" in page
+    assert "95% over runs 12.9 to 137.1; 95% over questions 59.7 to 90.3" in page
     assert "seeds 75.0, 50.0, 100.0)" in page
     assert "75.0 points below" in page
     found = json.loads((workdir / "comparison.json").read_text(encoding="utf-8"))
@@ -262,7 +384,7 @@ def test_page_markdown_and_pictures(workdir: Path) -> None:
     assert any("87.5 ± 31.1 | ± " in line for line in tables)
     # Cells that hold a bar do not add columns.
     widths = {line.replace("\\|", "").count("|") for line in tables}
-    assert widths == {5, 7}
+    assert widths == {5, 6, 7}
 
 
 def test_a_comparison_of_routes_alone(workdir: Path) -> None:
@@ -288,13 +410,14 @@ def test_other_questions_are_refused(workdir: Path) -> None:
     ("folder", "file"),
     [
         ("warmup_eval_12", "samples.jsonl"),
+        ("warmup_eval_12", "results.json"),
         ("rlt_rl_10", "done.json"),
         ("copy_score_11", "scores.jsonl"),
+        ("copy_score_11", "done.json"),
     ],
 )
 def test_a_missing_stage_is_named(workdir: Path, folder: str, file: str) -> None:
     (workdir / folder / file).unlink()
-    (workdir / folder).rmdir()
     with pytest.raises(UserError, match=f"{file} is missing. The stage '{folder}'"):
         compare(workdir, _config())
 
@@ -313,11 +436,27 @@ def test_a_missing_stage_is_named(workdir: Path, folder: str, file: str) -> None
         ({"correlation": ("sft",)}, "no route 'sft'; there are rlt, warmup"),
         ({"claims": [{"title": "x"}]}, r"claims\[0\]: the key 'published' is missing"),
         ({"measures": [{"label": "x"}]}, r"measures\[0\]: the key 'folder'"),
+        (
+            {"routes": _routes(evaluation="rlt_eval_10")},
+            r"routes\[0\].evaluation='rlt_eval_10': seeds 10, 11, 12 would all be read",
+        ),
+        ({"routes": _routes(traces="s")}, r"routes\[0\].traces='s': seeds 10, 11, 12"),
+        (
+            {"measures": [{"label": "x", "folder": "rl", "key": "seconds"}]},
+            r"measures\[0\].folder='rl': seeds .*; write {seed} where",
+        ),
     ],
 )
 def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _config(**changes)
+
+
+def test_a_folder_of_one_seed_needs_no_name_for_it(workdir: Path) -> None:
+    routes = _routes()
+    routes[3] |= {"seeds": (11,), "evaluation": "same_eval_11", "traces": ""}
+    found = compare(workdir, _config(routes=routes, correlation=()))
+    assert list(found["routes"]["same"]["seeds"]) == ["11"]
 
 
 def test_claims_need_a_shared_seed() -> None:
