@@ -1,11 +1,10 @@
 """The numbers of a comparison of routes over seeds, and the verdicts on claims.
 
 Two 95% intervals stand beside every mean over runs, both Student's t. The one *over
-questions* comes from the standard errors over the questions of these runs, errors of
-different runs taken as independent: it says how well these very models were measured. The
-one *over runs* is of the runs' means: it holds what changes from run to run, too. A verdict
-needs both, as a few runs may agree by chance. Accuracies are shares in JSON and percent
-where people read.
+questions* says how well these very models were measured, see
+`statistics.over_questions`. The one *over runs* is of the runs' means: it holds what
+changes from run to run, too. A verdict needs both, as a few runs may agree by chance.
+Accuracies are shares in JSON and percent where people read.
 """
 
 import math
@@ -76,36 +75,29 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
     }
 
 
-def over_seeds(
-    means: Sequence[float],
-    errors: Sequence[float] | None = None,
-    counts: Sequence[int] = (),
-) -> Record:
+def over_seeds(means: Sequence[float], values: Sequence[ByQuestion] = ()) -> Record:
     """Mean over runs, standard deviation and 95% intervals.
 
     Args:
       means: of each run.
-      errors: standard errors of each over its questions; None where there are none.
-      counts: how many questions each has.
+      values: of each run's questions, whose means they are; () where there are none.
 
     Returns:
       mean; standard_deviation and over_runs, None for one run; over_questions, None
-      without `errors` and as of `statistics.t_interval`.
+      without `values` and as of `statistics.t_interval`.
     """
     n, mean = len(means), math.fsum(means) / len(means)
     deviation = float(np.std(means, ddof=1)) if n > 1 else None
-    runs = questions = None
+    runs = None
     if deviation is not None:
         quantile = float(scipy.stats.t.ppf(0.975, n - 1))
         half = quantile * deviation / math.sqrt(n)
         runs = [mean - half, mean + half]
-    if errors is not None:
-        questions = statistics.t_interval(mean, errors, counts)
     return {
         "mean": mean,
         "standard_deviation": deviation,
         "over_runs": runs,
-        "over_questions": questions,
+        "over_questions": statistics.over_questions(values) if values else None,
     }
 
 
@@ -192,11 +184,11 @@ def _route(workdir: Path, route: RouteConfig, answers: Mapping[int, Answers]) ->
             "questions": len(right),
             "samples_per_question": samples,
         }
-    accuracies, errors, counts, _ = zip(*(one.values() for one in seeds.values()))
+    accuracies = [of_seed["accuracy"] for of_seed in seeds.values()]
     return {
         "label": route.label,
         "section": route.section,
-        "accuracy": over_seeds(accuracies, errors, counts),
+        "accuracy": over_seeds(accuracies, [right for right, _ in answers.values()]),
         "cost": _cost(workdir, route) if route.stages else None,
         "seeds": seeds,
     }
@@ -232,19 +224,21 @@ def _claim(
     answers: Mapping[str, Mapping[int, Answers]],
 ) -> Record:
     better, worse = answers[claim.better], answers[claim.worse]
-    seeds, counts = {}, []
+    seeds, values = {}, []
     for seed in (seed for seed in better if seed in worse):
         names = [f"{name} of seed {seed}" for name in (claim.better, claim.worse)]
-        pair = better[seed].right, worse[seed].right
-        mean, error, *_ = statistics.compare(*pair, names)
-        counts.append(len(pair[0]))
+        ours, theirs = better[seed].right, worse[seed].right
+        paired = statistics.compare(ours, theirs, names)
+        values.append(
+            {question: ours[question] - theirs[question] for question in ours}
+        )
         seeds[str(seed)] = {
-            "difference": mean,
-            "standard_error": error,
-            "interval": statistics.t_interval(mean, [error], counts[-1:]),
+            "difference": paired.difference,
+            "standard_error": paired.standard_error,
+            "interval": statistics.over_questions(values[-1:]),
         }
-    means, errors, own = zip(*(one.values() for one in seeds.values()))
-    found = over_seeds(means, errors, counts)
+    found = over_seeds([one["difference"] for one in seeds.values()], values)
+    own = [one["interval"] for one in seeds.values()]
     return {
         "title": claim.title,
         "section": claim.section,

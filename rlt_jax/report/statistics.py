@@ -103,10 +103,23 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
     return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
 
 
+def over_questions(runs: Sequence[Mapping[str, float]]) -> list[float] | None:
+    """95% interval over questions of the mean of runs, question -> value.
+
+    Where all runs have the same questions, their values are averaged first, as what is
+    hard about a question stays; else runs are taken as independent.
+    """
+    if all(run.keys() == runs[0].keys() for run in runs):
+        runs = [{q: math.fsum(run[q] for run in runs) / len(runs) for q in runs[0]}]
+    found = [mean_and_error(np.array([*run.values()])) for run in runs]
+    means, errors = zip(*found)
+    return t_interval(math.fsum(means) / len(runs), errors, [len(run) for run in runs])
+
+
 def t_interval(
     mean: float, errors: Sequence[float], counts: Sequence[int]
 ) -> list[float] | None:
-    """95% interval over questions of the mean of runs, taken as independent.
+    """95% interval over questions of the mean of independent runs.
 
     It is Student's t; of several runs with the degrees of freedom of Welch (1947) and
     Satterthwaite (1946). Of one run's paired differences it is `paired_difference`'s.
