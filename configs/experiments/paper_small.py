@@ -321,6 +321,8 @@ def _measures() -> list[dict]:
 
     def add(heading: str, label: str, folder: str, key: str) -> None:
         measure = {"section": heading, "label": label, "folder": f"{folder}_{{seed}}"}
+        if key.startswith("kinds."):
+            measure["absent"] = 0.0  # a summary names the kinds that there are
         measures.append(measure | {"key": f"summary.{key}"})
 
     labels = {name: label for part in ROUTES.values() for name, label in part.items()}

@@ -16,8 +16,8 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
       problems: with different questions; whitespace around a question does not count.
 
     Raises:
-      UserError: questions without predictions, predictions of other questions, or
-        unequal numbers of them.
+      UserError: questions without predictions, predictions of other questions, unequal
+        numbers of them, or none at all.
     """
     texts: dict[str, list[str]] = {problem.question.strip(): [] for problem in problems}
     if len(texts) < len(problems):
@@ -34,6 +34,11 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
             )
         texts[question] += _completions(where, row)
     wanted = max(map(len, texts.values()))
+    if not wanted:
+        raise UserError(
+            f"{path}: there is nothing to grade; write one or more texts into the "
+            "`completions` of every question, or a `completion` into every row."
+        )
     for question, found in texts.items():
         if len(found) < wanted:
             raise UserError(

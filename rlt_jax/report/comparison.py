@@ -1,16 +1,16 @@
 """The numbers of a comparison of routes over seeds, and the verdicts on claims.
 
-Two 95% intervals stand beside every mean over runs. The one *over questions* comes from
-the standard errors over the questions of these runs, errors of different runs taken as
-independent: it says how well these very models were measured. The one *over runs* is
-Student's t of the runs' means: it holds what changes from run to run, too, and verdicts
-go by it. Accuracies are shares in JSON and percent where people read.
+Two 95% intervals stand beside every mean over runs, both Student's t. The one *over
+questions* says how well these very models were measured, see
+`statistics.over_questions`. The one *over runs* is of the runs' means: it holds what
+changes from run to run, too. A verdict needs both, as a few runs may agree by chance.
+Accuracies are shares in JSON and percent where people read.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -24,7 +24,7 @@ from rlt_jax.report.comparison_config import (
     RouteConfig,
     parts_of,
 )
-from rlt_jax.report.files import Record, read_json, read_lines
+from rlt_jax.report.files import Record, read_evaluation, read_json, read_lines
 from rlt_jax.report.plots import Z_95
 
 COSTS = ("decoded_tokens", "scored_tokens", "trained_tokens", "flops")
@@ -34,6 +34,13 @@ TOO_FEW = "too few routes"
 
 Interval = Sequence[float]  # low, high
 ByQuestion = dict[str, float]
+
+
+class Answers(NamedTuple):
+    """An evaluation: question -> share of right samples, and how many there are."""
+
+    right: ByQuestion
+    samples: int
 
 
 def compare(workdir: Path, config: CompareConfig) -> Record:
@@ -46,9 +53,7 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
     parts = parts_of(config)
     answers = {
         name: {
-            seed: statistics.accuracy_by_question(
-                read_lines(_folder(workdir, route.evaluation, seed) / "samples.jsonl")
-            )
+            seed: _answers(_folder(workdir, route.evaluation, seed))
             for seed in route.seeds
         }
         for name, route in parts.routes.items()
@@ -70,59 +75,62 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
     }
 
 
-def over_seeds(means: Sequence[float], errors: Sequence[float] | None) -> Record:
+def over_seeds(means: Sequence[float], values: Sequence[ByQuestion] = ()) -> Record:
     """Mean over runs, standard deviation and 95% intervals.
 
     Args:
       means: of each run.
-      errors: standard errors of each over its questions; None where there are none.
+      values: of each run's questions, whose means they are; () where there are none.
 
     Returns:
       mean; standard_deviation and over_runs, None for one run; over_questions, None
-      without `errors`.
+      without `values` and as of `statistics.t_interval`.
     """
     n, mean = len(means), math.fsum(means) / len(means)
     deviation = float(np.std(means, ddof=1)) if n > 1 else None
-    runs = questions = None
+    runs = None
     if deviation is not None:
         quantile = float(scipy.stats.t.ppf(0.975, n - 1))
-        runs = _around(mean, quantile * deviation / math.sqrt(n))
-    if errors is not None:
-        questions = _around(mean, Z_95 * math.hypot(*errors) / n)
+        half = quantile * deviation / math.sqrt(n)
+        runs = [mean - half, mean + half]
     return {
         "mean": mean,
         "standard_deviation": deviation,
         "over_runs": runs,
-        "over_questions": questions,
+        "over_questions": statistics.over_questions(values) if values else None,
     }
 
 
 def verdict(
-    over_runs: Interval | None, of_each_run: Sequence[Interval], margin: float = 0.0
+    over_runs: Interval | None,
+    over_questions: Interval | None,
+    of_each_run: Sequence[Interval | None],
+    margin: float = 0.0,
 ) -> str:
     """What the intervals of a difference say of a claim that it exceeds the margin.
 
     Args:
       over_runs: 95% interval over runs; None for one run.
-      of_each_run: 95% interval of each run over its questions.
+      over_questions: 95% interval of their mean over questions; None for too few.
+      of_each_run: the same of each run.
       margin: "opposite" needs a difference beyond it on the other side of zero.
 
     Returns:
-      "seen" or "opposite" when the interval over runs lies wholly beyond; these words
-      and `TOO_WIDE` when only every run's own interval does; else "not seen". One run
-      decides nothing.
+      "seen" or "opposite" when the intervals over runs and over questions lie wholly
+      beyond; these words and `TOO_WIDE` when not the one over runs does, but every
+      run's own; else "not seen". One run decides nothing.
     """
     if over_runs is None:
         return ONE_RUN
-    low, high = over_runs
-    if low > margin:
-        return "seen"
-    if high < -abs(margin):
-        return "opposite"
-    if all(own[0] > margin for own in of_each_run):
-        return f"seen {TOO_WIDE}"
-    if all(own[1] < -abs(margin) for own in of_each_run):
-        return f"opposite {TOO_WIDE}"
+    for word, side, limit in (("seen", 1, margin), ("opposite", -1, abs(margin))):
+        beyond = [
+            interval is not None and min(side * end for end in interval) > limit
+            for interval in (over_runs, over_questions, *of_each_run)
+        ]
+        if all(beyond[:2]):
+            return word
+        if all(beyond[2:]):
+            return f"{word} {TOO_WIDE}"
     return "not seen"
 
 
@@ -166,30 +174,31 @@ def mean_ranks(rewards: Sequence[ByQuestion]) -> tuple[list[float], int]:
     return [float(rank) for rank in ranks.mean(axis=1)], len(shared)
 
 
-def _route(
-    workdir: Path, route: RouteConfig, answers: Mapping[int, ByQuestion]
-) -> Record:
+def _route(workdir: Path, route: RouteConfig, answers: Mapping[int, Answers]) -> Record:
     seeds = {}
-    for seed, of_seed in answers.items():
-        accuracy, error = statistics.mean_and_error(np.array([*of_seed.values()]))
+    for seed, (right, samples) in answers.items():
+        accuracy, error = statistics.mean_and_error(np.array([*right.values()]))
         seeds[str(seed)] = {
             "accuracy": accuracy,
             "standard_error": error,
-            "questions": len(of_seed),
+            "questions": len(right),
+            "samples_per_question": samples,
         }
     accuracies = [of_seed["accuracy"] for of_seed in seeds.values()]
-    errors = [of_seed["standard_error"] for of_seed in seeds.values()]
     return {
         "label": route.label,
         "section": route.section,
-        "accuracy": over_seeds(accuracies, errors),
+        "accuracy": over_seeds(accuracies, [right for right, _ in answers.values()]),
         "cost": _cost(workdir, route) if route.stages else None,
         "seeds": seeds,
     }
 
 
 def _cost(workdir: Path, route: RouteConfig) -> Record:
-    """Seconds and `COSTS` of all stages of the route, and their means over seeds."""
+    """Seconds and `COSTS` of all stages of the route, and their means over seeds.
+
+    Seconds are too few where a stage took several `sessions`, as only the last counts.
+    """
     seeds = {}
     for seed in route.seeds:
         done = [
@@ -201,6 +210,7 @@ def _cost(workdir: Path, route: RouteConfig) -> Record:
         seeds[str(seed)] = {"seconds": math.fsum(one["seconds"] for one in done)} | {
             name: math.fsum(cost.get(name, 0.0) for cost in costs) for name in COSTS
         }
+        seeds[str(seed)]["sessions"] = max(one.get("sessions", 1) for one in done)
     mean = {
         name: math.fsum(of_seed[name] for of_seed in seeds.values()) / len(seeds)
         for name in ("seconds", *COSTS)
@@ -211,22 +221,23 @@ def _cost(workdir: Path, route: RouteConfig) -> Record:
 def _claim(
     claim: ClaimConfig,
     routes: Mapping[str, RouteConfig],
-    answers: Mapping[str, Mapping[int, ByQuestion]],
+    answers: Mapping[str, Mapping[int, Answers]],
 ) -> Record:
     better, worse = answers[claim.better], answers[claim.worse]
-    seeds = {}
+    seeds, values = {}, []
     for seed in (seed for seed in better if seed in worse):
         names = [f"{name} of seed {seed}" for name in (claim.better, claim.worse)]
-        paired = statistics.compare(better[seed], worse[seed], names)
+        ours, theirs = better[seed].right, worse[seed].right
+        paired = statistics.compare(ours, theirs, names)
+        values.append(
+            {question: ours[question] - theirs[question] for question in ours}
+        )
         seeds[str(seed)] = {
             "difference": paired.difference,
             "standard_error": paired.standard_error,
-            "interval": _around(paired.difference, Z_95 * paired.standard_error),
+            "interval": statistics.over_questions(values[-1:]),
         }
-    found = over_seeds(
-        [one["difference"] for one in seeds.values()],
-        [one["standard_error"] for one in seeds.values()],
-    )
+    found = over_seeds([one["difference"] for one in seeds.values()], values)
     own = [one["interval"] for one in seeds.values()]
     return {
         "title": claim.title,
@@ -235,7 +246,9 @@ def _claim(
         "better": routes[claim.better].label,
         "worse": routes[claim.worse].label,
         "margin": claim.margin,
-        "verdict": verdict(found["over_runs"], own, claim.margin),
+        "verdict": verdict(
+            found["over_runs"], found["over_questions"], own, claim.margin
+        ),
         "difference": found,
         "seeds": seeds,
     }
@@ -249,13 +262,7 @@ def _correlation(
         raise UserError("compare.correlation: its routes share no seed.")
     seeds, pooled = {}, []
     for seed in shared:
-        rewards = [
-            statistics.mean_by_question(
-                read_lines(_folder(workdir, route.traces, seed) / "scores.jsonl"),
-                "reward",
-            )
-            for route in ranked
-        ]
+        rewards = [_rewards(_folder(workdir, route.traces, seed)) for route in ranked]
         ranks, questions = mean_ranks(rewards)
         scores = [routes[r.name]["seeds"][str(seed)]["accuracy"] for r in ranked]
         pooled += zip(ranks, scores)
@@ -270,7 +277,7 @@ def _correlation(
     interval = together["pearson"]["interval"]
     return {
         "routes": {route.name: route.label for route in ranked},
-        "verdict": verdict(interval, [[-1.0, 1.0]]) if interval else TOO_FEW,
+        "verdict": verdict(interval, interval, [None]) if interval else TOO_FEW,
         "pooled": together,
         "seeds": seeds,
     }
@@ -281,8 +288,12 @@ def _measure(workdir: Path, measure: MeasureConfig) -> Record:
     for seed in measure.seeds:
         file = _folder(workdir, measure.folder, seed) / measure.file
         value: Any = read_json(file)
-        for name in measure.key.split("."):
+        *names, last = measure.key.split(".")
+        for name in names:
             value = value.get(name) if isinstance(value, dict) else None
+        # Beside others: an empty object may be one that nothing was written into.
+        absent = measure.absent if value else None
+        value = value.get(last, absent) if isinstance(value, dict) else None
         if not isinstance(value, int | float):
             raise UserError(
                 f"compare.measures: {measure.label!r}: {file} has no number "
@@ -292,14 +303,21 @@ def _measure(workdir: Path, measure: MeasureConfig) -> Record:
     return {
         "label": measure.label,
         "section": measure.section,
-        **over_seeds(list(seeds.values()), None),
+        **over_seeds(list(seeds.values())),
         "seeds": seeds,
     }
 
 
+def _answers(folder: Path) -> Answers:
+    rows = read_evaluation(folder)
+    right = statistics.accuracy_by_question(rows, str(folder / "samples.jsonl"))
+    return Answers(right, len(rows) // len(right))
+
+
+def _rewards(folder: Path) -> ByQuestion:
+    read_json(folder / "done.json")  # else not all traces are scored yet
+    return statistics.mean_by_question(read_lines(folder / "scores.jsonl"), "reward")
+
+
 def _folder(workdir: Path, pattern: str, seed: int) -> Path:
     return workdir / pattern.replace("{seed}", str(seed))
-
-
-def _around(middle: float, half: float) -> list[float]:
-    return [middle - half, middle + half]

@@ -12,6 +12,8 @@ from rlt_jax.settings import build
 class RouteConfig:
     """One way to a model. Every folder is a stage's, in it `{seed}` stands for the seed.
 
+    Seeds may share a stage of `stages`, so that alone need not have it.
+
     Attributes:
       name: what claims and the JSON call it.
       evaluation: folder of the `evaluate` stage of its model.
@@ -63,6 +65,8 @@ class MeasureConfig:
       file: name of the file.
       section: heading of its table.
       seeds: those that have it; all of the comparison where empty.
+      absent: the number where the file lacks the last part of the key beside others, as
+        a summary counts only what there is; None refuses that.
     """
 
     label: str
@@ -71,6 +75,7 @@ class MeasureConfig:
     file: str = "done.json"
     section: str = ""
     seeds: Sequence[int] = ()
+    absent: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,8 @@ def parts_of(config: CompareConfig) -> Parts:
     """The parts of a config.
 
     Raises:
-      UserError: unknown or missing keys, unknown routes or seeds, or two of one name.
+      UserError: unknown or missing keys, unknown routes or seeds, two of one name, or
+        several seeds in one folder.
     """
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"compare.seeds={config.seeds}: one or more, each once.")
@@ -120,6 +126,7 @@ def parts_of(config: CompareConfig) -> Parts:
         route = _with_seeds(build(RouteConfig, values, where), config, where)
         if route.name in routes:
             raise UserError(f"{where}: the name {route.name!r} is taken.")
+        _check_folders(route, ("evaluation", "traces"), where)
         routes[route.name] = dataclasses.replace(route, label=route.label or route.name)
     claims = []
     for n, values in enumerate(config.claims):
@@ -139,6 +146,7 @@ def parts_of(config: CompareConfig) -> Parts:
         where = f"compare.measures[{n}]"
         measure = build(MeasureConfig, values, where)
         measures.append(_with_seeds(measure, config, where))
+        _check_folders(measures[-1], ("folder",), where)
     return Parts(routes, claims, measures)
 
 
@@ -146,6 +154,17 @@ def _with_seeds(part: Any, config: CompareConfig, where: str) -> Any:
     if unknown := set(part.seeds) - set(config.seeds):
         raise UserError(f"{where}.seeds: {min(unknown)} is not in compare.seeds.")
     return dataclasses.replace(part, seeds=part.seeds or config.seeds)
+
+
+def _check_folders(part: Any, keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        folder = getattr(part, key)
+        if folder and "{seed}" not in folder and len(part.seeds) > 1:
+            raise UserError(
+                f"{where}.{key}={folder!r}: seeds {', '.join(map(str, part.seeds))} "
+                "would all be read from this folder; write {seed} where its name has "
+                "the seed, or give `seeds` with the one that it is of."
+            )
 
 
 def _route(routes: Mapping[str, RouteConfig], name: str, where: str) -> RouteConfig:

@@ -14,6 +14,15 @@ from rlt_jax.report.comparison_config import CompareConfig
 from rlt_jax.report.files import Record, write_page
 
 OUT = "comparison"  # folder of the page in the workdir
+TOO_FEW_QUESTIONS = "too few questions"
+SECONDS_NOTE = (
+    "Seconds depend on the machine and on what else it does; seeds that run side by side "
+    "share its cores."
+)
+SESSIONS_NOTE = (
+    "† A stage was cut off and given again: its seconds are those of the last session "
+    "alone, and the sum is too small."
+)
 
 Table = list[list[str]]  # the first row is the heading
 
@@ -31,7 +40,7 @@ def write_comparison(workdir: Path, config: CompareConfig) -> Record:
         found["correlation"]["sentence"] = correlation_sentence(found["correlation"])
     text = json.dumps(found, indent=1) + "\n"
     (workdir / "comparison.json").write_text(text, encoding="utf-8")
-    tables = tables_of(found)
+    tables, notes = tables_of(found), _cost_notes(found)
     pictures = {"routes": plots.routes(found)}
     if found["claims"]:
         pictures["claims"] = plots.claims(found)
@@ -48,11 +57,12 @@ def write_comparison(workdir: Path, config: CompareConfig) -> Record:
         counts=_counts(found),
         sections=_by_section(found["claims"]),
         tables=tables,
-        costly=any(route["cost"] for route in found["routes"].values()),
+        notes=notes,
     )
     markdown = "\n".join(
         f"### {title}\n\n{_markdown(table)}" for title, table in tables.items()
     )
+    markdown += "".join(f"\n{note}\n" for note in notes)
     file = workdir / "comparison.md"
     file.write_text(markdown, encoding="utf-8", errors="replace")
     return {"routes": len(found["routes"]), "verdicts": _counts(found)}
@@ -64,11 +74,14 @@ def sentence(claim: Record) -> str:
     side = "above" if found["mean"] >= 0 else "below"
     seeds = [of_seed["difference"] for of_seed in claim["seeds"].values()]
     runs = "" if len(seeds) == 1 else f"95% over runs {_span(found['over_runs'])}; "
+    questions = TOO_FEW_QUESTIONS
+    if found["over_questions"]:
+        questions = f"95% over questions {_span(found['over_questions'])}"
     margin = f"; margin {100 * claim['margin']:.1f}" if claim["margin"] else ""
     return (
         f"{_capital(claim['verdict'])}: {claim['better']} "
         f"{100 * abs(found['mean']):.1f} points {side} {claim['worse']} "
-        f"({runs}95% over questions {_span(found['over_questions'])}; "
+        f"({runs}{questions}; "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(_percent, seeds))}{margin})."
     )
 
@@ -121,7 +134,7 @@ def _claims_table(claims: Sequence[Record]) -> Table:
                 f"{claim['title']}: {claim['better']} − {claim['worse']}",
                 _percent(found["mean"]),
                 _span(found["over_runs"]),
-                _span(found["over_questions"]),
+                _span(found["over_questions"], TOO_FEW_QUESTIONS),
                 ", ".join(map(_percent, seeds)),
                 claim["verdict"],
             ]
@@ -130,20 +143,29 @@ def _claims_table(claims: Sequence[Record]) -> Table:
 
 
 def _routes_table(routes: Sequence[Record]) -> Table:
-    table = [["route", "mean ± 95% over runs", "± 95% over questions", "each run"]]
+    heading = ["route", "mean ± 95% over runs", "± 95% over questions", "each run"]
+    table = [[*heading, "questions × samples"]]
     for route in routes:
         found = route["accuracy"]
         runs, questions = (
-            f"± {50 * (ends[1] - ends[0]):.1f}" if ends else ONE_RUN
-            for ends in (found["over_runs"], found["over_questions"])
+            f"± {50 * (ends[1] - ends[0]):.1f}" if ends else none
+            for ends, none in (
+                (found["over_runs"], ONE_RUN),
+                (found["over_questions"], TOO_FEW_QUESTIONS),
+            )
         )
         seeds = [of_seed["accuracy"] for of_seed in route["seeds"].values()]
+        sizes = dict.fromkeys(
+            f"{of_seed['questions']} × {of_seed['samples_per_question']}"
+            for of_seed in route["seeds"].values()
+        )
         table.append(
             [
                 route["label"],
                 f"{_percent(found['mean'])} {runs}",
                 questions,
                 ", ".join(map(_percent, seeds)),
+                ", ".join(sizes),
             ]
         )
     return table
@@ -177,9 +199,22 @@ def _costs_table(routes: Sequence[Record]) -> Table:
     table = [["route", "seconds", *(name.replace("_", " ") for name in COSTS)]]
     for route in routes:
         mean = route["cost"]["mean"]
-        counts = [f"{mean[name]:,.0f}" for name in ("seconds", *COSTS[:-1])]
-        table.append([route["label"], *counts, f"{mean['flops']:.3g}"])
+        seconds, *counts = (f"{mean[name]:,.0f}" for name in ("seconds", *COSTS[:-1]))
+        seconds += "†" * _took_sessions(route)
+        table.append([route["label"], seconds, *counts, f"{mean['flops']:.3g}"])
     return table
+
+
+def _took_sessions(route: Record) -> bool:
+    seeds = route["cost"]["seeds"].values()
+    return any(of_seed["sessions"] > 1 for of_seed in seeds)
+
+
+def _cost_notes(found: Record) -> list[str]:
+    """What has to be known of the costs; empty where there are none."""
+    costly = [route for route in found["routes"].values() if route["cost"]]
+    notes = [SECONDS_NOTE] * bool(costly)
+    return notes + [SESSIONS_NOTE] * any(map(_took_sessions, costly))
 
 
 def _counts(found: Record) -> dict[str, int]:
@@ -211,9 +246,9 @@ def _markdown(table: Table) -> str:
     return "".join(f"| {row} |\n" for row in [rows[0], rule, *rows[1:]])
 
 
-def _span(interval: Interval | None) -> str:
+def _span(interval: Interval | None, otherwise: str = ONE_RUN) -> str:
     if interval is None:
-        return ONE_RUN
+        return otherwise
     return f"{_percent(interval[0])} to {_percent(interval[1])}"
 
 

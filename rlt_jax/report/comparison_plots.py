@@ -152,11 +152,12 @@ def _interval(axes: Axes, place: float, row: Row) -> None:
     if runs is not None:
         ends = [100 * end for end in runs]
         axes.plot(ends, [place] * 2, "|-", color=row.colour, linewidth=1.3, zorder=3)
-    ends = [100 * end for end in questions]
-    axes.plot(
-        ends, [place] * 2, color=row.colour, linewidth=6, alpha=0.35, zorder=2,
-        solid_capstyle="butt",
-    )  # fmt: skip
+    if questions is not None:
+        ends = [100 * end for end in questions]
+        axes.plot(
+            ends, [place] * 2, color=row.colour, linewidth=6, alpha=0.35, zorder=2,
+            solid_capstyle="butt",
+        )  # fmt: skip
     seeds = [100 * value for value in row.seeds]
     axes.scatter(
         seeds, [place + 0.24] * len(seeds), s=13, facecolor="white", edgecolor=MUTED,

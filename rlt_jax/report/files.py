@@ -19,14 +19,38 @@ def read_json(path: Path) -> Record:
     Raises:
       UserError: the file, in the folder of a stage, is missing or broken.
     """
-    return _parse(_text(path), path)
+    return _parse(_bytes(path), path)
 
 
 def read_lines(path: Path) -> list[Record]:
     """The rows of a JSON Lines file; errors as of `read_json`."""
-    # Not splitlines, which would also cut at separators inside of a JSON string.
-    lines = _text(path).split("\n")
-    return [_parse(line, path) for line in lines if line.strip()]
+    *lines, last = _bytes(path).split(b"\n")
+    rows = [_parse(line, path) for line in lines if line.strip()]
+    try:
+        return [*rows, json.loads(last)] if last.strip() else rows
+    except ValueError as error:
+        raise UserError(
+            f"{path}: the last line is cut off. Where the stage has not ended, give its "
+            f"command again; else run it afresh, with --only={path.parent.name}."
+        ) from error
+
+
+def read_evaluation(folder: Path) -> list[Record]:
+    """The rows of `samples.jsonl` of a complete evaluate stage.
+
+    Raises:
+      UserError: the stage has not ended, or its files are broken or of different runs.
+    """
+    read_json(folder / "done.json")
+    results = read_json(folder / "results.json")
+    rows = read_lines(folder / "samples.jsonl")
+    wanted = results["num_questions"] * results["samples_per_question"]
+    if len(rows) != wanted:
+        raise UserError(
+            f"{folder}: samples.jsonl has {len(rows)} rows, but results.json is of "
+            f"{wanted}. Run the stage {folder.name!r} afresh, with --only={folder.name}."
+        )
+    return rows
 
 
 def write_page(
@@ -65,16 +89,16 @@ def _number(value: float | None, digits: int = 5) -> str:
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _parse(text: str, path: Path) -> Any:
+def _parse(text: bytes, path: Path) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"{path}: not valid JSON: {error}.") from error
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
             f"report: {path} is missing. The stage {path.parent.name!r} writes it: run "

@@ -106,8 +106,8 @@ def _accuracies(
     if len(results) > 1:
         before, after = list(results)[-2:]
         compared = statistics.compare(
-            statistics.accuracy_by_question(answers[after]),
-            statistics.accuracy_by_question(answers[before]),
+            statistics.accuracy_by_question(answers[after], after),
+            statistics.accuracy_by_question(answers[before], before),
             (after, before),
         )
         for name, value in compared._asdict().items():

@@ -103,8 +103,76 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
     return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
 
 
-def accuracy_by_question(samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Question -> share of right samples, from rows of `samples.jsonl`."""
+def over_questions(runs: Sequence[Mapping[str, float]]) -> list[float] | None:
+    """95% interval over questions of the mean of runs, question -> value.
+
+    Where all runs have the same questions, their values are averaged first, as what is
+    hard about a question stays; else runs are taken as independent.
+    """
+    if all(run.keys() == runs[0].keys() for run in runs):
+        runs = [{q: math.fsum(run[q] for run in runs) / len(runs) for q in runs[0]}]
+    found = [mean_and_error(np.array([*run.values()])) for run in runs]
+    means, errors = zip(*found)
+    return t_interval(math.fsum(means) / len(runs), errors, [len(run) for run in runs])
+
+
+def t_interval(
+    mean: float, errors: Sequence[float], counts: Sequence[int]
+) -> list[float] | None:
+    """95% interval over questions of the mean of independent runs.
+
+    It is Student's t; of several runs with the degrees of freedom of Welch (1947) and
+    Satterthwaite (1946). Of one run's paired differences it is `paired_difference`'s.
+
+    Args:
+      mean: of the runs' means.
+      errors: standard error of each run's mean over its questions.
+      counts: questions of each run.
+
+    Returns:
+      Its ends. None where a run has a single question; or where no run's questions
+      differ and they are less than six, too few even for flipping signs, by which
+      chance makes five of one sign in one of 2^(5 - 1) times.
+    """
+    total = math.hypot(*errors)
+    if min(counts) < 2 or (total < 1e-12 and min(counts) < 6):
+        return None
+    if total < 1e-12:
+        return [mean, mean]
+    freedom = total**4 / math.fsum(e**4 / (n - 1) for e, n in zip(errors, counts))
+    half = float(scipy.stats.t.ppf(0.975, freedom)) * total / len(errors)
+    return [mean - half, mean + half]
+
+
+def accuracy_by_question(
+    samples: Iterable[Mapping[str, Any]], where: str
+) -> dict[str, float]:
+    """Question -> share of right samples.
+
+    Args:
+      samples: rows of `samples.jsonl`.
+      where: the file, for messages.
+
+    Raises:
+      UserError: two questions have the same text, which cannot be told apart here.
+    """
+    samples = list(samples)
+    answers: dict[str, Any] = {}
+    for row in samples:
+        if answers.setdefault(row["question"], row.get("answer")) != row.get("answer"):
+            raise UserError(
+                f"{where}: the question {row['question'][:60]!r} has several answers, "
+                f"{answers[row['question']]!r} and {row.get('answer')!r}; evaluations "
+                "are compared by the text of the question, which has to be different."
+            )
+    counts = collections.Counter(row["question"] for row in samples)
+    if len(set(counts.values())) > 1:
+        (most, many), (least, few) = counts.most_common(1)[0], counts.most_common()[-1]
+        raise UserError(
+            f"{where}: {many} samples of the question {most[:60]!r}, but {few} of "
+            f"{least[:60]!r}. Either the evaluation is not complete: give its command "
+            "again; or questions have the same text: leave one of them in the data."
+        )
     return mean_by_question(samples, "correct")
 
 

@@ -34,6 +34,7 @@ STAGES = (
     "report",
     "compare",
 )
+SESSIONS = "sessions.json"  # in the folder of a stage until it is complete
 
 
 def run_pipeline(
@@ -136,7 +137,7 @@ def _run_stage(
         raise
     seconds = time.monotonic() - start
     done = {"stage": section.stage, "seconds": seconds, "summary": summary}
-    hosts.from_first(lambda: _write_json(folder / "done.json", done))
+    hosts.from_first(lambda: _complete(folder, done))
     _LOG.info("stage %s took %.0f s", name, seconds)
 
 
@@ -151,8 +152,22 @@ def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
     if (folder / "done.json").is_file():
         return True
     folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / SESSIONS, {"sessions": _sessions(folder) + 1})
     _write_json(folder / "settings.json", values)
     return False
+
+
+def _sessions(folder: Path) -> int:
+    """How many sessions have begun the stage; one that died told nobody how long."""
+    if (folder / SESSIONS).is_file():
+        return json.loads((folder / SESSIONS).read_text(encoding="utf-8"))["sessions"]
+    return int((folder / "settings.json").is_file())
+
+
+def _complete(folder: Path, done: dict[str, Any]) -> None:
+    """Writes `done.json`; its seconds are those of the last of `sessions`."""
+    _write_json(folder / "done.json", done | {"sessions": _sessions(folder)})
+    (folder / SESSIONS).unlink(missing_ok=True)
 
 
 def _checked_workdir(workdir: str | Path) -> Path:
@@ -243,8 +258,9 @@ def _set_aside(folder: Path, values: dict[str, Any]) -> None:
 
 def _remove_untouched(folder: Path) -> None:
     """Removes a stage's folder without any work in it: a mended config may use it."""
-    if [path.name for path in folder.iterdir()] == ["settings.json"]:
+    if {path.name for path in folder.iterdir()} == {"settings.json", SESSIONS}:
         (folder / "settings.json").unlink()
+        (folder / SESSIONS).unlink()
         folder.rmdir()
 
 

@@ -27,6 +27,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Request
 from rlt_jax.inference.stored import complete_stored, in_order
 from rlt_jax.report import statistics
+from rlt_jax.report.files import read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.settings import build
 from rlt_jax.stages.roles import load_engine, load_problems
@@ -297,21 +298,30 @@ def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
     """Question -> accuracy of another evaluation, none without a path."""
     if not path:
         return {}
-    file = Path(path)
-    file = file / "samples.jsonl" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(
-            f"evaluate.compare_with={path!r}: there is no {file}; name the folder of a "
-            "complete evaluate stage, or its samples.jsonl."
-        )
-    other = statistics.accuracy_by_question(read_jsonl(file))
     questions = {problem.question for problem in problems}
+    if len(questions) < len(problems):
+        raise UserError(
+            "evaluate.compare_with: evaluations are compared by the text of the question,"
+            f" but {len(problems)} problems of the data have only {len(questions)} "
+            "different ones."
+        )
+    place = Path(path)
+    if (place / "done.json").is_file():
+        rows = read_evaluation(place)
+    elif place.is_file():
+        rows = read_jsonl(place)
+    else:
+        raise UserError(
+            f"evaluate.compare_with={path!r}: there is no {place / 'done.json'}; name "
+            "the folder of a complete evaluate stage, or its samples.jsonl."
+        )
+    other = statistics.accuracy_by_question(rows, path)
     statistics.check_same_questions(questions, other, ("this one", path))
     return other
 
 
 def _difference(path: str, file: Path, other: Mapping[str, float]) -> dict[str, Any]:
     """The paired difference of this evaluation minus the other."""
-    ours = statistics.accuracy_by_question(read_jsonl(file))
+    ours = statistics.accuracy_by_question(read_jsonl(file), str(file))
     found = statistics.compare(ours, other, ("this one", path))
     return {"compared_with": path, **found._asdict()}

@@ -23,6 +23,7 @@ from rlt_jax.data.scoring import WrittenTrace
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.traces import read_completions
+from rlt_jax.errors import UserError
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
@@ -90,6 +91,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     Returns:
       Number of completions and of traces selected, mean rewards of completions and of
       controls, and the KL weight.
+
+    Raises:
+      UserError: there is no completion to score.
     """
     values = config.to_dict()
     sections = {name: values.pop(name) for name in PARTS}
@@ -105,7 +109,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             lambda: next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
         )
     todo = _written(sections["data"]["path"], judge.template, c.assume_closed)
-    write_scores(judge, itertools.islice(todo, first, None), kl_coef, file, first)
+    todo = itertools.islice(todo, first, None)
+    if not write_scores(judge, todo, kl_coef, file, first):
+        raise UserError(
+            f"{sections['data']['path']}: there is nothing to score; write one or more "
+            "texts into the `completions` of a row, or a `reasoning_trace` instead."
+        )
     selected = workdir / "selected.jsonl"
     # From here on all processes read what process 0 has written.
     hosts.from_first(lambda: selected.unlink(missing_ok=True))
@@ -140,7 +149,7 @@ def write_scores(
     kl_coef: float | str,
     file: Path,
     first: int,
-) -> None:
+) -> int:
     """Scores traces batch by batch and appends a row for each.
 
     Args:
@@ -149,6 +158,9 @@ def write_scores(
       kl_coef: weight of the explanation KL; "auto" is settled on the first batch.
       file: where rows are appended.
       first: how many it holds.
+
+    Returns:
+      How many it holds then.
     """
     size = judge.c.batch_size
     with progress(first, None, "score", unit="completion") as bar:
@@ -168,6 +180,7 @@ def write_scores(
             first += len(rows)
             bar.update(len(rows))
             hosts.stop_if_asked()
+    return first
 
 
 def _next_batch(todo: Iterator[WrittenTrace], size: int) -> list[WrittenTrace]:

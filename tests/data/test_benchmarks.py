@@ -229,6 +229,10 @@ def test_predictions_are_joined_by_the_question(tmp_path: Path) -> None:
             [{"question": "q", "completions": "a"}],
             "line 1: needs `completions`, a list",
         ),
+        (
+            [{"question": q, "completions": []} for q in "qr"],
+            "a.jsonl: there is nothing to grade; write one or more texts into the",
+        ),
     ],
 )
 def test_predictions_that_do_not_fit(

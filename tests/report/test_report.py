@@ -229,8 +229,13 @@ def test_a_missing_file_is_named_with_its_stage(workdir: Path, name: str) -> Non
 
 
 def test_a_broken_file_is_named(workdir: Path) -> None:
-    (workdir / "rl" / "metrics.jsonl").write_text('{"step": 0}\n{"step')
+    file = workdir / "rl" / "metrics.jsonl"
+    file.write_text('{"step\n{"step": 0}\n')
     with pytest.raises(UserError, match="metrics.jsonl: not valid JSON"):
+        write_report(workdir, CONFIG, seed=0)
+    # Cut off inside of a character.
+    file.write_bytes('{"step": 0}\n{"step": "é'.encode()[:-1])
+    with pytest.raises(UserError, match="metrics.jsonl: the last line is cut off"):
         write_report(workdir, CONFIG, seed=0)
 
 

@@ -178,9 +178,35 @@ def test_two_evaluations_are_compared(
     write(Path(predicting["data"]["path"]), PROBLEMS[:2])
     with pytest.raises(UserError, match="'this one' .* 2 and 3 questions, 2 of them"):
         run_stage(predicting, tmp_path / "fewer")
-    predicting["evaluate"]["compare_with"] = str(tmp_path / "nothing")
-    with pytest.raises(UserError, match="name the folder of a complete evaluate stage"):
-        run_stage(predicting, tmp_path / "nothing there")
+    write(Path(predicting["data"]["path"]), [*PROBLEMS, PROBLEMS[0]])
+    with pytest.raises(UserError, match="4 problems of the data have only 3 different"):
+        run_stage(predicting, tmp_path / "twice")
+
+
+def test_an_incomplete_evaluation_is_not_compared_with(
+    predicting: dict[str, Any], run_stage: RunStage, tmp_path: Path
+) -> None:
+    other = run_stage(predicting, tmp_path / "other")
+    predicting["evaluate"]["compare_with"] = str(other)
+    samples = other / "samples.jsonl"
+    lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
+    for text, message in (
+        ("".join(lines[:-4]), "samples.jsonl has 8 rows, but results.json is of 12"),
+        ("".join(lines)[:-9], "samples.jsonl: the last line is cut off. .* --only=par"),
+    ):
+        samples.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            run_stage(predicting, tmp_path / "run")
+    predicting["evaluate"]["compare_with"] = str(samples)
+    with pytest.raises(UserError, match="4 samples of the question '1.1.', but 3 of"):
+        run_stage(predicting, tmp_path / "run")
+    (other / "done.json").unlink()
+    for path in (other, tmp_path / "nothing"):
+        predicting["evaluate"]["compare_with"] = str(path)
+        with pytest.raises(
+            UserError, match="name the folder of a complete evaluate st"
+        ):
+            run_stage(predicting, tmp_path / "run")
 
 
 def test_samples_of_a_model_have_their_lengths(

@@ -105,6 +105,25 @@ def test_a_stage_that_was_cut_off_goes_on_in_its_folder(
     assert (tmp_path / "b" / "work").read_text(encoding="utf-8") == "xx"
 
 
+def test_sessions_of_a_stage_are_counted(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    stage.fails["b"] = KeyboardInterrupt()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(config, tmp_path)
+    stage.fails.clear()
+    run_pipeline(config, tmp_path)
+    assert [done(tmp_path / name)["sessions"] for name in "ab"] == [1, 3]
+    assert not list(tmp_path.rglob("sessions.json"))
+    # Of a folder without a count only that it was begun is known.
+    (tmp_path / "b" / "done.json").unlink()
+    run_pipeline(config, tmp_path)
+    assert done(tmp_path / "b")["sessions"] == 2
+    run_pipeline(config, tmp_path, only="b")
+    assert done(tmp_path / "b")["sessions"] == 1
+
+
 def test_only_runs_one_stage_afresh_and_keeps_the_old_folders(
     stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
 ) -> None:
@@ -192,7 +211,10 @@ def test_bad_input_found_later_keeps_the_work(
     stage.fails["b"] = UserError("the disk is full")
     with pytest.raises(UserError, match="disk"):
         run_pipeline(config, tmp_path)
-    assert contents(tmp_path) == before
+    assert json.loads(before.pop("b/sessions.json")) == {"sessions": 1}
+    after = contents(tmp_path)
+    assert json.loads(after.pop("b/sessions.json")) == {"sessions": 2}
+    assert after == before
 
 
 def test_a_config_may_be_one_stage(stage: Stage, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 import pytest
 
+from rlt_jax.errors import UserError
 from rlt_jax.stages import run_pipeline, score
 from rlt_jax.training.metrics import read_jsonl
 
@@ -89,3 +90,16 @@ def test_a_run_that_was_cut_off_goes_on(
         for name in ("whole", "cut")
     )
     assert whole == resumed
+
+
+def test_rows_without_any_completion_are_refused(
+    config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    rows = [row | {"completions": []} for row in ROWS]
+    data = Path(config.data.path)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"rows.jsonl: there is nothing to score; write"
+    ):
+        run_pipeline(config, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
