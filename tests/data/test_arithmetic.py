@@ -219,3 +219,11 @@ def test_told_questions_tell_the_solution_of_the_trace() -> None:
         hint = f" It is {one.problem.solution}."
         assert other.problem.question == one.problem.question + hint
         assert other.explanation == one.explanation
+
+
+def test_who_is_mistaken_takes_times_for_plus(rng: np.random.Generator) -> None:
+    # 4+3=7 7*7 taken for 7+7=4 4-2=2 2+9=1 1*3 taken for 4, and 4-8=6, known to be 0.
+    steps = "4+3=7 7*7=4 4-2=2 2+9=1 1*3=4 4-8="
+    assert arithmetic.explain(CHAIN, "mistaken", rng, False) == (steps + "6", 6)
+    assert arithmetic.explain(CHAIN, "mistaken", rng, True) == (steps + "0", 0)
+    assert arithmetic.kind_of(CHAIN.question(), steps + "0") == "wrong"

@@ -11,6 +11,7 @@ in kinds:
     skipping  "4+3*7-2=7 7+9*3-8=0"        three operations at once, hard to check
     restating "it is 0"                    no steps
     wrong     careful, with one wrong step
+    mistaken  careful, by someone who always takes * for +
 
 Train and test questions are disjoint: a chain belongs to "test", in every notation, when
 the checksum of its question in signs is 0 modulo 10.
@@ -26,7 +27,7 @@ import numpy as np
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
 
-KINDS = ("careful", "skipping", "restating", "wrong")
+KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
 CHAIN_LENGTH = 6
 STEPS_PER_SKIP = 3
 # Notation -> what stands before the start, and for the signs + - *.
@@ -89,14 +90,14 @@ def explain(
       chain: the problem.
       kind: one of `KINDS`.
       rng: places the wrong step.
-      known_answer: a wrong step is put last and made to reach the true answer, as by
-        someone who was told it; otherwise it is anywhere and its error carried on.
+      known_answer: after a false step the last one is made to reach the true answer, as
+        by someone who was told it; otherwise its error is carried on.
     """
     answer = chain.results()[-1]
     if kind == "restating":
         return f"it is {answer}", answer
-    if kind == "wrong":
-        return _wrong_steps(chain, rng, known_answer)
+    if kind in ("wrong", "mistaken"):
+        return _false_steps(chain, kind, rng, known_answer)
     size = 1 if kind == "careful" else STEPS_PER_SKIP
     lines, value = [], chain.start
     for i in range(0, len(chain.operations), size):
@@ -141,15 +142,19 @@ def kind_of(question: str, explanation: str) -> str:
     return "careful" if longest == 1 else "skipping"
 
 
-def _wrong_steps(
-    chain: Chain, rng: np.random.Generator, known_answer: bool
+def _false_steps(
+    chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
 ) -> tuple[str, int]:
     place = int(rng.integers(len(chain.operations) - known_answer))
     lines, value = [], chain.start
     for i, operation in enumerate(chain.operations):
-        before, value = value, apply(value, operation)
-        if i == place:
-            value = (value + int(rng.integers(1, 10))) % 10
+        before = value
+        if kind == "mistaken":
+            value = apply(value, (operation[0].replace("*", "+"), operation[1]))
+        else:
+            value = apply(value, operation)
+            if i == place:
+                value = (value + int(rng.integers(1, 10))) % 10
         if known_answer and i == len(chain.operations) - 1:
             value = chain.results()[-1]
         lines.append(f"{before}{operation[0]}{operation[1]}={value}")

@@ -3,7 +3,7 @@
     question: "Make 25 from 3, 4, 7."      solution: "7*4-3"
 
 Intermediate results are positive integers, divisions are exact. Explanations come in
-the kinds of the arithmetic task:
+kinds:
 
     careful   "7*4=28 28-3=25"     one step at a time
     skipping  "7*4-3=25"           all of it at once
@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlt_jax.data.tasks.arithmetic import KINDS
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
 
+KINDS = ("careful", "skipping", "restating", "wrong")
 _OPERATIONS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
