@@ -1,0 +1,131 @@
+"""Where the formula of an answer is, written so that math-verify reads all of it.
+
+Left to itself it takes a number that it finds: the 2 of "2\\sqrt{3}", the 5 of "5x".
+"""
+
+import re
+
+from rlt_jax.data.boxes import last_box
+
+_MARK = re.compile(r"\$|\\[(\[]")
+_ONLY_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\(([^$]+)\\\)|\\\[([^$]+)\\\]")
+_COMMAND = re.compile(
+    r"\\(?:text\w*|mbox|math[a-z]+|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+"
+)
+_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}")
+_BASED = re.compile(r"\\boxed\{[-\d ,]+_ *\{?(\d+)\}?\}")
+_NAME = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln|sqrt)(?![A-Za-z])")
+# Letters side by side are a product behind a digit, else in a formula up to two.
+_WORD = re.compile(r"(?<![A-Za-z\d])[A-Za-z]{3,}|(?<!\S)\W*[A-Za-z]{2,}\W*(?!\S)")
+
+_REWRITTEN = [
+    (re.compile(pattern), written)
+    for pattern, written in (
+        (r"\\!", ""),
+        (r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~|\s", " "),
+        ("[·⋅]", r"\\cdot "),
+        ("√", r"\\sqrt "),
+        ("∞", r"\\infty "),
+        ("°", r"^\\circ "),
+        (_NAME.pattern.replace("|sqrt", ""), r"\\\1 "),
+        (r"\*\*\s*(-?\d+)", r"^{\1}"),
+        (r"(?<=\d)[eE]([-+]?\d+)", r"*10^{\1}"),
+        (r"(?<=\d)(?:st|nd|rd|th)$", ""),
+        (r"^([^=]*\d[^=]*)= *([A-Za-z])$", r"\2=\1"),
+        # 1 000, and 1 1/2, which would be (1+1)/2
+        (r"(?<![\d.,])(\d{1,3}) (?=\d{3}(?!\d))", r"\1"),
+        (r"(?<=\d) (?=\d{3}(?: \d{3})*$)", ""),
+        (
+            r"(?<![\d.,/^] )(?<![\d.,/^])(\d+) +(\d+) */ *(\d+)(?!\d)",
+            r"\1\\frac{\2}{\3}",
+        ),
+        # 2(3), which would be 2+3
+        (r"(?<![\d_])(\d[\d.]*) *(?=\()|(\)) *(?=[\d(])", r"\1\2*"),
+    )
+]
+# What would be read in part, or as a sum: 3 5, 3{5}, > 5, 5 @ 6.
+_UNREAD = re.compile(
+    r"\d\.? +\.?\d|(?<![\\A-Za-z}\d^_])\d+ *\{|[\"@#`?]|\\phantom"
+    r"|^ *(?:[<>≤≥≠]|\\(?:neq?|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
+)
+_QUANTITY = re.compile(r"[-+]?[\d.,]+ [cdghlmst]")
+
+
+def marked(text: str) -> str:
+    """The text with its formula in a box, "" where that cannot be read.
+
+    The formula is that of the last box, or all of a text without words; a text with
+    words keeps them, its formulas between dollars.
+    """
+    formula = last_box(text)
+    if formula is None:
+        text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\s\w(-])|\\\$(?=\d)", "", text).strip()
+        whole = _ONLY_FORMULA.fullmatch(text.rstrip(".,;: "))
+        bare = next(filter(None, whole.groups())) if whole else text
+        if not whole and (_MARK.search(text) or has_words(text)):
+            lines = text.splitlines() if not _MARK.search(text) else []
+            return "\n".join(map(_with_dollars, lines)) or text
+        formula = bare
+    formula = tidy(formula)
+    return f"\\boxed{{{formula}}}" if formula else ""
+
+
+def has_words(text: str) -> bool:
+    """Whether there are words beside commands, names of functions and variables."""
+    return bool(_WORD.search(_NAME.sub("", _COMMAND.sub("", text))))
+
+
+def plain(text: str) -> str:
+    """The text without commands for words, its whitespace squeezed."""
+    return " ".join(_TEXT.sub(r"\1", text).split())
+
+
+def other_base(prediction: str, answer: str) -> bool:
+    """Whether a number names a base, as 2516_7, that the answer does not name."""
+    found = _BASED.fullmatch(marked(prediction))
+    return found is not None and not re.search(rf"_\{{?{found[1]}\b", answer)
+
+
+def tidy(formula: str) -> str:
+    """The formula in signs that math-verify knows; "" where it would misread it."""
+    for pattern, written in _REWRITTEN:
+        formula = pattern.sub(written, formula)
+    formula = formula.strip(" *€£¥").rstrip(".,;: ")
+    if not _QUANTITY.fullmatch(formula):  # else its letter is a unit, and dropped
+        formula = re.sub(r"(\\[A-Za-z]+) +([A-Za-z])$", r"\1{\2}", formula)
+        formula = re.sub(r"(?<=[\w)}\]]) +([A-Za-z])$", r"*\1", formula)
+        formula = re.sub(r"(?<=[\d)}])([A-Za-z])$", r"*\1", formula)
+        formula = re.sub(r" +([A-Za-z])$", r"\1", formula)
+    opened = sum(map(formula.count, "([")) - sum(map(formula.count, ")]"))
+    is_whole = last_box(f"\\boxed{{{formula}}}") == formula
+    is_table = "\\begin" in formula
+    if opened or not is_whole or ("&" in formula and not is_table):
+        return ""
+    if _UNREAD.search(formula) and not is_table or formula.count("|") % 2:
+        return ""
+    return formula
+
+
+def _with_dollars(line: str) -> str:
+    """Puts dollars around what is more than numbers."""
+    pieces, run = [], []
+    for token in [*line.split(), ""]:
+        is_word = token in ("", "a", "A", "I") or "'" in token or has_words(token)
+        if not is_word:
+            run.append(token)
+        if run and (is_word or token[-1] in ".,:;?!"):
+            island = " ".join(run)
+            formula = island.rstrip(".,:;?!")
+            run = []
+            quantity = _QUANTITY.fullmatch(re.sub(r"(?<=\d)(?=[a-z]$)", " ", formula))
+            more = (
+                not quantity
+                and re.search(r"[A-Za-z\\^]", formula)
+                and re.search(r"[\d\\]", formula)
+            )
+            if more and (inner := tidy(formula)):
+                island = f"${inner}${island[len(formula) :]}"
+            pieces.append(island)
+        if is_word:
+            pieces.append(token)
+    return " ".join(pieces).strip()
