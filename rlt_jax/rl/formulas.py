@@ -7,16 +7,22 @@ import re
 
 from rlt_jax.data.boxes import last_box
 
-_MARK = re.compile(r"\$|\\[(\[]")
-_ONLY_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\(([^$]+)\\\)|\\\[([^$]+)\\\]")
+_MARK = re.compile(r"\$|(?<!\\)\\[()\[\]]")
 _COMMAND = re.compile(
     r"\\(?:text\w*|mbox|math[a-z]+|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 _TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}")
 _BASED = re.compile(r"\\boxed\{[-\d ,]+_ *\{?(\d+)\}?\}")
 _NAME = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln|sqrt)(?![A-Za-z])")
-# Letters side by side are a product behind a digit, else in a formula up to two.
-_WORD = re.compile(r"(?<![A-Za-z\d])[A-Za-z]{3,}|(?<!\S)\W*[A-Za-z]{2,}\W*(?!\S)")
+# Letters behind a digit are a product; so are two, but for common words and units.
+_WORD = re.compile(
+    r"(?<![A-Za-z\d])[A-Za-z]{3,}|[A-Za-z]['’][A-Za-z]|"
+    r"(?<!\S)\W*(?i:am|an|as|at|be|by|cm|do|ft|he|hr|if|in|is|it|kg|km|lb|mg|mi|ml|mm|"
+    r"my|no|of|on|or|oz|pm|so|to|up|us|we|yd)\W*(?!\S)"
+)
+_SIGN = re.compile(
+    r"(?<![\d)}] )\b(?:minus|negative)\s+(?=[\d\\])|(?:(?<=\bis )|(?<=[:=] ))- +(?=\d)"
+)
 
 _REWRITTEN = [
     (re.compile(pattern), written)
@@ -24,10 +30,15 @@ _REWRITTEN = [
         (r"\\!", ""),
         (r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~|\s", " "),
         ("[·⋅]", r"\\cdot "),
+        ("²", "^{2}"),
+        ("³", "^{3}"),
+        ("½", r"\\frac{1}{2}"),
         ("√", r"\\sqrt "),
+        ("^[–—‐‑﹣－] *", "-"),
         ("∞", r"\\infty "),
         ("°", r"^\\circ "),
         (_NAME.pattern.replace("|sqrt", ""), r"\\\1 "),
+        (r"(?<![\\A-Za-z])sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\*\*\s*(-?\d+)", r"^{\1}"),
         (r"(?<=\d)[eE]([-+]?\d+)", r"*10^{\1}"),
         (r"(?<=\d)(?:st|nd|rd|th)$", ""),
@@ -45,8 +56,8 @@ _REWRITTEN = [
 ]
 # What would be read in part, or as a sum: 3 5, 3{5}, > 5, 5 @ 6.
 _UNREAD = re.compile(
-    r"\d\.? +\.?\d|(?<![\\A-Za-z}\d^_])\d+ *\{|[\"@#`?]|\\phantom"
-    r"|^ *(?:[<>≤≥≠]|\\(?:neq?|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
+    r"\d\.? +\.?\d|(?<![\\A-Za-z}\d^_])\d+ *\{|[\"@#`?]|[^\x00-\x7f×÷π±≤≥≠≈∪∩∈]|\\phantom"
+    r"|^ *(?:[<>≤≥≠]|\\(?:neq?|neg|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
 )
 _QUANTITY = re.compile(r"[-+]?[\d.,]+ [cdghlmst]")
 
@@ -59,13 +70,12 @@ def marked(text: str) -> str:
     """
     formula = last_box(text)
     if formula is None:
-        text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\s\w(-])|\\\$(?=\d)", "", text).strip()
-        whole = _ONLY_FORMULA.fullmatch(text.rstrip(".,;: "))
-        bare = next(filter(None, whole.groups())) if whole else text
-        if not whole and (_MARK.search(text) or has_words(text)):
-            lines = text.splitlines() if not _MARK.search(text) else []
+        text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\s\w(-])|\\\$(?=\d)", "", text)
+        formula = _MARK.sub(" ", text)
+        if has_words(formula):
+            text = _SIGN.sub("-", text)
+            lines = [] if _MARK.search(text) else text.splitlines()
             return "\n".join(map(_with_dollars, lines)) or text
-        formula = bare
     formula = tidy(formula)
     return f"\\boxed{{{formula}}}" if formula else ""
 
@@ -92,6 +102,7 @@ def tidy(formula: str) -> str:
         formula = pattern.sub(written, formula)
     formula = formula.strip(" *€£¥").rstrip(".,;: ")
     if not _QUANTITY.fullmatch(formula):  # else its letter is a unit, and dropped
+        formula = re.sub(r"(?<=[\w)}\]]) *(ab|bc)$", r"*\1", formula)
         formula = re.sub(r"(\\[A-Za-z]+) +([A-Za-z])$", r"\1{\2}", formula)
         formula = re.sub(r"(?<=[\w)}\]]) +([A-Za-z])$", r"*\1", formula)
         formula = re.sub(r"(?<=[\d)}])([A-Za-z])$", r"*\1", formula)
@@ -110,7 +121,7 @@ def _with_dollars(line: str) -> str:
     """Puts dollars around what is more than numbers."""
     pieces, run = [], []
     for token in [*line.split(), ""]:
-        is_word = token in ("", "a", "A", "I") or "'" in token or has_words(token)
+        is_word = token in ("", "a", "A", "I") or has_words(token)
         if not is_word:
             run.append(token)
         if run and (is_word or token[-1] in ".,:;?!"):
@@ -118,11 +129,8 @@ def _with_dollars(line: str) -> str:
             formula = island.rstrip(".,:;?!")
             run = []
             quantity = _QUANTITY.fullmatch(re.sub(r"(?<=\d)(?=[a-z]$)", " ", formula))
-            more = (
-                not quantity
-                and re.search(r"[A-Za-z\\^]", formula)
-                and re.search(r"[\d\\]", formula)
-            )
+            more = re.search(r"[^\d\s.,:+*/=()$€£¥%-]|\d\(", formula)
+            more = more and re.search(r"[\d\\]", formula) and not quantity
             if more and (inner := tidy(formula)):
                 island = f"${inner}${island[len(formula) :]}"
             pieces.append(island)
