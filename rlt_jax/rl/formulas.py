@@ -16,7 +16,7 @@ _BASED = re.compile(r"\\boxed\{[-\d ,]+_ *\{?(\d+)\}?\}")
 _NAME = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln|sqrt)(?![A-Za-z])")
 # Letters behind a digit are a product; so are two, but for common words and units.
 _WORD = re.compile(
-    r"(?<![A-Za-z\d])[A-Za-z]{3,}|[A-Za-z]['’][A-Za-z]|"
+    r"(?<![A-Za-z\d])[A-Za-z]{3,}|[A-Za-z]['’][A-Za-z]|[^\W\d_A-Za-z]{2,}|"
     r"(?<!\S)\W*(?i:am|an|as|at|be|by|cm|do|ft|he|hr|if|in|is|it|kg|km|lb|mg|mi|ml|mm|"
     r"my|no|of|on|or|oz|pm|so|to|up|us|we|yd)\W*(?!\S)"
 )
@@ -65,8 +65,8 @@ _QUANTITY = re.compile(r"[-+]?[\d.,]+ [cdghlmst]")
 def marked(text: str) -> str:
     """The text with its formula in a box, "" where that cannot be read.
 
-    The formula is that of the last box, or all of a text without words; a text with
-    words keeps them, its formulas between dollars.
+    The formula is that of the last box, or the last line of a text without words; a
+    text with words keeps them, its formulas between dollars.
     """
     formula = last_box(text)
     if formula is None:
@@ -76,6 +76,8 @@ def marked(text: str) -> str:
             text = _SIGN.sub("-", text)
             lines = [] if _MARK.search(text) else text.splitlines()
             return "\n".join(map(_with_dollars, lines)) or text
+        if "\\begin" not in formula:
+            formula = next(iter(formula.rstrip().splitlines()[::-1]), "")
     formula = tidy(formula)
     return f"\\boxed{{{formula}}}" if formula else ""
 

@@ -114,7 +114,7 @@ _LETTERS = tuple(
         rf"(?i:\banswer\b)\W*{_LETTER}|\b{_OPTION}\W*{_LISTED}",
         rf"\A\W*{_LISTED}\W*(?:\*\*|\b(?:because|since|as|due)\b)",
         r"\A[\s*]*([A-J])[).:](?=[\s*]|\Z)",  # a line of the list, repeated
-        r"\(([A-J])\)(?!.*\([A-J]\))",  # the last
+        r"\(([A-J])\)(?!(?s:.*)\([A-J]\))",  # the last
         r"\(([A-J])\)",
     )
 )

@@ -62,6 +62,13 @@ def graded(prediction: str | None, answer: str, grader: str = "math") -> Verdict
         ("The answer is 7² or so", "49"),
         ("**$7$** is the answer", "7"),
         ("$7$, $8$", "7, 8"),
+        ("答案是 7", "7"),
+        ("7*4=28\n28-3=25", "25"),
+        ("$$\n7\n$$\n", "7"),
+        (
+            "\\begin{pmatrix}\n1\\\\2\n\\end{pmatrix}",
+            r"\begin{bmatrix}1\\2\end{bmatrix}",
+        ),
         ("3 ab", "3ab"),
         (r"The answer is 2\sqrt{3} cm.", r"\sqrt{12}"),
         ("It takes 5s", "5"),
@@ -175,6 +182,7 @@ def test_rounding_is_not_equality() -> None:
         "Answer: I think it is option C",
         "C) 42 is more than (A)",
         "(A) is wrong, (C) is right, (B) is wrong",
+        "Of (A) and (B)\nnone fits, but (C)",
     ],
 )
 def test_the_letter_of_a_choice(prediction: str) -> None:
