@@ -17,8 +17,8 @@ _NAME = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln|sqrt)(?![A-Za-z])")
 # Letters behind a digit are a product; so are two, but for common words and units.
 _WORD = re.compile(
     r"(?<![A-Za-z\d])[A-Za-z]{3,}|[A-Za-z]['’][A-Za-z]|[^\W\d_A-Za-z]{2,}|"
-    r"(?<!\S)\W*(?i:am|an|as|at|be|by|cm|do|ft|he|hr|if|in|is|it|kg|km|lb|mg|mi|ml|mm|"
-    r"my|no|of|on|or|oz|pm|so|to|up|us|we|yd)\W*(?!\S)"
+    r"(?<!\S)[^\w\s]*(?i:am|an|as|at|be|by|cm|do|ft|he|hr|if|in|is|it|kg|km|lb|mg|mi|ml|"
+    r"mm|my|no|of|on|or|oz|pm|so|to|up|us|we|yd)[^\w\s]*(?!\S)"
 )
 _SIGN = re.compile(
     r"(?<![\d)}] )\b(?:minus|negative)\s+(?=[\d\\])|(?:(?<=\bis )|(?<=[:=] ))- +(?=\d)"
@@ -29,6 +29,7 @@ _REWRITTEN = [
     for pattern, written in (
         (r"\\!", ""),
         (r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~|\s", " "),
+        (" +", " "),
         ("[·⋅]", r"\\cdot "),
         ("²", "^{2}"),
         ("³", "^{3}"),
@@ -56,8 +57,8 @@ _REWRITTEN = [
 ]
 # What would be read in part, or as a sum: 3 5, 3{5}, > 5, 5 @ 6.
 _UNREAD = re.compile(
-    r"\d\.? +\.?\d|(?<![\\A-Za-z}\d^_])\d+ *\{|[\"@#`?]|[^\x00-\x7f×÷π±≤≥≠≈∪∩∈]|\\phantom"
-    r"|^ *(?:[<>≤≥≠]|\\(?:neq?|neg|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
+    r"\d\.? +\.?\d|(?<![\\A-Za-z}\d^_])\d+ *\{|[\"@#`?]|\\phantom"
+    r"|[^\x00-\x7f×÷π±≤≥≠≈∪∩∈]|^ *(?:[<>≤≥≠]|\\(?:neq?|neg|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
 )
 _QUANTITY = re.compile(r"[-+]?[\d.,]+ [cdghlmst]")
 

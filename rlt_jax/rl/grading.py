@@ -100,8 +100,10 @@ def _math(prediction: str, answer: str) -> Verdict | Pair:
 _ORNAMENTS = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+)\b|[{}$\\]")
 _IS = r"(?:is|was|would be|should be|must be)"
 # "A" and "I" may be words: after them something else than the next word has to come.
-_ENDS = r"\b(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|[ \t]+(?:because|since|as|is|which)\b)"
-_LETTER = rf"\(?(?:\b([B-HJ])\b|\b([AI]){_ENDS})"
+_ENDS = (
+    r"\b(?!-\w)(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|[ \t]+(?:because|since|as|is|which)\b)"
+)
+_LETTER = rf"\(?(?:\b([B-HJ])\b(?!-\w)|\b([AI]){_ENDS})"
 _LISTED = rf"\(?(?:\b([A-HJ])\b|\b(I){_ENDS})"
 _OPTION = r"(?i:(?:the\s+)?(?:option|choice)\b)"
 # In the order of preference; of several matches that are not denied the first counts.
@@ -109,7 +111,8 @@ _LETTERS = tuple(
     re.compile(pattern)
     for pattern in (
         r"\A\W*([A-Ja-j])\W*\Z",  # nothing else
-        rf"(?i:\banswer\W*\b{_IS}\b|\banswer\**\s*[:=])\W*(?:{_OPTION}\W*)?{_LETTER}",
+        rf"(?i:\banswer\W*\b{_IS}\b|\banswer\**\s*[:=])\W*(?:\w+ly\s+)?"
+        rf"(?:{_OPTION}\W*)?{_LETTER}",
         rf"\b{_OPTION}(?i:\W*\b{_IS}\b|\**\s*[:=])\W*{_LETTER}",
         rf"(?i:\banswer\b)\W*{_LETTER}|\b{_OPTION}\W*{_LISTED}",
         rf"\A\W*{_LISTED}\W*(?:\*\*|\b(?:because|since|as|due)\b)",
@@ -119,13 +122,13 @@ _LETTERS = tuple(
     )
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|nor|than|over|wrong|incorrect|false)|n['’]t)"
+    r"(?:\b(?:not|never|neither|nor|than|over|wrong|incorrect|false)|n['’]t)"
     r"[ \t]+(?:(?:be|the|an?|best|correct|final|right)\s+)*\(?\Z",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
     r"[)\]*]*\s+(?:cannot\b|fails\b|(?:can|does|is|was)n?['’]t\b|"
-    rf"(?:{_IS}|can|does|looks|seems)\s+(?:\w+ly\s+)?"
+    rf"(?:{_IS}|are|can|does|looks|seems)\s+(?:\w+ly\s+)?"
     r"(?:not|incorrect|wrong|false|impossible|excluded|eliminated|ruled out|out)\b)",
     re.IGNORECASE,
 )

@@ -182,6 +182,8 @@ def test_rounding_is_not_equality() -> None:
         "Answer: I think it is option C",
         "C) 42 is more than (A)",
         "(A) is wrong, (C) is right, (B) is wrong",
+        "Neither option A nor option B: option C",
+        "The answer is clearly C.",
         "Of (A) and (B)\nnone fits, but (C)",
     ],
 )
@@ -205,6 +207,7 @@ def test_marked_letters_that_may_be_words(text: str) -> None:
         *("42", "Cat", "A cat", "Answer: I think so", "The answer is A good one"),
         *("Hence option (A) is wrong.", "The choice I made", "K", "The answer is Z"),
         "The answer is not A",
+        "The answer is A-type",
     ],
 )
 def test_no_letter_is_no_choice(prediction: str) -> None:
