@@ -17,8 +17,8 @@ _NAME = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln|sqrt)(?![A-Za-z])")
 # Letters behind a digit are a product; so are two, but for common words and units.
 _WORD = re.compile(
     r"(?<![A-Za-z\d])[A-Za-z]{3,}|[A-Za-z]['’][A-Za-z]|[^\W\d_A-Za-z]{2,}|"
-    r"(?<!\S)[^\w\s]*(?i:am|an|as|at|be|by|cm|do|ft|he|hr|if|in|is|it|kg|km|lb|mg|mi|ml|"
-    r"mm|my|no|of|on|or|oz|pm|so|to|up|us|we|yd)[^\w\s]*(?!\S)"
+    r"(?<!\S)[^\w\s]*(?i:am|an|as|at|be|by|cm|do|ft|he|hr|if|in|is|it|kg|km|lb|mg|mi|"
+    r"ml|mm|my|no|of|on|or|oz|pm|so|to|up|us|we|yd)[^\w\s]*(?!\S)"
 )
 _SIGN = re.compile(
     r"(?<![\d)}] )\b(?:minus|negative)\s+(?=[\d\\])|(?:(?<=\bis )|(?<=[:=] ))- +(?=\d)"
@@ -45,8 +45,7 @@ _REWRITTEN = [
         (r"(?<=\d)(?:st|nd|rd|th)$", ""),
         (r"^([^=]*\d[^=]*)= *([A-Za-z])$", r"\2=\1"),
         # 1 000, and 1 1/2, which would be (1+1)/2
-        (r"(?<![\d.,])(\d{1,3}) (?=\d{3}(?!\d))", r"\1"),
-        (r"(?<=\d) (?=\d{3}(?: \d{3})*$)", ""),
+        (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),
         (
             r"(?<![\d.,/^] )(?<![\d.,/^])(\d+) +(\d+) */ *(\d+)(?!\d)",
             r"\1\\frac{\2}{\3}",
@@ -58,7 +57,8 @@ _REWRITTEN = [
 # What would be read in part, or as a sum: 3 5, 3{5}, > 5, 5 @ 6.
 _UNREAD = re.compile(
     r"\d\.? +\.?\d|(?<![\\A-Za-z}\d^_])\d+ *\{|[\"@#`?]|\\phantom"
-    r"|[^\x00-\x7f×÷π±≤≥≠≈∪∩∈]|^ *(?:[<>≤≥≠]|\\(?:neq?|neg|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
+    r"|[^\x00-\x7f×÷π±≤≥≠≈∪∩∈]"
+    r"|^ *(?:[<>≤≥≠]|\\(?:neq?|neg|not|leq?|geq?|lt|gt)(?![A-Za-z]))"
 )
 _QUANTITY = re.compile(r"[-+]?[\d.,]+ [cdghlmst]")
 

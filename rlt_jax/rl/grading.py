@@ -105,14 +105,14 @@ _ENDS = (
 )
 _LETTER = rf"\(?(?:\b([B-HJ])\b(?!-\w)|\b([AI]){_ENDS})"
 _LISTED = rf"\(?(?:\b([A-HJ])\b|\b(I){_ENDS})"
+_ANSWER_IS = rf"(?i:\banswer\W*\b{_IS}\b|\banswer\**\s*[:=])"
 _OPTION = r"(?i:(?:the\s+)?(?:option|choice)\b)"
 # In the order of preference; of several matches that are not denied the first counts.
 _LETTERS = tuple(
     re.compile(pattern)
     for pattern in (
         r"\A\W*([A-Ja-j])\W*\Z",  # nothing else
-        rf"(?i:\banswer\W*\b{_IS}\b|\banswer\**\s*[:=])\W*(?:\w+ly\s+)?"
-        rf"(?:{_OPTION}\W*)?{_LETTER}",
+        rf"{_ANSWER_IS}\W*(?:\w+ly\s+)?(?:{_OPTION}\W*)?{_LETTER}",
         rf"\b{_OPTION}(?i:\W*\b{_IS}\b|\**\s*[:=])\W*{_LETTER}",
         rf"(?i:\banswer\b)\W*{_LETTER}|\b{_OPTION}\W*{_LISTED}",
         rf"\A\W*{_LISTED}\W*(?:\*\*|\b(?:because|since|as|due)\b)",
