@@ -8,6 +8,7 @@ import re
 from rlt_jax.data.boxes import last_box
 
 _MARK = re.compile(r"\$|(?<!\\)\\[()\[\]]")
+_MARKED = re.compile(r"\$([^$\n]+)\$|(?<!\\)\\\(([^\n]+?)\\\)")
 _COMMAND = re.compile(
     r"\\(?:text\w*|mbox|math[a-z]+|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
@@ -75,8 +76,9 @@ def marked(text: str) -> str:
         formula = _MARK.sub(" ", text)
         if has_words(formula):
             text = _SIGN.sub("-", text)
-            lines = [] if _MARK.search(text) else text.splitlines()
-            return "\n".join(map(_with_dollars, lines)) or text
+            if _MARK.search(text):
+                return _MARKED.sub(_tidied, text)
+            return "\n".join(map(_with_dollars, text.splitlines()))
         if "\\begin" not in formula:
             formula = next(iter(formula.rstrip().splitlines()[::-1]), "")
     formula = tidy(formula)
@@ -118,6 +120,13 @@ def tidy(formula: str) -> str:
     if _UNREAD.search(formula) and not is_table or formula.count("|") % 2:
         return ""
     return formula
+
+
+def _tidied(match: re.Match[str]) -> str:
+    """A formula that the text marks; between two prices are words."""
+    formula = match[1] or match[2]
+    inner = "" if has_words(formula) else tidy(formula)
+    return f"${inner}$" if inner else match[0]
 
 
 def _with_dollars(line: str) -> str:

@@ -63,6 +63,8 @@ def graded(prediction: str | None, answer: str, grader: str = "math") -> Verdict
         ("The answer is 7² or so", "49"),
         ("**$7$** is the answer", "7"),
         ("$7$, $8$", "7, 8"),
+        ("The answer is $6  -  5i$.", "6 - 5i"),
+        ("It costs $5 or $6 more, \\(7\\) in all.", "7"),
         ("答案是 7", "7"),
         ("7*4=28\n28-3=25", "25"),
         ("$$\n7\n$$\n", "7"),
