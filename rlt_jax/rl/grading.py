@@ -4,9 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tasks import countdown
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
+from rlt_jax.rl.formulas import plain
 from rlt_jax.rl.math_answers import Pair, compare
 
 MAX_CHARACTERS = 2000  # of a text that is parsed
@@ -17,9 +19,10 @@ class Verdict(NamedTuple):
 
     Attributes:
       correct: whether it gives the answer.
-      answer: its canonical form, for votes: that of the known answer where it is
-        right, None where nothing could be read.
-      error: "timeout" or "crash" where reading it failed; it then counts as wrong.
+      answer: its canonical form, for votes: the known answer where it is right, None
+        where there is none or it is empty.
+      error: "timeout" or "crash" where reading it failed; it then counts as wrong, and
+        has no vote.
     """
 
     correct: bool
@@ -49,14 +52,14 @@ def grade(
     compared = compare(pairs.values()) if pairs else {}
     for key, pair in pairs.items():
         equal, read, error = compared[pair]
-        verdicts[key] = Verdict(equal, key[2].strip() if equal else read, error)
+        verdicts[key] = Verdict(equal, pair.answer.strip() if equal else read, error)
     return [Verdict(False) if key is None else verdicts[key] for key in asked]
 
 
 def check_gradable(problems: Sequence[Problem]) -> None:
-    """Refuses problems without an answer or with an unknown grader."""
+    """Refuses problems without an answer, or a blank one, or an unknown grader."""
     for problem in problems:
-        if problem.answer is None:
+        if not (problem.answer or "").strip():
             raise UserError(
                 f"the problem {problem.question[:60]!r} has no `answer`: grading needs "
                 "an 'answer' for every question."
@@ -69,57 +72,86 @@ def check_gradable(problems: Sequence[Problem]) -> None:
 
 
 _INTEGER = re.compile(r"\s*([-+]?[0-9]+)\s*")
-_BOXED_INTEGER = re.compile(r"\\boxed\{\s*([-+]?[0-9]+)\s*\}")
 
 
 def _math(prediction: str, answer: str) -> Verdict | Pair:
     """Equal as mathematics: "1/2" is "0.5", the last box of a text is its answer.
 
-    Of a longer text `MAX_CHARACTERS` are read: from the last box on, or at its end.
+    Of a text without a box the last `MAX_CHARACTERS` are read.
     """
-    if prediction.strip() == answer.strip():
-        return Verdict(True, answer.strip())
-    if not prediction.strip():
+    prediction, answer = (text.replace("−", "-") for text in (prediction, answer))
+    known = answer.strip()
+    box = last_box(prediction)
+    last = (prediction[-MAX_CHARACTERS:] if box is None else box).strip()
+    if not last:
         return Verdict(False)
-    # math-verify would take several boxes for one answer of several parts.
-    box = prediction.rfind("\\boxed{")
-    last = (
-        prediction[-MAX_CHARACTERS:]
-        if box < 0
-        else prediction[box : box + MAX_CHARACTERS]
-    )
-    number = _INTEGER.fullmatch(last) or _BOXED_INTEGER.match(last)
-    known = _INTEGER.fullmatch(answer[:MAX_CHARACTERS])
-    if number and known:
-        equal = int(number[1]) == int(known[1])
-        return Verdict(equal, answer.strip() if equal else str(int(number[1])))
-    return Pair(last, answer)
+    if known in (last, prediction.strip()):
+        return Verdict(True, known)
+    if len(last) > MAX_CHARACTERS:
+        return Verdict(False, plain(last[:MAX_CHARACTERS]))
+    integers = _INTEGER.fullmatch(last), _INTEGER.fullmatch(answer[:MAX_CHARACTERS])
+    if all(integers):
+        number, right = (int(match[1]) for match in integers)
+        return Verdict(number == right, known if number == right else str(number))
+    return Pair(last if box is None else f"\\boxed{{{last}}}", answer)
 
 
-# LaTeX that may stand around a letter, and Markdown's stars.
-_ORNAMENTS = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+)\b|[{}$*\\]")
+# LaTeX that may stand around a letter.
+_ORNAMENTS = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+)\b|[{}$\\]")
+_IS = r"(?:is|was|would be|should be|must be)"
+# "A" and "I" may be words: after them something else than the next word has to come.
+_ENDS = (
+    r"\b(?!-\w)(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|[ \t]+(?:because|since|as|is|which)\b)"
+)
+_LETTER = rf"\(?(?:\b([B-HJ])\b(?!-\w)|\b([AI]){_ENDS})"
+_LISTED = rf"\(?(?:\b([A-HJ])\b|\b(I){_ENDS})"
+_ANSWER_IS = rf"(?i:\banswer\W*\b{_IS}\b|\banswer\**\s*[:=])"
+_OPTION = r"(?i:(?:the\s+)?(?:option|choice)\b)"
+# In the order of preference; of several matches that are not denied the first counts.
 _LETTERS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"\W*([A-Za-z])\W*",  # nothing else
-        r".*\b(?i:answer(?: is)?|option|choice)\W*(?:(?i:option|choice)\W*)?\b([A-Z])\b.*",
-        r".*\(([A-Z])\).*",
-        r"\W*([A-Z])[).:](?:\s.*)?",  # a line of the list, repeated
+        r"\A\W*([A-Ja-j])\W*\Z",  # nothing else
+        rf"{_ANSWER_IS}\W*(?:\w+ly\s+)?(?:{_OPTION}\W*)?{_LETTER}",
+        rf"\b{_OPTION}(?i:\W*\b{_IS}\b|\**\s*[:=])\W*{_LETTER}",
+        rf"(?i:\banswer\b)\W*{_LETTER}|\b{_OPTION}\W*{_LISTED}",
+        rf"\A\W*{_LISTED}\W*(?:\*\*|\b(?:because|since|as|due)\b)",
+        r"\A[\s*]*([A-J])[).:](?=[\s*]|\Z)",  # a line of the list, repeated
+        r"\(([A-J])\)(?!(?s:.*)\([A-J]\))",  # the last
+        r"\(([A-J])\)",
     )
+)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|neither|nor|than|over|wrong|incorrect|false)|n['’]t)"
+    r"[ \t]+(?:(?:be|the|an?|best|correct|final|right)\s+)*\(?\Z",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[)\]*]*\s+(?:cannot\b|fails\b|(?:can|does|is|was)n?['’]t\b|"
+    rf"(?:{_IS}|are|can|does|looks|seems)\s+(?:\w+ly\s+)?"
+    r"(?:not|incorrect|wrong|false|impossible|excluded|eliminated|ruled out|out)\b)",
+    re.IGNORECASE,
 )
 
 
 def _letter(text: str) -> str | None:
-    text = text[max(text.rfind("\\boxed{"), 0) :].strip()
-    bare = _ORNAMENTS.sub("", text[-MAX_CHARACTERS:]).replace("\n", " ")
-    matches = (pattern.fullmatch(bare) for pattern in _LETTERS)
-    return next((match[1].upper() for match in matches if match), None)
+    bare = _ORNAMENTS.sub("", text)
+    for pattern in _LETTERS:
+        for match in pattern.finditer(bare):
+            before = bare[max(match.start() - 40, 0) : match.start()]
+            denied = _DENIED_AFTER.match(bare, match.end())
+            if not denied and not _DENIED_BEFORE.search(before):
+                return next(filter(None, match.groups())).upper()
+    return None
 
 
 def _choice(prediction: str, answer: str) -> Verdict:
     """The letter of an option: "(C)", "c", "The answer is C.", "\\boxed{\\text{C}}"."""
-    letter, known = _letter(prediction), _letter(answer)
-    return Verdict(letter is not None and letter == known, letter)
+    box = last_box(prediction)
+    read = (prediction if box is None else box)[-MAX_CHARACTERS:]
+    letter = _letter(read)
+    correct = letter is not None and letter == _letter(answer)
+    return Verdict(correct, letter or plain(read) or None)
 
 
 def _exact(prediction: str, answer: str) -> Verdict:

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import pebble
 
+from rlt_jax.data.boxes import last_box
 from rlt_jax.errors import UserError
+from rlt_jax.rl import formulas
 
 SECONDS = 5.0  # for one answer; the start of a process does not count
 MEMORY = 4 * 2**30  # bytes of address space of a process
@@ -39,8 +41,8 @@ class Comparison(NamedTuple):
 
     Attributes:
       equal: as mathematics.
-      read: what the prediction was read as, as sympy writes it; None where nothing
-        could be read, and where it is equal.
+      read: what the prediction was read as, in sympy's words with exact numbers, or
+        its text where it is no mathematics; None where it is equal or empty.
       error: "timeout", or "crash" where the process failed.
     """
 
@@ -143,11 +145,34 @@ def _in_process(prediction: str, answer: str, alarm: float) -> tuple[bool, str |
     import math_verify
 
     signal.setitimer(signal.ITIMER_REAL, alarm)  # ends a process whose pool is gone
-    gold = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    parsed = math_verify.parse(prediction, parsing_timeout=None)
-    if not parsed and "\\" in prediction:  # LaTeX that nothing marks as such
-        parsed = math_verify.parse(f"${prediction}$", parsing_timeout=None)
-    equal = math_verify.verify(gold, parsed, timeout_seconds=None)
-    read = str(parsed[0]) if parsed and not equal else None
+    known = f"\\boxed{{{answer}}}"
+    gold, given = (
+        math_verify.parse(text, parsing_timeout=None)
+        for text in (formulas.marked(known) or known, formulas.marked(prediction))
+    )
+    equal = not formulas.other_base(prediction, answer) and math_verify.verify(
+        gold, given, timeout_seconds=None
+    )
+    read = None if equal else _canonical(prediction, given)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return equal, read
+
+
+def _canonical(prediction: str, parsed: list) -> str | None:
+    """One text for equal numbers; that of the answer where it is no mathematics."""
+    import sympy
+    from math_verify import grader
+
+    box = last_box(prediction)
+    text = formulas.plain(prediction if box is None else box)
+    value = parsed[0] if parsed else ""
+    if isinstance(value, str):
+        return text or None
+    try:
+        if grader.is_equation(value):
+            value = grader.take_last_relation(value).rhs
+        value = sympy.nsimplify(value.doit(), rational=True)
+        is_words = not value.is_number and formulas.has_words(text)
+        return text if is_words and box is not None else str(value)
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError):
+        return text  # sympy's errors, and that of a number with too many digits

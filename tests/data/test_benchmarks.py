@@ -42,6 +42,11 @@ LAYOUTS = [
     ),
     (
         "aime24",
+        {"problem": "q", "solution": "\\boxed{3} is \\boxed{\\frac{1}{2}}."},
+        Problem("q", "\\boxed{3} is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+    ),
+    (
+        "aime24",
         {"id": 1, "problem": "q", "solution": "s", "answer": "033", "question": "Q"},
         Problem("q", "s", "033"),
     ),
@@ -173,6 +178,11 @@ def test_a_missing_file_says_where_to_get_it(task: str, tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"problem": "q"}',
+            "line 1: needs problem or question, and answer",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "q", "solution": "\\\\boxed{3} is \\\\boxed{\\\\frac{1}{2}"}',
             "line 1: needs problem or question, and answer",
         ),
         (

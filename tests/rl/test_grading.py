@@ -41,6 +41,53 @@ def graded(prediction: str | None, answer: str, grader: str = "math") -> Verdict
         ("It is 7.", "7"),
         ("012", "12"),
         ("+5", "5"),
+        ("−3", "-3"),
+        (r"\boxed{−3}", "-3"),
+        ("The answer is −3", "-3"),
+        ("−1/2", "-0.5"),
+        (r"2\sqrt{3}", r"2\sqrt3"),
+        (r"3 \pi", r"3\pi"),
+        ("3pi", r"3\pi"),
+        (r"\frac{3}{4} + 1", r"\frac74"),
+        ("2^{10}", "1024"),
+        ("2**10", "1024"),
+        ("x^2+1", "1+x^2"),
+        ("6 - 5i", "6-5i"),
+        ("1 1/2", "3/2"),
+        (r"1\,000", "1000"),
+        ("1 234 567", "1234567"),
+        ("5!", "120"),
+        ("The answer is 5!", "5"),
+        ("The answer is - 7", "-7"),
+        ("It is negative 7.", "-7"),
+        ("The answer is 7² or so", "49"),
+        ("**$7$** is the answer", "7"),
+        ("$7$, $8$", "7, 8"),
+        ("The answer is $6  -  5i$.", "6 - 5i"),
+        ("It costs $5 or $6 more, \\(7\\) in all.", "7"),
+        ("答案是 7", "7"),
+        ("7*4=28\n28-3=25", "25"),
+        ("$$\n7\n$$\n", "7"),
+        (
+            "\\begin{pmatrix}\n1\\\\2\n\\end{pmatrix}",
+            r"\begin{bmatrix}1\\2\end{bmatrix}",
+        ),
+        ("3 ab", "3ab"),
+        (r"The answer is 2\sqrt{3} cm.", r"\sqrt{12}"),
+        ("It takes 5s", "5"),
+        ("5 m", "5"),
+        ("7 apples", "7"),
+        ("**5**", "5"),
+        ("-5.", "-5"),
+        ("2(3)", "6"),
+        ("3·4", "12"),
+        (r"\sin x", r"\sin(x)"),
+        ("3t", "t+2t"),
+        ("(3, 4)", "(3,4)"),
+        (r"\[ x = 5 \]", "5"),
+        (r"\boxed{7} is not \frac{1}{2} of {13}", "7"),
+        ("2516_8", "2516_{8}"),
+        ("25", "25_6"),
     ],
 )
 def test_right_answers_in_other_words(prediction: str, answer: str) -> None:
@@ -51,7 +98,6 @@ def test_right_answers_in_other_words(prediction: str, answer: str) -> None:
     ("prediction", "answer", "read"),
     [
         (None, "7", None),
-        (None, "", None),
         ("", "7", None),
         ("8", "7", "8"),
         ("-7", "7", "-7"),
@@ -60,8 +106,50 @@ def test_right_answers_in_other_words(prediction: str, answer: str) -> None:
         ("1,234", "1", "1234"),
         (r"First \boxed{4}, but no: \boxed{3}", "4", "3"),
         (r"The known 7 gives \boxed{8}", "7", "8"),
-        ("{}{$$", "7", None),
-        ("other words", "some words", None),
+        (" \n", "7", None),
+        (r"so \boxed{ }", "7", None),
+        ("{}{$$", "7", "{}{$$"),
+        ("other  words", "some words", "other words"),
+        (r"\boxed{\text{Other words}}", "some words", "Other words"),
+        (r"2\sqrt{3}", "2", "2*sqrt(3)"),
+        (r"2\sqrt{3} cm", "2", "2*sqrt(3)"),
+        (r"The answer is 2\sqrt{3}.", "2", "2*sqrt(3)"),
+        ("2*sqrt(3)", "2", "2*sqrt(3)"),
+        ("2^{10}", "2", "1024"),
+        (r"3 \pi", "3", "3*pi"),
+        ("3pi", "3", "3*pi"),
+        ("5x", "5", "5*x"),
+        ("$5$ x", "5", "5*x"),
+        ("7 ab", "7", "7*a*b"),
+        ("7", "7ab", "7"),
+        ("The answer is - 7", "7", "-7"),
+        ("The answer is 7√2", "7", "7*sqrt(2)"),
+        ("The answer is 7 sqrt(2)", "7", "7*sqrt(2)"),
+        ("The answer is 7²", "7", "49"),
+        ("The answer is 7(2)", "7", "14"),
+        ("7’s", "7", "7’s"),
+        ("The answer is 5x.", "5", "5*x"),
+        ("2xy", "2", "2*x*y"),
+        ("3+xy", "3", "x*y + 3"),
+        ("5!", "5", "120"),
+        ("x > 5", "5", "x > 5"),
+        ("> 5", "5", "> 5"),
+        ("3 5", "8", "3 5"),
+        (r"\boxed{3 5}", "8", "3 5"),
+        ("0.5 100", "0.51", "0.5 100"),
+        (r"$3 \quad 5$", "8", r"$3 \quad 5$"),
+        ("2(3)", "5", "6"),
+        ("5}{6", "5", "5}{6"),
+        ("5; 6", "5", "{5, 6}"),
+        ("5 | 6", "6", "5 | 6"),
+        ("1. 5", "5", "1. 5"),
+        ("3t", "3", "3*t"),
+        ("3", "3t", "3"),
+        (r"2\pi h", r"2\pi", "2*pi*h"),
+        ("2516_7", "2516_8", "2516"),
+        ("4, 3", "(3, 4)", "{3, 4}"),
+        ("1–3", "-2", "1–3"),
+        (r"\boxed{7", "7", r"\boxed{7"),
         (r"\boxed{\frac{6}{4}}", "0.5", "3/2"),
     ],
 )
@@ -83,6 +171,24 @@ def test_rounding_is_not_equality() -> None:
         *("The answer is C.", "the answer is: (C)", "**Answer: C**", "Answer: $C$"),
         *("C) 42 m", "(C) 42 m", "Option C is right.", "The answer is option C"),
         "A thorough look at (A) and (B) leaves (C).",
+        "The correct answer is C, not option A.",
+        "**Answer: C**\n\nOption A is incorrect",
+        "**Answer:** C\n\nOption A is incorrect",
+        r"\boxed{C}, which excludes option A.",
+        "\\boxed{C}\nHence option (B) is wrong.",
+        "**(C)** because of (A)",
+        "C because of (A)",
+        "answer: C) The choice A",
+        "The correct option is C",
+        "The correct choice would be C",
+        "The wrong answer is A. The answer is C",
+        "Option A is clearly wrong, option B isn't right; option C is.",
+        "Answer: I think it is option C",
+        "C) 42 is more than (A)",
+        "(A) is wrong, (C) is right, (B) is wrong",
+        "Neither option A nor option B: option C",
+        "The answer is clearly C.",
+        "Of (A) and (B)\nnone fits, but (C)",
     ],
 )
 def test_the_letter_of_a_choice(prediction: str) -> None:
@@ -91,9 +197,47 @@ def test_the_letter_of_a_choice(prediction: str) -> None:
     assert graded(prediction, "D", "choice") == Verdict(False, "C")
 
 
-@pytest.mark.parametrize("prediction", ["", "42", "Cat", "A cat", r"\boxed{42}", None])
-def test_no_letter_is_no_choice(prediction: str | None) -> None:
+@pytest.mark.parametrize("text", ["A", "(A)", "The answer is A.", "Option A fits"])
+def test_marked_letters_that_may_be_words(text: str) -> None:
+    assert graded(text, "A", "choice").correct
+    assert graded(text.replace("A", "I") + ".", "I", "choice").correct == (
+        "fits" not in text
+    )
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        *("42", "Cat", "A cat", "Answer: I think so", "The answer is A good one"),
+        *("Hence option (A) is wrong.", "The choice I made", "K", "The answer is Z"),
+        "The answer is not A",
+        "The answer is A-type",
+    ],
+)
+def test_no_letter_is_no_choice(prediction: str) -> None:
+    for answer in ("A", "I"):
+        assert graded(prediction, answer, "choice") == Verdict(False, prediction)
+
+
+@pytest.mark.parametrize("prediction", ["", " \n", r"Option A: \boxed{}", None])
+def test_empty_answers_are_no_choice(prediction: str | None) -> None:
     assert graded(prediction, "A", "choice") == Verdict(False)
+
+
+@pytest.mark.parametrize(
+    ("texts", "vote"),
+    [
+        (["3", "3.0", "6/2", "x = 3", r"\boxed{3.00}", "It is 3.", "$x=3$"], "3"),
+        (["7/2", "3.5", r"\frac{14}{4}", "3 1/2"], "7/2"),
+        (["x+1", "1 + x"], "x + 1"),
+        (["(1, 2, 3)", r"\left(1,2,3\right)"], "(1, 2, 3)"),
+        (["Two words", r"\boxed{\text{Two  words}}", " Two\nwords "], "Two words"),
+        ([r"\boxed{9^{99999}}"], "9^{99999}"),
+    ],
+)
+def test_equal_wrong_answers_have_one_vote(texts: list[str], vote: str) -> None:
+    verdicts = grade([Problem("q", "s", "17")] * len(texts), texts)
+    assert verdicts == [Verdict(False, vote)] * len(texts)
 
 
 def test_exact_is_the_same_text() -> None:
@@ -112,6 +256,9 @@ def test_countdown_is_graded_by_its_verifier() -> None:
 def test_what_cannot_be_graded_is_named() -> None:
     with pytest.raises(UserError, match="'Why.' has no `answer`"):
         grade([Problem("Why?", "Because.")], ["x"])
+    for answer in ("", " \n"):
+        with pytest.raises(UserError, match="'q' has no `answer`"):
+            graded("", answer)
     with pytest.raises(
         UserError, match="unknown grader 'maths'; known are math, choice"
     ):
@@ -120,8 +267,9 @@ def test_what_cannot_be_graded_is_named() -> None:
 
 def test_plain_numbers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math_answers, "_running", None)
-    for text in ("8", "012", r"so \boxed{ 8 } it is", "", "7"):
+    for text in ("8", "012", "−7", r"so \boxed{ 8 } it is {so}", "", "7"):
         graded(text, "7")
+    assert graded(r"so \boxed{x + \frac12}", r"x + \frac12").correct
 
 
 def test_long_texts_are_read_in_part() -> None:

@@ -35,7 +35,7 @@ EXPECTED = {
     "majority_at_4": 4 / 9,
     "num_questions": 3,
     "samples_per_question": 4,
-    "unreadable": 2,
+    "unreadable": 1,
     "timed_out": 0,
     "crashed": 0,
     "truncated": None,

@@ -4,9 +4,9 @@ The files differ in little but the names of their columns.
 """
 
 import itertools
-import re
 from typing import Any
 
+from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tables import Row, read_rows
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
@@ -23,7 +23,6 @@ SOURCES = {
 QUESTION = ("problem", "question")
 SOLUTION = ("solution",)
 ANSWER = ("answer",)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
@@ -50,7 +49,7 @@ def _problem(where: str, row: Row) -> Problem:
         for names in (QUESTION, SOLUTION, ANSWER)
     )
     if not answer:  # some files have it in the solution alone
-        answer = (_BOXED.findall(solution) or [""])[-1]
+        answer = last_box(solution) or ""
     if not question.strip() or not answer.strip():
         raise UserError(
             f"{where}: needs {' or '.join(QUESTION)}, and {ANSWER[0]} or a solution "

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlt_jax.data.boxes import last_box
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
 
@@ -34,6 +35,9 @@ _OPERATIONS = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+# Other ways to write them, and LaTeX that only changes the looks.
+_WRITTEN = {"*": r"\\times|\\cdot|[×·⋅]", "/": r"\\div|÷", "-": "−"}
+_LAYOUT = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[()\[\],;:! ]")
 _LONGEST = 200  # characters of an expression; the parser's stack is finite
 
 
@@ -70,21 +74,23 @@ def is_solution(prediction: str, answer: str) -> bool:
     """Whether an expression makes the target of exactly the given numbers.
 
     Args:
-      prediction: such as "7*4-3", "(7 \\times 4) - 3 = 25" or the last boxed part of a
-        longer text; exact arithmetic, no powers, no signs, nothing evaluated as code.
+      prediction: such as "7*4-3", "25 = (7 \\times 4) - 3" or the last box of a longer
+        text; exact arithmetic, no powers, no signs, nothing evaluated as code.
       answer: such as "25 from 3, 4, 7".
     """
     target, *numbers = map(int, re.findall(r"\d+", answer))
-    text = prediction[prediction.rfind("\\boxed{") :] if "\\boxed" in prediction else ""
-    text = text.removeprefix("\\boxed{").rpartition("}")[0] or prediction
-    for written, sign in (("\\times", "*"), ("×", "*"), ("÷", "/"), ("\\div", "/")):
-        text = text.replace(written, sign)
-    left, equals, right = text.replace("−", "-").strip().strip("$").partition("=")
-    if equals and right.strip() != str(target):
+    text = last_box(prediction)
+    text = _LAYOUT.sub("", prediction if text is None else text)
+    for sign, written in _WRITTEN.items():
+        text = re.sub(written, sign, text)
+    sides = [side.strip() for side in text.strip().strip("$").rstrip(".$ ").split("=")]
+    if len(sides) == 2 and str(target) in sides:
+        sides.remove(str(target))
+    if len(sides) > 1:
         return False
     used: list[int] = []
     try:
-        value = _evaluate(left.strip(), used)
+        value = _evaluate(sides[0], used)
     except (ArithmeticError, SyntaxError, ValueError):
         return False
     return value == target and sorted(used) == sorted(numbers)

@@ -1,0 +1,24 @@
+"""The answer that LaTeX marks: `\\boxed{...}`."""
+
+import re
+
+_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+
+
+def last_box(text: str) -> str | None:
+    """What stands in the braces of the last box, None where no box is last and whole.
+
+    Braces within it are counted, escaped ones are not; of nested boxes it is the inner
+    one. A last box that nothing closes hides those before it.
+    """
+    open_braces: list[int | None] = []  # where a box's content begins; None for others
+    last, content = -1, None
+    for match in _BRACES.finditer(text):
+        if match[1]:
+            last, content = match.end(), None
+            open_braces.append(last)
+        elif match[0] == "{":
+            open_braces.append(None)
+        elif match[0] == "}" and open_braces and open_braces.pop() == last:
+            content = text[last : match.start()]
+    return content

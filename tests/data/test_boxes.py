@@ -1,0 +1,35 @@
+"""The last box of a text."""
+
+import pytest
+
+from rlt_jax.data.boxes import last_box
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("", None),
+        ("3", None),
+        (r"so \boxed{3}.", "3"),
+        (r"\boxed{}", ""),
+        (r"\boxed{3} or \boxed{\frac{1}{2}} {so}", r"\frac{1}{2}"),
+        (r"{\boxed {x_{1}}}", "x_{1}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{1 \boxed{2} 3}", "2"),
+        (r"} \boxed{3}", "3"),
+        (r"{ \boxed{1 { \boxed{3}", "3"),
+        (r"\boxed{3} \boxed{4", None),
+        (r"\boxed{3 \}", None),
+        (r"\boxed3", None),
+        (r"\boxes{3}", None),
+    ],
+)
+def test_braces_are_counted(text: str, content: str | None) -> None:
+    assert last_box(text) == content
+
+
+def test_long_texts_take_no_longer() -> None:
+    assert last_box(r"\boxed{" * 100_000) is None
+    assert last_box(r"\boxed{" * 100_000 + "}" * 100_000) == ""
