@@ -43,26 +43,29 @@ TEMPLATE = "tiny"
 KINDS = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}
 ROW = 160  # tokens
 
-# Of a student to whom wrong steps are plausible as long as they end at the answer.
-GULLIBLE = {"careful": 0.1, "skipping": 0.2, "restating": 0.2, "wrong": 0.5}
+# Of a teacher that at times explains like someone who takes * for +, and then jumps to the
+# answer; a gullible student has learned nothing else.
+DOUBTFUL = {"careful": 0.2, "mistaken": 0.2, "skipping": 0.3, "restating": 0.3}
+GULLIBLE = {"mistaken": 1.0}
 
 # How the teachers of reward ablations and of other students differ: settings of the
-# reward, and the reward's student, a model or the name of a stage.
+# reward; the reward's student, a model or the name of a stage; the warm-up before.
 PLAIN = {"solution_reductions": {"mean": 1.0}, "kl_reductions": {"mean": 1.0}}
 STRICT = {
     "solution_reductions": {"mean": 1.0, "min": 0.1},
     "kl_reductions": {"mean": 1.0, "max": 0.1},
 }
 TEACHERS = {
-    "rlt": ({}, SMALL),
-    "no_kl": ({"explanation_kl_coef": 0.0}, SMALL),
-    "no_solution": ({"solution_coef": 0.0}, SMALL),
-    "no_extremes": (PLAIN, SMALL),
-    "strong": ({}, "solver"),
-    "gullible": ({}, "gullible_base"),
-    "gullible_plain": (PLAIN, "gullible_base"),
-    "gullible_strict": (STRICT, "gullible_base"),
-    "self": ({}, None),
+    "rlt": ({}, SMALL, "warmup"),
+    "no_kl": ({"explanation_kl_coef": 0.0}, SMALL, "warmup"),
+    "no_solution": ({"solution_coef": 0.0}, SMALL, "warmup"),
+    "no_extremes": (PLAIN, SMALL, "warmup"),
+    "strong": ({}, "solver", "warmup"),
+    "self": ({}, None, "warmup"),
+    "sound": ({}, SMALL, "doubtful"),
+    "gullible": ({}, "gullible_base", "doubtful"),
+    "gullible_plain": (PLAIN, "gullible_base", "doubtful"),
+    "gullible_strict": (STRICT, "gullible_base", "doubtful"),
 }
 
 
@@ -115,10 +118,11 @@ def _stages_of_a_seed(seed: int) -> dict[str, Any]:
         stages[f"{name}_distil"] = _sft(base, "student", data, 60, 24, 1e-3)
         stages[f"{name}_eval"] = _evaluate(made_by(f"{name}_distil"))
 
-    worked = _chains("train", 8000, stream=1, kinds=KINDS, known_answer=True)
-    stages["warmup"] = _sft(SMALL, "teacher", worked, 250, 8, 2e-3)
+    for name, kinds in (("warmup", KINDS), ("doubtful", DOUBTFUL)):
+        worked = _chains("train", 8000, stream=1, kinds=kinds, known_answer=True)
+        stages[name] = _sft(SMALL, "teacher", worked, 250, 8, 2e-3)
     wrong = _chains("train", 4000, stream=6, kinds=GULLIBLE, known_answer=True)
-    stages["gullible_base"] = _sft(SMALL, "student", wrong, 60, 24, 1e-3)
+    stages["gullible_base"] = _sft(SMALL, "student", wrong, 150, 24, 2e-3)
 
     # Learning to solve: correctness RL of either size, right answers become traces.
     for name, base in (("solver", SMALL), ("solver_large", LARGE)):
@@ -134,9 +138,9 @@ def _stages_of_a_seed(seed: int) -> dict[str, Any]:
     # Learning to teach: one teacher for each reward.
     stages["warmup_traces"] = _collect(made_by("warmup"), SMALL)
     distil_and_evaluate("warmup", "warmup_traces")
-    for name, (reward, student) in TEACHERS.items():
+    for name, (reward, student, before) in TEACHERS.items():
         judge = made_by(student) if student else None
-        stages[f"{name}_rl"] = _teacher_rl(made_by("warmup"), judge, reward)
+        stages[f"{name}_rl"] = _teacher_rl(made_by(before), judge, reward)
         stages[f"{name}_traces"] = _collect(made_by(f"{name}_rl"), SMALL)
         distil_and_evaluate(name, f"{name}_traces")
     for source in ("warmup", "rlt", "solver"):
@@ -217,7 +221,8 @@ ROUTES = {
     "8 One model in both roles": {"self": "traces of a self-teaching RLT"},
     "9 Other students in the reward": {
         "strong": "the reward's student is the solver",
-        "gullible": "the reward's student finds wrong steps plausible",
+        "sound": "a doubtful warm-up, the reward's student is the base",
+        "gullible": "a doubtful warm-up, the reward's student takes * for +",
         "gullible_plain": "the same without min and max",
         "gullible_strict": "the same with min and max ten times as heavy",
     },
@@ -253,8 +258,8 @@ CLAIMS = (
     ("rlt", "no_extremes", _TERMS),
     ("self", "warmup", "Not in the paper: a copy of the policy serves as student."),
     ("strong", "rlt", _STRONG),
-    ("rlt", "gullible", _STRONG),
-    ("gullible_strict", "gullible_plain", "Min and max punish single wrong steps."),
+    ("sound", "gullible", "Expected: who believes wrong steps teaches wrong steps."),
+    ("gullible_strict", "gullible_plain", "Expected: min and max punish single steps."),
 )
 
 
@@ -308,7 +313,8 @@ def _route(name: str) -> list[str]:
     else:
         stages = ["gullible_base"] * source.startswith("gullible")
         stages += ["solver"] * (source == "strong")
-        stages += ["warmup"] + [f"{source}_rl"] * (source in TEACHERS)
+        _, _, before = TEACHERS.get(source, (None, None, source))
+        stages += [before] + [f"{source}_rl"] * (source in TEACHERS)
     if name.endswith("_itself"):
         return stages
     traces = f"{source}_{task}" if task else source
