@@ -3,7 +3,8 @@
 # compares them. Given again, it goes on where it was.
 #
 #   launch/seeds.sh --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
-#   launch/seeds.sh --config=configs/experiments/paper_small.py --workdir=runs/paper_small
+#   launch/seeds.sh --config=configs/experiments/paper_small.py --workdir=runs/paper_small \
+#       --seeds=0,1,2,3
 #
 # FILE:SEED is the recipe's config of one seed, FILE:SEED,SEED,... that of several.
 # For CPUs: a GPU or TPU takes one process, so give its seeds one after the other.
