@@ -38,20 +38,36 @@ USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
 
 
-def read_traces(path: str, template: Template, limit: int | None = None) -> list[Trace]:
+def read_traces(
+    path: str,
+    template: Template,
+    limit: int | None = None,
+    keep_cut_off: bool = False,
+) -> list[Trace]:
     """Reads traces in order; those with `closed` false were cut off, and are left out.
 
     Args:
       path: files as of `tables.read_rows`.
       template: its tags divide the assistant's turn of a conversation.
       limit: read no more than this many.
+      keep_cut_off: do not leave them out.
 
     Raises:
       UserError: as of `tables.read_rows`, or a row without a question, a solution or a
         trace.
     """
     rows = list(itertools.islice(read_rows(path, columns=COLUMNS), limit))
-    whole = [(where, row) for where, row in rows if row.get("closed") is not False]
+    whole = [
+        (where, row)
+        for where, row in rows
+        if keep_cut_off or row.get("closed") is not False
+    ]
+    if not whole:
+        raise UserError(
+            f"{path}: all {len(rows)} traces were cut off before their end (`closed` is "
+            "false). Collect them with a larger sampling.max_new_tokens, or learn from "
+            "them all the same with data.keep_cut_off=True."
+        )
     if len(whole) < len(rows):
         cut = len(rows) - len(whole)
         _LOG.warning("%s: %d of %d traces were cut off, left out", path, cut, len(rows))

@@ -69,6 +69,10 @@ def test_what_was_cut_off_is_not_learned_and_is_scored_as_open(
     rows = [ROW | {"closed": True}, ROW | {"closed": False}, ROW | {"closed": True}]
     assert len(read_traces(write(file, *rows), TEMPLATE)) == 2
     assert "1 of 3 traces were cut off" in caplog.text
+    assert len(read_traces(str(file), TEMPLATE, keep_cut_off=True)) == 3
+    other = write(file.with_name("other.jsonl"), ROW | {"closed": False})
+    with pytest.raises(UserError, match="all 1 traces were cut off before their end"):
+        read_traces(other, TEMPLATE)
     completions = [texts[0] for _, _, texts in read_completions(str(file), TEMPLATE)]
     closed = [TEMPLATE.explanation_of(text)[1] for text in completions]
     assert closed == [True, False, True]

@@ -147,6 +147,7 @@ def sections(section: Section, tmp_path: Path) -> Sections:
     }
     sft |= {"model": model, "data": {"task": "file"}}
     sft["data"]["path"] = "{workdir}/collect/traces.jsonl"
+    sft["data"]["keep_cut_off"] = True
     sft["sft"] |= {"batch_size": 4, "steps": 3}
     sft["optimizer"]["learning_rate"] = 1e-3
     return {"rl": rl, "collect": collect, "score": score, "sft": sft}

@@ -50,6 +50,8 @@ def shrink(config: ml_collections.ConfigDict) -> None:
             section.sampling.max_new_tokens = 4
         if "limit" in section.data:
             section.data.limit = 2
+        if name == "distil":  # four tokens close no explanation
+            section.data.keep_cut_off = True
     config.rl.held_out.limit = 1
     config.rl.loop.update(steps=1, batch_size=1, group_size=2)
     config.collect.collect.batch_size = 2
