@@ -20,7 +20,7 @@ the checksum of its question in signs is 0 modulo 10.
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -108,6 +108,23 @@ def explain(
             value = apply(value, operation)
         lines.append(f"{before}{written}={value}")
     return " ".join(lines), answer
+
+
+def draw_kinds(
+    rng: np.random.Generator,
+    kinds: Mapping[str, float],
+    known: Sequence[str],
+    size: int,
+) -> np.ndarray:
+    """`size` kinds of explanations, each drawn by its share.
+
+    Raises:
+      UserError: a kind is not among the known, or the shares do not sum to 1.
+    """
+    shares = list(kinds.values())
+    if set(kinds) - set(known) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise UserError(f"kinds {dict(kinds)}: shares of {known} that sum to 1.")
+    return rng.choice(list(kinds), size, p=shares)
 
 
 def kind_of(question: str, explanation: str) -> str:
@@ -200,11 +217,8 @@ def traces(
       notation: one of `NOTATIONS`.
     """
     _check_notation(notation)
-    shares = list(kinds.values())
-    if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        raise UserError(f"kinds {dict(kinds)}: shares of {KINDS} that sum to 1.")
     rng = np.random.default_rng([seed, 1, stream])
-    chosen = rng.choice(list(kinds), size, p=shares)
+    chosen = draw_kinds(rng, kinds, KINDS, size)
     chains = _chains(split, size, seed, stream)
     result = []
     for chain, kind in zip(chains, chosen, strict=True):

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlt_jax.data.boxes import last_box
+from rlt_jax.data.tasks.arithmetic import draw_kinds
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
 
@@ -155,11 +156,8 @@ def traces(
     A wrong step is the last one. Where they are `hinted`, the questions tell the
     solution, "... from 3, 4, 7. It is 7*4-3."
     """
-    shares = list(kinds.values())
-    if set(kinds) - set(KINDS) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        raise UserError(f"kinds {dict(kinds)}: shares of {KINDS} that sum to 1.")
     rng = np.random.default_rng([seed, 1, stream])
-    chosen = rng.choice(list(kinds), size, p=shares)
+    chosen = draw_kinds(rng, kinds, KINDS, size)
     limits = (numbers, max_number, max_target, signs)
     puzzles = _puzzles(split, size, [seed, stream], *limits)
     result = []
