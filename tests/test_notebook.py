@@ -30,7 +30,7 @@ def test_every_cell_runs(
     (parameters,) = (
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())
     )
-    parameters.source = f"scale = 0.005\nworkdir = Path({str(workdir)!r})"
+    parameters.source = f"scale = 0.04\nworkdir = Path({str(workdir)!r})"
     client = nbclient.NotebookClient(
         notebook,
         kernel_name="python3",

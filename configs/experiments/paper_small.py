@@ -84,8 +84,8 @@ def _puzzles(split: str, size: int, stream: int) -> dict:
     return task | limits
 
 
-# Tasks that the base has seen, but that no warm-up and no RL trained on; and as many steps of RL on them as cost what the
-# teacher's explanations and a student of them cost.
+# Tasks that the base has seen, but that no warm-up and no RL trained on; and as many
+# steps of RL on them as cost what the teacher's explanations and a student of them cost.
 NEW_TASKS = {"letters": (_letters, 14), "puzzles": (_puzzles, 20)}
 TRACE_SETS = ("warmup", *TEACHERS, "solver", "solver_large")
 
