@@ -12,7 +12,10 @@ seeds 100 and 101.
 A small teacher (0.23 million parameters) and students of its size, a four times larger
 solver and student (0.85 million); results are in runs/paper_small/comparison/index.html.
 
-Hardware: 2 CPU cores, under 90 minutes.
+Hardware: 2 CPU cores, 62 minutes.
+Expected result, right answers in percent, mean of the seeds: no distillation 20.5, traces
+of the warmed-up teacher 28.0, of the RLT 86.0, of solvers 99.8 and 100.0; the large student
+15.6, 23.8, 84.1 and, of the small solver, 100.0. The README says which claims are seen.
 """
 
 from typing import Any
@@ -295,6 +298,9 @@ def _comparison(seeds: tuple[int, ...]) -> dict:
         "claims": claims,
         "measures": _measures(),
         "correlation": TRACE_SETS,
+        # Wrong steps that the judge's teacher expects as little as its student have next
+        # to no explanation KL.
+        "correlation_without": tuple(n for n in TRACE_SETS if n.startswith("gullible")),
         "correlation_published": "The mean rank of a trace set by the RLT reward goes "
         "with the score of its students.",
     }

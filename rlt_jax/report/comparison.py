@@ -63,14 +63,17 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
         for name, route in parts.routes.items()
     }
     ranked = [parts.routes[name] for name in config.correlation]
+    fewer = [route for route in ranked if route.name not in config.correlation_without]
+    correlation = _correlation(workdir, ranked, routes) if ranked else None
+    if correlation:
+        correlation["published"] = config.correlation_published
+        if config.correlation_without:
+            correlation["without"] = _correlation(workdir, fewer, routes)
     return {
         "seeds": list(config.seeds),
         "routes": routes,
         "claims": [_claim(claim, parts.routes, answers) for claim in parts.claims],
-        "correlation": _correlation(workdir, ranked, routes)
-        | {"published": config.correlation_published}
-        if ranked
-        else None,
+        "correlation": correlation,
         "measures": [_measure(workdir, measure) for measure in parts.measures],
     }
 

@@ -89,6 +89,8 @@ class CompareConfig:
       measures: the keys of `MeasureConfig` for each other number to show.
       correlation: names of three or more routes with `traces`; the ranks of their
         traces' rewards are held against the accuracy of their models.
+      correlation_without: those of them that a second count leaves out, to tell what
+        the first owes to them; () for no second one.
       correlation_published: what was found of that, in one sentence.
     """
 
@@ -97,6 +99,7 @@ class CompareConfig:
     claims: Sequence[Mapping[str, Any]] = ()
     measures: Sequence[Mapping[str, Any]] = ()
     correlation: Sequence[str] = ()
+    correlation_without: Sequence[str] = ()
     correlation_published: str = ""
 
     def __post_init__(self) -> None:
@@ -141,6 +144,14 @@ def parts_of(config: CompareConfig) -> Parts:
         raise UserError(f"compare.correlation: the route {without[0]!r} has no traces.")
     if ranked and len({route.name for route in ranked}) < 3:
         raise UserError("compare.correlation: needs three or more routes.")
+    left_out = set(config.correlation_without)
+    if unknown := left_out - set(config.correlation):
+        raise UserError(
+            f"compare.correlation_without: {min(unknown)!r} is not in "
+            "compare.correlation."
+        )
+    if left_out and len(set(config.correlation) - left_out) < 3:
+        raise UserError("compare.correlation_without: three or more have to be left.")
     measures = []
     for n, values in enumerate(config.measures):
         where = f"compare.measures[{n}]"

@@ -88,6 +88,19 @@ def sentence(claim: Record) -> str:
 
 def correlation_sentence(correlation: Record) -> str:
     """The verdict on ranks and accuracies, with all that it rests on."""
+    text = _correlation_sentence(correlation)
+    if fewer := correlation.get("without"):
+        text += f" {_without(correlation)}: {_correlation_sentence(fewer)}"
+    return text
+
+
+def _without(correlation: Record) -> str:
+    left = correlation["without"]["routes"]
+    gone = [label for name, label in correlation["routes"].items() if name not in left]
+    return f"Without {'; '.join(gone)}"
+
+
+def _correlation_sentence(correlation: Record) -> str:
     pooled = correlation["pooled"]
     parts = []
     for name in ("pearson", "spearman"):
@@ -173,15 +186,20 @@ def _routes_table(routes: Sequence[Record]) -> Table:
 
 def _correlation_table(correlation: Record) -> Table:
     seeds = correlation["seeds"]
-    table = [["", *(f"seed {s}: rank, right" for s in seeds)]]
+    table = [["", *(f"seed {s}: rank, right" for s in seeds), "all runs"]]
     for name, label in correlation["routes"].items():
         runs = [of_seed["routes"][name] for of_seed in seeds.values()]
         cells = [f"{r['mean_rank']:.2f}, {_percent(r['accuracy'])} %" for r in runs]
-        table.append([label, *cells])
-    for name in ("pearson", "spearman"):
-        values = [of_seed[name]["value"] for of_seed in seeds.values()]
-        shown = ["–" if value is None else f"{value:.2f}" for value in values]
-        table.append([name.capitalize(), *shown])
+        table.append([label, *cells, ""])
+    counts = {"": correlation}
+    if fewer := correlation.get("without"):
+        counts[f". {_without(correlation)}"] = fewer
+    for suffix, count in counts.items():
+        for name in ("pearson", "spearman"):
+            parts = [*count["seeds"].values(), count["pooled"]]
+            values = [part[name]["value"] for part in parts]
+            shown = ["–" if value is None else f"{value:.2f}" for value in values]
+            table.append([name.capitalize() + suffix, *shown])
     return table
 
 

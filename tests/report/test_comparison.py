@@ -215,8 +215,13 @@ def test_ranks_and_correlation_of_the_workdir(workdir: Path) -> None:
     above = sum(a * b for a, b in zip(x, y))
     below = (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
     assert of_seed["pearson"]["value"] == pytest.approx(above / below)
+    assert "without" not in found
     three = _config(correlation=("rlt", "warmup", "copy"))
-    assert compare(workdir, three)["correlation"]["verdict"] == TOO_FEW
+    fewer = compare(workdir, three)["correlation"]
+    assert fewer["verdict"] == TOO_FEW
+    both = _config(correlation_without=("same",))
+    del fewer["published"]
+    assert compare(workdir, both)["correlation"]["without"] == fewer
 
 
 def test_measures_are_read_by_their_path(workdir: Path) -> None:
@@ -317,6 +322,20 @@ def test_page_markdown_and_pictures(workdir: Path) -> None:
     # Cells that hold a bar do not add columns.
     widths = {line.replace("\\|", "").count("|") for line in tables}
     assert widths == {5, 6, 7}
+
+
+def test_a_second_correlation_is_told(workdir: Path) -> None:
+    write_comparison(workdir, _config(correlation_without=("same",)))
+    found = json.loads((workdir / "comparison.json").read_text(encoding="utf-8"))
+    told = found["correlation"]["sentence"]
+    assert "4 routes in 3 runs. Without " in told
+    assert " same: Too few routes: rank of" in told
+    assert told.endswith("3 routes in 3 runs.")
+    fewer = found["correlation"]["without"]
+    value = fewer["pooled"]["pearson"]["value"]
+    markdown = (workdir / "comparison.md").read_text(encoding="utf-8")
+    (row,) = [x for x in markdown.splitlines() if x.startswith("| Pearson. Without")]
+    assert row.endswith(f" {value:.2f} |")
 
 
 def test_a_comparison_of_routes_alone(workdir: Path) -> None:

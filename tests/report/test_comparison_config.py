@@ -44,6 +44,8 @@ def _config(**changes: Any) -> CompareConfig:
         ({"routes": _routes(traces="")}, "the route 'rlt' has no traces"),
         ({"correlation": ("rlt", "copy")}, "three or more"),
         ({"correlation": ("sft",)}, "no route 'sft'; there are rlt, warmup"),
+        ({"correlation_without": ("sft",)}, "without: 'sft' is not in"),
+        ({"correlation_without": ("rlt",)}, "three or more have to be left"),
         ({"claims": [{"title": "x"}]}, r"claims\[0\]: the key 'published' is missing"),
         ({"measures": [{"label": "x"}]}, r"measures\[0\]: the key 'folder'"),
         (
