@@ -4,10 +4,10 @@
         --workdir=runs/paper_small --seeds=0,1,2,3
 
 runs the seeds side by side and then compares them; given again, it goes on where it was.
-Without the script, one after the other: `python -m rlt_jax.main
---config=configs/experiments/paper_small.py --workdir=runs/paper_small`. The recipe takes
-seeds, `paper_small.py:100,101`; one alone is not compared. All settings were chosen on
-seeds 100 and 101.
+`python -m rlt_jax.main --config=configs/experiments/paper_small.py --workdir=...` runs
+them one after the other, which leaves cores idle and takes longer. The recipe takes seeds,
+`paper_small.py:100,101`; one alone is not compared. All settings were chosen on seeds 100
+and 101.
 
 A small teacher (0.23 million parameters) and students of its size, a four times larger
 solver and student (0.85 million); results are in runs/paper_small/comparison/index.html.
