@@ -10,7 +10,7 @@ Hardware: 2 CPU cores, seven minutes.
 Expected result (--config.seed=0, 1, 2): the teacher's reward on held-out questions rises
 from -16.8 to -7.6, -28.1 to -11.2 and -19.9 to -12.1 (standard errors up to 1.0), and is
 still far below the -1 of configs/quickstart.py. The student of its explanations gets
-27.5, 15.6 and 14.7% of the questions right, the base 15.3, 16.2 and 14.1 (standard
+27.5, 15.6 and 13.0% of the questions right, the base 15.3, 16.2 and 14.1 (standard
 errors up to 2.1): one seed of three gains. The copy was warmed up to explain, which has
 made it a poor judge of what a student would find natural.
 """
