@@ -4,8 +4,9 @@ A token costs two operations for each parameter that it meets in a forward pass,
 times as many in an update, recomputation and attention's products apart.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlt_jax.costs.flops import params_in_products
 from rlt_jax.models.config import ModelConfig
@@ -27,7 +28,7 @@ def token_flops(config: ModelConfig) -> int:
 
 def sft_cost(metrics: Path, model: ModelConfig) -> dict[str, float]:
     """Tokens and operations of a training by next tokens."""
-    return _of_steps(metrics, {"step": 3 * token_flops(model)})
+    return _of_steps(stream_jsonl(metrics), {"step": 3 * token_flops(model)})
 
 
 def rl_cost(
@@ -48,8 +49,9 @@ def rl_cost(
     """
     own = token_flops(policy)
     reading = passes * own + sum(map(token_flops, students))
-    cost = _of_steps(metrics, {"rollout": own, "score": reading, "update": 3 * own})
-    for row in stream_jsonl(metrics):
+    rows = list(stream_jsonl(metrics))
+    cost = _of_steps(rows, {"rollout": own, "score": reading, "update": 3 * own})
+    for row in rows:
         prompts = row["time/score_tokens"] - row["time/rollout_tokens"]
         cost["flops"] += prompts / group_size * own
     return cost
@@ -80,9 +82,11 @@ def writing_cost(
     }
 
 
-def _of_steps(metrics: Path, flops: Mapping[str, float]) -> dict[str, float]:
+def _of_steps(
+    rows: Iterable[Mapping[str, Any]], flops: Mapping[str, float]
+) -> dict[str, float]:
     cost = {_PHASES[phase]: 0 for phase in flops} | {"flops": 0.0}
-    for row in stream_jsonl(metrics):
+    for row in rows:
         for phase, each in flops.items():
             if each:
                 tokens = row[f"time/{phase}_tokens"]

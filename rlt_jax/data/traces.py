@@ -58,9 +58,7 @@ def read_traces(
     """
     rows = list(itertools.islice(read_rows(path, columns=COLUMNS), limit))
     whole = [
-        (where, row)
-        for where, row in rows
-        if keep_cut_off or row.get("closed") is not False
+        (where, row) for where, row in rows if keep_cut_off or not _was_cut_off(row)
     ]
     if not whole:
         raise UserError(
@@ -119,8 +117,9 @@ def read_completions(
             trace = _trace(where, row, template)
             # As a student is trained on it: padded, and closed unless it was cut off.
             text = template.body(trace.explanation).removeprefix(template.pad)
-            is_closed = row.get("closed") is not False
-            completions = [text + template.explanation_tags[1] * is_closed]
+            if not _was_cut_off(row):
+                text += template.explanation_tags[1]
+            completions = [text]
         if not isinstance(completions, list) or not all(
             isinstance(text, str) for text in completions
         ):
@@ -128,6 +127,11 @@ def read_completions(
                 f"{where}: completions is {shown(completions)}; write a list of texts."
             )
         yield where, _problem(where, row, template), completions
+
+
+def _was_cut_off(row: dict[str, Any]) -> bool:
+    """`collect` says so; rows from elsewhere are whole unless they do, too."""
+    return row.get("closed") is False
 
 
 def _trace(where: str, row: dict[str, Any], template: Template) -> Trace:

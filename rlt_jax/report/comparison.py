@@ -7,8 +7,9 @@ changes from run to run, too. A verdict needs both, as a few runs may agree by c
 Accuracies are shares in JSON and percent where people read.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,11 +65,14 @@ def compare(workdir: Path, config: CompareConfig) -> Record:
     }
     ranked = [parts.routes[name] for name in config.correlation]
     fewer = [route for route in ranked if route.name not in config.correlation_without]
-    correlation = _correlation(workdir, ranked, routes) if ranked else None
-    if correlation:
+    correlation = None
+    if ranked:
+        # The second count has the first one's files.
+        rewards = functools.cache(_rewards)
+        correlation = _correlation(workdir, ranked, routes, rewards)
         correlation["published"] = config.correlation_published
         if config.correlation_without:
-            correlation["without"] = _correlation(workdir, fewer, routes)
+            correlation["without"] = _correlation(workdir, fewer, routes, rewards)
     return {
         "seeds": list(config.seeds),
         "routes": routes,
@@ -258,15 +262,18 @@ def _claim(
 
 
 def _correlation(
-    workdir: Path, ranked: Sequence[RouteConfig], routes: Mapping[str, Record]
+    workdir: Path,
+    ranked: Sequence[RouteConfig],
+    routes: Mapping[str, Record],
+    rewards: Callable[[Path], ByQuestion],
 ) -> Record:
     shared = [s for s in ranked[0].seeds if all(s in route.seeds for route in ranked)]
     if not shared:
         raise UserError("compare.correlation: its routes share no seed.")
     seeds, pooled = {}, []
     for seed in shared:
-        rewards = [_rewards(_folder(workdir, route.traces, seed)) for route in ranked]
-        ranks, questions = mean_ranks(rewards)
+        found = [rewards(_folder(workdir, route.traces, seed)) for route in ranked]
+        ranks, questions = mean_ranks(found)
         scores = [routes[r.name]["seeds"][str(seed)]["accuracy"] for r in ranked]
         pooled += zip(ranks, scores)
         seeds[str(seed)] = correlate(ranks, scores, len(ranked)) | {
