@@ -1,8 +1,8 @@
 """Stage `collect`: the trained teacher explains every question with its solution.
 
 Writes `traces.jsonl`, one row a completion, as they are finished: question, solution,
-answer, reasoning_trace, closed, reward, its terms, its kind where `classify` tells it, and
-what it came from. The file is read by `sft` and by `score`.
+answer, reasoning_trace, closed, reward, its terms, prompt_tokens and tokens of the completion,
+its kind where `classify` tells it, and what it came from. The file is read by `sft` and by `score`.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rlt_jax.costs.spent import writing_cost
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
@@ -41,7 +40,6 @@ from rlt_jax.training.metrics import (
     keep_whole_batches,
     progress,
     read_jsonl,
-    stream_jsonl,
 )
 
 
@@ -86,8 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of the sampling.
 
     Returns:
-      Number of traces, mean reward, share of closed explanations and of each kind,
-      and the cost.
+      Number of traces, mean reward, share of closed explanations and of each kind.
     """
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
@@ -110,7 +107,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         reward_config.student_temperature,
     ) | {"explanation_kl_coef": float(kl_coef), "seed": seed}
     file = workdir / "traces.jsonl"
-    first = keep_whole_batches(file, c.batch_size)
+    start = first = keep_whole_batches(file, c.batch_size)
     longest = sampling.max_new_tokens
     requests = requests_of(roles, todo[first:], longest, first)
     stored = workdir / "completions.jsonl"
@@ -130,7 +127,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             rows = sample_rows(
                 roles, "teacher", part, padded, reward, slice(0, len(batch))
             )
-            for row in rows:
+            for n, row in enumerate(rows):
+                row["prompt_tokens"] = len(requests[first - start + n].prompt)
+                row["tokens"] = len(batch[n].tokens)
                 row["provenance"] = origin
                 if classify:
                     row["kind"] = classify(row["question"], row["reasoning_trace"])
@@ -139,15 +138,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             bar.update(len(batch))
             hosts.stop_if_asked()
 
-    def summary() -> dict[str, Any]:
-        drawn = sum(len(row["tokens"]) for row in stream_jsonl(stored))
-        prompts = sum(len(r.prompt) for r in requests_of(roles, problems, 1))
-        models = [one.model.config for one in (teacher, *roles.students)]
-        read = drawn + prompts * c.samples_per_problem
-        cost = writing_cost(drawn, prompts, models[0], read, models)
-        return _summary(read_jsonl(file)) | {"cost": cost}
-
-    return hosts.from_first(summary)
+    return hosts.from_first(lambda: _summary(read_jsonl(file)))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from rlt_jax.costs.spent import writing_cost
 from rlt_jax.data import examples
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Problem, Template, load_template
@@ -129,8 +128,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     def write_results() -> dict[str, Any]:
         rows = read_jsonl(file)
         results = summarise(rows, len(problems))
-        if predictions is None:
-            results["cost"] = _cost(config.model, rows)
         if c.keep_right:
             results["traces"] = _write_right(workdir / "traces.jsonl", template, rows)
         if other:
@@ -285,13 +282,6 @@ def _write_right(
     ]
     append_jsonl(file, traces)
     return len(traces)
-
-
-def _cost(section: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    source = build(checkpoint.ModelSource, section, "model")
-    prompts = {row["question"]: row["prompt_tokens"] for row in rows}
-    drawn = sum(row["tokens"] for row in rows)
-    return writing_cost(drawn, sum(prompts.values()), checkpoint.shape_of(source))
 
 
 def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:

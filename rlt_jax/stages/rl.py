@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from rlt_jax.costs.spent import rl_cost
 from rlt_jax.data import pipeline
 from rlt_jax.data.scoring import RowShape
 from rlt_jax.data.templates import Problem, load_template
@@ -173,7 +172,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       seed: of everything random.
 
     Returns:
-      Held-out reward and terms before and after, with standard errors; the cost.
+      Held-out reward and terms before and after, with standard errors.
     """
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
@@ -207,15 +206,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     checkpoint.describe(workdir, roles.teacher.model, roles.teacher.tokenizer)
     _log_sizes(c, roles, mesh)
     held_out = held_out[: c.batch_size * c.group_size]
-    summary = train(
+    return train(
         c, programs, roles, problems, held_out, prompts, trees, kl_coef, key, workdir
     )
-    configs = [one.model.config for one in (roles.teacher, *roles.students)]
-    reads = bool(roles.students) or c.updates_per_rollout > 1
-    passes = reads + bool(objective.beta)
-    spent = (workdir / "metrics.jsonl", c.group_size, configs[0], configs[1:], passes)
-    cost = hosts.from_first(lambda: rl_cost(*spent))
-    return summary | {"cost": cost}
 
 
 def train(

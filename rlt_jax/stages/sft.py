@@ -17,7 +17,6 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from rlt_jax.costs.spent import sft_cost
 from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer
@@ -128,7 +127,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
     Returns:
       Numbers of traces of each section that names some, last loss; the last held-out
-      loss and, where it was evaluated, the first; the cost.
+      loss and, where it was evaluated, the first.
     """
     c = build(SFTConfig, config.sft, "sft")
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
@@ -180,11 +179,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 if stop:
                     raise hosts.Stopped
         manager.wait_until_finished()
-    file = workdir / "metrics.jsonl"
-    found = hosts.from_first(
-        lambda: _losses(file) | {"cost": sft_cost(file, model.config)}
-    )
-    return {"traces": counts} | found
+    losses = hosts.from_first(lambda: _losses(workdir / "metrics.jsonl"))
+    return {"traces": counts} | losses
 
 
 def check_rows(c: SFTConfig, mesh: Mesh) -> None:
