@@ -68,7 +68,7 @@ def get_config(student: str = "7b:v5p:4x4x4") -> ml_collections.ConfigDict:
         "held_out": config_dict.placeholder(object),
         "sft": section(
             SFTConfig,
-            format="student",
+            role="student",
             steps=1_000,  # three passes over 17k traces of some 5,000 tokens, packed
             batch_size=max(16, groups),
             micro_batch_size=groups,

@@ -12,8 +12,15 @@ rlt_jax/models/assets.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from rlt_jax.errors import UserError
+from rlt_jax.settings import section
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
 
 KINDS = {"careful": 0.08, "skipping": 0.40, "restating": 0.50, "wrong": 0.02}
 HINTED = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}
@@ -33,32 +40,36 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     config.pipeline = ("pretrain", "export")
     config.pretrain = {
         "stage": "sft",
-        "model": {"architecture": HEADS | SIZES[size], "tokenizer": "embedded"},
+        "model": section(
+            ModelSource, architecture=HEADS | SIZES[size], tokenizer="embedded"
+        ),
         "template": "tiny",
         "data": _small_data() if size else _chains(60_000, KINDS, drills=60_000),
-        "held_out": None,
-        "sft": {
-            "format": "student",
-            "steps": 5000 if size else 2000,
-            "batch_size": 24,
-            "row_length": 160,
-            "checkpoint_every": 250,
-        },
-        "lora": {},
-        "optimizer": {
-            "learning_rate": 4e-3 if size else 2e-3,
-            "schedule": "cosine",
-            "warmup_fraction": 0.03,
-            "weight_decay": 0.01,
-        },
-        "mesh": {},
+        "held_out": config_dict.placeholder(object),
+        "sft": section(
+            SFTConfig,
+            role="student",
+            steps=5000 if size else 2000,
+            batch_size=24,
+            row_length=160,
+            checkpoint_every=250,
+        ),
+        "lora": section(LoRAConfig),
+        "optimizer": section(
+            OptimizerConfig,
+            learning_rate=4e-3 if size else 2e-3,
+            schedule="cosine",
+            warmup_fraction=0.03,
+            weight_decay=0.01,
+        ),
+        "mesh": section(MeshConfig),
     }
     config.export = {
         "stage": "export",
-        "model": {"path": "{workdir}/pretrain"},
+        "model": section(ModelSource, path="{workdir}/pretrain"),
         "model_type": "",
         "dtype": "bfloat16",
-        "mesh": {},
+        "mesh": section(MeshConfig),
     }
     return config
 

@@ -21,9 +21,26 @@ no explanation is closed, and every accuracy is 0.
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
+
+from rlt_jax.data.rows import RowShape
+from rlt_jax.inference.engine import EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.report.pages import ReportConfig
+from rlt_jax.rl.losses import ObjectiveConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
+from rlt_jax.settings import section
+from rlt_jax.stages.collect import CollectConfig
+from rlt_jax.stages.evaluate import EvaluateConfig
+from rlt_jax.stages.rl_config import RLConfig
+from rlt_jax.stages.sft import SFTConfig
+from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.sharding import MeshConfig
 
 TEMPLATE = "rlt"
-ROWS = {"micro_batch_size": 2, "row_length": 1024}
+BASE = "{workdir}/base"
 ARCHITECTURE = {
     "embed_dim": 64,
     "num_layers": 2,
@@ -43,8 +60,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer = "../shared/data/tokenizers/deepseek_r1"
     train = config.get_ref("data_dir") + "/train.jsonl"
     test = config.get_ref("data_dir") + "/test.jsonl"
-    scratch = {"architecture": ARCHITECTURE, "tokenizer": config.get_ref("tokenizer")}
-    base = {"path": "{workdir}/base"}
     config.pipeline = (
         "base",
         "warmup",
@@ -55,77 +70,83 @@ def get_config() -> ml_collections.ConfigDict:
         "eval_student",
         "report",
     )
-    worked = {"task": "gsm8k", "path": train, "limit": 64}
+    scratch = section(ModelSource, architecture=ARCHITECTURE, tokenizer="embedded")
+    scratch.tokenizer = config.get_ref("tokenizer")
+    worked = _gsm8k(train, 64)
     config.base = _sft("student", scratch, worked)
-    config.warmup = _sft("teacher", base, worked)
-    config.rl = {
+    config.warmup = _sft("teacher", section(ModelSource, path=BASE), worked)
+    config.rl = _run() | {
         "stage": "rl",
-        **_explaining(base, "policy", "{workdir}/warmup"),
-        "terms": {"rlt": {}},
-        "objective": {},
-        "data": {"task": "gsm8k", "path": train, "limit": 64},
-        "held_out": {"task": "gsm8k", "path": test, "limit": 4},
-        "loop": {"steps": 2, "batch_size": 2, "group_size": 4, "sample_every": 1},
-        "lora": {},
-        "optimizer": {"learning_rate": 1e-4},
+        "policy": section(ModelSource, path="{workdir}/warmup"),
+        "reward_terms": {"rlt": {"weight": 1.0}},
+        "objective": section(ObjectiveConfig),
+        "data": _gsm8k(train, 64),
+        "held_out": _gsm8k(test, 4),
+        "loop": section(RLConfig, steps=2, batch_size=2, group_size=4, sample_every=1),
+        "lora": section(LoRAConfig),
+        "optimizer": section(OptimizerConfig, learning_rate=1e-4),
     }
-    config.collect = {
+    config.collect = _run() | {
         "stage": "collect",
-        **_explaining(base, "teacher", "{workdir}/rl"),
-        "data": {"task": "gsm8k", "path": train, "limit": 8},
-        "collect": {"batch_size": 8},
+        "teacher": section(ModelSource, path="{workdir}/rl"),
+        "data": _gsm8k(train, 8),
+        "collect": section(CollectConfig, batch_size=8),
     }
     traces = {"task": "file", "path": "{workdir}/collect/traces.jsonl"}
-    config.distil = _sft("student", base, traces)
-    config.eval_base = _evaluate(base, test)
-    config.eval_student = _evaluate({"path": "{workdir}/distil"}, test)
-    config.report = {
-        "stage": "report",
-        "rl": "rl",
-        "traces": (("rlt", "collect"),),
-        "evaluations": (("base", "eval_base"), ("student", "eval_student")),
-    }
+    config.distil = _sft("student", section(ModelSource, path=BASE), traces)
+    for name, model in (("eval_base", BASE), ("eval_student", "{workdir}/distil")):
+        config[name] = {
+            "stage": "evaluate",
+            "model": section(ModelSource, path=model),
+            "template": TEMPLATE,
+            "data": _gsm8k(test, 8),
+            "predictions": "",
+            "sampling": _sampling(),
+            "engine": section(EngineConfig, slots=32),
+            "evaluate": section(EvaluateConfig, batch_size=8),
+            "mesh": section(MeshConfig),
+        }
+    config.report = section(
+        ReportConfig,
+        rl="rl",
+        traces=(("rlt", "collect"),),
+        evaluations=(("base", "eval_base"), ("student", "eval_student")),
+    )
+    config.report.stage = "report"
     return config
 
 
-def _sft(row_format: str, model: dict[str, Any], data: dict[str, Any]) -> dict:
+def _gsm8k(path: Any, limit: int) -> dict[str, Any]:
+    return {"task": "gsm8k", "path": path, "limit": limit}
+
+
+def _sampling() -> ml_collections.ConfigDict:
+    return section(SamplingConfig, max_new_tokens=96, temperature=0.7)
+
+
+def _sft(role: str, model: ml_collections.ConfigDict, data: dict[str, Any]) -> dict:
     return {
         "stage": "sft",
         "model": model,
         "template": TEMPLATE,
         "data": data,
-        "held_out": None,
-        "sft": {"format": row_format, "steps": 3, "batch_size": 2, "row_length": 1024},
-        "lora": {},
-        "optimizer": {"learning_rate": 1e-3},
-        "mesh": {},
+        "held_out": config_dict.placeholder(object),
+        "sft": section(SFTConfig, role=role, steps=3, batch_size=2, row_length=1024),
+        "lora": section(LoRAConfig),
+        "optimizer": section(OptimizerConfig, learning_rate=1e-3),
+        "mesh": section(MeshConfig),
     }
 
 
-def _explaining(student: dict[str, Any], role: str, teacher: str) -> dict[str, Any]:
-    """What RL and collection share: the roles, and how the teacher writes."""
+def _run() -> dict[str, Any]:
+    """What RL and collection share."""
     return {
-        role: {"path": teacher},
-        "student": student,
-        "students": {},
+        "students": (section(ModelSource, path=BASE),),
+        "ensemble": section(EnsembleConfig),
         "template": TEMPLATE,
-        "rows": ROWS,
-        "sampling": {"max_new_tokens": 96, "temperature": 0.7},
-        "engine": {"slots": 32},
-        "reward": {},
-        "mesh": {},
-    }
-
-
-def _evaluate(model: dict[str, Any], test: Any) -> dict[str, Any]:
-    return {
-        "stage": "evaluate",
-        "model": model,
-        "template": TEMPLATE,
-        "data": {"task": "gsm8k", "path": test, "limit": 8},
-        "predictions": "",
-        "sampling": {"max_new_tokens": 96, "temperature": 0.7},
-        "engine": {"slots": 32},
-        "evaluate": {"batch_size": 8},
-        "mesh": {},
+        "rows": section(RowShape, micro_batch_size=2, row_length=1024),
+        "sampling": _sampling(),
+        "engine": section(EngineConfig, slots=32),
+        "rlt_reward": section(RLTRewardConfig),
+        "mesh": section(MeshConfig),
     }

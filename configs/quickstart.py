@@ -11,18 +11,18 @@ questions, the student of warm-up explanations 27%, that of RLT explanations 86 
 """
 
 import ml_collections
+from ml_collections import config_dict
 
-from rlt_jax.data.scoring import RowShape
+from rlt_jax.data.rows import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.report.pages import ReportConfig
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
-from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
@@ -55,9 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
     # there are many small ones.
     worked |= {"kinds": KINDS, "known_answer": True}
     config.warmup = _sft("teacher", worked, steps=750, batch_size=8, rate=2e-3)
-    config.rl = _roles("policy", "{workdir}/warmup") | {
+    config.rl = _run("policy", "{workdir}/warmup") | {
         "stage": "rl",
-        "terms": {"rlt": {"weight": 1.0}},
+        "reward_terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
         "data": _problems("train", 4000, stream=2),
         "held_out": _problems("test", 128, stream=3),
@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
     }
     for name, teacher in (("collect_warmup", "warmup"), ("collect_rlt", "rl")):
-        config[name] = _roles("teacher", f"{{workdir}}/{teacher}") | {
+        config[name] = _run("teacher", f"{{workdir}}/{teacher}") | {
             "stage": "collect",
             "data": _problems("train", 1024, stream=4),
             "collect": section(CollectConfig, batch_size=128),
@@ -119,16 +119,16 @@ def _sampling() -> ml_collections.ConfigDict:
     return section(SamplingConfig, max_new_tokens=56, temperature=0.7)
 
 
-def _sft(form: str, data: dict, steps: int, batch_size: int, rate: float) -> dict:
+def _sft(role: str, data: dict, steps: int, batch_size: int, rate: float) -> dict:
     return {
         "stage": "sft",
         "model": section(ModelSource, path=BASE),
         "template": TEMPLATE,
         "data": data,
-        "held_out": None,
+        "held_out": config_dict.placeholder(object),
         "sft": section(
             SFTConfig,
-            format=form,
+            role=role,
             steps=steps,
             batch_size=batch_size,
             row_length=160,
@@ -145,15 +145,16 @@ def _sft(form: str, data: dict, steps: int, batch_size: int, rate: float) -> dic
     }
 
 
-def _roles(role: str, teacher: str) -> dict:
+def _run(name: str, teacher: str) -> dict:
+    """What RL and collection share; the teacher's section has a name in each."""
     return {
-        role: section(ModelSource, path=teacher),
-        "student": section(ModelSource, path=BASE),
-        "students": section(StudentsConfig),
+        name: section(ModelSource, path=teacher),
+        "students": (section(ModelSource, path=BASE),),
+        "ensemble": section(EnsembleConfig),
         "template": TEMPLATE,
         "rows": section(RowShape, micro_batch_size=16, row_length=160),
         "sampling": _sampling(),
         "engine": _engine(),
-        "reward": section(RLTRewardConfig),
+        "rlt_reward": section(RLTRewardConfig),
         "mesh": section(MeshConfig),
     }

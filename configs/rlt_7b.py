@@ -30,17 +30,17 @@ on h200, and gradients 4 GB.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from rlt_jax.costs.chips import chip_of, num_chips
-from rlt_jax.data.scoring import RowShape
+from rlt_jax.data.rows import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.collect import CollectConfig
-from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
@@ -74,10 +74,10 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "model": section(ModelSource, path=BASE, **trained),
         "template": "rlt",
         "data": data,
-        "held_out": None,
+        "held_out": config_dict.placeholder(object),
         "sft": section(
             SFTConfig,
-            format="teacher",
+            role="teacher",
             steps=3_300,  # ten passes over 17k traces of some 5,000 tokens, packed
             batch_size=max(16, groups),
             micro_batch_size=groups,
@@ -105,21 +105,21 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         weights="bfloat16",
     )
     explaining = {
-        "student": section(ModelSource, path=STUDENT, **frozen),
-        "students": section(StudentsConfig),
+        "students": (section(ModelSource, path=STUDENT, **frozen),),
+        "ensemble": section(EnsembleConfig),
         "template": "rlt",
         "rows": section(
             RowShape, micro_batch_size=groups, row_length=PROMPT + COMPLETION
         ),
         "sampling": section(SamplingConfig, max_new_tokens=COMPLETION, temperature=0.7),
         "engine": engine,
-        "reward": section(RLTRewardConfig),
+        "rlt_reward": section(RLTRewardConfig),
         "mesh": mesh,
     }
     config.rl = explaining | {
         "stage": "rl",
         "policy": section(ModelSource, path="{workdir}/warmup", **trained),
-        "terms": {"rlt": {"weight": 1.0}},
+        "reward_terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
         "data": data,
         "held_out": {"task": "file", "path": config.get_ref("held_out")},

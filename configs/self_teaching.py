@@ -16,17 +16,17 @@ made it a poor judge of what a student would find natural.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
-from rlt_jax.data.scoring import RowShape
+from rlt_jax.data.rows import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
-from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
@@ -44,13 +44,13 @@ def get_config() -> ml_collections.ConfigDict:
     worked = _problems("train", 8000, stream=1)
     worked |= {"kinds": KINDS, "known_answer": True}
     config.warmup = _sft("embedded", "teacher", worked, 750, 8, 2e-3)
-    config.rl = _explaining() | {
+    config.rl = _run() | {
         "stage": "rl",
         "policy": section(ModelSource, path="{workdir}/warmup"),
-        "student": None,
+        "students": (),
         "data": _problems("train", 4000, stream=2),
         "held_out": _problems("test", 128, stream=3),
-        "terms": {"rlt": {"weight": 1.0}},
+        "reward_terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
         "loop": section(
             RLConfig, steps=40, batch_size=16, group_size=8, self_teaching=True
@@ -58,10 +58,10 @@ def get_config() -> ml_collections.ConfigDict:
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
         "lora": section(LoRAConfig),
     }
-    config.collect = _explaining() | {
+    config.collect = _run() | {
         "stage": "collect",
         "teacher": section(ModelSource, path="{workdir}/rl"),
-        "student": section(ModelSource, path="{workdir}/rl"),
+        "students": (section(ModelSource, path="{workdir}/rl"),),
         "data": _problems("train", 1024, stream=4),
         "collect": section(CollectConfig, batch_size=128),
     }
@@ -97,30 +97,30 @@ def _sampling() -> ml_collections.ConfigDict:
     return section(SamplingConfig, max_new_tokens=56, temperature=0.7)
 
 
-def _explaining() -> dict:
+def _run() -> dict:
     return {
-        "students": section(StudentsConfig),
+        "ensemble": section(EnsembleConfig),
         "template": "tiny",
         "rows": section(RowShape, micro_batch_size=16, row_length=160),
         "sampling": _sampling(),
         "engine": _engine(),
-        "reward": section(RLTRewardConfig),
+        "rlt_reward": section(RLTRewardConfig),
         "mesh": section(MeshConfig),
     }
 
 
 def _sft(
-    model: str, form: str, data: dict, steps: int, batch_size: int, rate: float
+    model: str, role: str, data: dict, steps: int, batch_size: int, rate: float
 ) -> dict:
     return {
         "stage": "sft",
         "model": section(ModelSource, path=model),
         "template": "tiny",
         "data": data,
-        "held_out": None,
+        "held_out": config_dict.placeholder(object),
         "sft": section(
             SFTConfig,
-            format=form,
+            role=role,
             steps=steps,
             batch_size=batch_size,
             row_length=160,

@@ -15,14 +15,13 @@ held-out questions to 97.7, 96.5 and 95.3% (standard errors 2.6 and 1.3 at most)
 
 import ml_collections
 
-from rlt_jax.data.scoring import RowShape
+from rlt_jax.data.rows import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import section
-from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
@@ -37,19 +36,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl = {
         "stage": "rl",
         "policy": section(ModelSource, path="embedded"),
-        "student": None,
-        "students": section(StudentsConfig),
+        "students": (),
+        "ensemble": section(EnsembleConfig),
         "template": "tiny",
         "data": _problems("train", 4000, stream=2),
         "held_out": _problems("test", 256, stream=3),
         "rows": section(RowShape, micro_batch_size=16, row_length=160),
         "sampling": section(SamplingConfig, max_new_tokens=64, temperature=1.0),
         "engine": section(EngineConfig, slots=64, page_size=32, prefill_chunk=64),
-        "reward": section(RLTRewardConfig),
-        "terms": {"correctness": {"weight": 1.0}},
+        "rlt_reward": section(RLTRewardConfig),
+        "reward_terms": {"correctness": {"weight": 1.0}},
         "objective": section(ObjectiveConfig, beta=0.0),
         "loop": section(
-            RLConfig, format="student", steps=20, batch_size=32, group_size=8
+            RLConfig, role="student", steps=20, batch_size=32, group_size=8
         ),
         "optimizer": section(OptimizerConfig, learning_rate=3e-4),
         "lora": section(LoRAConfig),

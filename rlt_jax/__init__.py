@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 __all__ = [
+    "ScoringConfig",
     "generate",
     "load_model",
     "load_tokenizer",

@@ -14,40 +14,44 @@ scored = rlt_jax.score_explanations(
 scored[0][0]["reward"], scored[0][1]["terms"]["explanation_kl"]
 
 prompts = [tokenizer.encode("1+1").ids]
-written = rlt_jax.generate(model, params, prompts, {"max_new_tokens": 8}, seed=0)
-tokenizer.decode(written[0].tokens)
+rollout = rlt_jax.generate(
+    model, params, prompts, {"max_new_tokens": 8}, tokenizer=tokenizer
+)
+rollout.texts[0], rollout.tokens[0], rollout.log_probs[0], rollout.finished[0]
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlt_jax.data import examples, scoring
-from rlt_jax.data.stop_texts import stop_finder
+from rlt_jax.data import examples, rows
+from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.inference import log_probs
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
+from rlt_jax.inference.head import token_log_probs
 from rlt_jax.inference.layout import check_memory
-from rlt_jax.inference.log_probs import token_log_probs
+from rlt_jax.inference.log_probs import LogProbPrograms
+from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scheduler import Request
-from rlt_jax.inference.stored import roll_out
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.rl import scorer
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import Scored, StudentsConfig
+from rlt_jax.rl import rlt_reward
+from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Completion, Params, ScoringBatch, TokenSpans
+from rlt_jax.types import Batch, Params, Reward, Rollout
 
 __all__ = [
+    "ScoringConfig",
     "generate",
     "load_model",
     "load_tokenizer",
@@ -55,7 +59,7 @@ __all__ = [
     "token_log_probs",
 ]
 
-Role = tuple[Transformer, Params, Tokenizer]
+Model = tuple[Transformer, Params, Tokenizer]
 BUCKETS = [2**n for n in range(7, 18)]
 TOKENS_PER_MICRO_BATCH = 4096
 
@@ -87,9 +91,8 @@ def generate(
     sampling: SamplingConfig | Mapping[str, Any],
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
-    stop_ids: Sequence[int] = (),
     engine: EngineConfig | None = None,
-) -> list[Completion]:
+) -> Rollout:
     """Completes prompts; equal ones share their part of the cache.
 
     A second call with the same settings and prompts of about the same lengths compiles
@@ -98,30 +101,30 @@ def generate(
     Args:
       model: from `load_model`.
       params: likewise.
-      prompts: token ids of each, at least one.
+      prompts: token ids of each prompt, at least one.
       sampling: a `SamplingConfig`, or a mapping of its fields, in which `max_new_tokens`
         may be a list, one number a prompt.
-      seed: prompt n draws by the seed and n, whatever else is asked for.
-      tokenizer: its stop tokens end a completion, and texts of `sampling.stop` need it.
-      stop_ids: other tokens that end a completion.
+      seed: what is sampled for prompt n depends on the seed and n alone.
+      tokenizer: its stop tokens end a completion, texts are decoded with it, and
+        `sampling.stop` needs it.
       engine: sizes of the engine; by default a slot a prompt, up to 32.
 
     Returns:
       For each prompt `tokens` and `log_probs` [T], stop token included, and `finished`,
-      False where it was cut off at `max_new_tokens`.
+      False where it was cut off at `max_new_tokens`; `texts` with a tokenizer.
 
     Raises:
       UserError: a prompt is empty, too long for the model, or a setting is wrong.
     """
     if not prompts:
-        return []
-    longest: Any = None
+        return Rollout([], [], [], np.zeros(0, bool))
+    max_new_tokens: Any = None
     if isinstance(sampling, Mapping):
-        longest = sampling["max_new_tokens"]
-        if not isinstance(longest, int):
-            sampling = {**sampling, "max_new_tokens": max(longest)}
+        max_new_tokens = sampling["max_new_tokens"]
+        if not isinstance(max_new_tokens, int):
+            sampling = {**sampling, "max_new_tokens": max(max_new_tokens)}
         sampling = build(SamplingConfig, sampling, "sampling")
-    limits = np.broadcast_to(longest or sampling.max_new_tokens, len(prompts))
+    limits = np.broadcast_to(max_new_tokens or sampling.max_new_tokens, len(prompts))
     requests = [
         Request(np.asarray(prompt, np.int32), n, int(limit))
         for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
@@ -131,188 +134,208 @@ def generate(
     devices = jax.device_count()
     slots = -(-min(len(prompts), 32) // devices) * devices
     engine = engine or EngineConfig(slots=slots)
-    rows = [len(request.prompt) + request.longest for request in requests]
-    pages = 1 << (-(-max(rows) // engine.page_size) - 1).bit_length()
-    row = min(pages * engine.page_size, model.config.max_length)
-    stops = (*stop_ids, *(tokenizer.stop_ids if tokenizer else ()))
-    limits = dataclasses.replace(sampling, max_new_tokens=1)  # one program for any
-    made = _cached_engine(model, limits, stops, engine, max(row, max(rows)), tokenizer)
-    return roll_out(made, params, requests, jax.random.key(seed))
+    lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
+    pages = 1 << (-(-max(lengths) // engine.page_size) - 1).bit_length()
+    bucket = min(pages * engine.page_size, model.config.max_length)
+    sampling = dataclasses.replace(sampling, max_new_tokens=1)  # one program for any
+    max_length = max(bucket, max(lengths))
+    made = _cached_engine(model, tokenizer, sampling, engine, max_length)
+    return made.generate(params, requests, jax.random.key(seed))
 
 
 @functools.lru_cache(maxsize=8)
 def _cached_engine(
     model: Transformer,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-    config: EngineConfig,
-    longest_row: int,
     tokenizer: Tokenizer | None,
+    sampling: SamplingConfig,
+    config: EngineConfig,
+    max_length: int,
 ) -> Engine:
-    find_stop = stop_finder(tokenizer, sampling.stop) if tokenizer else None
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    made = make_engine(model, sampling, stop_ids, config, mesh, longest_row, find_stop)
+    made = make_engine(model, tokenizer, sampling, config, mesh, max_length)
     check_memory(model, made.layout, mesh)
     return made
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """How explanations that are given as text are scored.
+
+    Attributes:
+      rlt_reward: weights of the reward; the published ones by default.
+      ensemble: how the rewards of several students become one.
+      teacher_temperature: divides the teacher's logits.
+      assume_closed: completions without a closing tag are not penalised.
+      per_token: also return tokens and per-token arrays, of the first student.
+    """
+
+    rlt_reward: RLTRewardConfig = dataclasses.field(default_factory=RLTRewardConfig)
+    ensemble: EnsembleConfig = dataclasses.field(default_factory=EnsembleConfig)
+    teacher_temperature: float = 0.7
+    assume_closed: bool = False
+    per_token: bool = False
+
+
+class TextCompletion(NamedTuple):
+    """A teacher's completion that is given as text.
+
+    Attributes:
+      text: the completion, after the explanation's opening tag.
+      trace: the problem with the explanation.
+      closed: whether it counts as closed.
+    """
+
+    text: str
+    trace: Trace
+    closed: bool
 
 
 def score_explanations(
     problems: Sequence[Problem | Mapping[str, str]],
     completions: Sequence[Sequence[str]],
-    teacher: Role,
-    students: Sequence[Role],
+    teacher: Model,
+    students: Sequence[Model],
     template: str | Template = "rlt",
-    reward: RLTRewardConfig | None = None,
-    combine: StudentsConfig | None = None,
-    teacher_temperature: float = 0.7,
-    assume_closed: bool = False,
-    per_token: bool = False,
+    scoring: ScoringConfig | None = None,
 ) -> list[list[dict[str, Any]]]:
     """The RLT reward of explanations given as text.
 
     Args:
-      problems: question and solution of each.
-      completions: for each problem, what teachers wrote after the explanation's opening
+      problems: question and solution of each problem.
+      completions: for each problem, teachers' completions after the explanation's opening
         tag, with or without its closing tag.
       teacher: model, parameters and tokenizer.
       students: likewise, one or more.
       template: name or path of a template, or one.
-      reward: weights; the published ones by default.
-      combine: how several students become one reward.
-      teacher_temperature: divides the teacher's logits.
-      assume_closed: completions without a closing tag are not penalised.
-      per_token: also return tokens and per-token arrays, of the first student.
+      scoring: settings.
 
     Returns:
       For each problem, for each completion: `reward`, `terms` and, if asked, the arrays.
 
     Raises:
-      UserError: a row is longer than the models allow, or a number is not finite.
+      UserError: a sequence is longer than the models allow, or a number is not finite.
     """
+    scoring = scoring or ScoringConfig()
     if not isinstance(template, Template):
         template = load_template(template)
-    traces, sizes = [], []
+    given, sizes = [], []
     for problem, texts in zip(problems, completions, strict=True):
         if not isinstance(problem, Problem):
             problem = Problem(problem["question"], problem["solution"])
-        traces += [written(template, problem, text, assume_closed) for text in texts]
+        given += [
+            text_completion(template, problem, text, scoring.assume_closed)
+            for text in texts
+        ]
         sizes.append(len(texts))
-    score = make_scorer(
-        teacher,
-        students,
-        template,
-        reward or RLTRewardConfig(),
-        combine or StudentsConfig(),
-        teacher_temperature,
-        sharding.make_mesh(sharding.MeshConfig()),
-    )
-    flat = score(traces, per_token=per_token) if traces else []
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    score = make_scorer(teacher, students, template, scoring, mesh)
+    flat = score(given, per_token=scoring.per_token) if given else []
     ends = np.cumsum(sizes)
     return [flat[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def written(
-    template: Template, problem: Problem, completion: str, assume_closed: bool
-) -> scoring.WrittenTrace:
-    """The trace that a completion's text makes of a problem."""
-    body, closed = template.explanation_of(completion)
-    return scoring.WrittenTrace(
-        completion, Trace(problem, body), closed or assume_closed
-    )
+def text_completion(
+    template: Template, problem: Problem, text: str, assume_closed: bool
+) -> TextCompletion:
+    """Parses a teacher's completion of a problem."""
+    body, closed = template.parse_completion(text)
+    return TextCompletion(text, Trace(problem, body), closed or assume_closed)
 
 
 def make_scorer(
-    teacher: Role,
-    students: Sequence[Role],
+    teacher: Model,
+    students: Sequence[Model],
     template: Template,
-    reward: RLTRewardConfig,
-    combine: StudentsConfig,
-    teacher_temperature: float,
+    scoring: ScoringConfig,
     mesh: Mesh,
 ) -> Callable[..., list[dict[str, Any]]]:
-    """A function from written traces to their scores; see `score_explanations`.
+    """A function from completions to their scores; see `score_explanations`.
 
-    It compiles once for each bucket of row lengths and number of traces. Besides the
-    traces it takes the weight of the explanation KL and `per_token`.
+    It compiles once for each bucket of sequence lengths and number of completions. Besides
+    the completions it takes the weight of the explanation KL and `per_token`.
     """
-    scored = jit_score(
-        reward,
-        combine,
-        teacher[0],
-        [student[0] for student in students],
-        teacher_temperature,
-        mesh,
-        per_token=True,
+    reward = scoring.rlt_reward
+    models = [student[0] for student in students]
+    programs = compile_log_probs(
+        teacher[0], models, scoring.teacher_temperature, reward, mesh
     )
+    compute = jit_rlt_reward(reward, scoring.ensemble, len(students), mesh)
+    values_of_tokens = sharding.jit(
+        functools.partial(_values_of_tokens, reward),
+        mesh,
+        out_shardings=sharding.replicated(mesh),
+    )
+    params = [student[1] for student in students]
+    renderers = [Renderer(teacher[2], template, "teacher")]
+    renderers += [Renderer(student[2], template, "student") for student in students]
     groups = sharding.num_groups(mesh)
-    params = tuple(student[1] for student in students)
 
     def score(
-        traces: Sequence[scoring.WrittenTrace],
+        given: Sequence[TextCompletion],
         kl_coef: float | None = None,
         per_token: bool = False,
     ) -> list[dict[str, Any]]:
-        tokenizers = [s[2] for s in students]
-        batches, rows = _batches(teacher[2], tokenizers, template, traces, groups)
-        batches = sharding.put_rows(batches, mesh)
+        packed, first_student = _pack(renderers, given, groups)
+        batch = sharding.put_rows(packed, mesh)
+        batch = log_probs.fill(programs, batch, teacher[1], params)
         coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
-        result = scored(teacher[1], params, batches, jnp.float32(coef))
-        # These stay on the devices of their rows, which may be another host's.
-        result = jax.device_get(result._replace(teacher_log_probs=None))
-        check_finite(result, [trace.trace.problem.question for trace in traces])
-        spans = batches[0].student_explanation
-        return [
-            {
-                "reward": float(result.reward.value[n]),
-                "terms": {k: float(v[n]) for k, v in result.reward.terms.items()},
-            }
-            | (_arrays(result, spans, rows[n], traces[n], n) if per_token else {})
-            for n in range(len(traces))
-        ]
+        rewards = jax.device_get(compute(batch, jnp.float32(coef)))
+        check_finite(rewards, [one.trace.problem.question for one in given])
+        tokens = {}
+        if per_token:
+            tokens = jax.device_get(values_of_tokens(batch))
+        records = []
+        for n in range(len(given)):
+            terms = {name: float(values[n]) for name, values in rewards.items()}
+            record = {"reward": terms.pop("value"), "terms": terms}
+            if per_token:
+                example = first_student[n]
+                segments = packed.students[0].explanation.segment[n]
+                arrays = {name: x[n] for name, x in tokens.items()}
+                record |= _arrays(example, given[n].trace, segments, arrays)
+            records.append(record)
+        return records
 
     return score
 
 
-def jit_score(
-    config: RLTRewardConfig,
-    students: StudentsConfig,
-    teacher_model: Transformer,
-    student_models: Sequence[Transformer],
-    teacher_temperature: float,
+def compile_log_probs(
+    policy: Transformer,
+    students: Sequence[Transformer],
+    temperature: float,
+    reward: RLTRewardConfig,
     mesh: Mesh,
-    per_token: bool = False,
-) -> Callable[..., Scored]:
-    """Compiles `score` on a mesh; per-token values are large, () unless asked for."""
-    if students.combine == "weights" and len(students.weights) != len(student_models):
-        raise UserError(
-            f"students.weights has {len(students.weights)} numbers for "
-            f"{len(student_models)} students."
-        )
-    whole = sharding.replicated(mesh)
-    models = teacher_model, tuple(student_models)
-
-    def program(*args: Any) -> Scored:
-        scored = scorer.score(config, students, *models, teacher_temperature, *args)
-        return scored if per_token else scored._replace(tokens=())
-
-    return sharding.jit(
-        program,
+) -> LogProbPrograms:
+    """The programs of the policy at a temperature, and of the reward's students."""
+    return log_probs.compile_programs(
+        (policy, temperature),
+        [(student, reward.student_temperature) for student in students],
         mesh,
-        out_shardings=Scored(whole, sharding.batch_sharding(mesh, 1), whole),
+        reward.kl_top_k if reward.kl_estimator == "top_k" else None,
+        reward.kl_estimator in OVER_VOCABULARY and reward.kl_teacher_term,
     )
 
 
-def check_finite(result: Scored, questions: Sequence[str]) -> None:
-    """Refuses a NaN or infinity anywhere in the scores.
+def jit_rlt_reward(
+    reward: RLTRewardConfig, ensemble: EnsembleConfig, num_students: int, mesh: Mesh
+) -> Callable[[Batch, jax.Array], Reward]:
+    """Compiles (batch with log-probs, KL weight) -> reward on a mesh.
 
     Raises:
-      UserError: names the first such completion and the quantity.
+      UserError: the ensemble has weights for another number of students.
     """
-    values = {"reward": result.reward.value, **result.reward.terms}
-    for i, tokens in enumerate(result.tokens):
-        values |= {f"{k} of student {i}": v for k, v in tokens._asdict().items()}
-    for name, value in values.items():
-        bad = ~np.isfinite(value.reshape(len(questions), -1)).all(axis=1)
+    ensemble.check(num_students)
+    program = functools.partial(rlt_reward.ensemble_reward, reward, ensemble)
+    return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
+
+
+def check_finite(reward: Reward, questions: Sequence[str]) -> None:
+    """Raises UserError for a NaN or infinity among the rewards.
+
+    The message names the first such completion and the quantity.
+    """
+    for name, values in reward.items():
+        bad = ~np.isfinite(values)
         if bad.any():
             n = int(bad.argmax())
             raise UserError(
@@ -321,65 +344,63 @@ def check_finite(result: Scored, questions: Sequence[str]) -> None:
             )
 
 
-def _batches(
-    teacher: Tokenizer,
-    students: Sequence[Tokenizer],
-    template: Template,
-    traces: Sequence[scoring.WrittenTrace],
-    groups: int,
-) -> tuple[tuple[ScoringBatch, ...], list[examples.Row]]:
-    """A batch for each student in the bucket of the longest row; the first's rows.
+def _pack(
+    renderers: Sequence[Renderer], given: Sequence[TextCompletion], groups: int
+) -> tuple[Batch, list[Example]]:
+    """A batch in the bucket of the longest sequence; the first student's examples.
 
-    The lines of a micro-batch are a multiple of `groups`.
+    The rows of a micro-batch are a multiple of `groups`.
     """
-    in_teacher = [
-        examples.written_teacher_row(teacher, template, t.trace.problem, t.completion)
-        for t in traces
-    ]
-    in_students = [
-        [examples.student_row(student, template, t.trace) for t in traces]
-        for student in students
-    ]
-    lengths = [len(row.tokens) for rows in (in_teacher, *in_students) for row in rows]
-    longest = max(lengths)
+    problems = [one.trace.problem for one in given]
+    policy = examples.text_examples(renderers[0], problems, [one.text for one in given])
+    traces = [one.trace for one in given]
+    students = [examples.student_examples(r, traces) for r in renderers[1:]]
+    longest = max(len(one.tokens) for made in (policy, *students) for one in made)
     if longest > BUCKETS[-1]:
-        raise UserError(f"a row has {longest} tokens, the limit is {BUCKETS[-1]}.")
+        raise UserError(f"a sequence has {longest} tokens, the limit is {BUCKETS[-1]}.")
     length = next(bucket for bucket in BUCKETS if bucket >= longest)
-    lines = max(1, TOKENS_PER_MICRO_BATCH // (length * groups)) * groups
-    shape = scoring.RowShape(lines, length)
-    closed = np.array([trace.closed for trace in traces])
-    batches = [
-        scoring.batch_of_rows(shape, rows, in_teacher, closed) for rows in in_students
-    ]
-    return tuple(batches), in_students[0]
+    size = max(1, TOKENS_PER_MICRO_BATCH // (length * groups)) * groups
+    closed = np.array([one.closed for one in given])
+    batch = rows.pack_examples(RowShape(size, length), policy, students, closed)
+    return batch, students[0]
+
+
+def _values_of_tokens(config: RLTRewardConfig, batch: Batch) -> dict[str, jax.Array]:
+    """Values [E, S] of the first student's tokens and segments, and their masks."""
+    student = batch.students[0]
+    in_teacher, in_student, segments = rlt_reward.explanation_log_probs(batch, student)
+    divergence, _ = rlt_reward.explanation_divergence(config, batch, student)
+    solution, in_solution = rlt_reward.solution_log_probs(student)
+    return {
+        "student_log_probs_explanation": in_student,
+        "teacher_log_probs_explanation": in_teacher,
+        "explanation_kl_tokens": divergence,
+        "student_log_probs_solution": solution,
+        "explanation_mask": segments,
+        "solution_mask": in_solution,
+    }
 
 
 def _arrays(
-    result: Scored,
-    spans: TokenSpans,
-    row: examples.Row,
-    trace: scoring.WrittenTrace,
-    n: int,
+    example: Example,
+    trace: Trace,
+    segments: np.ndarray,
+    values: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Texts and per-token values of the first student, one entry a segment or token."""
-    tokens = result.tokens[0]
-    explained, solved = tokens.explanation_mask[n], tokens.solution_mask[n]
-    segment = spans.segment[n][spans.mask[n]]
-    offsets = row.explanation.offsets[spans.mask[n][: len(row.explanation.offsets)]]
-    pieces = [
-        trace.trace.explanation[part[:, 0].min() : part[:, 1].max()]
-        for part in (offsets[segment == i] for i in np.flatnonzero(explained))
-    ]
-    solution = trace.trace.problem.solution
-
-    def listed(values: np.ndarray, mask: np.ndarray) -> list[float]:
-        return values[n][mask].tolist()
-
+    """Texts and values of a completion, one entry a segment or a solution token."""
+    masks = {name: values.pop(f"{name}_mask") for name in ("explanation", "solution")}
+    offsets = example.explanation.offsets
+    numbers = segments[: len(offsets)]
+    pieces = [offsets[numbers == i] for i in np.flatnonzero(masks["explanation"])]
     return {
-        "explanation_tokens": pieces,
-        "student_log_probs_explanation": listed(tokens.student_explanation, explained),
-        "teacher_log_probs_explanation": listed(tokens.teacher_explanation, explained),
-        "explanation_kl_tokens": listed(tokens.divergence, explained),
-        "solution_tokens": [solution[a:b] for a, b in row.solution.offsets],
-        "student_log_probs_solution": listed(tokens.solution, solved),
+        "explanation_tokens": [
+            trace.explanation[part[:, 0].min() : part[:, 1].max()] for part in pieces
+        ],
+        "solution_tokens": [
+            trace.problem.solution[start:end] for start, end in example.solution.offsets
+        ],
+        **{
+            name: x[masks["solution" if "solution" in name else "explanation"]].tolist()
+            for name, x in values.items()
+        },
     }

@@ -1,25 +1,32 @@
-"""The pytrees that modules pass to each other.
+"""The containers that modules pass to each other.
 
-Axis letters mean the same everywhere: B rows, P prompts, R completions per prompt,
-T length of a row, S length of keys, L layers, K key/value heads, H head dim, M
-micro-batches, N (in this file) completions = P * R.
+One RL step is carried by two of them: `Rollout` on the host, `Batch` on the device. Later
+verbs fill in what is None with `_replace`. Axis letters mean the same everywhere: B rows,
+P prompts, R completions per prompt, E examples (the P * R completions of a step), T length
+of a row, S length of a span, L layers, K key/value heads, H head dim, M micro-batches.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
-Params = Any
+Params = Any  # a pytree of arrays
+Reward = dict[str, Array]  # name -> [E] float32; "value" is the reward, the rest terms
+Metrics = dict[str, Array]  # "area/name" -> scalar on the device
 
 
 class PagedCache(NamedTuple):
-    """Keys and values of growing rows; see `models/paged_cache.py`.
+    """Keys and values of growing sequences; see `models/paged_cache.py`.
 
     Attributes:
       keys: [K, L, pages, C, H] activation dtype, C tokens a page.
-      values: the same.
-      table: [B, S / C] int32, the pages of each row in order; 0 where there is none.
+      values: [K, L, pages, C, H] activation dtype.
+      table: [B, S / C] int32, the pages of each sequence in order; 0 where there is none.
     """
 
     keys: Array
@@ -27,82 +34,113 @@ class PagedCache(NamedTuple):
     table: Array
 
 
-class PackedRows(NamedTuple):
-    """Rows with one or more segments each, cut into micro-batches.
+class Rollout(NamedTuple):
+    """E completions on the host, as a `Sampler` returns them.
+
+    Attributes:
+      requests: the request of each completion; see `inference.sampler.Request`.
+      tokens: ids of each completion, [t] int32, up to and including the stop token.
+      log_probs: log-prob of each token at the sampling temperature, [t] float32.
+      finished: [E] bool, False where a completion was cut off at its maximum length.
+      texts: text of each completion without its stop token; () without a tokenizer.
+      offsets: [t, 2] int32 for each completion, the characters of its text that each token
+        stands for; () without a tokenizer.
+      steps_used: decode steps of slots that sampled a token of a completion.
+      steps_computed: decode steps of slots that were computed.
+    """
+
+    requests: Sequence[Any]
+    tokens: Sequence[np.ndarray]
+    log_probs: Sequence[np.ndarray]
+    finished: np.ndarray
+    texts: Sequence[str] = ()
+    offsets: Sequence[np.ndarray] = ()
+    steps_used: int = 0
+    steps_computed: int = 0
+
+
+class Spans(NamedTuple):
+    """One span of tokens (completion, explanation or solution) of each of E examples.
+
+    Attributes:
+      start: [E] int32, index of the first token in the flattened [M * B * T] arrays.
+      segment: [E, S] int32, the segment that each token belongs to, from 0; -1 where the
+        span has no token.
+    """
+
+    start: Array
+    segment: Array
+
+
+class Batch(NamedTuple):
+    """Packed sequences, and what is known of their tokens.
+
+    Sequences of several examples share a row; `segment_ids` keeps them apart. The policy's
+    batch carries a batch for every student, with the student's own sequences of the same
+    examples. Within an update the fields [M, B, T] become [B, T], one micro-batch.
 
     Attributes:
       tokens: [M, B, T] int32.
+      positions: [M, B, T] int32, counted from 0 within each sequence.
       segment_ids: [M, B, T] int32; 1, 2, ... within a row, 0 is padding.
-      positions: [M, B, T] int32, counted from 0 within each segment.
-      num_micro_batches: [] int32, how many of the M hold anything.
+      num_micro_batches: [] int32, how many of the M hold any sequence.
+      completion: tokens that the policy sampled.
+      explanation: tokens of the explanation, in a student's sequences.
+      policy_explanation: the same text in the policy's sequences; equal segment numbers
+        stand for equal text. In the batch of a student.
+      solution: tokens of the solution, in a student's sequences.
+      closed: [E] bool, False where the explanation's closing tag is missing.
+      finished: [E] bool, False where the completion was cut off.
+      overlong: [E] bool, examples too long for a student, scored without explanation.
+      students: a batch for every student of the reward.
+      log_probs: [M, B, T] float32 of the model that the batch is for; the policy's are
+        those at the time of the rollout. None where nothing needs them.
+      sampler_log_probs: [M, B, T] float32 as the sampler returned them.
+      ref_log_probs: [M, B, T] float32 under the reference.
+      vocabulary_kl: [E, S] float32, KL(policy || student) at each explanation token.
+      advantages: [M, B, T] float32, the advantage of each token's completion.
+      inverse_length: [M, B, T] float32, 1 / length of the completion on its tokens, else 0.
+      loss_weights: [M, B, T] float32, weight of each token's loss in the loss of the batch.
     """
 
     tokens: Array
-    segment_ids: Array
     positions: Array
-    num_micro_batches: Array
+    segment_ids: Array
+    num_micro_batches: Array | None
+    completion: Spans | None = None
+    explanation: Spans | None = None
+    policy_explanation: Spans | None = None
+    solution: Spans | None = None
+    closed: Array | None = None
+    finished: Array | None = None
+    overlong: Array | None = None
+    students: tuple[Batch, ...] = ()
+    log_probs: Array | None = None
+    sampler_log_probs: Array | None = None
+    ref_log_probs: Array | None = None
+    vocabulary_kl: Array | None = None
+    advantages: Array | None = None
+    inverse_length: Array | None = None
+    loss_weights: Array | None = None
+
+    def micro_batch(self, m: Array | int) -> Batch:
+        """The fields [M, B, T] of micro-batch m as [B, T]; spans and examples left out."""
+        per_token = ("tokens", "positions", "segment_ids", *_PER_TOKEN)
+        fields = {name: getattr(self, name) for name in per_token}
+        return Batch(
+            num_micro_batches=None,
+            **{name: None if x is None else x[m] for name, x in fields.items()},
+        )
 
 
-class TokenSpans(NamedTuple):
-    """Where one span (explanation or solution) of every completion lies.
-
-    Attributes:
-      index: [N, T] int32 into the flattened [M * B * T] per-token arrays.
-      segment: [N, T] int32, to which segment of the span the token belongs.
-      mask: [N, T] bool, True where there is a token.
-    """
-
-    index: Array
-    segment: Array
-    mask: Array
-
-
-class ScoringBatch(NamedTuple):
-    """Student and teacher rows of N completions, with the spans the reward reads.
-
-    Attributes:
-      student: packed student rows.
-      teacher: packed teacher rows.
-      student_explanation: tokens of the explanation in the student rows.
-      teacher_explanation: the same text in the teacher rows; `segment` is shared.
-      student_solution: tokens of the solution in the student rows.
-      completion: every sampled token in the teacher rows, for the policy loss.
-      closed: [N] bool, False where the closing tag is missing.
-    """
-
-    student: PackedRows
-    teacher: PackedRows
-    student_explanation: TokenSpans
-    teacher_explanation: TokenSpans
-    student_solution: TokenSpans
-    completion: TokenSpans
-    closed: Array
-
-
-class Reward(NamedTuple):
-    """The reward of N completions and what it is made of.
-
-    Attributes:
-      value: [N] float32.
-      terms: name -> [N] float32, each already reduced to one number a completion.
-    """
-
-    value: Array
-    terms: dict[str, Array]
-
-
-class Completion(NamedTuple):
-    """What a model wrote after a prompt; NumPy arrays on the host.
-
-    Attributes:
-      tokens: [T] int32, up to and including the stop token.
-      log_probs: [T] float32 of each token at the sampling temperature.
-      finished: whether it ended by itself and not at its longest length.
-    """
-
-    tokens: Any
-    log_probs: Any
-    finished: bool
+_PER_TOKEN = (
+    "log_probs",
+    "sampler_log_probs",
+    "ref_log_probs",
+    "advantages",
+    "inverse_length",
+    "loss_weights",
+)
 
 
 class TrainState(NamedTuple):
@@ -112,7 +150,7 @@ class TrainState(NamedTuple):
       step: [] int32, completed optimizer steps.
       params: model parameters.
       opt_state: optax state.
-      skipped: [] int32, steps that changed nothing since the last that did.
+      skipped: [] int32, steps skipped since the last one that changed the parameters.
     """
 
     step: Array

@@ -21,14 +21,14 @@ of the warmed-up teacher 28.0, of the RLT 86.0, of solvers 99.8 and 100.0; the l
 from typing import Any
 
 import ml_collections
-
 from rlt_jax.data.scoring import RowShape
+from rlt_jax.rl.scorer import StudentsConfig
+
 from rlt_jax.data.selection import SelectionConfig
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.losses import ObjectiveConfig
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig

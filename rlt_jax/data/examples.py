@@ -1,25 +1,28 @@
-"""Rows of token ids made from problems and traces, with the spans inside them.
+"""Sequences of token ids made from problems, traces and completions, with their spans.
 
-The same `student_row` makes the rows a student is trained on and the rows the reward
-scores, so the reward sees exactly what a student will learn from.
+The same code makes the sequences a student is trained on and those the reward scores, so
+the reward sees exactly what a student will learn from.
 
 A token belongs to a span when its characters lie wholly inside the span's text. With
 the text "<t>3+4=7</t>" tokenised as `<t>`, `3`, `+`, `4`, `=`, `7</`, `t>`, the span of
 "3+4=7" holds the tokens `3 + 4 =`: the last one also covers part of the closing tag.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from rlt_jax.data.templates import Problem, Template, Trace
-from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.data.tokenizer import Encoding, Tokenizer
 from rlt_jax.errors import UserError
+
+ROLES = ("teacher", "student")
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `end` of a row, and the characters they cover.
+    """Tokens `start` to `end` of a sequence, and the characters they cover.
 
     Attributes:
       start: index of the first token.
@@ -35,20 +38,69 @@ class Span(NamedTuple):
 EMPTY = Span(0, 0, np.zeros((0, 2), np.int32))
 
 
-class Row(NamedTuple):
-    """One unpacked row.
+class Example(NamedTuple):
+    """One sequence, before it is packed.
 
     Attributes:
       tokens: [T] int32.
-      loss_mask: [T] bool, the tokens a model learns or has sampled.
-      explanation: tokens of the explanation.
-      solution: tokens of the solution; empty in teacher rows.
+      loss_mask: [T] bool, the tokens that a model learns or has sampled.
+      explanation: tokens of the explanation; empty where the policy is a student.
+      solution: tokens of the solution; empty in the sequences of a teacher.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     explanation: Span
     solution: Span
+
+
+class Renderer:
+    """Turns problems into what a model of one role reads, each prompt rendered once.
+
+    Attributes:
+      tokenizer: of the model.
+      template: system prompts, tags and delimiters.
+      role: "teacher", which sees the solution and explains it, or "student".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, role: str) -> None:
+        self.tokenizer, self.template, self.role = tokenizer, template, role
+        # A group of completions shares its prompt, and so do all students of a tokenizer.
+        self.prompt: Callable[[Problem], tuple[str, Encoding]]
+        self.prompt = functools.lru_cache(maxsize=4096)(self._prompt)
+
+    def _prompt(self, problem: Problem) -> tuple[str, Encoding]:
+        """The chat up to where the model continues: its text, ids and offsets."""
+        template = self.template
+        if self.role == "teacher":
+            chat = self.tokenizer.render(template.teacher_messages(problem))
+            text = chat + template.teacher_prefix(problem)
+        else:
+            text = self.tokenizer.render(template.student_messages(problem.question))
+        return text, self.tokenizer.encode(text)
+
+    def encode(
+        self, problems: Sequence[Problem], turns: Sequence[str]
+    ) -> list[tuple[str, Encoding]]:
+        """For each problem the text of its prompt, and the encoding of prompt and turn.
+
+        Prompt and turn are encoded as one text; the part of the prompt that does not
+        depend on what follows is encoded once a problem.
+        """
+        places: dict[Problem, list[int]] = {}
+        for i, problem in enumerate(problems):
+            places.setdefault(problem, []).append(i)
+        encoded: list[tuple[str, Encoding]] = [("", Encoding(EMPTY, EMPTY))] * len(
+            turns
+        )
+        for problem, indices in places.items():
+            text = self.prompt(problem)[0]
+            group = [turns[i] for i in indices]
+            for i, encoding in zip(
+                indices, self.tokenizer.encode_with_prefix(text, group), strict=True
+            ):
+                encoded[i] = text, encoding
+        return encoded
 
 
 def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
@@ -69,12 +121,12 @@ def align(left: Span, right: Span) -> tuple[np.ndarray, np.ndarray]:
     """Finest common segmentation of two tokenisations of one text.
 
     Args:
-      left: span in one row.
-      right: span of the same text in another row.
+      left: span in one sequence.
+      right: span of the same text in another sequence.
 
     Returns:
       For each token of left and of right the segment it belongs to, -1 for tokens at
-      the borders that the other row has no counterpart of.
+      the borders that the other sequence has no counterpart for.
 
         left  |ab|c|d|    cuts 0 2 3 4     common cuts 0 3 4
         right |a|bc|d|    cuts 0 1 3 4     segments 0 0 1 and 0 0 1
@@ -102,106 +154,123 @@ def _segments(offsets: np.ndarray, cuts: np.ndarray) -> np.ndarray:
     return np.where(inside, segment, -1).astype(np.int32)
 
 
-def student_prompt(tokenizer: Tokenizer, template: Template, question: str) -> str:
-    """The chat up to where the student's thought begins."""
-    return tokenizer.render(template.student_messages(question))
+def student_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Example]:
+    """Canonical sequences of traces as a student sees them: thought, then solution.
 
-
-def teacher_prompt(tokenizer: Tokenizer, template: Template, problem: Problem) -> str:
-    """The chat up to where the teacher goes on: solution and opening tag included."""
-    chat = tokenizer.render(template.teacher_messages(problem))
-    return chat + template.teacher_prefix(problem)
-
-
-def student_row(tokenizer: Tokenizer, template: Template, trace: Trace) -> Row:
-    """Canonical row of a trace as a student sees it: thought, then solution.
-
-    Args:
-      tokenizer: the student's.
-      template: system prompt, tags, delimiter.
-      trace: question, explanation, solution.
-
-    Returns:
-      The row; `loss_mask` covers the student's whole turn with its end.
+    `loss_mask` covers the student's whole turn with its end.
     """
-    prompt = student_prompt(tokenizer, template, trace.problem.question)
-    turn = template.student_turn(trace)
-    tokens, offsets = tokenizer.encode(prompt + turn + tokenizer.eos)
-    thought_start = len(prompt) + len(template.thought_tags[0])
-    thought_end = thought_start + len(template.body(trace.explanation))
-    solution_end = len(prompt) + len(turn) - len(template.solution_tags[1])
-    solution_start = solution_end - len(trace.problem.solution)
-    return Row(
-        tokens,
-        offsets[:, 0] >= len(prompt),
-        find_span(offsets, thought_start, thought_end),
-        find_span(offsets, solution_start, solution_end),
+    tokenizer, template = renderer.tokenizer, renderer.template
+    turns = [template.student_turn(trace) for trace in traces]
+    encoded = renderer.encode(
+        [trace.problem for trace in traces], [turn + tokenizer.eos for turn in turns]
     )
+    examples = []
+    for trace, turn, (prompt, (tokens, offsets)) in zip(
+        traces, turns, encoded, strict=True
+    ):
+        thought = len(prompt) + len(template.thought_tags[0])
+        solution_end = len(prompt) + len(turn) - len(template.solution_tags[1])
+        solution = solution_end - len(trace.problem.solution)
+        thought_end = thought + len(template.body(trace.explanation))
+        examples.append(
+            Example(
+                tokens,
+                offsets[:, 0] >= len(prompt),
+                find_span(offsets, thought, thought_end),
+                find_span(offsets, solution, solution_end),
+            )
+        )
+    return examples
 
 
-def teacher_row(tokenizer: Tokenizer, template: Template, trace: Trace) -> Row:
-    """Canonical row of a trace as a teacher would have written it.
+def teacher_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Example]:
+    """Canonical sequences of traces as if a teacher had generated them.
 
-    `loss_mask` covers what the teacher writes: the explanation after its opening tag,
+    `loss_mask` covers what the teacher generates: the explanation after its opening tag,
     the closing tag and the end of the turn.
     """
-    body = template.body(trace.explanation)[len(template.pad) :]
+    tokenizer, template = renderer.tokenizer, renderer.template
     ending = template.explanation_tags[1] + tokenizer.eos
-    written = tokenizer.encode(body + ending).ids
-    return sampled_teacher_row(tokenizer, template, trace.problem, written)
+    examples = []
+    for trace in traces:
+        body = template.body(trace.explanation)[len(template.pad) :]
+        tokens = tokenizer.encode(body + ending).ids
+        text, offsets = decode_completion(tokenizer, tokens)
+        examples.append(
+            completion_example(renderer, trace.problem, tokens, text, offsets)
+        )
+    return examples
 
 
-def sampled_teacher_row(
-    tokenizer: Tokenizer, template: Template, problem: Problem, completion: np.ndarray
-) -> Row:
-    """Row of a problem and a completion that keeps the sampled ids.
+EXAMPLES: dict[str, Callable[[Renderer, Sequence[Trace]], list[Example]]] = {
+    "teacher": teacher_examples,
+    "student": student_examples,
+}
+
+
+def completion_example(
+    renderer: Renderer,
+    problem: Problem,
+    completion: np.ndarray,
+    text: str,
+    offsets: np.ndarray,
+) -> Example:
+    """Sequence of a problem and a completion that keeps the sampled ids.
 
     Args:
-      tokenizer: the teacher's.
-      template: system prompt, tags, delimiter.
+      renderer: of the policy.
       problem: question and solution.
       completion: [T] int32 ids after the prompt, the stop token included.
+      text: its text without the stop token.
+      offsets: [T, 2] int32, characters of the text that each id stands for.
 
     Returns:
-      The row; `loss_mask` covers the completion.
+      The sequence; `loss_mask` covers the completion.
     """
-    prompt = teacher_prompt(tokenizer, template, problem)
-    prompt_tokens, prompt_offsets = tokenizer.encode(prompt)
-    text, offsets = completion_text(tokenizer, completion)
-    body, _ = template.explanation_of(text)
+    prompt, (prompt_tokens, prompt_offsets) = renderer.prompt(problem)
     tokens = np.concatenate([prompt_tokens, completion]).astype(np.int32)
-    offsets = np.concatenate([prompt_offsets, offsets + len(prompt)])
-    start = len(prompt) - len(template.pad)
-    return Row(
-        tokens,
-        np.arange(len(tokens)) >= len(prompt_tokens),
-        find_span(offsets, start, start + len(body)),
-        EMPTY,
+    loss_mask = np.arange(len(tokens)) >= len(prompt_tokens)
+    if renderer.role == "student":
+        return Example(tokens, loss_mask, EMPTY, EMPTY)
+    body, _ = renderer.template.parse_completion(text)
+    offsets = np.concatenate([prompt_offsets, offsets + np.int32(len(prompt))])
+    start = len(prompt) - len(renderer.template.pad)
+    return Example(
+        tokens, loss_mask, find_span(offsets, start, start + len(body)), EMPTY
     )
 
 
-def written_teacher_row(
-    tokenizer: Tokenizer, template: Template, problem: Problem, completion: str
-) -> Row:
-    """Canonical row of a problem and a completion of which only the text is known.
+def text_examples(
+    renderer: Renderer, problems: Sequence[Problem], completions: Sequence[str]
+) -> list[Example]:
+    """Canonical sequences of a teacher's completions of which only the text is known.
 
     Prompt and completion are encoded as one text. A missing closing tag is added, so
     that the last token of the explanation is the same as in a closed one.
     """
-    prompt = teacher_prompt(tokenizer, template, problem)
-    body, closed = template.explanation_of(completion)
-    ending = "" if closed else template.explanation_tags[1]
-    tokens, offsets = tokenizer.encode(prompt + completion + ending + tokenizer.eos)
-    start = len(prompt) - len(template.pad)
-    return Row(
-        tokens,
-        offsets[:, 0] >= len(prompt),
-        find_span(offsets, start, start + len(body)),
-        EMPTY,
-    )
+    tokenizer, template = renderer.tokenizer, renderer.template
+    parsed = [template.parse_completion(text) for text in completions]
+    turns = [
+        text + ("" if closed else template.explanation_tags[1]) + tokenizer.eos
+        for text, (_, closed) in zip(completions, parsed, strict=True)
+    ]
+    examples = []
+    for (body, _), (prompt, (tokens, offsets)) in zip(
+        parsed, renderer.encode(problems, turns), strict=True
+    ):
+        start = len(prompt) - len(template.pad)
+        examples.append(
+            Example(
+                tokens,
+                offsets[:, 0] >= len(prompt),
+                find_span(offsets, start, start + len(body)),
+                EMPTY,
+            )
+        )
+    return examples
 
 
-def completion_text(
+def decode_completion(
     tokenizer: Tokenizer, completion: np.ndarray
 ) -> tuple[str, np.ndarray]:
     """Text of a completion without its stop token, and offsets [T, 2] of all ids."""
@@ -213,31 +282,22 @@ def completion_text(
     return text, offsets
 
 
-def trace_of(
-    tokenizer: Tokenizer, template: Template, problem: Problem, completion: np.ndarray
-) -> tuple[Trace, bool]:
-    """The trace that a completion makes of a problem, and whether it is closed."""
-    text, _ = completion_text(tokenizer, completion)
-    body, closed = template.explanation_of(text)
-    return Trace(problem, body), closed
-
-
-def check_lengths(rows: Sequence[np.ndarray], limit: int, what: str) -> None:
-    """Refuses rows that do not fit.
+def check_lengths(sequences: Sequence[np.ndarray], limit: int, what: str) -> None:
+    """Raises an error for sequences that do not fit.
 
     Args:
-      rows: token ids, [T] each.
+      sequences: token ids, [T] each.
       limit: longest allowed length.
-      what: names the rows and the limit's setting in the message.
+      what: names the sequences and the limit's setting in the message.
 
     Raises:
-      UserError: with the number of the first such row and its length.
+      UserError: with the number of the first such sequence and its length.
     """
-    for number, row in enumerate(rows):
-        if len(row) > limit:
-            count = sum(len(other) > limit for other in rows)
+    for number, tokens in enumerate(sequences):
+        if len(tokens) > limit:
+            count = sum(len(other) > limit for other in sequences)
             raise UserError(
-                f"{what}: row {number} has {len(row)} tokens, the limit is {limit} "
-                f"({count} of {len(rows)} rows are longer). Raise the limit or "
-                "drop the row."
+                f"{what}: sequence {number} has {len(tokens)} tokens, the limit is "
+                f"{limit} ({count} of {len(sequences)} sequences are longer). Raise the "
+                "limit or drop the sequence."
             )

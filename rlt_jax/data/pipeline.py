@@ -6,20 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import numpy as np
 
 from rlt_jax import settings
 from rlt_jax.data import traces as files
-from rlt_jax.data.examples import Row
+from rlt_jax.data.examples import Example
+from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, countdown, gpqa, gsm8k
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
+from rlt_jax.types import Batch
 
 
 def file_problems(
     path: str, template: Template, limit: int | None = None, grader: str = "math"
 ) -> list[Problem]:
-    """Problems of the user's files, the first `limit`; see `files.read_problems`."""
+    """The first `limit` problems of the user's files; see `files.read_problems`."""
     problems = files.read_problems(path, template, limit)
     return [problem._replace(grader=grader) for problem in problems]
 
@@ -53,7 +54,7 @@ def load_problems(
 ) -> list[Problem]:
     """Problems of a `data` section: `task` picks the source, the rest is passed on.
 
-    Sources that parse tags are given the template, those that generate the run's seed.
+    Sources that parse tags get the template, sources that generate get the run's seed.
     """
     return _load(PROBLEMS, config, {"template": template, "seed": seed}, "data")
 
@@ -69,13 +70,13 @@ class Source(NamedTuple):
     """Traces of one origin.
 
     Attributes:
-      where: its section.
-      share: rows of it that are seen in training, relative to other sources.
-      traces: all that it has.
+      where: name of its config section.
+      weight: its part of the training sequences, relative to other sources.
+      traces: all its traces.
     """
 
     where: str
-    share: float
+    weight: float
     traces: list[Trace]
 
 
@@ -92,29 +93,29 @@ def load_sources(
     """
     if config.get("task") != MIX:
         return [Source("data", 1.0, load_traces(config, template, seed))]
-    found = []
-    for where, section in settings.build(_sections, config, "data"):
+    loaded = []
+    for where, section in settings.build(_mix_sections, config, "data"):
         keys = dict(section)
-        share = keys.pop("share", 1.0)
-        if not isinstance(share, int | float) or not 0 <= share < float("inf"):
-            raise UserError(f"{where}.share={share!r}: a number from 0.")
-        if share:
+        weight = keys.pop("share", 1.0)
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UserError(f"{where}.share={weight!r}: a number from 0.")
+        if weight:
             traces = load_traces(keys, template, seed, where)
-            found.append(Source(where, share, traces))
-    if not found:
+            loaded.append(Source(where, weight, traces))
+    if not loaded:
         raise UserError("data.sources: none has a share above 0.")
-    return found
+    return loaded
 
 
-def _sections(task: str, sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Those of a mix, by name, and where they stand; `task` is known."""
-    found = {"data.sources": sources}
+def _mix_sections(task: str, sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Name and section of each source of a mix, sorted by name."""
+    sections = {"data.sources": sources}
     if isinstance(sources, Mapping):
-        found = {f"data.sources.{name}": sources[name] for name in sorted(sources)}
-    for where, section in found.items():
+        sections = {f"data.sources.{name}": sources[name] for name in sorted(sources)}
+    for where, section in sections.items():
         if not isinstance(section, Mapping):
             raise UserError(f"{where} is {section!r}; give it as keys and values.")
-    return list(found.items())
+    return list(sections.items())
 
 
 def _load(
@@ -136,56 +137,43 @@ def _load(
 
 
 def packed_batches(
-    sources: Sequence[Sequence[Row]],
-    shares: Sequence[float],
-    batch_size: int,
-    row_length: int,
+    sources: Sequence[Sequence[Example]],
+    weights: Sequence[float],
+    shape: RowShape,
+    num_rows: int,
     seed: int,
-) -> grain.DatasetIterator:
+) -> PackedBatches:
     """Endless shuffled batches of packed rows; the iterator's state can be saved.
 
-    Every pass over the rows of a source has its own order, and of any number of rows in
-    sequence each source has its share. Each batch is a dict of arrays
-    [batch_size, row_length]: tokens, segment_ids, positions (int32), loss_mask (bool).
+    Every pass over the examples of a source has its own order, and among the sequences
+    each source has a part in proportion to its weight.
+
+    Args:
+      sources: examples of each source.
+      weights: weight of each source in the mix.
+      shape: of the packed rows.
+      num_rows: rows of a batch.
+      seed: seed of the shuffles.
     """
     datasets = [
-        _features(rows).seed(seed + n).shuffle().repeat()
-        for n, rows in enumerate(sources)
+        _stream(made).seed(seed + n).shuffle().repeat()
+        for n, made in enumerate(sources)
     ]
     mixed = datasets[0]
     if len(datasets) > 1:
-        mixed = grain.MapDataset.mix(datasets, weights=shares)
-    return iter(_packed(mixed, batch_size, row_length, seed))
+        mixed = grain.MapDataset.mix(datasets, weights=weights)
+    return PackedBatches(mixed, shape, num_rows)
 
 
-def all_batches(
-    rows: Sequence[Row], batch_size: int, row_length: int
-) -> list[dict[str, np.ndarray]]:
-    """Batches as of `packed_batches` that hold every row once, the last one padded."""
-
-    def padded(x: np.ndarray) -> np.ndarray:
-        return np.pad(x, ((0, batch_size - len(x)), (0, 0)))
-
-    batches = _packed(_features(rows), batch_size, row_length, seed=0)
-    return [{name: padded(x) for name, x in batch.items()} for batch in batches]
+def all_batches(made: Sequence[Example], shape: RowShape, num_rows: int) -> list[Batch]:
+    """Batches as from `packed_batches` that hold every example once."""
+    return list(PackedBatches(_stream(made), shape, num_rows))
 
 
-def _features(rows: Sequence[Row]) -> grain.MapDataset:
+def _stream(made: Sequence[Example]) -> grain.MapDataset:
     return grain.MapDataset.source(
-        [{"tokens": row.tokens, "loss_mask": row.loss_mask} for row in rows]
+        [{"tokens": one.tokens, "loss_mask": one.loss_mask} for one in made]
     )
-
-
-def _packed(
-    rows: grain.MapDataset, batch_size: int, row_length: int, seed: int
-) -> grain.IterDataset:
-    packed = grain.experimental.FirstFitPackIterDataset(
-        rows.to_iter_dataset(_IN_MEMORY),
-        length_struct={"tokens": row_length, "loss_mask": row_length},
-        num_packing_bins=2 * batch_size,
-        seed=seed,
-    )
-    return packed.map(_name_fields).batch(batch_size)
 
 
 def problem_batches(
@@ -200,12 +188,3 @@ def problem_batches(
     # The remainder of an endless data set is computed in floats, which overflow.
     batches = dataset.batch(batch_size, drop_remainder=True)
     return iter(batches.to_iter_dataset(_IN_MEMORY))
-
-
-def _name_fields(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        "tokens": packed["tokens"].astype(np.int32),
-        "segment_ids": packed["tokens_segment_ids"],
-        "positions": packed["tokens_positions"],
-        "loss_mask": packed["loss_mask"],
-    }

@@ -8,21 +8,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlt_jax.data.examples import EMPTY, Row, check_lengths
+from rlt_jax.data.examples import EMPTY, Example, check_lengths
 from rlt_jax.errors import UserError
 
-# What becomes of rows that are too long.
+# What happens to sequences that are too long.
 OVERLONG = ("error", "drop", "shorter", "truncate")
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
-    """What to keep; applied in the order of the attributes.
+    """Which traces to keep; applied in the order of the attributes.
 
     Attributes:
-      max_tokens: only traces whose student row has at most so many tokens, 0 for all.
-      best_per_question: so many of the highest reward for each question, 0 for all.
-      top_fraction: this share of the rest, of the highest reward.
+      max_tokens: maximum tokens of a trace's student sequence; 0 for no limit.
+      best_per_question: traces with the highest reward to keep for each question; 0 for all.
+      top_fraction: fraction of the remaining traces to keep, those of the highest reward.
     """
 
     max_tokens: int = 0
@@ -35,7 +35,7 @@ class SelectionConfig:
 
 
 class Candidate(NamedTuple):
-    """What selection looks at."""
+    """A scored trace: its question, reward, and tokens of its student sequence."""
 
     question: str
     reward: float
@@ -68,23 +68,23 @@ def choose(
     refill: bool,
     seed: int,
 ) -> tuple[list[int], Counter[str]]:
-    """Picks those of each question's traces that a student is trained on.
+    """Picks the traces of each question that a student is trained on.
 
-    The seed puts the traces of a question into an order. Those that fit are taken in
-    that order, `per_question` of them at most.
+    The seed shuffles the traces of a question. Those that fit are taken in that order, at
+    most `per_question` of them.
 
     Args:
-      questions: of each trace.
-      fits: whether its row does.
-      per_question: how many traces of each question, 0 for all.
-      refill: traces that fit stand in for those that do not, several times if need be,
-        so that a question keeps its number of rows as long as any of its traces fits.
-      seed: of the order.
+      questions: question of each trace.
+      fits: whether the sequence of each trace fits.
+      per_question: maximum traces of each question; 0 for all.
+      refill: traces that fit replace those that do not, repeatedly if needed, so that a
+        question keeps its number of sequences as long as any of its traces fits.
+      seed: seed of the shuffle.
 
     Returns:
-      Indices, in their own order; and numbers of traces: `dropped` do not fit, and
-      nothing stands in for them; `replaced` do not fit, and another one is used again or
-      in their place; `surplus` are more than `per_question`.
+      Indices in ascending order; and numbers of traces: `dropped` do not fit and are not
+      replaced; `replaced` do not fit and another trace takes their place; `surplus` are
+      more than `per_question`.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i in np.random.default_rng(seed).permutation(len(questions)).tolist():
@@ -105,58 +105,58 @@ def choose(
     return sorted(chosen), counts
 
 
-def fit_rows(
-    rows: Sequence[Row],
+def fit_examples(
+    made: Sequence[Example],
     questions: Sequence[str],
     limit: int,
     overlong: str,
     per_question: int,
     seed: int,
     what: str,
-) -> tuple[list[Row], dict[str, int]]:
-    """Rows of at most `limit` tokens, at most `per_question` (0: all) of each question.
+) -> tuple[list[Example], dict[str, int]]:
+    """Sequences of at most `limit` tokens, at most `per_question` of each question.
 
     Args:
-      rows: of all traces.
-      questions: of each.
+      made: sequences of all traces.
+      questions: question of each sequence.
       limit: longest allowed length.
-      overlong: for longer rows, one of `OVERLONG`. "error" refuses them, "drop" leaves
-        them out, "shorter" uses others of the same question in their place (see
-        `choose`), "truncate" cuts them; a row that is cut before anything in it is
-        learned is dropped. Spans of cut rows are empty.
-      per_question: applied to the rows that fit.
-      seed: of the choice.
-      what: names the rows and the limit's setting in messages.
+      overlong: for longer sequences, one of `OVERLONG`. "error" raises, "drop" leaves
+        them out, "shorter" uses others of the same question instead (see `choose`),
+        "truncate" cuts them; a sequence that is cut before its first learned token is
+        dropped. Spans of truncated sequences are empty.
+      per_question: applied to the sequences that fit; 0 for all.
+      seed: seed of the choice.
+      what: names the sequences and the limit's setting in messages.
 
     Returns:
-      The rows, and numbers of traces: read = used + dropped + surplus, and of those used
-      that are `truncated`, or in the place of others (`replaced`).
+      The sequences, and numbers of traces: read = used + dropped + surplus; among those
+      used, `truncated` and `replaced`.
 
     Raises:
-      UserError: rows that are too long, or none that is not.
+      UserError: a sequence is too long, or none fits.
     """
     if overlong == "error":
-        check_lengths([row.tokens for row in rows], limit, what)
+        check_lengths([one.tokens for one in made], limit, what)
     if overlong == "truncate":
-        fits = [bool(row.loss_mask[1:limit].any()) for row in rows]
+        fits = [bool(one.loss_mask[1:limit].any()) for one in made]
     else:
-        fits = [len(row.tokens) <= limit for row in rows]
+        fits = [len(one.tokens) <= limit for one in made]
     refill = overlong == "shorter"
     chosen, counts = choose(questions, fits, per_question, refill, seed)
     if not chosen:
         raise UserError(
-            f"{what}: none of {len(rows)} traces is left, as overlong={overlong!r} "
+            f"{what}: none of {len(made)} traces is left, as overlong={overlong!r} "
             f"leaves out what does not fit into {limit} tokens. Raise the limit."
         )
 
-    def cut(row: Row) -> Row:
-        return Row(row.tokens[:limit], row.loss_mask[:limit], EMPTY, EMPTY)
+    def cut(one: Example) -> Example:
+        return Example(one.tokens[:limit], one.loss_mask[:limit], EMPTY, EMPTY)
 
-    long = [len(rows[i].tokens) > limit for i in chosen]
+    long = [len(made[i].tokens) > limit for i in chosen]
     used = [
-        cut(rows[i]) if is_long else rows[i]
+        cut(made[i]) if is_long else made[i]
         for i, is_long in zip(chosen, long, strict=True)
     ]
-    numbers = {"read": len(rows), "used": len(used), "truncated": sum(long)}
+    numbers = {"read": len(made), "used": len(used), "truncated": sum(long)}
     names = ("dropped", "replaced", "surplus")
     return used, numbers | {name: counts[name] for name in names}

@@ -1,14 +1,14 @@
-"""Templates: the system prompts, tags and delimiters of teacher and student rows.
+"""Templates: the system prompts, tags and delimiters of teacher and student sequences.
 
 A template is data, read from a JSON file with exactly the fields of `Template`. A solution
-stands between its tags as it is. So does an explanation, except that its text always
+stands between its tags unchanged. So does an explanation, except that its text always
 begins with `pad`, which belongs to the teacher's prompt: with `pad="\\n\\n"`, the plain
 text `x = 5` becomes the body `"\\n\\nx = 5\\n\\n"`.
 
-    teacher row: chat(teacher_system, q) + <solution> s </solution> + delimiter
-                 + <explanation> pad | rest of the explanation + </explanation>
-    student row: chat(student_system, q) + <thought> z </thought> + delimiter
-                 + <solution> s </solution>
+    teacher: chat(teacher_system, q) + <solution> s </solution> + delimiter
+             + <explanation> pad | rest of the explanation + </explanation>
+    student: chat(student_system, q) + <thought> z </thought> + delimiter
+             + <solution> s </solution>
 
 Everything left of `|` is the teacher's prompt.
 """
@@ -27,10 +27,10 @@ class Problem(NamedTuple):
     """A question with its known solution and, where it can be graded, its answer.
 
     Attributes:
-      question: as it is asked.
-      solution: as a student shall write it.
-      answer: what a grader compares with; None where there is none.
-      grader: how, one of `rlt_jax.rl.grading.GRADERS`.
+      question: text of the question.
+      solution: text that a student should generate as its solution.
+      answer: the text that a grader compares with; None where there is none.
+      grader: name of a grader, one of `rlt_jax.rl.grading.GRADERS`.
     """
 
     question: str
@@ -79,7 +79,7 @@ class Template:
             object.__setattr__(self, name, tuple(tags))
 
     def body(self, text: str) -> str:
-        """An explanation as it stands between tags: padded, unless it already is."""
+        """An explanation as it stands between its tags, padded unless it already is."""
         if text.startswith(self.pad):
             return text
         return self.pad + text + self.pad
@@ -106,7 +106,7 @@ class Template:
         thought = _tagged(self.thought_tags, self.body(trace.explanation))
         return thought + self.delimiter + self.solution(trace.problem)
 
-    def explanation_of(self, completion: str) -> tuple[str, bool]:
+    def parse_completion(self, completion: str) -> tuple[str, bool]:
         """Body of the explanation in a teacher's completion, and whether it is closed.
 
         The completion continues `teacher_prefix`, so the body starts with `pad`. It ends
@@ -119,7 +119,7 @@ class Template:
         return self.pad + text, bool(tag)
 
     def solution_of(self, completion: str) -> str | None:
-        """What a student wrote as its solution: the last tagged part, stripped.
+        """The solution in a student's completion: the last tagged part, stripped.
 
         A missing closing tag is forgiven; None when there is no opening tag.
         """

@@ -7,7 +7,7 @@ Face), and `tokenizer_config.json` with the chat template and the special tokens
 import datetime
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +82,10 @@ class Tokenizer:
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of the text; no special tokens are added."""
         return self._codec.encode(text)
+
+    def encode_with_prefix(self, prefix: str, texts: Sequence[str]) -> list[Encoding]:
+        """The encoding of prefix + text for each of the texts."""
+        return [self.encode(prefix + text) for text in texts]
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of the ids, special tokens written out."""

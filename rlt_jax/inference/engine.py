@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from rlt_jax.data.stop_texts import StopFinder
-from rlt_jax.inference.decode import CPU_TILES, Slots, decode, prefill
+from rlt_jax.data.stop_texts import StopFinder, stop_finder
+from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.inference.decode import CPU_TILES, Drawn, Slots, decode, prefill
 from rlt_jax.inference.layout import (
     EngineConfig,
     Layout,
-    Request,
     check_requests,
     make_layout,
     on_cpu,
     prefill_sizes,
 )
+from rlt_jax.inference.sampler import Part, Request, Sampler, join
+from rlt_jax.inference.sampler import decode as decode_texts
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
@@ -39,69 +41,109 @@ from rlt_jax.training.sharding import (
     jit,
     replicated,
 )
-from rlt_jax.types import Completion, PagedCache, Params
+from rlt_jax.types import PagedCache, Params, Rollout
 
 SHARD_AXES = ("data", "fsdp")
 
 
-class Engine(NamedTuple):
-    """Compiled programs and sizes; see `make_engine`."""
+@dataclasses.dataclass(frozen=True)
+class Engine(Sampler):
+    """The sampler that runs on the trainer's own devices; see `make_engine`.
+
+    Attributes:
+      layout: sizes of slots and pages.
+      sampling: how tokens are sampled.
+      stop_ids: tokens that end a completion.
+      find_stop: finds texts that end a completion; None for none.
+      tokenizer: decodes completions; None leaves texts out.
+      chunks: sizes of the parts of a prompt.
+      new_cache: makes an empty cache and empty slots.
+      to_decode: parameters in training layout -> parameters for decoding.
+      prefill: (params, cache, table, tokens, start) -> cache.
+      decode: (params, cache, slots, refill, key) -> cache, slots, sampled tokens.
+    """
 
     layout: Layout
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     find_stop: StopFinder | None
+    tokenizer: Tokenizer | None
     chunks: tuple[int, ...]
     new_cache: Callable[[], tuple[PagedCache, Slots]]
     to_decode: Callable[[Params], Params]
     prefill: Callable[..., PagedCache]
-    decode: Callable[..., Any]
+    decode: Callable[..., tuple[PagedCache, Slots, Drawn]]
 
+    def generate(
+        self, params: Params, requests: Sequence[Request], key: jax.Array
+    ) -> Rollout:
+        """See `Sampler.generate`.
 
-@dataclasses.dataclass
-class Occupancy:
-    """How well the slots were used.
+        Raises:
+          UserError: a request is empty or too long.
+        """
+        return join(self.stream(params, requests, key))
 
-    Attributes:
-      used: slot-steps that drew a token of a completion.
-      run: slot-steps that were computed.
-    """
+    def stream(
+        self, params: Params, requests: Sequence[Request], key: jax.Array
+    ) -> Iterator[Part]:
+        """The completions that each dispatch has ended."""
+        check_requests(self.layout, requests)
+        params = self.to_decode(params)
+        cache, slots = self.new_cache()
+        scheduler = Scheduler(requests, self.layout, self.stop_ids, self.find_stop)
+        under_way = None
+        while scheduler.unfinished:
+            prefills, refill, owners = scheduler.plan()
+            for part in _chunked(prefills, self.chunks, self.layout):
+                cache = self.prefill(params, cache, *part)
+            cache, slots, drawn = self.decode(params, cache, slots, refill, key)
+            if under_way is not None:
+                yield self._take(scheduler, *under_way)
+            under_way = drawn, owners
 
-    used: int = 0
-    run: int = 0
+    def _take(self, scheduler: Scheduler, drawn: Drawn, owners: list) -> Part:
+        """The completions that a dispatch has ended, and how full its slots were."""
+        drawn = jax.device_get(drawn)
+        indices, rollout = scheduler.absorb(drawn, owners)
+        if self.tokenizer:
+            rollout = decode_texts(rollout, self.tokenizer)
+        used, steps = int(drawn.mask.sum()), int(drawn.mask.any(axis=1).sum())
+        return indices, rollout._replace(
+            steps_used=used, steps_computed=steps * drawn.mask.shape[1]
+        )
 
 
 def make_engine(
     model: Transformer,
+    tokenizer: Tokenizer | None,
     sampling: SamplingConfig,
-    stop_ids: Sequence[int],
     config: EngineConfig,
     mesh: Mesh,
-    longest_row: int,
-    find_stop: StopFinder | None = None,
+    max_length: int,
 ) -> Engine:
     """Builds the programs; they compile at their first use.
 
-    Whether the cache fits on the devices is for `check_memory` to say.
+    `check_memory` checks whether the cache fits on the devices.
 
     Args:
       model: the transformer.
-      sampling: how tokens are drawn.
-      stop_ids: tokens that end a completion.
+      tokenizer: its stop ids and the texts of `sampling.stop` end a completion, and texts
+        are decoded with it; None leaves both out.
+      sampling: how tokens are sampled.
       config: sizes.
       mesh: slots and pages are split over data and fsdp, heads over tensor.
-      longest_row: tokens of the longest prompt with its completion.
-      find_stop: finds the texts of `sampling.stop`; see `stop_finder`.
+      max_length: tokens of the longest prompt with its completion.
 
     Raises:
-      UserError: a row does not fit in the model.
+      UserError: a sequence does not fit in the model, or the tokenizer can never produce
+        a stop text.
     """
-    layout = make_layout(model, sampling, config, mesh, longest_row)
+    layout = make_layout(model, sampling, config, mesh, max_length)
+    stop_ids = (*sampling.stop_ids, *(tokenizer.stop_ids if tokenizer else ()))
     reader, to_decode, axes = decode_weights(model, config.weights)
     tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
-    steps = functools.partial(
-        decode, reader, sampling, tuple(stop_ids), config.steps, tile
-    )
+    steps = functools.partial(decode, reader, sampling, stop_ids, config.steps, tile)
 
     whole, rows, drawn = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
@@ -113,8 +155,9 @@ def make_engine(
     return Engine(
         layout,
         sampling,
-        tuple(stop_ids),
-        find_stop,
+        stop_ids,
+        stop_finder(tokenizer, sampling.stop) if tokenizer else None,
+        tokenizer,
         prefill_sizes(config),
         jax.jit(
             functools.partial(_empty, model, layout),
@@ -135,53 +178,6 @@ def cache_shardings(mesh: Mesh) -> PagedCache:
     """Pages are split over data and fsdp, heads over tensor."""
     pool = NamedSharding(mesh, Spec("tensor", None, SHARD_AXES))
     return PagedCache(pool, pool, replicated(mesh))
-
-
-def complete(
-    engine: Engine,
-    params: Params,
-    requests: Sequence[Request],
-    key: jax.Array,
-    occupancy: Occupancy | None = None,
-) -> Iterator[tuple[int, Completion]]:
-    """Completes requests, in the order in which they end.
-
-    Args:
-      engine: of this model.
-      params: in the layout of training or of decoding.
-      requests: see `check_requests`.
-      key: PRNG key; a completion depends on it, its request and the parameters alone.
-      occupancy: is counted up.
-
-    Yields:
-      Index of the request and its completion.
-
-    Raises:
-      UserError: a request is empty or too long.
-    """
-    check_requests(engine.layout, requests)
-    params = engine.to_decode(params)
-    cache, slots = engine.new_cache()
-    scheduler = Scheduler(requests, engine.layout, engine.stop_ids, engine.find_stop)
-    under_way = None
-    while scheduler.unfinished:
-        prefills, refill, owners = scheduler.plan()
-        for part in _chunked(prefills, engine.chunks, engine.layout):
-            cache = engine.prefill(params, cache, *part)
-        cache, slots, drawn = engine.decode(params, cache, slots, refill, key)
-        if under_way is not None:
-            yield from _take(scheduler, *under_way, occupancy)
-        under_way = drawn, owners
-
-
-def _take(
-    scheduler: Scheduler, drawn: Any, owners: list, occupancy: Occupancy | None
-) -> list[tuple[int, Completion]]:
-    drawn = jax.device_get(drawn)
-    if occupancy is not None:
-        occupancy.used += int(drawn.mask.sum())
-        occupancy.run += int(drawn.mask.any(axis=1).sum()) * drawn.mask.shape[1]
-    return scheduler.absorb(drawn, owners)
 
 
 def _chunked(

@@ -5,11 +5,11 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.decode import CPU_TILES
+from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.models.transformer import Transformer
@@ -24,10 +24,10 @@ class EngineConfig:
       slots: completions decoded at once, over all devices.
       page_size: C, tokens in a page of the cache.
       cache_tokens: tokens the cache holds, over all devices; None is room for the longest
-        row in every slot.
-      steps: decode steps a dispatch; a slot that ends waits up to twice as many.
+        sequence in every slot.
+      steps: decode steps per dispatch; a slot that ends waits for up to twice as many.
       prefill_chunk: tokens of a prompt computed at once.
-      weights: "model" decodes with the parameters as they are, "bfloat16" rounds them,
+      weights: "model" decodes with the parameters unchanged, "bfloat16" rounds them,
         "int8" rounds the kernels of layers, with a scale for each of their outputs.
     """
 
@@ -50,30 +50,16 @@ class EngineConfig:
         check_choice("engine.weights", self.weights, ("model", "bfloat16", "int8"))
 
 
-class Request(NamedTuple):
-    """A completion that is wanted.
-
-    Attributes:
-      prompt: [T] int32 token ids, at least one.
-      request_id: with the seed it decides what is drawn.
-      longest: tokens of the completion at most.
-    """
-
-    prompt: np.ndarray
-    request_id: int
-    longest: int
-
-
 class Layout(NamedTuple):
     """Sizes of a scheduler's arrays.
 
     Attributes:
-      shards: parts of slots and pages that know nothing of each other.
-      slots: of each shard.
-      pages: of each shard, page 0 included.
+      shards: independent parts of slots and pages.
+      slots: slots of each shard.
+      pages: pages of each shard, page 0 included.
       page_size: C, tokens a page.
-      columns: pages of the longest row.
-      steps: of a dispatch.
+      columns: pages of the longest sequence.
+      steps: decode steps of a dispatch.
       seen_size: V with a repetition penalty, else 0.
     """
 
@@ -91,12 +77,12 @@ def make_layout(
     sampling: SamplingConfig,
     config: EngineConfig,
     mesh: Mesh,
-    longest_row: int,
+    max_length: int,
 ) -> Layout:
     """Sizes on this mesh; see `make_engine`."""
-    if longest_row > model.config.max_length:
+    if max_length > model.config.max_length:
         raise UserError(
-            f"a prompt with its completion may have {longest_row} tokens, the model's "
+            f"a prompt with its completion may have {max_length} tokens, the model's "
             f"context is {model.config.max_length}: shorten sampling.max_new_tokens or "
             "the prompts."
         )
@@ -109,7 +95,7 @@ def make_layout(
     if on_cpu(mesh):  # see CPU_TILES
         tile = CPU_TILES[0] if slots <= CPU_TILES[0] else CPU_TILES[1]
         slots = -(-slots // tile) * tile
-    columns = -(-longest_row // C)
+    columns = -(-max_length // C)
     if config.cache_tokens is None:
         pages = 1 + slots * (columns + 1)
     else:
@@ -164,18 +150,20 @@ def check_requests(layout: Layout, requests: Sequence[Request]) -> None:
         T = len(request.prompt)
         if not T:
             raise UserError(f"prompt {n} is empty.")
-        if request.longest < 1:
+        if request.max_new_tokens < 1:
             raise UserError(
-                f"prompt {n}: max_new_tokens={request.longest}: at least 1."
+                f"prompt {n}: max_new_tokens={request.max_new_tokens}: at least 1."
             )
         rows = f"prompt {n} has {T} tokens, with its completion up to "
-        rows += f"{T + request.longest}"
-        if T + request.longest > layout.columns * C:
+        rows += f"{T + request.max_new_tokens}"
+        if T + request.max_new_tokens > layout.columns * C:
             raise UserError(
                 f"{rows}; the engine was made for rows of {layout.columns * C}."
             )
         stored = T - 1
-        need = -(-stored // C) - stored // C + -(-(stored + request.longest) // C)
+        need = (
+            -(-stored // C) - stored // C + -(-(stored + request.max_new_tokens) // C)
+        )
         if need > layout.pages - 1:
             raise UserError(
                 f"{rows}; the cache of a device group holds {(layout.pages - 1) * C}. "

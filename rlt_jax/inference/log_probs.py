@@ -1,212 +1,132 @@
-"""Log-probabilities of given tokens without ever holding [B, T, V].
-
-Every per-token array is [B, T] and entry t is about `tokens[:, t]`: entry t comes from
-the hidden state at t - 1, and the first token of a segment, which nothing predicts, has
-log-probability 0. The shift is written here and nowhere else.
-
-    tokens     a    b         c
-    hidden     h0   h1        h2
-    log_probs  0    p(b|h0)   p(c|h1)
-"""
+"""Log-probabilities of packed sequences under the policy, its reference and students."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from rlt_jax.models.attention import block_of
-from rlt_jax.models.attention_kernels import pad
-from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import (
-    Transformer,
-    head_kernel,
-    head_logits,
-    hidden_states,
-)
-from rlt_jax.types import Params
-
-LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
+from rlt_jax.inference import spans
+from rlt_jax.inference.head import log_probs_and_entropy
+from rlt_jax.inference.vocabulary_kl import vocabulary_kl
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.training import offload, sharding
+from rlt_jax.types import Batch, Params
 
 
-class TokenStats(NamedTuple):
-    """About every token of a batch of rows.
+class LogProbPrograms(NamedTuple):
+    """Compiled programs that `fill` runs; each takes parameters and a batch.
 
     Attributes:
-      log_probs: [B, T] float32.
-      entropy: [B, T] float32, of the distribution the token was drawn from, in nats;
-        no gradient comes from it.
+      policy: log-probs [M, B, T] of the sampled and the explanation tokens under the
+        policy or its reference, at the sampling temperature.
+      students: for each student log-probs [M, B, T] of its explanation and solution tokens.
+      vocabulary_kl: (policy params, student params, policy batch, student batch) -> [E, S]
+        for each student; () where the estimator needs no whole distributions.
     """
 
-    log_probs: jax.Array
-    entropy: jax.Array
+    policy: Callable[[Params, Batch], jax.Array]
+    students: tuple[Callable[[Params, Batch], jax.Array], ...] = ()
+    vocabulary_kl: tuple[Callable[[Params, Params, Batch, Batch], jax.Array], ...] = ()
 
 
-def token_stats(
-    model: Transformer,
-    params: Params,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    temperature: float = 1.0,
-    wanted: jax.Array | bool = True,
-) -> TokenStats:
-    """Log-probability and entropy of every token given those before it.
-
-    The head runs over chunks of the length, and again in the backward pass, so memory
-    grows with tokens times width and not with tokens times vocabulary. Hidden states that
-    predict wanted tokens come first in their row, and only their chunks are computed.
+def compile_programs(
+    policy: tuple[Transformer, float],
+    students: Sequence[tuple[Transformer, float]],
+    mesh: Mesh,
+    top_k: int | None = None,
+    over_vocabulary: bool = False,
+) -> LogProbPrograms:
+    """Compiles the programs of models, each given with its temperature.
 
     Args:
-      model: the transformer.
-      params: its parameters.
-      tokens: [B, T] int32.
-      segment_ids: [B, T] int32, 0 for padding.
-      positions: [B, T] int32, from 0 within each segment.
-      temperature: logits are divided by it; 0 counts as 1, as it does in `sample`.
-      wanted: [B, T] bool, which tokens it is about.
-
-    Returns:
-      Both zero for padding, for the first token of each segment, and where not wanted.
+      policy: transformer and sampling temperature.
+      students: transformer and temperature of each student of the reward.
+      mesh: where the programs run.
+      top_k: see `vocabulary_kl`.
+      over_vocabulary: whether the explanation KL needs whole distributions.
     """
-    hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
-    B, T = tokens.shape
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
-    C = chunk_length(B, T, model.config.vocab_size, devices)
-    predicted = (positions > 0) & (segment_ids > 0) & wanted
-    # State t predicts token t + 1.
-    needed = jnp.roll(predicted, -1, axis=1)
-    order = jnp.argsort(~needed, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    last = -(-needed.sum(axis=1).max() // C)
 
-    targets = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), order, axis=1)
-    settings = (model.config, temperature or 1.0, C)
-    kernel = head_kernel(model.config, params)
-    states = pad(_permuted(hidden, order, back), C)
-    stats = _chunked(settings, kernel, states, pad(targets, C), last)
+    def per_token(model: Transformer, temperature: float) -> Callable:
+        def program(params: Params, batch: Batch) -> jax.Array:
+            return packed_log_probs(model, temperature, params, batch)
 
-    def about_token(x: jax.Array) -> jax.Array:
-        x = jnp.take_along_axis(x[:, :T], back, axis=1)
-        return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
-
-    return TokenStats(*map(about_token, stats))
-
-
-def chunk_length(B: int, T: int, V: int, devices: int) -> int:
-    """C, tokens of each of B rows whose logits are held at a time."""
-    C = max(1, LOGITS_PER_CHUNK * devices // (B * V))
-    # A part of a row is made of whole tiles of a matrix unit.
-    return T if C >= T else C - C % 128 if C > 128 else C
-
-
-@jax.custom_vjp
-def _permuted(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Rows [B, T, D] in another order; the gradient is put back, not scattered."""
-    return jnp.take_along_axis(x, order[..., None], axis=1)
-
-
-_permuted.defvjp(
-    lambda x, order, back: (_permuted(x, order, back), (order, back)),
-    lambda saved, dy: (_permuted(dy, *saved[::-1]), None, None),
-)
-
-_Settings = tuple[ModelConfig, float, int]  # model, temperature, states in a chunk
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(
-    settings: _Settings,
-    kernel: jax.Array,
-    hidden: jax.Array,
-    targets: jax.Array,
-    last: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropy [B, S] of targets [B, S] after states [B, S, D].
-
-    Chunks from `last` on are not computed, and 0.
-    """
-    return _forward(settings, kernel, hidden, targets, last)[0]
-
-
-def _forward(
-    settings: _Settings,
-    kernel: jax.Array,
-    hidden: jax.Array,
-    targets: jax.Array,
-    last: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    config, temperature, C = settings
-
-    def one_chunk(i: jax.Array, found: tuple) -> tuple:
-        scores = head_logits(config, kernel, block_of(hidden, i, C)) / temperature
-        normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.where(_hits(scores, block_of(targets, i, C)), scores, 0.0).sum(-1)
-        weights = jnp.exp(scores - normaliser[..., None])
-        entropy = normaliser - jnp.sum(weights * scores, axis=-1)
-        new = chosen - normaliser, entropy, normaliser
-        return jax.tree.map(
-            lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * C, 1),
-            found,
-            new,
+        return sharding.jit(
+            program, mesh, out_shardings=sharding.batch_sharding(mesh, 1)
         )
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 3
-    log_probs, entropy, normaliser = jax.lax.fori_loop(0, last, one_chunk, zeros)
-    return (log_probs, entropy), (kernel, hidden, targets, last, normaliser)
+    def divergence(student: tuple[Transformer, float]) -> Callable:
+        program = functools.partial(vocabulary_kl, policy, student, top_k)
+        return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
+
+    return LogProbPrograms(
+        per_token(*policy),
+        tuple(per_token(*student) for student in students),
+        tuple(map(divergence, students)) if over_vocabulary else (),
+    )
 
 
-def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
-    config, temperature, C = settings
-    kernel, hidden, targets, last, normaliser = saved
-    d_log_probs, _ = gradients
+def fill(
+    programs: LogProbPrograms,
+    batch: Batch,
+    policy: Params | None,
+    students: Sequence[Params] = (),
+    reference: Params | None = None,
+) -> Batch:
+    """The batch with the log-probs of its models.
 
-    def one_chunk(i: jax.Array, found: tuple) -> tuple:
-        d_kernel, d_hidden = found
-        h = block_of(hidden, i, C)
-        logits = head_logits(config, kernel, h)
-        weights = jnp.exp(logits / temperature - block_of(normaliser, i, C)[..., None])
-        slope = block_of(d_log_probs, i, C)[..., None] / temperature
-        if config.final_softcap is not None:
-            slope *= 1 - (logits / config.final_softcap) ** 2
-        hit = _hits(logits, block_of(targets, i, C))
-        d_logits = (slope * (hit - weights)).astype(hidden.dtype)
-        if config.tie_embeddings:
-            dk = jnp.einsum("BCV,BCD->VD", d_logits, h)
-            dh = jnp.einsum("BCV,VD->BCD", d_logits, kernel.astype(h.dtype))
-        else:
-            dk = jnp.einsum("BCD,BCV->DV", h, d_logits)
-            dh = jnp.einsum("BCV,DV->BCD", d_logits, kernel.astype(h.dtype))
-        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * C, 1)
-        return d_kernel + dk.astype(kernel.dtype), d_hidden
-
-    zeros = jnp.zeros_like(kernel), jnp.zeros_like(hidden)
-    return *jax.lax.fori_loop(0, last, one_chunk, zeros), None, None
-
-
-_chunked.defvjp(_forward, _backward)
-
-
-def _hits(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """[B, C, V] bool, True at the target: read without gather, so V may be split."""
-    return jnp.arange(scores.shape[-1]) == targets[..., None]
+    Args:
+      programs: of these models.
+      batch: packed sequences, with a batch of each student.
+      policy: parameters at the time of the rollout; None leaves its log-probs out.
+      students: parameters of each student, which may be offloaded to the host.
+      reference: likewise of the reference; None or {} leaves its log-probs out.
+    """
+    if policy is not None:
+        batch = batch._replace(log_probs=programs.policy(policy, batch))
+    if reference:
+        log_probs = programs.policy(offload.fetch(reference), batch)
+        batch = batch._replace(ref_log_probs=log_probs)
+    filled = []
+    for i, (params, student) in enumerate(zip(students, batch.students, strict=True)):
+        params = offload.fetch(params)
+        if programs.vocabulary_kl:
+            divergence = programs.vocabulary_kl[i](policy, params, batch, student)
+            student = student._replace(vocabulary_kl=divergence)
+        log_probs = programs.students[i](params, student)
+        filled.append(student._replace(log_probs=log_probs))
+    return batch._replace(students=tuple(filled))
 
 
-def token_log_probs(
-    model: Transformer, params: Params, tokens: jax.Array, temperature: float = 1.0
+def packed_log_probs(
+    model: Transformer, temperature: float, params: Params, batch: Batch
 ) -> jax.Array:
-    """Log-probabilities of unpacked rows, one segment each.
+    """Log-probs of the tokens in the spans of a batch; of all tokens without spans.
 
     Args:
       model: the transformer.
-      params: its parameters.
-      tokens: [B, T] int32.
       temperature: logits are divided by it.
+      params: its parameters.
+      batch: rows [M, B, T]; micro-batches after `num_micro_batches` are not computed.
 
     Returns:
-      [B, T] float32; entry t is about tokens[:, t], entry 0 is 0.
+      [M, B, T] float32, 0 for padding, the first token of each sequence and tokens outside
+      the spans.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segment_ids = jnp.ones_like(tokens)
-    stats = token_stats(model, params, tokens, segment_ids, positions, temperature)
-    return stats.log_probs
+    shape = batch.tokens.shape
+    others = [student.policy_explanation for student in batch.students]
+    wanted_spans = [batch.completion, batch.explanation, batch.solution, *others]
+    if any(one is not None for one in wanted_spans):
+        wanted = spans.on_tokens(shape, *wanted_spans)
+    else:
+        wanted = jnp.ones(shape, bool)
+
+    def one(m: jax.Array, log_probs: jax.Array) -> jax.Array:
+        part = batch.micro_batch(m)
+        found, _ = log_probs_and_entropy(model, params, part, temperature, wanted[m])
+        return log_probs.at[m].set(found)
+
+    zeros = jnp.zeros(shape, jnp.float32)
+    return jax.lax.fori_loop(0, batch.num_micro_batches, one, zeros)

@@ -24,6 +24,7 @@ class SamplingConfig:
       repetition_penalty: the logits of tokens in the prompt or the completion are divided
         by it where positive and multiplied where negative (arXiv 1909.05858).
       stop: texts that end a completion when they occur in it.
+      stop_ids: ids that end a completion, besides those of the tokenizer.
     """
 
     max_new_tokens: int
@@ -33,6 +34,7 @@ class SamplingConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ranges = {
@@ -51,6 +53,7 @@ class SamplingConfig:
                 f"sampling.stop={self.stop!r}: a list of texts, none empty."
             )
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 
 
 def sample(

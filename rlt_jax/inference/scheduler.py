@@ -16,8 +16,9 @@ import numpy as np
 from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Drawn, Refill, Slots
-from rlt_jax.inference.layout import Layout, Request
-from rlt_jax.types import Completion
+from rlt_jax.inference.layout import Layout
+from rlt_jax.inference.sampler import Part, Request
+from rlt_jax.types import Rollout
 
 
 class Prefill(NamedTuple):
@@ -44,6 +45,7 @@ class _Running:
     reserved: int  # tokens that may have been stored after the steps under way
     tokens: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
+    finished: bool = False
 
 
 class Scheduler:
@@ -69,7 +71,7 @@ class Scheduler:
         self._layout = layout
         self._stops = frozenset(stop_ids)
         self._find_stop = find_stop
-        order = sorted(range(len(requests)), key=lambda n: -requests[n].longest)
+        order = sorted(range(len(requests)), key=lambda n: -requests[n].max_new_tokens)
         self._queue = collections.deque(order)
         rows = layout.shards * layout.slots
         self._slots: list[_Running | None] = [None] * rows
@@ -108,11 +110,9 @@ class Scheduler:
         refill = Refill(replaced, fresh, self._table.copy(), *self._copies(copies))
         return prefills, refill, list(self._slots)
 
-    def absorb(
-        self, drawn: Drawn, owners: Sequence[_Running | None]
-    ) -> list[tuple[int, Completion]]:
-        """Takes what a dispatch has drawn; gives index and completion of what is done."""
-        done = []
+    def absorb(self, drawn: Drawn, owners: Sequence[_Running | None]) -> Part:
+        """Takes the tokens of a dispatch; returns the completions that have ended."""
+        done: list[_Running] = []
         for b, running in enumerate(owners):
             if running is None or self._slots[b] is not running:
                 continue  # it ended, or was put off, in an earlier dispatch
@@ -125,28 +125,30 @@ class Scheduler:
                 )
             running.tokens += drawn.tokens[:count, b].tolist()
             running.log_probs += drawn.log_probs[:count, b].tolist()
-            completion = self._ended(running, count)
-            if completion is not None:
+            if self._ends(running, count):
                 self._release(b)
-                done.append((running.index, completion))
-        return done
+                done.append(running)
+        return [running.index for running in done], Rollout(
+            requests=[self._requests[running.index] for running in done],
+            tokens=[np.array(running.tokens, np.int32) for running in done],
+            log_probs=[np.array(running.log_probs, np.float32) for running in done],
+            finished=np.array([running.finished for running in done], bool),
+        )
 
     def _running(self) -> list[int]:
         return [b for b, running in enumerate(self._slots) if running is not None]
 
-    def _ended(self, running: _Running, new: int) -> Completion | None:
+    def _ends(self, running: _Running, new: int) -> bool:
+        """Whether a completion has ended; cuts it after a stop text."""
         tokens, keep = running.tokens, None
         if self._find_stop and new:
             keep = self._find_stop(tokens, new)
-        if keep is None:
-            at_end = bool(tokens) and tokens[-1] in self._stops
-            if not at_end and len(tokens) < self._requests[running.index].longest:
-                return None
-        return Completion(
-            np.array(tokens[:keep], np.int32),
-            np.array(running.log_probs[:keep], np.float32),
-            keep is not None or at_end,
-        )
+        if keep is not None:
+            del running.tokens[keep:], running.log_probs[keep:]
+        at_stop_id = bool(tokens) and tokens[-1] in self._stops
+        running.finished = keep is not None or at_stop_id
+        maximum = self._requests[running.index].max_new_tokens
+        return running.finished or len(tokens) >= maximum
 
     def _admit(
         self,
@@ -163,7 +165,7 @@ class Scheduler:
         name = (shard, request.prompt.tobytes())
         prompt = self._prompts.get(name)
         of_prompt = -(-stored // C) if prompt is None else 0
-        first = min(stored + layout.steps, stored + request.longest)
+        first = min(stored + layout.steps, stored + request.max_new_tokens)
         own = -(-first // C) - stored // C
         if not self._make_room(shard, of_prompt + own, name):
             return
@@ -183,7 +185,7 @@ class Scheduler:
         self._table[b] = self._row(prompt.pages[: stored // C] + pages)
         fresh.token[b] = request.prompt[-1]
         fresh.position[b] = stored
-        fresh.longest[b] = request.longest
+        fresh.longest[b] = request.max_new_tokens
         fresh.request[b] = request.request_id
         fresh.active[b] = True
         if layout.seen_size:
@@ -193,7 +195,7 @@ class Scheduler:
         """Pages for the next steps of slot b; gives the slots put off for them."""
         layout, running = self._layout, self._slots[b]
         request = self._requests[running.index]
-        most = len(request.prompt) - 1 + request.longest
+        most = len(request.prompt) - 1 + request.max_new_tokens
         running.reserved = min(running.reserved + layout.steps, most)
         shared = (len(request.prompt) - 1) // layout.page_size
         put_off = []

@@ -1,9 +1,10 @@
-"""Completions on disk: written as they end, read again by whoever goes on or replays."""
+"""A sampler that keeps completions on disk, and never samples one twice."""
 
+import dataclasses
 import itertools
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,119 +12,123 @@ import jax
 import numpy as np
 import tqdm
 
+from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import Engine, Occupancy, complete
-from rlt_jax.inference.scheduler import Request
+from rlt_jax.inference.sampler import Part, Request, Sampler, decode, join
 from rlt_jax.training import hosts
 from rlt_jax.training.metrics import append_jsonl, stream_jsonl
-from rlt_jax.types import Completion, Params
+from rlt_jax.types import Params, Rollout
 
 
-def complete_stored(
-    file: Path,
-    engine: Engine,
-    params: Params,
-    requests: Sequence[Request],
-    key: jax.Array,
-    occupancy: Occupancy | None = None,
-    bar: tqdm.tqdm | None = None,
-) -> Iterator[tuple[int, Completion]]:
-    """`complete`, but every completion is kept in a JSONL file, and none made twice.
+@dataclasses.dataclass(frozen=True)
+class StoredSampler(Sampler):
+    """Wraps a sampler: its completions are appended to a JSONL file as they end.
 
-    A progress bar shows the tokens drawn per second.
+    Completions that the file holds already are read from it, which continues a run that
+    was cut off, or replays one.
 
-    Yields:
-      First what the file holds, then the others as they end.
-
-    Raises:
-      UserError: the file holds a completion of another prompt under a request's id.
+    Attributes:
+      sampler: samples what the file lacks.
+      file: of the completions; its folder is made.
+      tokenizer: decodes the completions of the file.
+      bar: progress bar that shows the tokens sampled per second.
     """
-    numbers = {request.request_id: n for n, request in enumerate(requests)}
-    missing = set(range(len(requests)))
-    for row in _rows(file):
-        n = numbers.get(row["request"])
-        if n not in missing:
-            continue
-        if row["prompt"] != _fingerprint(requests[n]):
-            raise UserError(
-                f"{file}: request {row['request']} has another prompt than this run; "
-                "it was written with other settings. Remove it or name another."
-            )
-        missing.remove(n)
-        tokens = np.array(row["tokens"], np.int32)
-        log_probs = np.array(row["log_probs"], np.float32)
-        yield n, Completion(tokens, log_probs, row["finished"])
-    left = sorted(missing)
-    part = [requests[n] for n in left]
-    began, drawn = time.monotonic(), 0
-    for i, completion in complete(engine, params, part, key, occupancy):
-        append_jsonl(file, [_row(part[i], completion)])
-        drawn += len(completion.tokens)
-        if bar is not None:
-            rate = drawn / (time.monotonic() - began)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        yield left[i], completion
 
+    sampler: Sampler
+    file: Path
+    tokenizer: Tokenizer | None = None
+    bar: tqdm.tqdm | None = None
 
-def roll_out(
-    engine: Engine,
-    params: Params,
-    requests: Sequence[Request],
-    key: jax.Array,
-    occupancy: Occupancy | None = None,
-    file: Path | None = None,
-) -> list[Completion]:
-    """All completions in the order of the requests, kept in a file if there is one."""
-    if file:
+    def generate(
+        self, params: Params, requests: Sequence[Request], key: jax.Array
+    ) -> Rollout:
+        """See `Sampler.generate`; errors as in `stream`."""
+        return join(self.stream(params, requests, key))
+
+    def stream(
+        self, params: Params, requests: Sequence[Request], key: jax.Array
+    ) -> Iterator[Part]:
+        """First the completions that the file holds, then the others as they end.
+
+        Raises:
+          UserError: the file holds a completion of another prompt under a request's id.
+        """
+        stored, rollout = self._read(requests)
+        if stored:
+            yield stored, rollout
+        left = sorted(set(range(len(requests))) - set(stored))
+        if not left:
+            return
         if hosts.is_first():
-            file.parent.mkdir(parents=True, exist_ok=True)
-        made = complete_stored(file, engine, params, requests, key, occupancy)
-    else:
-        made = complete(engine, params, requests, key, occupancy)
-    done = dict(made)
-    return [done[n] for n in range(len(requests))]
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        began, sampled = time.monotonic(), 0
+        missing = [requests[n] for n in left]
+        for indices, part in self.sampler.stream(params, missing, key):
+            if indices:
+                append_jsonl(self.file, _records(part))
+            sampled += sum(map(len, part.tokens))
+            if self.bar is not None:
+                rate = sampled / (time.monotonic() - began)
+                self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            yield [left[i] for i in indices], part
+
+    def _read(self, requests: Sequence[Request]) -> Part:
+        """The completions of these requests that the file holds."""
+        numbers = {request.request_id: n for n, request in enumerate(requests)}
+        found: dict[int, dict[str, Any]] = {}
+        for record in self._records_now():
+            n = numbers.get(record["request"])
+            if n is None or n in found:
+                continue
+            if record["prompt"] != _fingerprint(requests[n]):
+                raise UserError(
+                    f"{self.file}: request {record['request']} has another prompt than "
+                    "this run; the file was made with other settings. Remove it or name "
+                    "another."
+                )
+            found[n] = record
+        rollout = Rollout(
+            requests=[requests[n] for n in found],
+            tokens=[np.array(x["tokens"], np.int32) for x in found.values()],
+            log_probs=[np.array(x["log_probs"], np.float32) for x in found.values()],
+            finished=np.array([x["finished"] for x in found.values()], bool),
+        )
+        return list(found), decode(
+            rollout, self.tokenizer
+        ) if self.tokenizer else rollout
+
+    def _records_now(self) -> list[dict[str, Any]]:
+        """What the file holds, in every process; process 0 is about to append to it."""
+
+        def count() -> int:
+            if not self.file.is_file():
+                return 0
+            with self.file.open("rb") as lines:
+                return sum(line.endswith(b"\n") for line in lines)
+
+        number = hosts.from_first(count)
+        records = []
+        if number:
+            records = list(itertools.islice(stream_jsonl(self.file), number))
+        hosts.agree_on_items(f"the records of {self.file}", records)
+        return records
 
 
-def in_order(
-    done: Iterable[tuple[int, Completion]], batch_size: int
-) -> Iterator[list[Completion]]:
-    """Batches of consecutive completions, each as soon as it is whole."""
-    waiting: dict[int, Completion] = {}
-    first = 0
-    for n, completion in done:
-        waiting[n] = completion
-        while all(first + i in waiting for i in range(batch_size)):
-            yield [waiting.pop(first + i) for i in range(batch_size)]
-            first += batch_size
-    if waiting:
-        yield [waiting[n] for n in sorted(waiting)]
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """What the file holds now, in every process; process 0 is about to add to it."""
-
-    def count() -> int:
-        if not file.is_file():
-            return 0
-        with file.open("rb") as lines:
-            return sum(line.endswith(b"\n") for line in lines)
-
-    number = hosts.from_first(count)
-    rows = list(itertools.islice(stream_jsonl(file), number)) if number else []
-    hosts.agree_on_items(f"the rows of {file}", rows)
-    return rows
-
-
-def _row(request: Request, completion: Completion) -> dict[str, Any]:
-    return {
-        "request": request.request_id,
-        "prompt": _fingerprint(request),
-        "tokens": completion.tokens.tolist(),
-        "log_probs": completion.log_probs.tolist(),
-        "finished": completion.finished,
-    }
+def _records(part: Rollout) -> list[dict[str, Any]]:
+    return [
+        {
+            "request": request.request_id,
+            "prompt": _fingerprint(request),
+            "tokens": tokens.tolist(),
+            "log_probs": log_probs.tolist(),
+            "finished": bool(finished),
+        }
+        for request, tokens, log_probs, finished in zip(
+            part.requests, part.tokens, part.log_probs, part.finished, strict=True
+        )
+    ]
 
 
 def _fingerprint(request: Request) -> int:
     prompt = np.asarray(request.prompt, np.int32)
-    return zlib.crc32(prompt.tobytes() + bytes(str(request.longest), "ascii"))
+    return zlib.crc32(prompt.tobytes() + bytes(str(request.max_new_tokens), "ascii"))

@@ -3,86 +3,94 @@
 import jax
 import jax.numpy as jnp
 
-from rlt_jax.inference.log_probs import LOGITS_PER_CHUNK
+from rlt_jax.inference import spans
+from rlt_jax.inference.head import LOGITS_PER_CHUNK
 from rlt_jax.models.transformer import Transformer, hidden_states, logits
-from rlt_jax.types import PackedRows, Params, TokenSpans
+from rlt_jax.types import Batch, Params, Spans
 
 
 def vocabulary_kl(
-    teacher: Transformer,
-    teacher_params: Params,
-    teacher_rows: PackedRows,
-    teacher_spans: TokenSpans,
-    teacher_temperature: float,
-    student: Transformer,
-    student_params: Params,
-    student_rows: PackedRows,
-    student_spans: TokenSpans,
-    student_temperature: float,
+    policy: tuple[Transformer, float],
+    student: tuple[Transformer, float],
     top_k: int | None,
+    policy_params: Params,
+    student_params: Params,
+    policy_batch: Batch,
+    student_batch: Batch,
 ) -> jax.Array:
-    """KL(teacher || student) of the distributions that each span token is drawn from.
+    """KL(policy || student) of the distributions that explanation tokens come from.
 
-    Both spans must hold the same tokens in the same order, so teacher and student share
-    a vocabulary. Hidden states of the spans are kept, logits only of a chunk at a time.
+    The explanations must have the same tokens in both batches, so policy and student
+    share a vocabulary. Hidden states of the spans are kept, logits only of a chunk at a
+    time.
 
     Args:
-      teacher: its transformer, then its parameters, packed rows [M, B, T], span of each
-        of N completions, and the temperature that divides its logits.
+      policy: transformer, and the temperature that divides its logits.
       student: likewise.
-      top_k: tell apart only the teacher's k likeliest tokens and count all others as
-        one outcome, a lower bound; None for all.
+      top_k: tell apart only the policy's k likeliest tokens and count all others as one
+        outcome, a lower bound; None for all.
+      policy_params: parameters of the policy.
+      student_params: parameters of the student.
+      policy_batch: the policy's sequences of E examples.
+      student_batch: the student's sequences of the same examples.
 
     Returns:
-      [N, T] float32, 0 outside the spans.
+      [E, S] float32, 0 outside the explanations.
     """
-    in_teacher = _span_states(teacher, teacher_params, teacher_rows, teacher_spans)
-    in_student = _span_states(student, student_params, student_rows, student_spans)
-    N, T = teacher_spans.mask.shape
-    C = max(1, min(N * T, LOGITS_PER_CHUNK // teacher.config.vocab_size))
+    span = student_batch.explanation
+    in_policy = _span_states(
+        policy[0], policy_params, policy_batch, student_batch.policy_explanation
+    )
+    in_student = _span_states(student[0], student_params, student_batch, span)
+    E, S = span.segment.shape
+    C = max(1, min(E * S, LOGITS_PER_CHUNK // policy[0].config.vocab_size))
 
     def chunks(x: jax.Array) -> jax.Array:
-        flat = x.reshape(N * T, -1)
-        padded = jnp.pad(flat, ((0, -(N * T) % C), (0, 0)))
+        flat = x.reshape(E * S, -1)
+        padded = jnp.pad(flat, ((0, -(E * S) % C), (0, 0)))
         return padded.reshape(-1, C, flat.shape[-1])
 
     def one_chunk(states: tuple[jax.Array, jax.Array]) -> jax.Array:
-        p = _log_softmax(teacher, teacher_params, states[0], teacher_temperature)
-        q = _log_softmax(student, student_params, states[1], student_temperature)
+        p = _log_softmax(policy, policy_params, states[0])
+        q = _log_softmax(student, student_params, states[1])
         if top_k is not None:
             p, chosen = jax.lax.top_k(p, top_k)
             q = jnp.take_along_axis(q, chosen, axis=-1)
             p, q = _with_rest(p), _with_rest(q)
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
-    result = jax.lax.map(one_chunk, (chunks(in_teacher), chunks(in_student)))
-    return jnp.where(teacher_spans.mask, result.reshape(-1)[: N * T].reshape(N, T), 0.0)
+    result = jax.lax.map(one_chunk, (chunks(in_policy), chunks(in_student)))
+    return jnp.where(spans.mask(span), result.reshape(-1)[: E * S].reshape(E, S), 0.0)
 
 
 def _span_states(
-    model: Transformer, params: Params, rows: PackedRows, spans: TokenSpans
+    model: Transformer, params: Params, batch: Batch, span: Spans
 ) -> jax.Array:
-    """Hidden states that predict the span tokens, [N, T, D]."""
-    B, T = rows.tokens.shape[1:]
-    N, S = spans.index.shape
-    before = spans.index - 1  # the state before a token is the one that predicts it
+    """Hidden states that predict the span's tokens, [E, S, D]."""
+    B, T = batch.tokens.shape[1:]
+    E, S = span.segment.shape
+    # The state before a token is the one that predicts it.
+    before = span.start[:, None] + jnp.arange(S) - 1
 
     def one(m: jax.Array, states: jax.Array) -> jax.Array:
+        part = batch.micro_batch(m)
         hidden, _ = hidden_states(
-            model, params, rows.tokens[m], rows.positions[m], rows.segment_ids[m]
+            model, params, part.tokens, part.positions, part.segment_ids
         )
-        here = (before // (B * T) == m) & spans.mask
-        found = hidden.reshape(B * T, -1)[before % (B * T)]
-        return jnp.where(here[..., None], found, states)
+        here = (before // (B * T) == m) & spans.mask(span)
+        gathered = hidden.reshape(B * T, -1)[before % (B * T)]
+        return jnp.where(here[..., None], gathered, states)
 
-    zeros = jnp.zeros((N, S, model.config.embed_dim), model.config.activation_dtype)
-    return jax.lax.fori_loop(0, rows.num_micro_batches, one, zeros)
+    zeros = jnp.zeros((E, S, model.config.embed_dim), model.config.activation_dtype)
+    return jax.lax.fori_loop(0, batch.num_micro_batches, one, zeros)
 
 
 def _log_softmax(
-    model: Transformer, params: Params, states: jax.Array, temperature: float
+    model: tuple[Transformer, float], params: Params, states: jax.Array
 ) -> jax.Array:
-    return jax.nn.log_softmax(logits(model, params, states) / temperature, axis=-1)
+    transformer, temperature = model
+    scores = logits(transformer, params, states)
+    return jax.nn.log_softmax(scores / (temperature or 1.0))
 
 
 def _with_rest(log_probs: jax.Array) -> jax.Array:

@@ -1,52 +1,56 @@
-"""From rewards to advantages.
-
-Each function takes rewards [N] float32, whose groups are consecutive, and the group size
-R of at least 2, and gives advantages [N] float32. Equal rewards have advantage 0.
-"""
+"""Advantages and loss weights, filled into a batch."""
 
 import jax
 import jax.numpy as jnp
 
-from rlt_jax import masked
+from rlt_jax.inference import spans
+from rlt_jax.rl.baselines import ADVANTAGES, has_signal
+from rlt_jax.rl.losses import LOSSES, ObjectiveConfig
+from rlt_jax.types import Batch
 
 
-def group_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
-    """(r - mean) / (std + 1e-4) within each group, std with n - 1.
+def fill(
+    objective: ObjectiveConfig,
+    group_size: int,
+    max_new_tokens: int,
+    batch: Batch,
+    rewards: jax.Array,
+) -> Batch:
+    """The batch with advantages, inverse lengths and loss weights of its tokens.
 
-    GRPO (arXiv 2402.03300, section 4.1.2).
+    Args:
+      objective: names advantage and normalisation, and what has no gradient.
+      group_size: R.
+      max_new_tokens: tokens that a completion can have, the constant of Dr. GRPO.
+      batch: of E completions.
+      rewards: [E] float32.
     """
-    groups = rewards.reshape(-1, group_size)
-    centred = groups - groups.mean(axis=1, keepdims=True)
-    std = masked.std(groups, jnp.ones(groups.shape, bool))[:, None]
-    return (centred / (std + 1e-4)).reshape(-1)
+    shape, completion = batch.tokens.shape, batch.completion
+    lengths = spans.mask(completion).sum(-1)
+    inverse = 1 / jnp.maximum(lengths, 1).astype(jnp.float32)
+    kept = completion_mask(objective, rewards, batch.finished, group_size)
+    weight = LOSSES[objective.loss].weight(lengths, kept, max_new_tokens)
+    advantages = ADVANTAGES[objective.advantage](rewards, group_size)
+
+    def on_tokens(values: jax.Array) -> jax.Array:
+        return spans.scatter(values, completion, shape)
+
+    return batch._replace(
+        advantages=on_tokens(advantages),
+        inverse_length=on_tokens(inverse),
+        loss_weights=on_tokens(jnp.where(kept, weight, 0.0)),
+    )
 
 
-def centred_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
-    """r - mean within each group.
+def completion_mask(
+    objective: ObjectiveConfig, rewards: jax.Array, finished: jax.Array, group_size: int
+) -> jax.Array:
+    """Which completions have a gradient: [E] bool from rewards [E] and finished [E].
 
-    Dr. GRPO (arXiv 2503.20783, section 3.2): without the division by the std, groups
-    that are nearly all right or all wrong weigh no more than others.
+    DAPO (arXiv 2503.14476, sections 3.2 and 3.4) has both filters, for groups that are
+    all right or all wrong and for overlong completions.
     """
-    groups = rewards.reshape(-1, group_size)
-    return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
-
-
-def rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
-    """r - mean of the others of its group, which is R / (R - 1) * (r - mean).
-
-    RLOO, "REINFORCE leave-one-out" (arXiv 2402.14740).
-    """
-    return centred_advantages(rewards, group_size) * (group_size / (group_size - 1))
-
-
-ADVANTAGES = {
-    "group": group_advantages,
-    "centred": centred_advantages,
-    "rloo": rloo_advantages,
-}
-
-
-def has_signal(rewards: jax.Array, group_size: int) -> jax.Array:
-    """[N] bool: whether the rewards in the group of a completion differ at all."""
-    groups = rewards.reshape(-1, group_size)
-    return jnp.repeat(groups.max(axis=1) > groups.min(axis=1), group_size)
+    kept = finished if objective.truncated == "mask" else jnp.ones_like(finished)
+    if objective.skip_equal_groups:
+        kept &= has_signal(rewards, group_size)
+    return kept

@@ -1,84 +1,80 @@
-"""Objectives of the policy: the loss of a token, and what the token weighs.
+"""Objectives of the policy: the loss of a token, and its weight in the batch.
 
 The loss of a batch is the sum of weight times loss over its tokens.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlt_jax.errors import UserError, check_choice
-from rlt_jax.inference.scoring import scatter
+from rlt_jax.inference.head import log_probs_and_entropy
+from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import kl
-from rlt_jax.rl.advantages import ADVANTAGES, has_signal
-from rlt_jax.types import TokenSpans
+from rlt_jax.rl.baselines import ADVANTAGES
+from rlt_jax.training.learner import LossFn
+from rlt_jax.types import Batch, Metrics, Params
 
 
-class LossTokens(NamedTuple):
-    """What is known of every token, arrays [..., B, T].
-
-    Attributes:
-      advantages: float32, that of the token's completion.
-      shares: float32, 1 / length of the completion on its tokens, 0 on all others.
-      segment_ids: int32, one completion a segment.
-      old_log_probs: float32, of the policy at the time of the rollout; None where it is
-        the policy itself.
-      ref_log_probs: float32, of the reference; None without one.
-      sampler_log_probs: float32, as the sampler gave them; None if unknown.
-    """
-
-    advantages: jax.Array
-    shares: jax.Array
-    segment_ids: jax.Array
-    old_log_probs: jax.Array | None
-    ref_log_probs: jax.Array | None
-    sampler_log_probs: jax.Array | None
-
-
-def token_ratio(log_ratio: jax.Array, tokens: LossTokens) -> jax.Array:
+def token_ratio(log_ratio: jax.Array, batch: Batch) -> jax.Array:
     """p / p_old of each token (PPO, arXiv 1707.06347, section 3)."""
     return jnp.exp(log_ratio)
 
 
-def sequence_ratio(log_ratio: jax.Array, tokens: LossTokens) -> jax.Array:
-    """exp(mean of log(p / p_old) over the completion), on all tokens of its segment.
+def sequence_ratio(log_ratio: jax.Array, batch: Batch) -> jax.Array:
+    """exp(mean of log(p / p_old) over the completion), on all tokens of its sequence.
 
-    GSPO (arXiv 2507.18071, equation 7). A completion is whole within its line.
+    GSPO (arXiv 2507.18071, equation 7). A completion is whole within its row.
     """
 
-    def line(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def row(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
         sums = jax.ops.segment_sum(values, segment_ids, len(values) + 1)
         return sums[segment_ids]
 
-    lines = jnp.vectorize(line, signature="(t),(t)->(t)")
-    return jnp.exp(lines(log_ratio * tokens.shares, tokens.segment_ids))
+    rows = jnp.vectorize(row, signature="(t),(t)->(t)")
+    return jnp.exp(rows(log_ratio * batch.inverse_length, batch.segment_ids))
 
 
-def per_completion(lengths: jax.Array, counted: jax.Array, longest: int) -> jax.Array:
-    """1 / (|o_i| N): mean over tokens, then over completions (GRPO, equation 3)."""
+def per_completion(
+    lengths: jax.Array, kept: jax.Array, max_new_tokens: int
+) -> jax.Array:
+    """1 / (|o_i| E): mean over tokens, then over completions (GRPO, equation 3)."""
     return 1 / (jnp.maximum(lengths, 1).astype(jnp.float32) * len(lengths))
 
 
-def per_batch(lengths: jax.Array, counted: jax.Array, longest: int) -> jax.Array:
-    """1 / sum_i |o_i|: mean over all counted tokens (DAPO, arXiv 2503.14476, 3.3)."""
-    total = jnp.where(counted, lengths, 0).sum()
+def per_batch(lengths: jax.Array, kept: jax.Array, max_new_tokens: int) -> jax.Array:
+    """1 / sum_i |o_i|: mean over all tokens with a gradient (DAPO, 2503.14476, 3.3)."""
+    total = jnp.where(kept, lengths, 0).sum()
     return jnp.full(lengths.shape, 1 / jnp.maximum(total, 1).astype(jnp.float32))
 
 
-def per_constant(lengths: jax.Array, counted: jax.Array, longest: int) -> jax.Array:
-    """1 / (longest N): free of length bias (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
-    return jnp.full(lengths.shape, 1 / (longest * len(lengths)), jnp.float32)
+def per_constant(lengths: jax.Array, kept: jax.Array, max_new_tokens: int) -> jax.Array:
+    """1 / (max_new_tokens E): free of length bias (Dr. GRPO, arXiv 2503.20783, 3.2)."""
+    return jnp.full(lengths.shape, 1 / (max_new_tokens * len(lengths)), jnp.float32)
 
 
-# Name of the loss -> importance ratio, and weight of a token.
+class Loss(NamedTuple):
+    """A loss of the policy.
+
+    Attributes:
+      ratio: (log ratio, batch) -> importance ratio of each token.
+      weight: (lengths [E], completion mask [E], max_new_tokens) -> weight [E] of each
+        token of a completion in the loss of the batch.
+    """
+
+    ratio: Callable[[jax.Array, Batch], jax.Array]
+    weight: Callable[[jax.Array, jax.Array, int], jax.Array]
+
+
 LOSSES = {
-    "grpo": (token_ratio, per_completion),
-    "dr_grpo": (token_ratio, per_constant),
-    "dapo": (token_ratio, per_batch),
-    "gspo": (sequence_ratio, per_completion),
+    "grpo": Loss(token_ratio, per_completion),
+    "dr_grpo": Loss(token_ratio, per_constant),
+    "dapo": Loss(token_ratio, per_batch),
+    "gspo": Loss(sequence_ratio, per_completion),
 }
 
 
@@ -88,7 +84,7 @@ class ObjectiveConfig:
 
     Attributes:
       loss: one of `LOSSES`.
-      advantage: one of `ADVANTAGES`; Dr. GRPO takes "centred".
+      advantage: one of `baselines.ADVANTAGES`; Dr. GRPO takes "centred".
       clip_low: the ratio gains nothing below 1 - clip_low; None for no bound.
       clip_high: nor above 1 + clip_high; None for no bound. PPO has 0.2 for both, DAPO
         0.2 and 0.28, GSPO 3e-4 and 4e-4. With one update per rollout the ratio is 1.
@@ -130,63 +126,60 @@ class ObjectiveConfig:
                 raise UserError(f"objective.{name}={value}: above 0, or None for off.")
 
 
-def counted_completions(
-    objective: ObjectiveConfig, rewards: jax.Array, finished: jax.Array, group_size: int
-) -> jax.Array:
-    """Which completions have a gradient: [N] bool of rewards [N] and finished [N] bool.
+def policy_loss(
+    objective: ObjectiveConfig, temperature: float, num_completions: int
+) -> LossFn:
+    """The loss of a micro-batch for the learner, with its metrics.
 
-    DAPO (arXiv 2503.14476, sections 3.2 and 3.4) has both filters, for groups that are
-    all right or all wrong and for overlong completions.
-    """
-    kept = finished if objective.truncated == "mask" else jnp.ones_like(finished)
-    if objective.skip_equal_groups:
-        kept &= has_signal(rewards, group_size)
-    return kept
-
-
-def token_weights(
-    objective: ObjectiveConfig,
-    spans: TokenSpans,
-    counted: jax.Array,
-    longest: int,
-    shape: tuple[int, ...],
-) -> jax.Array:
-    """The weight of every token in the loss of the batch.
+    Every token carries its weight in the batch's loss, so micro-batches simply add up and
+    packing changes nothing.
 
     Args:
-      objective: names the normalisation.
-      spans: tokens of N completions.
-      counted: [N] bool, False for completions of weight 0.
-      longest: tokens that a completion can have, the constant of Dr. GRPO.
-      shape: [M, B, T] of the float32 result, which is 0 outside completions.
+      objective: the loss that is minimised.
+      temperature: divides the policy's logits, as it did in sampling.
+      num_completions: E, of the whole batch.
     """
-    _, weight = LOSSES[objective.loss]
-    weights = weight(spans.mask.sum(-1), counted, longest)
-    return scatter(jnp.where(counted, weights, 0.0), spans, shape)
+
+    def loss(
+        model: Transformer, params: Params, batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        in_completion = batch.inverse_length > 0
+        log_probs, entropy = log_probs_and_entropy(
+            model, params, batch, temperature, in_completion
+        )
+        if batch.log_probs is None:
+            # The only update of a rollout: the policy is the one that sampled.
+            batch = batch._replace(log_probs=jax.lax.stop_gradient(log_probs))
+        losses = token_loss(objective, log_probs, batch)
+        total = (losses * batch.loss_weights).sum()
+        metrics = policy_metrics(objective, log_probs, batch, num_completions)
+        entropy = (entropy * batch.inverse_length).sum() / num_completions
+        return total, {"policy/loss": total, "policy/entropy": entropy, **metrics}
+
+    return loss
 
 
 def importance_ratio(
-    objective: ObjectiveConfig, log_probs: jax.Array, tokens: LossTokens
+    objective: ObjectiveConfig, log_probs: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """p / p_old as the objective takes it, and the same within its clips."""
-    ratio_of, _ = LOSSES[objective.loss]
-    ratio = ratio_of(log_probs - tokens.old_log_probs, tokens)
+    """p / p_old as the objective defines it, and the same within its clips."""
+    ratio = LOSSES[objective.loss].ratio(log_probs - batch.log_probs, batch)
     low, high = objective.clip_low, objective.clip_high
     low = None if low is None else 1 - low
     return ratio, jnp.clip(ratio, low, None if high is None else 1 + high)
 
 
-def importance_weights(cap: float, tokens: LossTokens) -> jax.Array:
-    """min(p_old / p_sampler, cap) of each token, for a sampler with other numbers.
+def importance_weights(cap: float, batch: Batch) -> jax.Array:
+    """min(p_old / p_sampler, cap) of each token, for a sampler with other numerics.
 
     Truncated importance sampling (Ionides, 2008; rho in arXiv 1802.01561, section 4.1).
     """
-    ratio = jnp.exp(tokens.old_log_probs - tokens.sampler_log_probs)
+    ratio = jnp.exp(batch.log_probs - batch.sampler_log_probs)
     return jnp.minimum(ratio, cap)
 
 
 def token_loss(
-    objective: ObjectiveConfig, log_probs: jax.Array, tokens: LossTokens
+    objective: ObjectiveConfig, log_probs: jax.Array, batch: Batch
 ) -> jax.Array:
     """-(w * min(ratio * A, clip(ratio) * A) - beta * KL(policy, reference)).
 
@@ -196,13 +189,43 @@ def token_loss(
     Args:
       objective: names ratio, clips, w and KL.
       log_probs: [..., B, T] float32 of the policy that is updated.
-      tokens: the rest, in the same shape as the result.
+      batch: advantages and the other log-probs, in the same shape.
     """
-    ratio, bounded = importance_ratio(objective, log_probs, tokens)
-    gain = jnp.minimum(ratio * tokens.advantages, bounded * tokens.advantages)
+    ratio, bounded = importance_ratio(objective, log_probs, batch)
+    gain = jnp.minimum(ratio * batch.advantages, bounded * batch.advantages)
     if objective.importance_cap is not None:
-        gain *= importance_weights(objective.importance_cap, tokens)
+        gain *= importance_weights(objective.importance_cap, batch)
     if not objective.beta:
         return -gain
     divergence = kl.ESTIMATORS[objective.kl_estimator]
-    return -(gain - objective.beta * divergence(log_probs - tokens.ref_log_probs))
+    return -(gain - objective.beta * divergence(log_probs - batch.ref_log_probs))
+
+
+def policy_metrics(
+    objective: ObjectiveConfig, log_probs: jax.Array, batch: Batch, num_completions: int
+) -> Metrics:
+    """How far the policy is from the others before the step, for a micro-batch.
+
+    Means are over the tokens of each completion, then over the E completions of the whole
+    batch, whatever the objective weights and leaves out; micro-batches add up.
+    """
+
+    def mean(values: jax.Array) -> jax.Array:
+        return (values * batch.inverse_length).sum() / num_completions
+
+    ratio, bounded = importance_ratio(objective, log_probs, batch)
+    clipped = bounded * batch.advantages < ratio * batch.advantages
+    metrics = {
+        "policy/ratio_mean": mean(ratio),
+        "policy/ratio_max": jnp.where(batch.inverse_length > 0, ratio, 0.0).max(),
+        "policy/clip_fraction": mean(clipped.astype(jnp.float32)),
+    }
+    if batch.ref_log_probs is not None:
+        metrics["policy/kl_to_reference"] = mean(log_probs - batch.ref_log_probs)
+    if batch.sampler_log_probs is not None:
+        difference = jnp.abs(batch.log_probs - batch.sampler_log_probs)
+        metrics["policy/sampler_difference"] = mean(difference)
+    if objective.importance_cap is not None:
+        weights = importance_weights(objective.importance_cap, batch)
+        metrics["policy/importance_weight_mean"] = mean(weights)
+    return metrics

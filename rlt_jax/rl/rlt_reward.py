@@ -1,17 +1,18 @@
 """The reward of a reinforcement-learned teacher (arXiv 2506.08388, section 3.2)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlt_jax import masked
-from rlt_jax.errors import check_choice
-from rlt_jax.inference.scoring import gather, segment_mask, segment_sums
+from rlt_jax.errors import UserError, check_choice
+from rlt_jax.inference.spans import gather, mask, segment_mask, segment_sums
 from rlt_jax.rl import kl
-from rlt_jax.types import Reward, ScoringBatch
+from rlt_jax.types import Batch, Reward
 
 Reduction = Callable[..., jax.Array]
 
@@ -36,7 +37,7 @@ OVER_VOCABULARY = ("full", "top_k")
 
 @dataclasses.dataclass(frozen=True)
 class RLTRewardConfig:
-    """Weights and shapes of the terms; the defaults are the published ones.
+    """Weights and reductions of the terms; the defaults are the published ones.
 
     Attributes:
       student_temperature: tau_S, divides the student's logits.
@@ -44,15 +45,15 @@ class RLTRewardConfig:
       solution_reductions: reduction -> weight within the solution score.
       solution_map: applied to each solution log-prob, one of `MAPS`.
       solution_clip: mapped log-probs are kept above minus this; None for no clip.
-      explanation_kl_coef: weight of the explanation KL, subtracted; "auto" balances
-        its size to that of the solution score once, at the start of a run.
+      explanation_kl_coef: weight of the explanation KL, which is subtracted; "auto" picks
+        it once, at the start of a run, so that both terms have the same mean size.
       kl_reductions: reduction -> weight within the explanation KL.
       kl_map: applied to each per-token KL.
       kl_clip: mapped KLs are kept below this; None for no clip.
       kl_estimator: "k1" (published), "k2" or "k3", from the sampled token; "full", over
         the whole vocabulary; "top_k", over the teacher's likeliest tokens and the rest as
         one (the last two need one tokenizer).
-      kl_top_k: how many tokens "top_k" tells apart.
+      kl_top_k: number of tokens that "top_k" keeps apart.
       kl_teacher_term: without it, the divergence is the student's surprise alone,
         -log p_S, and the estimator is not used.
       format_penalty: added when the closing tag is missing.
@@ -88,120 +89,196 @@ class RLTRewardConfig:
         if isinstance(self.explanation_kl_coef, str):
             choices["explanation_kl_coef"] = ("auto",)
         for name, known in choices.items():
-            check_choice(f"reward.{name}", getattr(self, name), known)
+            check_choice(f"rlt_reward.{name}", getattr(self, name), known)
         for name in (*self.solution_reductions, *self.kl_reductions):
-            check_choice("reward: reduction", name, REDUCTIONS)
+            check_choice("rlt_reward: reduction", name, REDUCTIONS)
 
 
-class RewardTokens(NamedTuple):
-    """The per-token values that one student's reward reduces, N completions.
+@dataclasses.dataclass(frozen=True)
+class EnsembleConfig:
+    """How the rewards of several students become one.
 
     Attributes:
-      solution: [N, T] float32 student log-probs of the solution tokens.
-      solution_mask: [N, T] bool.
-      student_explanation: [N, T] float32 log-prob of each segment of the explanation.
-      teacher_explanation: [N, T] float32 likewise.
-      divergence: [N, T] float32 KL of each segment, before map and clip.
-      explanation_mask: [N, T] bool.
+      combine: "mean", "min" or "weights".
+      weights: one per student, for "weights"; they are divided by their sum.
     """
 
-    solution: jax.Array
-    solution_mask: jax.Array
-    student_explanation: jax.Array
-    teacher_explanation: jax.Array
-    divergence: jax.Array
-    explanation_mask: jax.Array
+    combine: str = "mean"
+    weights: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("ensemble.combine", self.combine, ("mean", "min", "weights"))
+        if self.weights and not sum(self.weights) > 0:
+            raise UserError(f"ensemble.weights={self.weights}: their sum must be > 0.")
+
+    def check(self, num_students: int) -> None:
+        """Raises UserError unless there is a weight for each student."""
+        if self.combine == "weights" and len(self.weights) != num_students:
+            raise UserError(
+                f"ensemble.weights has {len(self.weights)} numbers for {num_students} "
+                "students."
+            )
 
 
-def reward_tokens(
-    config: RLTRewardConfig,
-    student_log_probs: jax.Array,
-    teacher_log_probs: jax.Array,
-    batch: ScoringBatch,
-    vocabulary_kl: jax.Array | None = None,
-) -> RewardTokens:
-    """Gathers solution log-probs and explanation KL from per-token arrays.
+def solution_log_probs(student: Batch) -> tuple[jax.Array, jax.Array]:
+    """Log-probs [E, S] float32 of the solution's tokens, and their mask [E, S]."""
+    return gather(student.log_probs, student.solution), mask(student.solution)
 
-    Args:
-      config: names the estimator.
-      student_log_probs: [M, B, T] of the student rows at `student_temperature`.
-      teacher_log_probs: [M, B, T] of the teacher rows at the sampling temperature.
-      batch: spans of N completions.
-      vocabulary_kl: [N, T] KL over the vocabulary at each explanation token, for the
-        estimators "full" and "top_k".
+
+def explanation_log_probs(
+    batch: Batch, student: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probs of each segment of the explanation.
+
+    Returns:
+      Under the policy in its own sequence [E, S] float32, under the student in the
+      student's sequence, and the mask [E, S] of the segments.
     """
-    in_student = segment_sums(
-        gather(student_log_probs, batch.student_explanation), batch.student_explanation
+    in_policy, in_student = (
+        segment_sums(gather(log_probs, spans), spans)
+        for log_probs, spans in (
+            (batch.log_probs, student.policy_explanation),
+            (student.log_probs, student.explanation),
+        )
     )
-    in_teacher = segment_sums(
-        gather(teacher_log_probs, batch.teacher_explanation), batch.teacher_explanation
-    )
+    return in_policy, in_student, segment_mask(student.explanation)
+
+
+def explanation_divergence(
+    config: RLTRewardConfig, batch: Batch, student: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """KL of each segment of the explanation before map and clip, [E, S], and the mask.
+
+    The policy's log-probs are at the sampling temperature, the student's at
+    `student_temperature`.
+    """
+    in_policy, in_student, segments = explanation_log_probs(batch, student)
     if not config.kl_teacher_term:
-        divergence = -in_student
-    elif vocabulary_kl is not None:
-        divergence = segment_sums(vocabulary_kl, batch.student_explanation)
-    else:
-        divergence = kl.ESTIMATORS[config.kl_estimator](in_teacher - in_student)
-    return RewardTokens(
-        gather(student_log_probs, batch.student_solution),
-        batch.student_solution.mask,
-        in_student,
-        in_teacher,
-        divergence,
-        segment_mask(batch.student_explanation),
-    )
+        return -in_student, segments
+    if config.kl_estimator in OVER_VOCABULARY:
+        return segment_sums(student.vocabulary_kl, student.explanation), segments
+    return kl.ESTIMATORS[config.kl_estimator](in_policy - in_student), segments
 
 
 def rlt_reward(
     config: RLTRewardConfig,
-    tokens: RewardTokens,
+    solution: tuple[jax.Array, jax.Array],
+    divergence: tuple[jax.Array, jax.Array],
     closed: jax.Array,
     kl_coef: float | jax.Array | None = None,
 ) -> Reward:
     """r = solution_coef * r_SS - explanation_kl_coef * r_KL + format penalty.
 
     r_SS reduces the student's log-probs of the solution tokens; r_KL reduces, per segment
-    of the explanation, log p_T - log p_S, teacher in the teacher row and student in the
-    student row (section 3.2; the reductions of mean with 0.01 min or max are published).
+    of the explanation, log p_T - log p_S, teacher in the teacher's sequence and student in
+    the student's (section 3.2; the reductions mean with 0.01 min or max are published).
 
     Args:
       config: weights.
-      tokens: per-token values of N completions.
-      closed: [N] bool, whether the closing tag is there.
-      kl_coef: replaces `explanation_kl_coef`, as one balanced to the data must.
+      solution: log-probs [E, S] of the solution's tokens, and their mask.
+      divergence: KL [E, S] of the explanation's segments, and their mask.
+      closed: [E] bool, whether the closing tag is there.
+      kl_coef: replaces `explanation_kl_coef`, for one that was balanced to the data.
 
     Returns:
-      Values [N], and terms: solution_score, explanation_kl, format_penalty,
-      `solution_<reduction>` and `kl_<reduction>` for each in use, and the indicators
-      empty_explanation, empty_solution.
+      "value" [E] and the terms: solution_score, explanation_kl, format_penalty,
+      `solution_<reduction>` and `kl_<reduction>` for each reduction in use, and the
+      indicators empty_explanation, empty_solution.
     """
-    solution = MAPS[config.solution_map](tokens.solution)
+    scores, in_solution = solution
+    kls, in_explanation = divergence
+    scores = MAPS[config.solution_map](scores)
     if config.solution_clip is not None:
-        solution = jnp.maximum(solution, -config.solution_clip)
-    divergence = MAPS[config.kl_map](tokens.divergence)
+        scores = jnp.maximum(scores, -config.solution_clip)
+    kls = MAPS[config.kl_map](kls)
     if config.kl_clip is not None:
-        divergence = jnp.minimum(divergence, config.kl_clip)
+        kls = jnp.minimum(kls, config.kl_clip)
     penalty = config.empty_penalty
     parts: dict[str, jax.Array] = {}
     solution_score = explanation_kl = jnp.zeros(closed.shape)
     for name, weight in config.solution_reductions.items():
-        score = REDUCTIONS[name](solution, tokens.solution_mask, empty=-penalty)
+        score = REDUCTIONS[name](scores, in_solution, empty=-penalty)
         parts[f"solution_{name}"] = score
         solution_score += weight * score
     for name, weight in config.kl_reductions.items():
-        score = REDUCTIONS[name](divergence, tokens.explanation_mask, empty=penalty)
+        score = REDUCTIONS[name](kls, in_explanation, empty=penalty)
         parts[f"kl_{name}"] = score
         explanation_kl += weight * score
     format_penalty = jnp.where(closed, 0.0, config.format_penalty)
     coef = config.explanation_kl_coef if kl_coef is None else kl_coef
     value = config.solution_coef * solution_score - coef * explanation_kl
-    terms = {
+    reward = {
+        "value": value + format_penalty,
         "solution_score": solution_score,
         "explanation_kl": explanation_kl,
         "format_penalty": format_penalty,
-        "empty_explanation": ~tokens.explanation_mask.any(-1),
-        "empty_solution": ~tokens.solution_mask.any(-1),
+        "empty_explanation": ~in_explanation.any(-1),
+        "empty_solution": ~in_solution.any(-1),
         **parts,
     }
-    terms = {name: term.astype(jnp.float32) for name, term in terms.items()}
-    return Reward(value + format_penalty, terms)
+    return {name: term.astype(jnp.float32) for name, term in reward.items()}
+
+
+def ensemble_reward(
+    config: RLTRewardConfig,
+    ensemble: EnsembleConfig,
+    batch: Batch,
+    kl_coef: jax.Array | None = None,
+) -> Reward:
+    """The RLT reward of a batch whose log-probs are filled in, over all its students."""
+    rewards = [
+        rlt_reward(
+            config,
+            solution_log_probs(student),
+            explanation_divergence(config, batch, student),
+            batch.closed,
+            kl_coef,
+        )
+        for student in batch.students
+    ]
+    return combine(ensemble, rewards)
+
+
+def combine(config: EnsembleConfig, rewards: Sequence[Reward]) -> Reward:
+    """One reward from the rewards of several students.
+
+    The reward of a single student is passed on. With more, every term is combined as the
+    value is, and the value of student i is kept as the term `student_<i>`.
+    """
+    if len(rewards) == 1:
+        return rewards[0]
+    if config.combine == "weights":
+        weights = jnp.array(config.weights, jnp.float32) / sum(config.weights)
+    else:
+        weights = jnp.full(len(rewards), 1 / len(rewards))
+
+    def one(values: Sequence[jax.Array]) -> jax.Array:
+        if config.combine == "min":
+            return jnp.stack(values).min(axis=0)
+        return jnp.einsum("iE,i->E", jnp.stack(values), weights)
+
+    combined = {name: one([r[name] for r in rewards]) for name in rewards[0]}
+    return combined | {f"student_{i}": r["value"] for i, r in enumerate(rewards)}
+
+
+def balanced_kl_coef(
+    solution_score: Sequence[float], explanation_kl: Sequence[float]
+) -> float:
+    """The KL weight that gives both terms the same mean absolute size.
+
+    Args:
+      solution_score: solution scores of the first completions of a run.
+      explanation_kl: explanation KLs of the same completions.
+
+    Raises:
+      UserError: the explanation KL of all completions is 0, or a number is not finite.
+    """
+    score = float(np.mean(np.abs(solution_score)))
+    divergence = float(np.mean(np.abs(explanation_kl)))
+    coef = score / divergence if divergence else math.inf
+    if not math.isfinite(coef):
+        raise UserError(
+            f"explanation_kl_coef=auto: the solution score has size {score:.3g}, the "
+            f"explanation KL {divergence:.3g}; give a number instead."
+        )
+    return coef

@@ -35,6 +35,14 @@ STAGES = (
     "compare",
 )
 SESSIONS = "sessions.json"  # in the folder of a stage until it is complete
+# Keys of earlier versions -> their names now.
+RENAMED = {
+    "student": "students, a tuple of models",
+    "reward": "rlt_reward",
+    "terms": "reward_terms",
+    "sft.format": "sft.role",
+    "loop.format": "loop.role",
+}
 
 
 def run_pipeline(
@@ -104,8 +112,22 @@ def _checked_stage(section: Any, where: str) -> str:
     if not isinstance(seed, int):
         raise UserError(f"{where}.seed={seed!r}: write an integer.")
     check_choice(f"{where}.stage", stage, STAGES)
+    if renamed := _renamed(values):
+        raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
     settings.check(_module(stage).SECTIONS, values, where)
     return stage
+
+
+def _renamed(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first key that an earlier version named otherwise, and its name now."""
+    if isinstance(values.get("students"), Mapping):
+        return "students", "ensemble, and `student` is now `students`"
+    for old, new in RENAMED.items():
+        part, _, key = old.rpartition(".")
+        section = values.get(part) if part else values
+        if isinstance(section, Mapping) and key in section:
+            return old, new
+    return None
 
 
 def _module(stage: str) -> Any:
@@ -144,6 +166,12 @@ def _run_stage(
 def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     difference = _difference(folder, values)
+    if difference is not None and (renamed := _renamed(_stored_settings(folder))):
+        raise UserError(
+            f"stage {name}: {folder} was made by an earlier version of rlt_jax "
+            f"({renamed[0]} is now called {renamed[1]}). Its models still load; use "
+            f"another --workdir, or --only={name} to run this stage afresh."
+        )
     if difference is not None:
         raise UserError(
             f"stage {name}: {folder} was made with other settings ({difference}). Use "
@@ -213,6 +241,8 @@ def _settings(
     def fill(value: Any) -> Any:
         if isinstance(value, str):
             return value.replace("{workdir}", str(root))
+        if isinstance(value, ml_collections.ConfigDict):  # within a tuple
+            value = value.to_dict()
         if isinstance(value, Mapping):
             return {key: fill(item) for key, item in value.items()}
         return (
@@ -224,14 +254,18 @@ def _settings(
 
 def _difference(folder: Path, values: dict[str, Any]) -> str | None:
     """The first key in which the folder's settings differ from these."""
-    file = folder / "settings.json"
-    if not file.is_file():
+    before, now = _flat(_stored_settings(folder)), _flat(values)
+    if not before:
         return None
-    before, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(values)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
     return None
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
+    file = folder / "settings.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

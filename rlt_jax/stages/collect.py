@@ -1,8 +1,8 @@
 """Stage `collect`: the trained teacher explains every question with its solution.
 
-Writes `traces.jsonl`, one row a completion, as they are finished: question, solution,
-answer, reasoning_trace, closed, reward, its terms, prompt_tokens and tokens of the completion,
-its kind where `classify` tells it, and what it came from. The file is read by `sft` and by `score`.
+Writes `traces.jsonl`, one record a completion, as they end: question, solution, answer,
+reasoning_trace, closed, reward, its terms, prompt_tokens and tokens of the completion,
+its kind where `classify` gives one, and its provenance. `sft` and `score` read the file.
 """
 
 import dataclasses
@@ -11,29 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from rlt_jax.data.scoring import RowShape
-from rlt_jax.inference.engine import EngineConfig
-from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.stored import complete_stored, in_order
+from rlt_jax.data import rows
+from rlt_jax.errors import UserError
+from rlt_jax.inference import log_probs, sampler
+from rlt_jax.rl.rewards import RLT, Term
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
 from rlt_jax.settings import build, load_function
-from rlt_jax.stages.roles import (
-    check_fit,
-    fixed_kl_coef,
-    jit_scorer,
-    load_policy_engine,
-    load_problems,
-    load_roles,
-    provenance_of,
-    requests_of,
-    sample_rows,
-    scoring_batches,
-)
+from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
@@ -48,10 +35,9 @@ class CollectConfig:
     """Settings of the stage.
 
     Attributes:
-      batch_size: completions per device batch.
+      batch_size: completions scored at once.
       samples_per_problem: completions of each problem.
-      classify: "module:function" of question and explanation that names the kind of an
-        explanation, such as `rlt_jax.data.tasks.arithmetic:kind_of`; "" for none.
+      classify: "module:function" of a function (question, explanation) -> kind, such as `rlt_jax.data.tasks.arithmetic:kind_of`; "" for none.
     """
 
     batch_size: int
@@ -59,93 +45,82 @@ class CollectConfig:
     classify: str = ""
 
 
-SECTIONS = {
+SECTIONS = setup.SECTIONS | {
     "teacher": checkpoint.ModelSource,
-    "student": None,  # a ModelSource, or several
-    "students": StudentsConfig,
-    "template": None,
     "data": None,
-    "rows": RowShape,
-    "sampling": SamplingConfig,
-    "engine": EngineConfig,
-    "reward": RLTRewardConfig,
     "collect": CollectConfig,
-    "mesh": sharding.MeshConfig,
 }
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
-    """Writes and scores explanations; goes on where an earlier run stopped.
+    """Samples and scores explanations; continues where an earlier run stopped.
 
     Args:
-      config: sections `teacher`, `student`, `students`, `template`, `data`, `rows`, `sampling`,
-        `reward`, `collect`, `mesh`.
+      config: sections as in `SECTIONS`.
       workdir: folder of the stage.
-      seed: of the sampling.
+      seed: seed of the sampling.
 
     Returns:
-      Number of traces, mean reward, share of closed explanations and of each kind.
+      Number of traces, mean reward, fraction of closed explanations and of each kind.
     """
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
-    roles = load_roles(config, mesh, seed)
-    sampling = build(SamplingConfig, config.sampling, "sampling")
-    problems = load_problems(config.data, roles.template, seed)
-    check_fit(roles, sampling, problems)
-    todo = [problem for problem in problems for _ in range(c.samples_per_problem)]
+    teacher, *students = setup.load_models(config, "teacher", mesh, seed)
+    terms = (Term(RLT, 1.0, None),)
+    run = setup.load_run(config, "teacher", teacher, students, mesh, terms)
+    problems = setup.load_problems(config.data, run.template, seed)
+    setup.check_fit(run, problems)
+    asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
+    kl_coef = fixed_kl_coef(run.rlt_reward)
+    temperatures = run.sampling.temperature, run.rlt_reward.student_temperature
+    origin = setup.provenance_of(teacher, students, run.template, *temperatures)
+    origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
-    teacher = roles.teacher
-    engine = load_policy_engine(roles, config, mesh)
-    score, reward_config = jit_scorer(roles, config, sampling.temperature, mesh)
-    kl_coef = jnp.float32(fixed_kl_coef(reward_config))
-    origin = provenance_of(
-        teacher,
-        roles.students,
-        roles.template,
-        sampling.temperature,
-        reward_config.student_temperature,
-    ) | {"explanation_kl_coef": float(kl_coef), "seed": seed}
     file = workdir / "traces.jsonl"
-    start = first = keep_whole_batches(file, c.batch_size)
-    longest = sampling.max_new_tokens
-    requests = requests_of(roles, todo[first:], longest, first)
-    stored = workdir / "completions.jsonl"
-    key = jax.random.key(seed)
-    with progress(first, len(todo), workdir.name, unit="trace") as bar:
-        stream = complete_stored(stored, engine, teacher.params, requests, key, bar=bar)
-        for batch in in_order(stream, c.batch_size):
-            short = c.batch_size - len(batch)
-            padded = [one.tokens for one in batch + batch[-1:] * short]
-            part = todo[first : first + len(batch)]
-            part += part[-1:] * short
-            batches, _ = scoring_batches(roles, part, padded)
-            batches = sharding.put_rows(batches, mesh)
-            reward = score(
-                teacher.params, roles.student_params, batches, kl_coef
-            ).reward
-            rows = sample_rows(
-                roles, "teacher", part, padded, reward, slice(0, len(batch))
-            )
-            for n, row in enumerate(rows):
-                row["prompt_tokens"] = len(requests[first - start + n].prompt)
-                row["tokens"] = len(batch[n].tokens)
-                row["provenance"] = origin
+    first = keep_whole_batches(file, c.batch_size)
+    requests, key = run.requests(asked[first:], first), jax.random.key(seed)
+    params = [student.params for student in students]
+    with progress(first, len(asked), workdir.name, unit="trace") as bar:
+        source = run.stored(workdir / "completions.jsonl", bar=bar)
+        stream = source.stream(teacher.params, requests, key)
+        for rollout in sampler.in_order(stream, c.batch_size):
+            count = len(rollout.requests)
+            # A last, smaller batch is filled up, so that nothing is compiled for it.
+            indices = [min(i, count - 1) for i in range(c.batch_size)]
+            rollout = sampler.take(rollout, indices)
+            batch = sharding.put_rows(rows.pack(rollout, run), mesh)
+            batch = log_probs.fill(run.programs, batch, teacher.params, params)
+            reward = run.reward.rlt(batch, np.float32(kl_coef))
+            records = setup.sample_records(run, rollout, reward, slice(count))
+            for n, record in enumerate(records):
+                record["prompt_tokens"] = len(rollout.requests[n].prompt)
+                record["tokens"] = len(rollout.tokens[n])
+                record["provenance"] = origin
                 if classify:
-                    row["kind"] = classify(row["question"], row["reasoning_trace"])
-            append_jsonl(file, rows)
-            first += len(batch)
-            bar.update(len(batch))
+                    explanation = record["reasoning_trace"]
+                    record["kind"] = classify(record["question"], explanation)
+            append_jsonl(file, records)
+            bar.update(count)
             hosts.stop_if_asked()
-
     return hosts.from_first(lambda: _summary(read_jsonl(file)))
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    kinds = Counter(row["kind"] for row in rows if "kind" in row)
+def fixed_kl_coef(config: RLTRewardConfig) -> float:
+    """The weight of the explanation KL; raises UserError for "auto"."""
+    if isinstance(config.explanation_kl_coef, str):
+        raise UserError(
+            f"rlt_reward.explanation_kl_coef={config.explanation_kl_coef!r} is for rl and "
+            "score; give the number that they logged."
+        )
+    return config.explanation_kl_coef
+
+
+def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    kinds = Counter(record["kind"] for record in records if "kind" in record)
     return {
-        "traces": len(rows),
-        "reward": float(np.mean([row["reward"] for row in rows])),
-        "closed": float(np.mean([row["closed"] for row in rows])),
-        "kinds": {kind: count / len(rows) for kind, count in sorted(kinds.items())},
+        "traces": len(records),
+        "reward": float(np.mean([record["reward"] for record in records])),
+        "closed": float(np.mean([record["closed"] for record in records])),
+        "kinds": {k: count / len(records) for k, count in sorted(kinds.items())},
     }

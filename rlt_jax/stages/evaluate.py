@@ -18,18 +18,19 @@ import numpy as np
 import tqdm
 
 from rlt_jax.data import examples
+from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Problem, Template, load_template
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import EngineConfig
+from rlt_jax.inference.sampler import in_order
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scheduler import Request
-from rlt_jax.inference.stored import complete_stored, in_order
+from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.report import statistics
 from rlt_jax.report.files import read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.settings import build
-from rlt_jax.stages.roles import load_engine, load_problems
+from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
@@ -47,7 +48,7 @@ class EvaluateConfig:
       batch_size: rows of samples.jsonl written at once.
       samples_per_problem: k, completions of each question; of predictions, as many as
         there are.
-      untagged: what becomes of a completion without the template's solution tags:
+      untagged: what happens to a completion without the template's solution tags:
         "wrong", or "whole", all of its text is graded.
       compare_with: folder of another evaluation of the same questions, or its
         samples.jsonl; "" for none.
@@ -100,7 +101,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """
     c = build(EvaluateConfig, config.evaluate, "evaluate")
     template = load_template(config.template)
-    problems = load_problems(config.data, template, seed)
+    problems = setup.load_problems(config.data, template, seed)
     check_gradable(problems)
     other = _read_other(c.compare_with, problems)
     predictions, k = None, c.samples_per_problem
@@ -187,39 +188,28 @@ def _sample(
     mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
     source = build(checkpoint.ModelSource, config.model, "model")
     loaded = checkpoint.load(source, mesh, jax.random.key(seed))
-    tokenizer = loaded.tokenizer
-    prompts = {
-        question: tokenizer.encode(
-            examples.student_prompt(tokenizer, template, question)
-        ).ids
-        for question in dict.fromkeys(problem.question for problem in asked)
-    }
+    renderer = Renderer(loaded.tokenizer, template, "student")
     longest = config.sampling.max_new_tokens
+    requests = setup.requests_of(renderer, asked, longest)
+    prompts = [request.prompt for request in requests]
     room = loaded.model.config.max_length - longest
     what = "question (model max_length - sampling.max_new_tokens)"
-    examples.check_lengths(list(prompts.values()), room, what)
-    requests = [
-        Request(prompts[problem.question], n, longest)
-        for n, problem in enumerate(asked)
-    ]
-    longest_row = max(map(len, prompts.values())) + longest
-    engine = load_engine(loaded, config, mesh, longest_row)
-    stored = workdir / "completions.jsonl"
-    key = jax.random.key(seed)
-    stream = complete_stored(
-        stored, engine, loaded.params, requests[first:], key, bar=bar
-    )
-    for batch in in_order(stream, config.evaluate.batch_size):
-        part = asked[first : first + len(batch)]
-        first += len(batch)
+    examples.check_lengths(prompts, room, what)
+    max_length = max(map(len, prompts)) + longest
+    engine = setup.load_sampler(loaded, config, mesh, max_length)
+    file = workdir / "completions.jsonl"
+    stored = StoredSampler(engine, file, loaded.tokenizer, bar)
+    stream = stored.stream(loaded.params, requests[first:], jax.random.key(seed))
+    for rollout in in_order(stream, config.evaluate.batch_size):
         yield [
-            Sample(
-                examples.completion_text(tokenizer, completion.tokens)[0],
-                len(prompts[problem.question]),
-                len(completion.tokens),
-                not completion.finished,
+            Sample(text, len(request.prompt), len(tokens), not finished)
+            for text, request, tokens, finished in zip(
+                rollout.texts,
+                rollout.requests,
+                rollout.tokens,
+                rollout.finished.tolist(),
+                strict=True,
             )
-            for problem, completion in zip(part, batch, strict=True)
         ]
 
 

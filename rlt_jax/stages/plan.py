@@ -290,8 +290,8 @@ _REMEDIES = {
     "weights": "engine.weights='int8', or a larger mesh.tensor",
     "prefill": "fewer engine.slots or engine.cache_tokens, a smaller prefill_chunk",
     "decode": "fewer engine.slots or engine.cache_tokens, engine.weights='int8'",
-    "score": "fewer rows.micro_batch_size, loop.offload, a larger mesh.fsdp",
-    "reference": "fewer rows.micro_batch_size, a larger mesh.fsdp",
+    "log_probs": "fewer rows.micro_batch_size, loop.offload, a larger mesh.fsdp",
+    "reward": "fewer completions, a larger mesh.fsdp",
     "update": "remat='full', fewer rows at once, optimizer.state_dtype='bfloat16', a "
     "larger mesh.fsdp or mesh.tensor",
     "mix": "a larger mesh.fsdp, loop.offload",
@@ -300,7 +300,7 @@ _REMEDIES = {
 
 def _advice(program: Mapping[str, Any]) -> str:
     room = program["bytes"]
-    name = program["name"].rpartition("/")[2]
+    name = re.sub(r".*/|student_(\d+_)?", "", program["name"])
     needed, limit, held = (room[x] / 2**30 for x in ("total", "limit", "resident"))
     return (
         f"{program['name']} needs {needed:.1f} of {limit:.1f} GiB a device, {held:.1f} "

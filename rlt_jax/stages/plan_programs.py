@@ -1,5 +1,6 @@
 """The device programs of each stage, ready to be lowered for devices elsewhere."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,28 +8,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlt_jax.api import jit_score
+from rlt_jax.api import compile_log_probs, jit_rlt_reward
 from rlt_jax.costs.flops import forward_flops, train_flops
 from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill
 from rlt_jax.inference.engine import EngineConfig, cache_shardings, make_engine
-from rlt_jax.inference.log_probs import chunk_length
+from rlt_jax.inference.head import chunk_length
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import page_bytes
-from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.policy_update import PolicyBatch
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig
+from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.stages import plan_shapes as shapes
-from rlt_jax.stages import policy_programs, rl, sft
+from rlt_jax.stages import rl, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
-from rlt_jax.stages.roles import jit_log_probs, load_rows, students_of
+from rlt_jax.stages.setup import load_row_shape, student_sections
 from rlt_jax.training import sharding
+from rlt_jax.training.learner import jit_mix, jit_update
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import abstract_state, state_shardings
-from rlt_jax.types import ScoringBatch
+from rlt_jax.types import Batch
 
 Section = Mapping[str, Any]
 
@@ -37,14 +37,15 @@ class Program(NamedTuple):
     """One device program.
 
     Attributes:
-      name: of it.
-      jitted: has `lower`.
-      args: of it, as shapes.
+      name: name of the program.
+      jitted: a `jax.jit` function.
+      args: shapes of its arguments.
       resident: arrays that are on the devices beside its arguments.
-      runs: how often it runs in a step of its stage.
-      flops: model flops of a run, over all devices.
-      trips: of the loops whose length depends on the data, from the outermost in.
-      hbm_bytes: of a run on a device, where the compiled text does not tell.
+      runs: executions in a step of its stage.
+      flops: model flops of one execution, over all devices.
+      trips: trip counts of loops whose length depends on the data, outermost first.
+      hbm_bytes: HBM traffic of one execution on a device, where the compiled text does
+        not show it.
     """
 
     name: str
@@ -66,99 +67,105 @@ def sft_programs(
     model, params = shapes.load_shape(section["model"], recipe, mesh)
     tx = _optimizer(section, c.steps)
     state = abstract_state(model, params, tx, mesh)
-    ids = shapes.per_row(mesh, (c.batch_size, c.row_length), jnp.int32)
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), ids)
-    batch["loss_mask"] = shapes.per_row(mesh, ids.shape, jnp.bool_)
-    placed, parts = state_shardings(model, tx, mesh), c.batch_size // c.rows_at_once
-    update = sft.jit_update(model, tx, mesh, placed, parts)
-    tokens = c.batch_size * c.row_length
-    C = chunk_length(c.rows_at_once, c.row_length, model.config.vocab_size, mesh.size)
+    batch = shapes.packed(mesh, c.batch_size, c.shape)
+    weights = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
+    placed = state_shardings(model, tx, mesh)
+    update = jit_update(sft.next_token_loss, model, tx, mesh, placed)
+    args = state, batch._replace(loss_weights=weights), None
+    tokens, at_once = c.batch_size * c.row_length, c.shape.micro_batch_size
+    C = chunk_length(at_once, c.row_length, model.config.vocab_size, mesh.size)
     flops = train_flops(model.config, tokens, c.row_length / 2, tokens)
-    trips = (-(-c.row_length // C),)
-    return [Program("update", update, (state, batch, None), (), 1, flops, trips)]
+    trips = -(-c.row_length // C)
+    # A single micro-batch needs no loop.
+    loops = (trips,) if at_once == c.batch_size else (batch.tokens.shape[0], trips)
+    return [Program("update", update, args, (), 1, flops, loops)]
 
 
 def rl_programs(
     section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
 ) -> list[Program]:
-    """Rollout, scores, log-probs of the reference, update and mixing."""
+    """Rollout, log-probs, reward, update and mixing."""
     c = build(rl.RLConfig, section["loop"], "loop")
     objective = build(ObjectiveConfig, section["objective"], "objective")
     sampling = build(SamplingConfig, section["sampling"], "sampling")
-    rows, N = load_rows(section, mesh), c.batch_size * c.group_size
+    rows, E = load_row_shape(section, mesh), c.batch_size * c.group_size
     policy = shapes.load_shape(section["policy"], recipe, mesh)
     students = [policy] if c.self_teaching else _students(section, recipe, mesh)
     tx = _optimizer(section, c.steps * c.updates_per_rollout)
     state = abstract_state(*policy, tx, mesh)
     reference = policy.params if objective.beta else ()
-    # Offloaded, each is on the devices for as long as it is used.
+    # Offloaded, each is on the devices only while it is used.
     others = [student.params for student in students] + [reference]
     others = [] if c.offload else others
 
-    trips = shapes.micro_batches(policy.model.config, mesh, N, rows, lengths)
-    batch = shapes.scoring_batch(mesh, N, rows)
-    programs = _rollout(section, policy, sampling, mesh, rows.row_length, N, lengths)
+    trips = shapes.micro_batches(policy.model.config, mesh, E, rows, lengths)
+    batch = shapes.rollout_batch(mesh, E, rows, len(students))
+    programs = _rollout(section, policy, mesh, rows.row_length, E, lengths)
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
-    if students:
-        score = _score(section, policy, students, sampling, mesh, batch, lengths)
-        beside = (state.opt_state, () if c.offload else reference)
-        programs.append(score._replace(resident=beside, trips=trips))
-    if objective.beta:
-        log_probs = jit_log_probs(policy.model, sampling.temperature, mesh)
-        args = (reference, batch.teacher, batch.completion)
-        beside = (state, others[:-1])
-        flops = _flops(forward_flops, policy, N, lengths)
-        programs.append(Program("reference", log_probs, args, beside, 1, flops, trips))
+    reads = (bool(students) or c.updates_per_rollout > 1) + bool(objective.beta)
+    of_models = _log_probs(section, policy, students, batch, mesh, lengths)
+    for name, program in of_models.items():
+        runs = reads if name == "log_probs" else 1
+        own = program.args[0]
+        # What is no argument stays beside: the optimizer state, and the other models.
+        beside = [x for x in (state.params, *others) if x is not own]
+        beside = (state.opt_state, beside)
+        if runs:
+            programs.append(program._replace(runs=runs, resident=beside, trips=trips))
 
-    known = bool(students) or c.updates_per_rollout > 1
-    policy_batch = _policy_batch(mesh, batch, known, bool(objective.beta))
+    per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
+    filled = batch._replace(
+        students=(),
+        log_probs=per_token if reads > bool(objective.beta) else None,
+        ref_log_probs=per_token if objective.beta else None,
+        advantages=per_token,
+        inverse_length=per_token,
+        loss_weights=per_token,
+    )
+    loss_fn = policy_loss(objective, sampling.temperature, E)
     placed = state_shardings(policy.model, tx, mesh)
-    update = policy_programs.jit_update(
-        policy.model, tx, sampling, objective, mesh, placed
-    )
-    args = state, policy_batch, None
-    flops = _flops(train_flops, policy, N, lengths)
-    programs.append(
-        Program("update", update, args, others, c.updates_per_rollout, flops, trips)
-    )
+    limit = objective.skip_gradient_norm
+    update = jit_update(loss_fn, policy.model, tx, mesh, placed, limit)
+    flops, runs = _flops(train_flops, policy, E, lengths), c.updates_per_rollout
+    args = state, filled, None
+    programs.append(Program("update", update, args, others, runs, flops, trips))
     if objective.beta and c.sync_every:
-        mix = policy_programs.jit_mix()
         args = (reference, state.params, c.sync_alpha)
         beside = (state.opt_state, others[:-1])
-        programs.append(Program("mix", mix, args, beside, 1 / c.sync_every, 0))
+        programs.append(Program("mix", jit_mix(), args, beside, 1 / c.sync_every, 0))
     return programs
 
 
 def collect_programs(
     section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
 ) -> list[Program]:
-    """Rollout and scores of a batch of explanations."""
-    sampling = build(SamplingConfig, section["sampling"], "sampling")
-    rows, N = load_rows(section, mesh), section["collect"]["batch_size"]
+    """Rollout, log-probs and reward of a batch of explanations."""
+    rows, E = load_row_shape(section, mesh), section["collect"]["batch_size"]
     teacher = shapes.load_shape(section["teacher"], recipe, mesh)
     students = _students(section, recipe, mesh)
-    resident = [student.params for student in students]
-    programs = _rollout(section, teacher, sampling, mesh, rows.row_length, N, lengths)
+    params = [student.params for student in students]
+    programs = _rollout(section, teacher, mesh, rows.row_length, E, lengths)
     weights_and_cache = programs[-1].args[:2]
-    batch = shapes.scoring_batch(mesh, N, rows)
-    score = _score(section, teacher, students, sampling, mesh, batch, lengths)
-    trips = shapes.micro_batches(teacher.model.config, mesh, N, rows, lengths)
-    return [
-        *(p._replace(resident=(p.resident, resident)) for p in programs),
-        score._replace(resident=weights_and_cache, trips=trips),
-    ]
+    batch = shapes.rollout_batch(mesh, E, rows, len(students))
+    trips = shapes.micro_batches(teacher.model.config, mesh, E, rows, lengths)
+    programs = [p._replace(resident=(p.resident, params)) for p in programs]
+    of_models = _log_probs(section, teacher, students, batch, mesh, lengths)
+    for program in of_models.values():
+        beside = [x for x in (teacher.params, *params) if x is not program.args[0]]
+        beside = (weights_and_cache, beside)
+        programs.append(program._replace(resident=beside, trips=trips))
+    return programs
 
 
 def evaluate_programs(
     section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
 ) -> list[Program]:
     """The rollout of a batch of answers."""
-    sampling = build(SamplingConfig, section["sampling"], "sampling")
     model = shapes.load_shape(section["model"], recipe, mesh)
-    longest = model.model.config.max_length
-    N = section["evaluate"]["batch_size"]
-    return _rollout(section, model, sampling, mesh, longest, N, lengths)
+    max_length = model.model.config.max_length
+    E = section["evaluate"]["batch_size"]
+    return _rollout(section, model, mesh, max_length, E, lengths)
 
 
 PROGRAMS = {
@@ -172,19 +179,20 @@ PROGRAMS = {
 def _rollout(
     section: Section,
     policy: Shape,
-    sampling: SamplingConfig,
     mesh: Mesh,
-    longest_row: int,
-    N: int,
+    max_length: int,
+    E: int,
     lengths: Lengths,
 ) -> list[Program]:
-    """Weights to decode with, prefill of a part of prompts, steps of decoding.
+    """Decoding weights, prefill of a part of the prompts, decode steps.
 
-    All slots are taken to be busy all the time.
+    All slots are assumed to be busy all the time.
     """
     model, params = policy
+    sampling = build(SamplingConfig, section["sampling"], "sampling")
+    sampling = dataclasses.replace(sampling, stop=(), stop_ids=(0,))
     config = build(EngineConfig, section["engine"], "engine")
-    engine = make_engine(model, sampling, (0,), config, mesh, longest_row)
+    engine = make_engine(model, None, sampling, config, mesh, max_length)
     layout = engine.layout
     _, to_decode, axes = decode_weights(model, config.weights)
     decoded = jax.eval_shape(to_decode, params)
@@ -211,11 +219,11 @@ def _rollout(
     context = lengths.prompt + lengths.completion / 2
     stored = context * page_bytes(c, 1) * layout.slots / mesh.shape["tensor"]
     read = steps * (sharding.device_bytes(weights) + stored)
-    prompts = N / section.get("loop", {}).get("group_size", 1)
+    prompts = E / section.get("loop", {}).get("group_size", 1)
     parts = prompts * -(-lengths.prompt // size) / layout.shards
     filled = forward_flops(c, layout.shards * size, lengths.prompt / 2, 0)
     drawn = forward_flops(c, B * steps, context, B * steps)
-    dispatches = N * lengths.completion / (B * steps)
+    dispatches = E * lengths.completion / (B * steps)
     return [
         Program("weights", engine.to_decode, (params,), (), 1, 0),
         Program("prefill", engine.prefill, fill, params, parts, filled),
@@ -225,52 +233,65 @@ def _rollout(
     ]
 
 
-def _policy_batch(
-    mesh: Mesh, batch: ScoringBatch, known: bool, beta: bool
-) -> PolicyBatch:
-    """What an update takes; `known`: whether the old log-probs are computed before."""
-    per_token = shapes.per_row(mesh, batch.teacher.tokens.shape, jnp.float32)
-    return PolicyBatch(
-        batch.teacher,
-        batch.completion,
-        shapes.per_row(mesh, batch.closed.shape, jnp.float32),
-        per_token if known else None,
-        per_token if beta else None,
-        batch.closed,
-        per_token,
-    )
-
-
-def _score(
+def _log_probs(
     section: Section,
     policy: Shape,
     students: Sequence[Shape],
-    sampling: SamplingConfig,
+    batch: Batch,
     mesh: Mesh,
-    batch: ScoringBatch,
     lengths: Lengths,
-) -> Program:
-    """The reward of a batch of completions."""
-    jitted = jit_score(
-        build(RLTRewardConfig, section["reward"], "reward"),
-        build(StudentsConfig, section["students"], "students"),
-        policy.model,
-        [student.model for student in students],
-        sampling.temperature,
-        mesh,
+) -> dict[str, Program]:
+    """Log-probs of the policy and of each student; the reward, which reduces them."""
+    reward = build(RLTRewardConfig, section["rlt_reward"], "rlt_reward")
+    sampling = build(SamplingConfig, section["sampling"], "sampling")
+    models = [student.model for student in students]
+    compiled = compile_log_probs(
+        policy.model, models, sampling.temperature, reward, mesh
     )
-    params = tuple(student.params for student in students)
-    batches, coef = (batch,) * len(students), shapes.per_row(mesh, (), jnp.float32)
-    (N,) = batch.closed.shape
-    flops = sum(_flops(forward_flops, x, N, lengths) for x in (policy, *students))
-    return Program(
-        "score", jitted, (policy.params, params, batches, coef), (), 1, flops
-    )
+    (E,) = batch.closed.shape
+    programs = {
+        "log_probs": Program(
+            "log_probs",
+            compiled.policy,
+            (policy.params, batch),
+            (),
+            1,
+            _flops(forward_flops, policy, E, lengths),
+        )
+    }
+    names = ["student_log_probs"] + [
+        f"student_{i}_log_probs" for i in range(1, len(students))
+    ]
+    for i, (name, student) in enumerate(zip(names, students, strict=False)):
+        args = (student.params, batch.students[i])
+        flops = _flops(forward_flops, student, E, lengths)
+        programs[name] = Program(name, compiled.students[i], args, (), 1, flops)
+    if students:
+        ensemble = build(EnsembleConfig, section["ensemble"], "ensemble")
+        jitted = jit_rlt_reward(reward, ensemble, len(students), mesh)
+        coef = shapes.per_row(mesh, (), jnp.float32)
+        args = (_filled(batch, mesh, compiled.vocabulary_kl != ()), coef)
+        programs["reward"] = Program("reward", jitted, args, (), 1, 0)
+    return programs
+
+
+def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
+    """The batch with all log-probs."""
+    per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
+
+    def filled(student: Batch) -> Batch:
+        shape = student.explanation.segment.shape
+        divergence = shapes.per_row(mesh, shape, jnp.float32)
+        divergence = divergence if over_vocabulary else None
+        return student._replace(log_probs=per_token, vocabulary_kl=divergence)
+
+    students = tuple(map(filled, batch.students))
+    return batch._replace(log_probs=per_token, students=students)
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
-    several = students_of(section["student"])
-    return [shapes.load_shape(one, recipe, mesh) for one in several]
+    sections = student_sections(section["students"])
+    return [shapes.load_shape(one, recipe, mesh) for one in sections]
 
 
 def _optimizer(section: Section, steps: int) -> Any:
@@ -282,8 +303,8 @@ def _optimizer(section: Section, steps: int) -> Any:
 
 
 def _flops(
-    count: Callable[..., float], shape: Shape, N: int, lengths: Lengths
+    count: Callable[..., float], shape: Shape, E: int, lengths: Lengths
 ) -> float:
-    """Of N rows, of which the completions get logits."""
-    tokens, head = N * lengths.row, N * lengths.completion
-    return count(shape.model.config, tokens, lengths.row / 2, head)
+    """Model flops of E sequences whose completions get logits."""
+    tokens, head = E * lengths.sequence, E * lengths.completion
+    return count(shape.model.config, tokens, lengths.sequence / 2, head)

@@ -1,4 +1,4 @@
-"""What a plan knows of a run without running it: shapes, shardings, mean lengths."""
+"""What a plan knows about a run without running it: shapes, shardings, mean lengths."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlt_jax.data.scoring import RowShape
+from rlt_jax.data.rows import RowShape
 from rlt_jax.errors import UserError
-from rlt_jax.inference.log_probs import chunk_length
+from rlt_jax.inference.head import chunk_length
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.published import published_config
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import PackedRows, Params, ScoringBatch, TokenSpans
+from rlt_jax.types import Batch, Params, Spans
 
 _STAGE = "{workdir}/"
 
@@ -28,8 +28,8 @@ class Lengths(NamedTuple):
     completion: int
 
     @property
-    def row(self) -> int:
-        """Of a prompt with its completion."""
+    def sequence(self) -> int:
+        """Tokens of a prompt with its completion."""
         return self.prompt + self.completion
 
 
@@ -78,31 +78,44 @@ def _config(source: checkpoint.ModelSource, recipe: Mapping[str, Any]) -> ModelC
 
 
 def per_row(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An array [N, ...] or [M, B, T] that `put_rows` has placed."""
+    """An array [E, ...] or [M, B, T] that `put_rows` has placed."""
     array = jax.ShapeDtypeStruct(shape, dtype)
     return sharding.abstract(array, sharding.row_shardings(array, mesh))
 
 
-def scoring_batch(mesh: Mesh, N: int, rows: RowShape) -> ScoringBatch:
-    """N completions, packed as `packing.pack` does, of which one is in a line at worst."""
-    M = -(-N // rows.micro_batch_size)
+def packed(mesh: Mesh, num_rows: int, rows: RowShape) -> Batch:
+    """Packed rows [M, B, T] without spans."""
+    M = -(-num_rows // rows.micro_batch_size)
     ids = per_row(mesh, (M, rows.micro_batch_size, rows.row_length), jnp.int32)
-    packed = PackedRows(ids, ids, ids, per_row(mesh, (), jnp.int32))
-    index = per_row(mesh, (N, rows.row_length), jnp.int32)
-    spans = TokenSpans(index, index, per_row(mesh, index.shape, jnp.bool_))
-    return ScoringBatch(
-        packed, packed, spans, spans, spans, spans, per_row(mesh, (N,), jnp.bool_)
+    return Batch(ids, ids, ids, per_row(mesh, (), jnp.int32))
+
+
+def rollout_batch(mesh: Mesh, E: int, rows: RowShape, num_students: int) -> Batch:
+    """The batch of E completions, as `rows.pack` makes it, each in its own row at worst."""
+    batch = packed(mesh, E, rows)
+    segment = per_row(mesh, (E, rows.row_length), jnp.int32)
+    spans = Spans(per_row(mesh, (E,), jnp.int32), segment)
+    flags = per_row(mesh, (E,), jnp.bool_)
+    student = batch._replace(
+        explanation=spans, policy_explanation=spans, solution=spans, overlong=flags
+    )
+    return batch._replace(
+        completion=spans,
+        closed=flags,
+        finished=flags,
+        students=(student,) * num_students,
+        sampler_log_probs=per_row(mesh, batch.tokens.shape, jnp.float32),
     )
 
 
 def micro_batches(
-    config: ModelConfig, mesh: Mesh, N: int, rows: RowShape, lengths: Lengths
+    config: ModelConfig, mesh: Mesh, E: int, rows: RowShape, lengths: Lengths
 ) -> tuple[int, int]:
     """Lengths of the loops over micro-batches and over chunks of the head."""
-    in_line = max(1, rows.row_length // lengths.row)
-    lines = -(-N // in_line)
+    in_row = max(1, rows.row_length // lengths.sequence)
+    num_rows = -(-E // in_row)
     C = chunk_length(
         rows.micro_batch_size, rows.row_length, config.vocab_size, mesh.size
     )
-    chunks = -(-in_line * lengths.completion // C)
-    return -(-lines // rows.micro_batch_size), chunks
+    chunks = -(-in_row * lengths.completion // C)
+    return -(-num_rows // rows.micro_batch_size), chunks

@@ -1,9 +1,9 @@
-"""Stage `score`: the RLT reward of explanations that somebody else wrote.
+"""Stage `score`: the RLT reward of explanations in a file.
 
-Writes `scores.jsonl`, one row a completion in the order of the input, as batches are
-finished; a run that was cut off goes on after the last whole batch. `selected.jsonl`
-holds what the section `select` keeps of them, ready for `sft`, and `report/index.html`
-shows the best and the worst, token by token.
+Writes `scores.jsonl`, one record a completion in the order of the input, batch by batch; a
+run that was cut off continues after the last whole batch. `selected.jsonl` holds those that
+the section `select` keeps, ready for `sft`, and `report/index.html` shows the best and the
+worst, token by token.
 """
 
 import dataclasses
@@ -17,18 +17,17 @@ import ml_collections
 import numpy as np
 
 from rlt_jax import api
+from rlt_jax.api import ScoringConfig, TextCompletion, text_completion
 from rlt_jax.data import controls
-from rlt_jax.data.examples import student_row
-from rlt_jax.data.scoring import WrittenTrace
+from rlt_jax.data.examples import Renderer, student_examples
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Problem, Template, Trace, load_template
 from rlt_jax.data.traces import read_completions
 from rlt_jax.errors import UserError
 from rlt_jax.report.explanations import write_explanations
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
 from rlt_jax.settings import build
-from rlt_jax.stages.roles import load_models, provenance_of
+from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.metrics import (
     append_jsonl,
@@ -46,11 +45,11 @@ class ScoreConfig:
 
     Attributes:
       teacher_temperature: divides the teacher's logits.
-      batch_size: completions per device batch.
+      batch_size: completions scored at once.
       assume_closed: completions without a closing tag are not penalised.
-      per_token: write tokens and per-token arrays, too.
+      per_token: also write tokens and per-token arrays.
       controls: also score empty, shuffled and foreign explanations.
-      num_examples: how many of the best and of the worst are shown on the page.
+      num_examples: number of the best and of the worst explanations shown on the page.
     """
 
     teacher_temperature: float = 0.7
@@ -63,11 +62,11 @@ class ScoreConfig:
 
 PARTS = {
     "teacher": checkpoint.ModelSource,
-    "student": None,  # a ModelSource, or several
-    "students": StudentsConfig,
+    "students": None,  # a tuple of ModelSource sections
+    "ensemble": EnsembleConfig,
     "template": None,
     "data": {"path": None},
-    "reward": RLTRewardConfig,
+    "rlt_reward": RLTRewardConfig,
     "select": SelectionConfig,
     "mesh": sharding.MeshConfig,
 }
@@ -75,7 +74,16 @@ SECTIONS = PARTS | {field.name: None for field in dataclasses.fields(ScoreConfig
 
 
 class Judge(NamedTuple):
-    """Everything that turns written traces into output rows."""
+    """Everything that turns completions into output records.
+
+    Attributes:
+      score: see `api.make_scorer`.
+      count_tokens: tokens of a trace's student sequence.
+      template: system prompts, tags and delimiters.
+      origin: provenance of the rewards.
+      c: settings of the stage.
+      seed: seed of the controls.
+    """
 
     score: Callable[..., list[dict[str, Any]]]
     count_tokens: Callable[[Trace], int]
@@ -98,7 +106,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     values = config.to_dict()
     sections = {name: values.pop(name) for name in PARTS}
     c = build(ScoreConfig, values, "config")
-    reward = build(RLTRewardConfig, sections["reward"], "reward")
+    reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
     selection = build(SelectionConfig, sections["select"], "select")
     judge = _load_judge(c, sections, reward, seed)
     file = workdir / "scores.jsonl"
@@ -108,7 +116,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         kl_coef = hosts.from_first(
             lambda: next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
         )
-    todo = _written(sections["data"]["path"], judge.template, c.assume_closed)
+    todo = _completions(sections["data"]["path"], judge.template, c.assume_closed)
     todo = itertools.islice(todo, first, None)
     if not write_scores(judge, todo, kl_coef, file, first):
         raise UserError(
@@ -145,7 +153,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
 def write_scores(
     judge: Judge,
-    todo: Iterator[WrittenTrace],
+    todo: Iterator[TextCompletion],
     kl_coef: float | str,
     file: Path,
     first: int,
@@ -183,7 +191,7 @@ def write_scores(
     return first
 
 
-def _next_batch(todo: Iterator[WrittenTrace], size: int) -> list[WrittenTrace]:
+def _next_batch(todo: Iterator[TextCompletion], size: int) -> list[TextCompletion]:
     """Up to `size` of them, the same on every host."""
     batch = list(itertools.islice(todo, size))
     hosts.agree_on_items("the completions of the data", batch)
@@ -191,25 +199,25 @@ def _next_batch(todo: Iterator[WrittenTrace], size: int) -> list[WrittenTrace]:
 
 
 def _rows(
-    judge: Judge, batch: Sequence[WrittenTrace], kl_coef: float, first: int
+    judge: Judge, batch: Sequence[TextCompletion], kl_coef: float, first: int
 ) -> list[dict[str, Any]]:
     scored = judge.score(batch, kl_coef, per_token=judge.c.per_token)
     foreign = _controls(judge, batch, kl_coef, first) if judge.c.controls else {}
     rows = []
-    for n, written in enumerate(batch):
-        problem, explanation = written.trace
+    for n, completion in enumerate(batch):
+        problem, explanation = completion.trace
         rows.append(
             {
                 "question": problem.question,
                 "solution": problem.solution,
                 "answer": problem.answer,
-                "completion": written.completion,
+                "completion": completion.text,
                 "reasoning_trace": explanation,
-                "closed": written.closed,
+                "closed": completion.closed,
                 **scored[n],
                 **{f"reward_{name}": values[n] for name, values in foreign.items()},
                 "copied_share": controls.copied_share(explanation, problem.solution),
-                "student_tokens": judge.count_tokens(written.trace),
+                "student_tokens": judge.count_tokens(completion.trace),
                 "provenance": judge.origin | {"explanation_kl_coef": kl_coef},
             }
         )
@@ -217,13 +225,13 @@ def _rows(
 
 
 def _controls(
-    judge: Judge, batch: Sequence[WrittenTrace], kl_coef: float, first: int
+    judge: Judge, batch: Sequence[TextCompletion], kl_coef: float, first: int
 ) -> dict[str, list[float | None]]:
     """Control -> reward of each completion's control, None where there is none."""
-    problems = [written.trace.problem for written in batch]
+    problems = [completion.trace.problem for completion in batch]
     closing = judge.template.explanation_tags[1]
     replaced = controls.controlled(
-        [written.completion for written in batch],
+        [completion.text for completion in batch],
         [problem.question for problem in problems],
         closing,
         [judge.seed, first],
@@ -231,7 +239,9 @@ def _controls(
     result = {}
     for name, texts in replaced.items():
         traces = [
-            api.written(judge.template, problem, text or closing, assume_closed=True)
+            text_completion(
+                judge.template, problem, text or closing, assume_closed=True
+            )
             for problem, text in zip(problems, texts, strict=True)
         ]
         rewards = [row["reward"] for row in judge.score(traces, kl_coef)]
@@ -245,29 +255,29 @@ def _load_judge(
 ) -> Judge:
     mesh = sharding.make_mesh(build(sharding.MeshConfig, sections["mesh"], "mesh"))
     template = load_template(sections["template"])
-    teacher, *students = load_models(
-        sections["teacher"], sections["student"], mesh, seed
+    teacher, *students = setup.load_models(sections, "teacher", mesh, seed)
+    if not students:
+        raise UserError("students is (): the reward needs one or more.")
+    ensemble = build(EnsembleConfig, sections["ensemble"], "ensemble")
+    scoring = ScoringConfig(reward, ensemble, c.teacher_temperature)
+    temperatures = c.teacher_temperature, reward.student_temperature
+    renderer = Renderer(students[0].tokenizer, template, "student")
+    return Judge(
+        score=api.make_scorer(teacher, students, template, scoring, mesh),
+        count_tokens=lambda trace: len(student_examples(renderer, [trace])[0].tokens),
+        template=template,
+        origin=setup.provenance_of(teacher, students, template, *temperatures),
+        c=c,
+        seed=seed,
     )
-    several = build(StudentsConfig, sections["students"], "students")
-    score = api.make_scorer(
-        teacher, students, template, reward, several, c.teacher_temperature, mesh
-    )
-    origin = provenance_of(
-        teacher, students, template, c.teacher_temperature, reward.student_temperature
-    )
-
-    def count_tokens(trace: Trace) -> int:
-        return len(student_row(students[0].tokenizer, template, trace).tokens)
-
-    return Judge(score, count_tokens, template, origin, c, seed)
 
 
-def _written(
+def _completions(
     path: str, template: Template, assume_closed: bool
-) -> Iterator[WrittenTrace]:
+) -> Iterator[TextCompletion]:
     for _, problem, completions in read_completions(path, template):
         for text in completions:
-            yield api.written(template, problem, text, assume_closed)
+            yield text_completion(template, problem, text, assume_closed)
 
 
 def _log_sizes(rows: list[dict[str, Any]], kl_coef: float) -> None:
@@ -293,7 +303,7 @@ def _write_examples(
     for start in range(0, len(shown), size):
         part = [rows[n] for n in shown[start : start + size]]
         traces = [
-            api.written(
+            text_completion(
                 judge.template,
                 Problem(row["question"], row["solution"]),
                 row["completion"],

@@ -1,7 +1,7 @@
 """Stage `sft`: next-token training on packed rows of traces.
 
-Used three times: to pretrain a base, to warm up a teacher (`format="teacher"`, loss on
-the explanation only), and to distil a student (`format="student"`, loss on thought and
+Used three times: to pretrain a base, to warm up a teacher (`role="teacher"`, loss on the
+explanation only), and to distil a student (`role="student"`, loss on thought and
 solution).
 """
 
@@ -15,15 +15,19 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data import examples, pipeline, selection
-from rlt_jax.data.templates import Template, load_template
-from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.rows import PackedBatches, RowShape
+from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, check_choice
+from rlt_jax.inference.head import log_probs_and_entropy
+from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
-from rlt_jax.stages.sft_programs import jit_update, make_evaluation
 from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training.learner import Learner, make_learner
 from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
@@ -39,11 +43,9 @@ from rlt_jax.training.state import (
     state_shardings,
     to_items,
 )
-from rlt_jax.types import TrainState
+from rlt_jax.types import Batch, Metrics, Params, TrainState
 
 _LOG = logging.getLogger("rlt_jax")
-
-FORMATS = {"teacher": examples.teacher_row, "student": examples.student_row}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +53,26 @@ class SFTConfig:
     """Settings of the loop.
 
     Attributes:
-      format: which rows are made of the traces, "teacher" or "student".
+      role: whose sequences are made from the traces, "teacher" or "student".
       steps: optimizer steps.
       batch_size: packed rows per step.
       micro_batch_size: rows computed at once, over all devices; 0 is all of them.
       row_length: tokens per packed row.
-      overlong: what becomes of a trace whose row is longer: "error" refuses it, "drop"
+      overlong: what happens to a trace whose sequence is longer: "error" raises, "drop"
         leaves it out, "shorter" uses another one of the same question that fits, if
-        there is one, "truncate" cuts its row.
-      traces_per_question: at most so many of each question of a source, chosen by the
+        there is one, "truncate" cuts its sequence.
+      traces_per_question: maximum traces of each question of a source, chosen by the
         seed among those that fit; 0 for all.
       evaluate_every: steps between evaluations on the held-out traces, besides the first
         and the last; 0 for the last only.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: how many of them stay.
-      max_skipped: steps in a row that may be skipped, for a loss or gradient that is not
-        finite, before the run stops.
-      profile_steps: first of the steps that are profiled, and the one after the last.
+      keep_checkpoints: number of checkpoints to keep.
+      max_skipped: consecutive steps that may be skipped, for a loss or gradient that is
+        not finite, before the run stops.
+      profile_steps: the first step to profile, and the one after the last.
     """
 
-    format: str
+    role: str
     steps: int
     batch_size: int
     row_length: int
@@ -84,17 +86,17 @@ class SFTConfig:
     profile_steps: Sequence[int] = ()
 
     def evaluates_after(self, done: int) -> bool:
-        """Whether the held-out loss is due when so many steps are done."""
+        """Whether the held-out loss is due after this many steps."""
         every = self.evaluate_every
         return done == self.steps or (every > 0 and done % every == 0)
 
     @property
-    def rows_at_once(self) -> int:
-        """Of a micro-batch, or of the whole batch."""
-        return self.micro_batch_size or self.batch_size
+    def shape(self) -> RowShape:
+        """Shape of a micro-batch of packed rows."""
+        return RowShape(self.micro_batch_size or self.batch_size, self.row_length)
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.rows_at_once:
+        if self.batch_size % self.shape.micro_batch_size:
             raise UserError(
                 f"sft.micro_batch_size={self.micro_batch_size} does not divide "
                 f"batch_size={self.batch_size}."
@@ -103,7 +105,7 @@ class SFTConfig:
             raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
         if self.steps < 1:
             raise UserError(f"steps={self.steps}: at least 1.")
-        check_choice("sft.format", self.format, FORMATS)
+        check_choice("sft.role", self.role, examples.ROLES)
         check_choice("sft.overlong", self.overlong, selection.OVERLONG)
         for name in ("traces_per_question", "evaluate_every"):
             if getattr(self, name) < 0:
@@ -114,7 +116,7 @@ SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": None,
     "data": None,
-    "held_out": None,  # traces as of `data`, without a mix; or None
+    "held_out": None,  # traces like those of `data`, without a mix; or None
     "sft": SFTConfig,
     "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
@@ -126,7 +128,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """Trains a model on traces; leaves checkpoints that other stages load.
 
     Returns:
-      Numbers of traces of each section that names some, last loss; the last held-out
+      Numbers of traces of each data section, the last training loss; the last held-out
       loss and, where it was evaluated, the first.
     """
     c = build(SFTConfig, config.sft, "sft")
@@ -135,14 +137,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     source = build(checkpoint.ModelSource, config.model, "model")
     key = jax.random.key(seed)
     model, params, tokenizer = checkpoint.load(source, mesh, key)
-    template = load_template(config.template)
-    sources = pipeline.load_sources(config.data, template, seed)
-    reading = (tokenizer, template, seed, model.config.max_length)
-    rows, counts = load_rows(c, sources, *reading)
-    held_out, found = load_held_out(c, config.held_out, *reading)
-    counts |= found
-    shares = [source.share for source in sources]
-    batches = pipeline.packed_batches(rows, shares, c.batch_size, c.row_length, seed)
+    renderer = Renderer(tokenizer, load_template(config.template), c.role)
+    context = model.config.max_length
+    sources = pipeline.load_sources(config.data, renderer.template, seed)
+    made, counts = load_examples(c, sources, renderer, seed, context)
+    held_out, held_out_counts = load_held_out(
+        c, config.held_out, renderer, seed, context
+    )
+    counts |= held_out_counts
+    weights = [source.weight for source in sources]
+    batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
 
     low_rank = build(LoRAConfig, config.lora, "lora")
     tuning, params = make_tuning(low_rank, model, params, mesh, key)
@@ -150,9 +154,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     shardings = state_shardings(tuning.model, tx, mesh)
     state = new_state(params, tx, shardings)
     del params
-    parts = c.batch_size // c.rows_at_once
-    update = jit_update(tuning.model, tx, mesh, shardings, parts)
-    evaluate = make_evaluation(held_out, tuning, mesh, shardings, parts)
+    learner = make_learner(next_token_loss, tuning, tx, mesh, shardings)
     checkpoint.describe(workdir, model, tokenizer)
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first, state = _restore(manager, tuning, state, batches)
@@ -161,19 +163,25 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             for step in steps(first, c.steps, workdir, c.profile_steps):
                 done, first_loss = step + 1, {}
                 if c.evaluate_every and not step:
-                    first_loss = {"held_out/loss_first": evaluate(state.params)}
-                rows = next(batches)
-                batch = sharding.put_rows(rows, mesh)
-                state, metrics = update(state, batch, tuning.frozen)
-                tokens, now = np.count_nonzero(rows["segment_ids"]), time.monotonic()
+                    loss = held_out_loss(learner, state.params, held_out, mesh)
+                    first_loss = {"held_out/loss_first": loss}
+                batch = next(batches)
+                tokens = np.count_nonzero(batch.segment_ids)
+                state, metrics = learner.update(state, sharding.put_rows(batch, mesh))
+                now = time.monotonic()
+                metrics |= {
+                    "sft/tokens": tokens,
+                    "sft/fill": tokens / batch.tokens.size,
+                }
                 metrics |= phase_metrics("step", tokens, now - began) | first_loss
                 began = now
                 if held_out and c.evaluates_after(done):
-                    metrics["held_out/loss"] = evaluate(state.params)
+                    loss = held_out_loss(learner, state.params, held_out, mesh)
+                    metrics["held_out/loss"] = loss
                 check_skipped(writer.write(step, metrics), c.max_skipped)
                 stop = hosts.stopping()
                 if done % c.checkpoint_every == 0 or done == c.steps or stop:
-                    # A checkpoint's steps have their rows.
+                    # The metrics of all steps before a checkpoint are on disk.
                     check_skipped(writer.flush(), c.max_skipped)
                     _save(manager, done, tuning, state, batches)
                 if stop:
@@ -183,31 +191,52 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     return {"traces": counts} | losses
 
 
+def next_token_loss(
+    model: Transformer, params: Params, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """Cross entropy of the learned tokens of a micro-batch, weighted by `loss_weights`."""
+    learned = batch.loss_weights > 0
+    log_probs, _ = log_probs_and_entropy(model, params, batch, wanted=learned)
+    loss = -(log_probs * batch.loss_weights).sum()
+    return loss, {"sft/loss": loss}
+
+
+def held_out_loss(
+    learner: Learner, params: Params, batches: Sequence[Batch], mesh: Mesh
+) -> float:
+    """Mean loss over all learned tokens of the batches."""
+    loss = tokens = 0
+    for batch in batches:
+        learned = np.count_nonzero(batch.loss_weights)
+        mean = jax.device_get(learner.loss(params, sharding.put_rows(batch, mesh)))
+        loss, tokens = loss + learned * float(mean), tokens + learned
+    return loss / tokens
+
+
 def check_rows(c: SFTConfig, mesh: Mesh) -> None:
-    """Refuses rows that the mesh cannot split."""
+    """Raises UserError for rows that the mesh cannot split."""
     names = "sft.micro_batch_size (or batch_size), sft.row_length"
-    sharding.check_rows(mesh, c.rows_at_once, c.row_length, names)
+    sharding.check_rows(mesh, c.shape.micro_batch_size, c.row_length, names)
 
 
-def load_rows(
+def load_examples(
     c: SFTConfig,
     sources: Sequence[pipeline.Source],
-    tokenizer: Tokenizer,
-    template: Template,
+    renderer: Renderer,
     seed: int,
     context: int,
-) -> tuple[list[list[examples.Row]], dict[str, dict[str, int]]]:
-    """The rows that fit of every source, and its numbers of traces by its name.
+) -> tuple[list[list[Example]], dict[str, dict[str, int]]]:
+    """The sequences of every source that fit, and its numbers of traces by its name.
 
-    A row has to fit into sft.row_length and into the model's context.
+    A sequence has to fit into sft.row_length and into the model's context.
     """
     limit = min(c.row_length, context)
     name = "sft.row_length" if limit == c.row_length else "the model's max_length"
     made, counts = [], {}
     for where, _, traces in sources:
         hosts.agree_on_items(f"the traces of {where}", traces)
-        rows, counts[where] = selection.fit_rows(
-            [FORMATS[c.format](tokenizer, template, trace) for trace in traces],
+        used, counts[where] = selection.fit_examples(
+            examples.EXAMPLES[c.role](renderer, traces),
             [trace.problem.question for trace in traces],
             limit,
             c.overlong,
@@ -215,7 +244,7 @@ def load_rows(
             seed,
             f"{where}, {name} (see sft.overlong)",
         )
-        made.append(rows)
+        made.append(used)
         if any(counts[where][name] for name in ("dropped", "replaced", "truncated")):
             numbers = ", ".join(f"{n} {name}" for name, n in counts[where].items())
             _LOG.warning(
@@ -227,14 +256,13 @@ def load_rows(
 def load_held_out(
     c: SFTConfig,
     config: Mapping[str, Any] | None,
-    tokenizer: Tokenizer,
-    template: Template,
+    renderer: Renderer,
     seed: int,
     context: int,
-) -> tuple[list[dict[str, np.ndarray]], dict[str, dict[str, int]]]:
-    """Batches of the section `held_out`, [] where there is none; its numbers of traces.
+) -> tuple[list[Batch], dict[str, dict[str, int]]]:
+    """Batches of the section `held_out`, [] without one; and its numbers of traces.
 
-    All of its traces are used; of those that do not fit none stands in for another.
+    All traces are used; none is replaced by another of its question.
     """
     if config is None:
         if c.evaluate_every:
@@ -242,21 +270,28 @@ def load_held_out(
         return [], {}
     overlong = "drop" if c.overlong == "shorter" else c.overlong
     c = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
-    traces = pipeline.load_traces(config, template, seed, "held_out")
+    traces = pipeline.load_traces(config, renderer.template, seed, "held_out")
     source = pipeline.Source("held_out", 1.0, traces)
-    (rows,), counts = load_rows(c, [source], tokenizer, template, seed, context)
-    return pipeline.all_batches(rows, c.batch_size, c.row_length), counts
+    (made,), counts = load_examples(c, [source], renderer, seed, context)
+    return pipeline.all_batches(made, c.shape, c.batch_size), counts
 
 
 def _save(
-    manager: Any, step: int, tuning: Tuning, state: TrainState, batches: Any
+    manager: ocp.CheckpointManager,
+    step: int,
+    tuning: Tuning,
+    state: TrainState,
+    batches: PackedBatches,
 ) -> None:
     trees = {"params": tuning.merge(state.params)} | to_items(state, tuning.item)
     checkpoint.save(manager, step, trees, {"batches": batches.get_state()})
 
 
 def _restore(
-    manager: Any, tuning: Tuning, state: TrainState, batches: Any
+    manager: ocp.CheckpointManager,
+    tuning: Tuning,
+    state: TrainState,
+    batches: PackedBatches,
 ) -> tuple[int, TrainState]:
     restored = checkpoint.restore_latest(manager, to_items(state, tuning.item))
     if restored is None:
@@ -267,11 +302,11 @@ def _restore(
 
 
 def _losses(file: Path) -> dict[str, float]:
-    """The last training loss; of the held-out ones the last and the first, if any."""
-    rows = read_jsonl(file)
-    found = {
-        "loss": rows[-1]["sft/loss"],
-        "held_out_loss": rows[-1].get("held_out/loss"),
-        "held_out_loss_first": rows[0].get("held_out/loss_first"),
+    """The last training loss; the last and the first held-out loss, if any."""
+    records = read_jsonl(file)
+    losses = {
+        "loss": records[-1]["sft/loss"],
+        "held_out_loss": records[-1].get("held_out/loss"),
+        "held_out_loss_first": records[0].get("held_out/loss_first"),
     }
-    return {name: loss for name, loss in found.items() if loss is not None}
+    return {name: loss for name, loss in losses.items() if loss is not None}

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +29,8 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, first_step: int) -> None:
         self._file = workdir / "metrics.jsonl"
-        keep_rows_before(self._file, first_step)
+        # Resuming writes the later steps again.
+        keep_records(self._file, lambda record: record["step"] < first_step)
         self._events = None
         if hosts.is_first():
             self._events = tensorboardX.SummaryWriter(
@@ -120,11 +121,10 @@ def stream_jsonl(file: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def keep_rows_before(file: Path, step: int) -> None:
-    """Drops rows whose "step" is `step` or later, as resuming will write them again."""
+def keep_records(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the records of a JSONL file that are not to be kept."""
     if hosts.is_first() and file.is_file():
-        rows = [row for row in read_jsonl(file) if row["step"] < step]
-        _rewrite(file, rows)
+        _rewrite(file, [record for record in read_jsonl(file) if keep(record)])
 
 
 def keep_whole_batches(file: Path, batch_size: int) -> int:

@@ -91,37 +91,39 @@ def apply_gradients(
     """One optimizer step; metrics name the norms of gradient and update.
 
     Where loss or gradient is not finite, or the gradient longer than `max_norm`, the
-    step is skipped: the state comes back as it was but for `skipped`, which counts it.
+    step is skipped: the state is unchanged except for `skipped`, which counts it.
     """
     norm = optax.tree.norm(grads)
-    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
+    is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     if max_norm is not None:
-        sound &= norm <= max_norm
+        is_finite &= norm <= max_norm
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(state.step + 1, params, opt_state, state.skipped)
     metrics = {
         "optimizer/gradient_norm": norm,
-        "optimizer/update_norm": jnp.where(sound, optax.tree.norm(updates), 0.0),
-        "optimizer/skipped": 1.0 - sound,
+        "optimizer/update_norm": jnp.where(is_finite, optax.tree.norm(updates), 0.0),
+        "optimizer/skipped": 1.0 - is_finite,
     }
     # Elementwise, so it is done in place of the old state and needs no copy of it.
-    chosen = jax.tree.map(lambda new, old: jnp.where(sound, new, old), stepped, state)
-    chosen = chosen._replace(skipped=jnp.where(sound, 0, state.skipped + 1))
+    chosen = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), stepped, state
+    )
+    chosen = chosen._replace(skipped=jnp.where(is_finite, 0, state.skipped + 1))
     return chosen, metrics | {"optimizer/skipped_in_a_row": chosen.skipped}
 
 
-def check_skipped(row: Mapping[str, float], limit: int) -> None:
-    """Stops a run that stands still.
+def check_skipped(metrics: Mapping[str, float], limit: int) -> None:
+    """Stops a run whose updates are all skipped.
 
     Args:
-      row: metrics of a step, or none.
-      limit: steps of the optimizer in a row that may be skipped.
+      metrics: metrics of a step; {} for none.
+      limit: consecutive optimizer steps that may be skipped.
 
     Raises:
-      UserError: there were more.
+      UserError: more were skipped.
     """
-    skipped = int(row.get("optimizer/skipped_in_a_row", 0))
+    skipped = int(metrics.get("optimizer/skipped_in_a_row", 0))
     if skipped > limit:
         raise UserError(
             f"{skipped} updates in a row were skipped, as loss or gradient were not "

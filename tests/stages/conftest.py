@@ -24,15 +24,15 @@ MODEL = {
     "tokenizer": "embedded",
 }
 PROBLEMS = {"task": "arithmetic", "split": "train", "size": 10}
-EXPLAINING = {
+RUN = {
     "teacher": MODEL,
-    "student": MODEL,
-    "students": {},
+    "students": [MODEL],
+    "ensemble": {},
     "template": "tiny",
     "rows": {"micro_batch_size": 2, "row_length": 128},
     "sampling": {"max_new_tokens": 8, "temperature": 1.0},
     "engine": {"slots": 4, "page_size": 32, "prefill_chunk": 64},
-    "reward": {},
+    "rlt_reward": {},
     "mesh": {},
 }
 SECTIONS = {
@@ -53,7 +53,7 @@ SECTIONS = {
             "known_answer": True,
         },
         "sft": {
-            "format": "student",
+            "role": "student",
             "steps": 5,
             "batch_size": 2,
             "row_length": 128,
@@ -70,11 +70,11 @@ SECTIONS = {
     },
     "rl": {
         "stage": "rl",
-        **{name: value for name, value in EXPLAINING.items() if name != "teacher"},
+        **{name: value for name, value in RUN.items() if name != "teacher"},
         "policy": MODEL,
         "data": PROBLEMS,
         "held_out": {**PROBLEMS, "split": "test", "size": 3},
-        "terms": {"rlt": {}},
+        "reward_terms": {"rlt": {}},
         "objective": {},
         "loop": {
             "steps": 5,
@@ -89,7 +89,7 @@ SECTIONS = {
     },
     "collect": {
         "stage": "collect",
-        **EXPLAINING,
+        **RUN,
         "data": PROBLEMS,
         "collect": {"batch_size": 4},
     },

@@ -1,0 +1,330 @@
+"""Packing: several sequences in one row, rows in micro-batches of a fixed shape."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from rlt_jax.data import examples
+from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.templates import Trace
+from rlt_jax.errors import UserError
+from rlt_jax.types import Batch, Rollout, Spans
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Fixed shape of packed rows.
+
+    Attributes:
+      micro_batch_size: B, packed rows computed at once, over all devices.
+      row_length: T, tokens per packed row, and the longest single sequence.
+    """
+
+    micro_batch_size: int
+    row_length: int
+
+
+class Renderers(Protocol):
+    """What `pack` reads of a run."""
+
+    @property
+    def row_shape(self) -> RowShape:
+        """Shape of the packed rows."""
+
+    @property
+    def renderer(self) -> Renderer:
+        """Renders the sequences of the policy, in its role."""
+
+    @property
+    def student_renderers(self) -> Sequence[Renderer]:
+        """Render the sequences of each student; one object for equal tokenizers."""
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
+    """Places items into bins of `capacity`, longest first.
+
+    Returns:
+      (bin, offset) for each item, in the order given.
+    """
+    used: list[int] = []
+    places: list[tuple[int, int]] = [(0, 0)] * len(lengths)
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[item]
+        for number, filled in enumerate(used):
+            if filled + length <= capacity:
+                break
+        else:
+            number, filled = len(used), 0
+            used.append(0)
+        places[item] = (number, filled)
+        used[number] = filled + length
+    return places
+
+
+def pack_sequences(
+    sequences: Sequence[np.ndarray], shape: RowShape, num_rows: int | None = None
+) -> tuple[Batch, np.ndarray]:
+    """Packs sequences into [M, B, T].
+
+    The shape does not depend on the lengths of the sequences, so a program compiled for it
+    is never compiled again; `num_micro_batches` says how many of the M hold any sequence.
+
+    Args:
+      sequences: token ids, [t] each with t <= row_length.
+      shape: B and T.
+      num_rows: M * B; by default enough for one sequence a row.
+
+    Returns:
+      The packed rows, and for each sequence the index of its first token in the flattened
+      [M * B * T] arrays, int32.
+
+    Raises:
+      UserError: a sequence is longer than row_length.
+    """
+    B, T = shape.micro_batch_size, shape.row_length
+    lengths = [len(tokens) for tokens in sequences]
+    if max(lengths, default=0) > T:
+        raise UserError(
+            f"packing: sequence {int(np.argmax(lengths))} has {max(lengths)} tokens, more "
+            f"than row_length={T}. Raise row_length."
+        )
+    M = -(-(num_rows or len(sequences)) // B)
+    tokens = np.zeros((M * B, T), np.int32)
+    segment_ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = [0] * (M * B)  # sequences of each row so far
+    places = first_fit(lengths, T)
+    for sequence, (row, start) in zip(sequences, places, strict=True):
+        end = start + len(sequence)
+        segments[row] += 1
+        tokens[row, start:end] = sequence
+        segment_ids[row, start:end] = segments[row]
+        positions[row, start:end] = np.arange(len(sequence))
+    used = sum(count > 0 for count in segments)
+    packed = Batch(
+        tokens.reshape(M, B, T),
+        positions.reshape(M, B, T),
+        segment_ids.reshape(M, B, T),
+        np.int32(-(-used // B)),
+    )
+    starts = [row * T + start for row, start in places]
+    return packed, np.array(starts, np.int32)
+
+
+def pack(rollout: Rollout, run: Renderers) -> Batch:
+    """The batch of a rollout: the policy's sequences, and those of every student.
+
+    The policy's sequences keep the sampled ids. A student's sequence is the canonical
+    encoding of its text; explanation tokens of both are aligned on their finest common
+    segmentation. An explanation that makes the student's sequence longer than a row (an
+    untrained model samples bytes that are no UTF-8, which grow) counts as empty.
+
+    Args:
+      rollout: E completions, decoded.
+      run: row shape and renderers.
+
+    Returns:
+      NumPy arrays, with sampler_log_probs and without any other log-probs.
+    """
+    template = run.renderer.template
+    problems = [request.problem for request in rollout.requests]
+    policy = [
+        examples.completion_example(run.renderer, *one)
+        for one in zip(
+            problems, rollout.tokens, rollout.texts, rollout.offsets, strict=True
+        )
+    ]
+    parsed = [template.parse_completion(text) for text in rollout.texts]
+    traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
+    of_renderer = {
+        renderer: _fitting_examples(renderer, traces, run.row_shape.row_length)
+        for renderer in dict.fromkeys(run.student_renderers)
+    }
+    students = [of_renderer[renderer] for renderer in run.student_renderers]
+    closed = np.array([closed for _, closed in parsed])
+    made = [one for one, _ in students]
+    batch = pack_examples(run.row_shape, policy, made, closed)
+    return batch._replace(
+        students=tuple(
+            student._replace(overlong=overlong)
+            for student, (_, overlong) in zip(batch.students, students, strict=True)
+        ),
+        finished=np.asarray(rollout.finished),
+        sampler_log_probs=_lay_out(rollout.log_probs, batch.completion, batch.tokens),
+    )
+
+
+def pack_examples(
+    shape: RowShape,
+    policy: Sequence[Example],
+    students: Sequence[Sequence[Example]],
+    closed: np.ndarray,
+) -> Batch:
+    """Packs E examples of the policy and of every student, with their spans.
+
+    Args:
+      shape: of the rows.
+      policy: the policy's sequences.
+      students: sequences of the same examples for each student; one object where two
+        students have the same tokenizer, which is then packed once.
+      closed: [E] bool, whether the explanation's closing tag is there.
+    """
+    batch, starts = pack_sequences([one.tokens for one in policy], shape)
+    sampled = [np.flatnonzero(one.loss_mask) for one in policy]
+    completion = make_spans(
+        starts + [int(places[0]) if len(places) else 0 for places in sampled],
+        [np.arange(len(places)) for places in sampled],
+        shape.row_length,
+    )
+    packed = {id(one): _pack_student(shape, one, policy, starts) for one in students}
+    return batch._replace(
+        completion=completion,
+        closed=closed,
+        students=tuple(packed[id(one)] for one in students),
+    )
+
+
+def _pack_student(
+    shape: RowShape,
+    student: Sequence[Example],
+    policy: Sequence[Example],
+    policy_starts: np.ndarray,
+) -> Batch:
+    """A student's batch; `policy_starts` are the policy's sequences in its own batch."""
+    batch, starts = pack_sequences([one.tokens for one in student], shape)
+    pairs = [
+        examples.align(s.explanation, p.explanation)
+        for s, p in zip(student, policy, strict=True)
+    ]
+
+    def spans(starts: np.ndarray, first: list[int], segments: list) -> Spans:
+        return make_spans(starts + first, segments, shape.row_length)
+
+    explanation = spans(
+        starts, [one.explanation.start for one in student], [ours for ours, _ in pairs]
+    )
+    in_policy = spans(
+        policy_starts,
+        [one.explanation.start for one in policy],
+        [theirs for _, theirs in pairs],
+    )
+    lengths = [one.solution.end - one.solution.start for one in student]
+    solution = spans(
+        starts, [one.solution.start for one in student], list(map(np.arange, lengths))
+    )
+    return batch._replace(
+        explanation=explanation,
+        policy_explanation=in_policy,
+        solution=solution,
+    )
+
+
+def _fitting_examples(
+    renderer: Renderer, traces: Sequence[Trace], row_length: int
+) -> tuple[list[Example], np.ndarray]:
+    """A student's sequences, and [E] bool: those whose explanation did not fit."""
+    made = examples.student_examples(renderer, traces)
+    overlong = np.array([len(one.tokens) > row_length for one in made])
+    for i in np.flatnonzero(overlong):
+        without = traces[i]._replace(explanation="")
+        (shorter,) = examples.student_examples(renderer, [without])
+        made[i] = shorter._replace(explanation=examples.EMPTY)
+    return made, overlong
+
+
+def make_spans(starts: np.ndarray, segments: Sequence[np.ndarray], width: int) -> Spans:
+    """Spans from the place of each and the segments of its tokens.
+
+    Args:
+      starts: [E] flat index of the first token of each span.
+      segments: for each span the segment of each token, -1 to leave a token out.
+      width: S, room for the tokens of a span.
+
+    Raises:
+      UserError: a span has more than `width` tokens.
+    """
+    segment = np.full((len(segments), width), -1, np.int32)
+    for e, numbers in enumerate(segments):
+        if len(numbers) > width:
+            raise UserError(
+                f"span of {len(numbers)} tokens in completion {e}, room for {width}."
+            )
+        segment[e, : len(numbers)] = numbers
+    return Spans(np.asarray(starts, np.int32), segment)
+
+
+def _lay_out(
+    values: Sequence[np.ndarray], spans: Spans, like: np.ndarray
+) -> np.ndarray:
+    """Values [t] of each example on the tokens of its span: float32, else 0."""
+    flat = np.zeros(like.shape, np.float32).reshape(-1)
+    for start, of_example in zip(spans.start, values, strict=True):
+        flat[start : start + len(of_example)] = of_example
+    return flat.reshape(like.shape)
+
+
+class PackedBatches(Iterator[Batch]):
+    """Batches of packed rows from a stream of examples, for supervised training.
+
+    The next sequences of the stream are taken for as long as they fit into the rows of a
+    batch. The position in the stream is all the state there is.
+
+    Args:
+      stream: records {"tokens": [t] int32, "loss_mask": [t] bool}, perhaps endless.
+      shape: of the rows.
+      num_rows: rows of a batch.
+    """
+
+    def __init__(
+        self, stream: grain.MapDataset, shape: RowShape, num_rows: int
+    ) -> None:
+        self._stream, self._shape, self._num_rows = stream, shape, num_rows
+        self._next = 0
+
+    def get_state(self) -> dict[str, int]:
+        """The position, as JSON."""
+        return {"next": self._next}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continues at a position."""
+        self._next = state["next"]
+
+    def __next__(self) -> Batch:
+        taken, lengths, free = [], [], []
+        while self._next < len(self._stream):
+            one = self._stream[self._next]
+            length = len(one["tokens"])
+            row = next((i for i, room in enumerate(free) if room >= length), None)
+            if row is not None:
+                free[row] -= length
+            elif len(free) < self._num_rows:
+                free.append(self._shape.row_length - length)
+            else:  # in another order there may be room
+                places = first_fit([*lengths, length], self._shape.row_length)
+                if max(row for row, _ in places) >= self._num_rows:
+                    break
+                free = [self._shape.row_length] * self._num_rows
+                for (row, _), taking in zip(places, [*lengths, length], strict=True):
+                    free[row] -= taking
+            taken.append(one)
+            lengths.append(length)
+            self._next += 1
+        if not taken:
+            raise StopIteration
+        return _supervised(taken, self._shape, self._num_rows)
+
+
+def _supervised(
+    records: Sequence[Mapping[str, np.ndarray]], shape: RowShape, num_rows: int
+) -> Batch:
+    """Packs records; the loss is the mean over the tokens that are learned."""
+    batch, starts = pack_sequences([one["tokens"] for one in records], shape, num_rows)
+    learned = np.zeros(batch.tokens.size, bool)
+    for start, one in zip(starts, records, strict=True):
+        learned[start : start + len(one["tokens"])] = one["loss_mask"]
+    # Nothing predicts the first token of a sequence.
+    learned = learned.reshape(batch.tokens.shape) & (batch.positions > 0)
+    weights = learned / np.float32(max(learned.sum(), 1))
+    return batch._replace(loss_weights=weights.astype(np.float32))

@@ -1,0 +1,111 @@
+"""What samples completions: a small protocol that every backend implements."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from rlt_jax.data.examples import decode_completion
+from rlt_jax.data.templates import Problem
+from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.types import Params, Rollout
+
+Part = tuple[Sequence[int], Rollout]  # indices of requests, and their completions
+
+
+class Request(NamedTuple):
+    """A completion to sample.
+
+    Attributes:
+      prompt: [T] int32 token ids, at least one.
+      request_id: with the key it decides which tokens are sampled.
+      max_new_tokens: maximum tokens of the completion, stop token included.
+      problem: the problem that the prompt was rendered from, if any.
+    """
+
+    prompt: np.ndarray
+    request_id: int
+    max_new_tokens: int
+    problem: Problem | None = None
+
+
+class Sampler(Protocol):
+    """A sampling backend; `Engine` is the one that ships."""
+
+    def generate(
+        self, params: Params, requests: Sequence[Request], key: jax.Array
+    ) -> Rollout:
+        """Samples a completion of every request, in the order of the requests.
+
+        Args:
+          params: of the policy.
+          requests: prompts with their limits.
+          key: PRNG key; a completion depends on it, its request and the parameters alone.
+        """
+
+    def stream(
+        self, params: Params, requests: Sequence[Request], key: jax.Array
+    ) -> Iterator[Part]:
+        """The same in parts, each as soon as it is complete; here all in one part."""
+        yield range(len(requests)), self.generate(params, requests, key)
+
+
+def decode(rollout: Rollout, tokenizer: Tokenizer) -> Rollout:
+    """The rollout with the texts of its completions, and the offsets of their tokens."""
+    decoded = [decode_completion(tokenizer, tokens) for tokens in rollout.tokens]
+    return rollout._replace(
+        texts=[text for text, _ in decoded], offsets=[offsets for _, offsets in decoded]
+    )
+
+
+def join(parts: Iterable[Part]) -> Rollout:
+    """One rollout from parts that together hold every request once, in their order."""
+    numbers, rollouts = [], []
+    for indices, rollout in parts:
+        numbers += indices
+        rollouts.append(rollout)
+    order = np.argsort(numbers)
+
+    def merged(name: str) -> list:
+        values = [x for rollout in rollouts for x in getattr(rollout, name)]
+        return [values[i] for i in order] if values else []
+
+    return Rollout(
+        requests=merged("requests"),
+        tokens=merged("tokens"),
+        log_probs=merged("log_probs"),
+        finished=np.array(merged("finished"), bool),
+        texts=merged("texts"),
+        offsets=merged("offsets"),
+        steps_used=sum(rollout.steps_used for rollout in rollouts),
+        steps_computed=sum(rollout.steps_computed for rollout in rollouts),
+    )
+
+
+def take(rollout: Rollout, chosen: Sequence[int]) -> Rollout:
+    """Some completions of a rollout, in the order of the indices."""
+    fields = ("requests", "tokens", "log_probs", "texts", "offsets")
+    values = {name: getattr(rollout, name) for name in fields}
+    return rollout._replace(
+        finished=rollout.finished[list(chosen)],
+        **{name: [x[i] for i in chosen] if x else x for name, x in values.items()},
+    )
+
+
+def in_order(parts: Iterable[Part], batch_size: int) -> Iterator[Rollout]:
+    """Rollouts of consecutive requests, each as soon as it is complete."""
+    waiting: dict[int, tuple[Rollout, int]] = {}  # where each completion is
+    first = 0
+
+    def batch(numbers: Sequence[int]) -> Rollout:
+        found = [waiting.pop(n) for n in numbers]
+        return join(([k], take(rollout, [i])) for k, (rollout, i) in enumerate(found))
+
+    for indices, rollout in parts:
+        waiting |= {n: (rollout, i) for i, n in enumerate(indices)}
+        while all(first + i in waiting for i in range(batch_size)):
+            yield batch(range(first, first + batch_size))
+            first += batch_size
+    if waiting:
+        yield batch(sorted(waiting))

@@ -1,0 +1,55 @@
+"""Rewards minus a baseline: the advantages of completions.
+
+The functions of `ADVANTAGES` take rewards [E] float32, whose groups are consecutive, and
+the group size R of at least 2, and return advantages [E] float32. Equal rewards have
+advantage 0.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rlt_jax import masked
+
+
+def group_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+    """(r - mean) / (std + 1e-4) within each group, std with n - 1.
+
+    GRPO (arXiv 2402.03300, section 4.1.2).
+    """
+    groups = rewards.reshape(-1, group_size)
+    centred = groups - groups.mean(axis=1, keepdims=True)
+    std = masked.std(groups, jnp.ones(groups.shape, bool))[:, None]
+    return (centred / (std + 1e-4)).reshape(-1)
+
+
+def centred_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+    """r - mean within each group.
+
+    Dr. GRPO (arXiv 2503.20783, section 3.2): without the division by the std, groups
+    that are nearly all right or all wrong weigh no more than others.
+    """
+    groups = rewards.reshape(-1, group_size)
+    return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
+
+
+def rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+    """r - mean of the other rewards in the group, which is R / (R - 1) * (r - mean).
+
+    RLOO, "REINFORCE leave-one-out" (arXiv 2402.14740).
+    """
+    return centred_advantages(rewards, group_size) * (group_size / (group_size - 1))
+
+
+ADVANTAGES: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "group": group_advantages,
+    "centred": centred_advantages,
+    "rloo": rloo_advantages,
+}
+
+
+def has_signal(rewards: jax.Array, group_size: int) -> jax.Array:
+    """[E] bool: whether the rewards in the group of a completion differ at all."""
+    groups = rewards.reshape(-1, group_size)
+    return jnp.repeat(groups.max(axis=1) > groups.min(axis=1), group_size)

@@ -1,0 +1,64 @@
+"""Settings of the RL loop."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rlt_jax.data.examples import ROLES
+from rlt_jax.errors import UserError, check_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Settings of the loop.
+
+    Attributes:
+      steps: number of rollouts.
+      batch_size: P, prompts per step, over all devices.
+      group_size: R, completions per prompt.
+      role: "teacher", which sees the solution and explains it, or "student".
+      updates_per_rollout: optimizer steps on the same completions.
+      sync_every: steps between two updates of the reference; 0 keeps it fixed.
+      sync_alpha: fraction of the policy in the updated reference.
+      self_teaching: the reward's student is a copy of the policy.
+      student_sync_every: steps between two updates of that copy; 0 keeps it fixed.
+      student_sync_alpha: fraction of the policy in the updated copy.
+      offload: keep reference and students in the host's memory between uses.
+      sample_every: steps between completions written to samples.jsonl.
+      evaluate_every: steps between evaluations on the held-out problems, besides the
+        first and the last; the best checkpoint among them is kept in `best`.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: number of checkpoints to keep.
+      max_skipped: consecutive updates that may be skipped before the run stops.
+      profile_steps: the first step to profile, and the one after the last.
+      rollouts: folder in which the completions of every step are kept; completions that
+        are there already are used again, which replays a run.
+    """
+
+    steps: int
+    batch_size: int
+    group_size: int
+    role: str = "teacher"
+    updates_per_rollout: int = 1
+    sync_every: int = 32
+    sync_alpha: float = 0.9
+    self_teaching: bool = False
+    student_sync_every: int = 1
+    student_sync_alpha: float = 1.0
+    offload: bool = False
+    sample_every: int = 10
+    evaluate_every: int = 0
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 1
+    max_skipped: int = 5
+    profile_steps: Sequence[int] = ()
+    rollouts: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.profile_steps) not in (0, 2):
+            raise UserError(f"loop.profile_steps={self.profile_steps}: (first, end).")
+        for name in ("steps", "batch_size", "updates_per_rollout", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise UserError(f"loop.{name}={getattr(self, name)}: at least 1.")
+        if self.group_size < 2:
+            raise UserError(f"group_size={self.group_size}: a group needs at least 2.")
+        check_choice("loop.role", self.role, ROLES)

@@ -1,0 +1,266 @@
+"""The bookkeeping of stage `rl`: metrics, samples, checkpoints, held-out evaluation."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rlt_jax.data import rows
+from rlt_jax.data.templates import Problem
+from rlt_jax.inference import log_probs
+from rlt_jax.report.statistics import mean_and_error
+from rlt_jax.rl import rewards
+from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
+from rlt_jax.rl.rlt_reward import balanced_kl_coef
+from rlt_jax.stages.rl_config import RLConfig
+from rlt_jax.stages.setup import Run, sample_records
+from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training.lora import Tuning
+from rlt_jax.training.metrics import (
+    MetricWriter,
+    append_jsonl,
+    keep_records,
+    memory_metrics,
+    phase_metrics,
+    steps,
+)
+from rlt_jax.training.state import check_skipped, from_items, to_items
+from rlt_jax.types import Batch, Metrics, Params, Reward, Rollout, TrainState
+
+_LOG = logging.getLogger("rlt_jax")
+_HELD_OUT_KEY = 2**31 - 1  # folded into the key: no step has this number
+
+
+class Weights(NamedTuple):
+    """The arrays of a run, all of them in its checkpoints.
+
+    Attributes:
+      state: train state of the policy.
+      reference: parameters of the reference, {} where the objective has none.
+      student: the policy's copy in self-teaching, else {}.
+    """
+
+    state: TrainState
+    reference: Params
+    student: Params
+
+
+class Journal:
+    """Metrics, samples and checkpoints of a run; `open` it around the loop.
+
+    Attributes:
+      weights: current weights of the run; the loop replaces them.
+      kl_coef: weight of the explanation KL.
+      key: PRNG key of the run.
+      prompts: iterator over indices of problems.
+    """
+
+    def __init__(
+        self,
+        c: RLConfig,
+        run: Run,
+        tuning: Tuning,
+        held_out: Sequence[Problem],
+        prompts: grain.DatasetIterator,
+        key: jax.Array,
+        workdir: Path,
+    ) -> None:
+        self.key, self.prompts, self.kl_coef = key, prompts, 0.0
+        self.weights: Weights
+        self._c, self._run, self._tuning = c, run, tuning
+        self._held_out, self._workdir = held_out, workdir
+        self._samples = workdir / "samples.jsonl"
+        self._manager: ocp.CheckpointManager
+        self._writer: MetricWriter
+        self._advantage = ""
+        self._first = 0
+        self._results: dict[str, Any] = {}  # in the checkpoint: first, best, last, ...
+        self._times: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def open(self, weights: Weights, advantage: str) -> Iterator[None]:
+        """Opens the files of a run, and restores its latest checkpoint.
+
+        Args:
+          weights: initial weights; those of a checkpoint replace them.
+          advantage: name of the advantage function, for metrics.
+        """
+        self.weights, self._advantage = weights, advantage
+        keep = self._c.keep_checkpoints
+        with checkpoint.open_manager(self._workdir, keep) as self._manager:
+            self._restore()
+            with MetricWriter(self._workdir, self._first) as self._writer:
+                yield
+            self._manager.wait_until_finished()
+
+    def policy(self) -> Params:
+        """Parameters that the policy samples with."""
+        return self._tuning.merge(self.weights.state.params)
+
+    def students(self) -> tuple[Params, ...]:
+        """Parameters of the reward's students."""
+        if self._c.self_teaching:
+            return (self.weights.student,)
+        return tuple(student.params for student in self._run.students)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a progress bar."""
+        c = self._c
+        for step in steps(self._first, c.steps, self._workdir, c.profile_steps):
+            self._times = {"": time.monotonic()}
+            yield step
+
+    def lap(self, phase: str, *results: Any) -> None:
+        """Ends a phase of the step when its results are there."""
+        jax.block_until_ready(results)
+        self._times[phase] = time.monotonic()
+
+    def record(
+        self,
+        step: int,
+        rollout: Rollout,
+        batch: Batch,
+        reward: Reward,
+        updates: Sequence[Metrics],
+    ) -> None:
+        """Keeps what a step has done; evaluates and saves where that is due.
+
+        Raises:
+          Stopped: the run was asked to stop, and is saved.
+          UserError: too many updates in a row were skipped.
+        """
+        c, done = self._c, step + 1
+        metrics = reward_metrics(reward, self._advantage, c.group_size)
+        metrics |= over_updates(updates) | rollout_metrics(rollout)
+        metrics |= _overlong(batch) | memory_metrics()
+        metrics |= self._phases(rollout, len(updates))
+        if done == c.steps or (c.evaluate_every and done % c.evaluate_every == 0):
+            result = self._evaluate(done)
+            if c.evaluate_every:
+                metrics |= {f"held_out/{name}": x for name, x in result.items()}
+                self._keep_best(done, result["reward"])
+            self._results["last"] = result
+        check_skipped(self._writer.write(step, metrics), c.max_skipped)
+        if step % c.sample_every == 0:
+            firsts = slice(0, None, c.group_size)
+            self._append(
+                step, "train", sample_records(self._run, rollout, reward, firsts)
+            )
+        stop = hosts.stopping()
+        if done % c.checkpoint_every == 0 or done == c.steps or stop:
+            # The metrics of all steps before a checkpoint are on disk.
+            check_skipped(self._writer.flush(), c.max_skipped)
+            data = {"prompts": self.prompts.get_state(), "results": self._results}
+            trees = {"params": self.policy()} | _items(self._tuning, self.weights)
+            checkpoint.save(self._manager, done, trees, data)
+        if stop:
+            raise hosts.Stopped
+
+    def summary(self) -> dict[str, Any]:
+        """Weight of the KL, and held-out results before and after."""
+        results = {"kl_coef": self.kl_coef, "best": self._results["best"]}
+        for when in ("first", "last"):
+            found = self._results[when].items()
+            results |= {f"held_out_{name}_{when}": value for name, value in found}
+        return results
+
+    def _phases(self, rollout: Rollout, num_updates: int) -> dict[str, float]:
+        sampled = sum(map(len, rollout.tokens))
+        tokens = sampled + sum(len(request.prompt) for request in rollout.requests)
+        of_phase = {"rollout": sampled, "score": tokens, "update": tokens * num_updates}
+        (began, *laps), metrics = self._times.values(), {}
+        for (phase, count), end, start in zip(
+            of_phase.items(), laps, [began, *laps], strict=False
+        ):
+            metrics |= phase_metrics(phase, count, end - start)
+        return metrics | {"time/step_seconds": time.monotonic() - began}
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Held-out results of the current policy; calls differ by the policy alone."""
+        run, c = self._run, self._c
+        count = c.batch_size * c.group_size  # as in a step, so that nothing is compiled
+        problems = [self._held_out[i % len(self._held_out)] for i in range(count)]
+        policy, key = self.policy(), jax.random.fold_in(self.key, _HELD_OUT_KEY)
+        rollout = run.sampler.generate(policy, run.requests(problems), key)
+        batch = sharding.put_rows(rows.pack(rollout, run), run.mesh)
+        needed = policy if run.students else None
+        batch = log_probs.fill(run.programs, batch, needed, self.students())
+        if self.kl_coef == "auto":
+            terms = jax.device_get(rewards.compute(run.reward, batch, rollout))
+            names = ("solution_score", "explanation_kl")
+            self.kl_coef = balanced_kl_coef(*(terms[name] for name in names))
+        reward = rewards.compute(run.reward, batch, rollout, self.kl_coef)
+        shown = sample_records(
+            run, rollout, reward, slice(min(32, len(self._held_out)))
+        )
+        self._append(step, "held_out", shown)
+        values = jax.device_get(reward)
+        values = {"reward": values.pop("value"), **values}
+        answered = all(problem.answer is not None for problem in problems)
+        if run.role == "student" and answered:
+            values["accuracy"] = rewards.correctness(
+                rollout, run.template, right=1.0, wrong=0.0, unreadable=0.0
+            )
+        results = {}
+        for name, value in values.items():
+            mean, error = mean_and_error(np.asarray(value)[: len(self._held_out)])
+            results |= {name: mean, f"{name}_standard_error": error}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+        _LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
+        return results
+
+    def _keep_best(self, step: int, reward: float) -> None:
+        if reward > self._results["best"]:
+            self._results["best"] = reward
+            folder = self._workdir / "best"
+            checkpoint.save_model(folder, step, self._run.policy, self.policy())
+
+    def _append(self, step: int, split: str, records: list[dict[str, Any]]) -> None:
+        records = [{"step": step, "split": split, **record} for record in records]
+        append_jsonl(self._samples, records)
+
+    def _restore(self) -> None:
+        """The latest checkpoint of the workdir; else the first held-out evaluation."""
+        template = _items(self._tuning, self.weights)
+        restored = checkpoint.restore_latest(self._manager, template)
+        if restored is not None:
+            self._first, items, data = restored
+            self.prompts.set_state(data["prompts"])
+            self._results = data["results"]
+            self.weights = Weights(
+                from_items(items, self._tuning.item),
+                items.get("reference", {}),
+                items.get("student", {}),
+            )
+        # Held-out records of a step belong to the checkpoint that it ends with.
+        first = self._first
+        keep_records(
+            self._samples,
+            lambda x: x["step"] < first + (x["split"] == "held_out" and first > 0),
+        )
+        if restored is None:
+            self.kl_coef = self._run.rlt_reward.explanation_kl_coef
+            result = self._evaluate(0)
+            self._results = {"first": result, "last": result, "best": result["reward"]}
+            self._results["kl_coef"] = float(self.kl_coef)
+        self.kl_coef = self._results["kl_coef"]
+
+
+def _overlong(batch: Batch) -> Metrics:
+    """Completions that were too long for a student."""
+    counts = [student.overlong.sum() for student in batch.students]
+    return {"rollout/overlong": jnp.stack(counts).max()} if counts else {}
+
+
+def _items(tuning: Tuning, weights: Weights) -> dict[str, Any]:
+    items = to_items(weights.state, tuning.item)
+    optional = {"reference": weights.reference, "student": weights.student}
+    return items | {name: tree for name, tree in optional.items() if tree}

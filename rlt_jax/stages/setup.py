@@ -1,0 +1,288 @@
+"""From the config of a stage to typed values: models, template, sampler, reward."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlt_jax.api import compile_log_probs, jit_rlt_reward
+from rlt_jax.data import examples, pipeline
+from rlt_jax.data.examples import Renderer
+from rlt_jax.data.rows import RowShape
+from rlt_jax.data.templates import Problem, Template, load_template
+from rlt_jax.errors import UserError, check_choice
+from rlt_jax.inference.engine import EngineConfig, make_engine
+from rlt_jax.inference.layout import check_memory
+from rlt_jax.inference.log_probs import LogProbPrograms
+from rlt_jax.inference.sampler import Request, Sampler
+from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.inference.stored import StoredSampler
+from rlt_jax.rl.rewards import RewardFunction, Term, make_terms, uses_rlt
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
+from rlt_jax.settings import build
+from rlt_jax.training import checkpoint, hosts, provenance, sharding
+from rlt_jax.training.checkpoint import LoadedModel
+from rlt_jax.types import Reward, Rollout
+
+# Sections that `load_run` reads, with the owners of their keys.
+SECTIONS = {
+    "students": None,  # a tuple of ModelSource sections, () for none
+    "ensemble": EnsembleConfig,
+    "template": None,
+    "rows": RowShape,
+    "sampling": SamplingConfig,
+    "engine": EngineConfig,
+    "rlt_reward": RLTRewardConfig,
+    "mesh": sharding.MeshConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What rollouts, log-probs and rewards of a stage are made with, fixed for the stage.
+
+    Attributes:
+      role: "teacher" or "student", the role of the policy.
+      policy: model, parameters (None while they are trained) and tokenizer.
+      students: students of the reward; parameters are None in self-teaching.
+      template: system prompts, tags and delimiters.
+      row_shape: shape of the packed rows.
+      sampling: how completions are sampled.
+      sampler: samples completions of the policy.
+      rlt_reward: weights of the RLT reward.
+      reward: the reward function.
+      programs: compiled programs for the log-probs.
+      mesh: where everything runs.
+    """
+
+    role: str
+    policy: LoadedModel
+    students: tuple[LoadedModel, ...]
+    template: Template
+    row_shape: RowShape
+    sampling: SamplingConfig
+    sampler: Sampler
+    rlt_reward: RLTRewardConfig
+    reward: RewardFunction
+    programs: LogProbPrograms
+    mesh: Mesh
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """Renders the prompts and sequences of the policy."""
+        return Renderer(self.policy.tokenizer, self.template, self.role)
+
+    @functools.cached_property
+    def student_renderers(self) -> tuple[Renderer, ...]:
+        """Render the sequences of the students, one for each different tokenizer."""
+        made: dict[Path, Renderer] = {}
+        for student in self.students:
+            tokenizer = student.tokenizer
+            made.setdefault(
+                tokenizer.path, Renderer(tokenizer, self.template, "student")
+            )
+        return tuple(made[student.tokenizer.path] for student in self.students)
+
+    def requests(self, problems: Sequence[Problem], first: int = 0) -> list[Request]:
+        """A request for a completion of every problem; ids count from `first`."""
+        return requests_of(self.renderer, problems, self.sampling.max_new_tokens, first)
+
+    def stored(self, file: Path | None, **options: Any) -> Sampler:
+        """The sampler, which keeps its completions in a file if there is one."""
+        if file is None:
+            return self.sampler
+        return StoredSampler(self.sampler, file, self.policy.tokenizer, **options)
+
+
+def load_run(
+    config: Mapping[str, Any],
+    role: str,
+    policy: LoadedModel,
+    students: Sequence[LoadedModel],
+    mesh: Mesh,
+    terms: Sequence[Term],
+) -> Run:
+    """The run of a stage with a policy, from the sections in `SECTIONS`.
+
+    Args:
+      config: of the stage.
+      role: of the policy.
+      policy: loaded by `load_models`.
+      students: likewise.
+      mesh: where everything runs.
+      terms: of the reward.
+
+    Raises:
+      UserError: settings contradict each other, or do not fit the mesh or the models.
+    """
+    check_choice("role", role, examples.ROLES)
+    template = load_template(config["template"])
+    row_shape = load_row_shape(config, mesh)
+    sampling = build(SamplingConfig, config["sampling"], "sampling")
+    reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
+    ensemble = build(EnsembleConfig, config["ensemble"], "ensemble")
+    if uses_rlt(terms) != bool(students) or (students and role != "teacher"):
+        raise UserError(
+            f"reward_terms are {[term.name for term in terms]}, the role is {role!r} and "
+            f"there are {len(students)} students: the term `rlt` needs students (or "
+            "loop.self_teaching) and the role 'teacher', and students need that term."
+        )
+    # An explanation's closing tag ends a teacher's completion.
+    stop = (template.explanation_tags[1],) if role == "teacher" else ()
+    return Run(
+        role=role,
+        policy=policy,
+        students=tuple(students),
+        template=template,
+        row_shape=row_shape,
+        sampling=sampling,
+        sampler=load_sampler(policy, config, mesh, row_shape.row_length, stop),
+        rlt_reward=reward,
+        reward=RewardFunction(
+            tuple(terms),
+            template,
+            jit_rlt_reward(reward, ensemble, len(students), mesh) if students else None,
+        ),
+        programs=compile_log_probs(
+            policy.model,
+            [s.model for s in students],
+            sampling.temperature,
+            reward,
+            mesh,
+        ),
+        mesh=mesh,
+    )
+
+
+def load_terms(config: Mapping[str, Any]) -> tuple[Term, ...]:
+    """The section `reward_terms`."""
+    return make_terms(config["reward_terms"])
+
+
+def load_row_shape(config: Mapping[str, Any], mesh: Mesh) -> RowShape:
+    """The section `rows`; raises UserError where the mesh cannot split it."""
+    rows = build(RowShape, config["rows"], "rows")
+    names = "rows.micro_batch_size, rows.row_length"
+    sharding.check_rows(mesh, rows.micro_batch_size, rows.row_length, names)
+    return rows
+
+
+def student_sections(section: Any) -> list[Any]:
+    """The sections of the students.
+
+    Raises:
+      UserError: `students` is not a tuple.
+    """
+    if not isinstance(section, list | tuple):
+        raise UserError(
+            f"students is {section!r}; give a tuple of models, (model,) for one and () "
+            "for none."
+        )
+    return list(section)
+
+
+def load_models(
+    config: Mapping[str, Any], name: str, mesh: Mesh, seed: int
+) -> list[LoadedModel]:
+    """The model of the section `name`, then those of `students`."""
+    sections = {name: config[name]}
+    for i, section in enumerate(student_sections(config["students"])):
+        sections[f"students[{i}]"] = section
+    return [
+        checkpoint.load(
+            build(checkpoint.ModelSource, section, where),
+            mesh,
+            jax.random.fold_in(jax.random.key(seed), n),
+        )
+        for n, (where, section) in enumerate(sections.items())
+    ]
+
+
+def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
+    """Problems of a `data` section, the same on every host."""
+    problems = pipeline.load_problems(config, template, seed)
+    hosts.agree_on_items("the problems of the data", problems)
+    return problems
+
+
+def load_sampler(
+    model: LoadedModel,
+    config: Mapping[str, Any],
+    mesh: Mesh,
+    max_length: int,
+    stop: Sequence[str] = (),
+) -> Sampler:
+    """The engine of sections `sampling` and `engine`, with further stop texts."""
+    sampling = build(SamplingConfig, config["sampling"], "sampling")
+    sampling = dataclasses.replace(sampling, stop=(*stop, *sampling.stop))
+    sizes = build(EngineConfig, config["engine"], "engine")
+    args = (model.model, model.tokenizer, sampling, sizes, mesh, max_length)
+    engine = make_engine(*args)
+    check_memory(model.model, engine.layout, mesh)
+    return engine
+
+
+def requests_of(
+    renderer: Renderer, problems: Sequence[Problem], max_new_tokens: int, first: int = 0
+) -> list[Request]:
+    """A request for a completion of every problem; ids count from `first`."""
+    return [
+        Request(renderer.prompt(problem)[1].ids, first + n, max_new_tokens, problem)
+        for n, problem in enumerate(problems)
+    ]
+
+
+def check_fit(run: Run, problems: Sequence[Problem]) -> None:
+    """Raises UserError where a prompt with its longest completion exceeds a row."""
+    room = run.row_shape.row_length - run.sampling.max_new_tokens
+    prompts = [request.prompt for request in run.requests(problems)]
+    what = f"{run.role} prompt (rows.row_length - sampling.max_new_tokens)"
+    examples.check_lengths(prompts, room, what)
+
+
+def provenance_of(
+    teacher: LoadedModel,
+    students: Sequence[LoadedModel],
+    template: Template,
+    teacher_temperature: float,
+    student_temperature: float,
+) -> dict[str, Any]:
+    """What a reward depends on: fingerprints of weights, tokenizers and template."""
+    return {
+        "teacher": provenance.weights_hash(teacher.params),
+        "teacher_tokenizer": provenance.tokenizer_hash(teacher.tokenizer),
+        "students": [provenance.weights_hash(s.params) for s in students],
+        "student_tokenizers": [
+            provenance.tokenizer_hash(s.tokenizer) for s in students
+        ],
+        "template": provenance.template_hash(template),
+        "teacher_temperature": teacher_temperature,
+        "student_temperature": student_temperature,
+    }
+
+
+def sample_records(
+    run: Run, rollout: Rollout, reward: Reward, chosen: slice = slice(None)
+) -> list[dict[str, Any]]:
+    """Completions and their rewards as JSON records."""
+    values = jax.device_get(reward)
+    records = []
+    for n in range(len(rollout.requests))[chosen]:
+        problem, text = rollout.requests[n].problem, rollout.texts[n]
+        record = {
+            "question": problem.question,
+            "solution": problem.solution,
+            "answer": problem.answer,
+        }
+        if run.role == "teacher":
+            explanation, closed = run.template.parse_completion(text)
+            record |= {"reasoning_trace": explanation, "closed": closed}
+        else:
+            record["completion"] = text
+        terms = {name: float(term[n]) for name, term in values.items()}
+        records.append(record | {"reward": terms.pop("value"), "terms": terms})
+    return records
