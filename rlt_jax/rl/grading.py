@@ -67,7 +67,8 @@ _IS = r"(?:is|was|would be|should be|must be)"
 _GOOD = r"(?:correct|right|best|true)\b"
 # "A" and "I" are words, too: after them the sentence or the clause has to end.
 _ENDS = (
-    r"\b(?!-\w)(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|[ \t]+(?:because|since|as|is|which)\b)"
+    r"\b(?!-\w)(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|"
+    r"[ \t]+(?:because|since|as|is|which|due)\b)"
 )
 _LETTER = rf"\(?(?:\b([B-HJ])\b(?!-\w)|\b([AI]){_ENDS})"
 _ADVERB = r"(?:(?:\w+ly|therefore|thus|hence|then)\s+)?"
