@@ -6,10 +6,10 @@ _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
 
 def last_box(text: str) -> str | None:
-    """What stands in the braces of the last box, None where no box is last and whole.
+    """Content of the last `\\boxed{}` or `\\fbox{}`, None where there is none.
 
-    Braces within it are counted, escaped ones are not; of nested boxes it is the inner
-    one. A last box that nothing closes hides those before it.
+    Braces in it are counted, except escaped ones; of nested boxes it is the inner one.
+    If the last box is not closed there is none, whatever precedes it.
     """
     open_braces: list[int | None] = []  # where a box's content begins; None for others
     last, content = -1, None

@@ -1,53 +1,60 @@
-"""Mathematical equality by math-verify, in a few bounded processes.
+"""Mathematical equality by math-verify, in a pool of processes with limits.
 
-What a model writes may keep a parser busy for ever or fill all memory, so each answer has
-a limit of seconds and each process one of memory. The processes start with the first
-answer that needs them, import nothing of JAX, and end with the interpreter.
+Completions are parsed and compared as lighteval and Open R1 do for AIME and MATH-500
+(see `_compare_pair`), so that accuracies can be compared with theirs.
+
+A completion may keep a parser busy forever or fill all memory, so each comparison has a
+time limit and each process a memory limit. The processes start with the first comparison,
+do not import JAX, and end with the interpreter.
 """
 
 import atexit
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import threading
 from collections.abc import Collection
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import pebble
 
-from rlt_jax.data.boxes import last_box
 from rlt_jax.errors import UserError
-from rlt_jax.rl import formulas
 
-SECONDS = 5.0  # for one answer; the start of a process does not count
+SECONDS = 5.0  # for one comparison; the start of a process does not count
 MEMORY = 4 * 2**30  # bytes of address space of a process
 MAX_PROCESSES = 8
 ATTEMPTS = 3
 
+_ENVIRONMENT = re.compile(r"\$|\\[(\[]|\\boxed")
+# The sign √ before a number, a variable or a group.
+_ROOT = re.compile(r"(-?\d{0,9})√ ?(?:(\d+(?:\.\d+)?|[A-Za-z])|[({]([^(){}]*)[)}])")
+
 
 class Pair(NamedTuple):
-    """Texts to compare."""
+    """Texts to compare: a completion and the reference answer."""
 
     prediction: str
     answer: str
 
 
-class Comparison(NamedTuple):
-    """What came of a pair.
+class Verdict(NamedTuple):
+    """Result of grading a prediction.
 
     Attributes:
-      equal: as mathematics.
-      read: what the prediction was read as, in sympy's words with exact numbers, or
-        its text where it is no mathematics; None where it is equal or empty.
-      error: "timeout", or "crash" where the process failed.
+      correct: whether it gives the reference answer.
+      answer: its canonical form for majority votes: the reference answer where it is
+        correct, None where there is no prediction or an empty one.
+      error: "timeout" or "crash" where comparing it failed; it then counts as wrong and
+        has no vote.
     """
 
-    equal: bool
-    read: str | None = None
+    correct: bool
+    answer: str | None = None
     error: str | None = None
 
 
@@ -55,53 +62,45 @@ _lock = threading.Lock()
 _pool: pebble.ProcessPool | None = None
 
 
-def compare(pairs: Collection[Pair]) -> dict[Pair, Comparison]:
-    """Compares pairs; whatever a text does to its process, it ends.
+def compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
+    """Compares pairs within the limits, whatever their texts do to a process.
 
     Raises:
-      UserError: no process can be started, or all are ended from outside.
+      UserError: no process can be started, or all are killed from outside.
     """
-    done: dict[Pair, Comparison] = {}
+    verdicts: dict[Pair, Verdict] = {}
     for _ in range(ATTEMPTS):
-        if left := [pair for pair in pairs if pair not in done]:
-            done |= _compare(left)
-    if len(done) < len(set(pairs)):
+        if left := set(pairs) - set(verdicts):
+            verdicts |= _compare(left)
+    if len(verdicts) < len(set(pairs)):
         raise UserError(
             "the processes that grade answers do not start, or something ends them. A "
             "script of your own has to keep its work under `if __name__ == "
             '"__main__":`, as each process imports the script; on a machine short of '
             "memory, the system may end processes."
         )
-    return done
+    return verdicts
 
 
-def _compare(pairs: Collection[Pair]) -> dict[Pair, Comparison]:
-    """The same, without those that a broken pool has left."""
-    pool, futures = _running(), {}
+def _compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
+    """Like `compare`, but without the pairs that a broken pool did not get to."""
+    pool, futures, verdicts = _running(), {}, {}
     try:
         for pair in pairs:
-            arguments = (*pair, 2 * SECONDS)
-            futures[pair] = pool.schedule(_in_process, arguments, timeout=SECONDS)
-    except RuntimeError:  # it has just broken
+            arguments = (pair, 2 * SECONDS)
+            futures[pair] = pool.schedule(_compare_pair, arguments, timeout=SECONDS)
+    except RuntimeError:  # the pool has just broken
         return {}
-    done = {}
     for pair, future in futures.items():
         while pool.active and not future.done():
             wait([future], timeout=1)  # a broken pool forgets what waits in its queue
-        if future.done() and (comparison := _comparison(future)):
-            done[pair] = comparison
-    return done
-
-
-def _comparison(future: Future) -> Comparison | None:
-    error = future.exception()
-    if error is None:
-        return Comparison(*future.result())
-    if isinstance(error, BrokenProcessPool):
-        return None
-    # Else it is whatever sympy raises, or the end of the process.
-    timed_out = isinstance(error, TimeoutError)
-    return Comparison(False, error="timeout" if timed_out else "crash")
+        error = future.exception() if future.done() else BrokenProcessPool()
+        if error is None:
+            verdicts[pair] = future.result()
+        elif not isinstance(error, BrokenProcessPool):  # raised by sympy, or its end
+            timed_out = isinstance(error, TimeoutError)
+            verdicts[pair] = Verdict(False, error="timeout" if timed_out else "crash")
+    return verdicts
 
 
 def _running() -> pebble.ProcessPool:
@@ -127,52 +126,69 @@ def _stop(pool: pebble.ProcessPool) -> None:
 
 @atexit.register
 def _exit() -> None:
-    _lock.acquire()  # for good: no thread begins another pool
+    _lock.acquire()  # never released: no thread may start another pool
     if _pool is not None:
         _stop(_pool)
 
 
 def _begin(memory: int) -> None:
     """Prepares a process before its first pair."""
-    logging.disable()  # math-verify warns that it has no limits of its own
-    _in_process("2/4", "0.5", 0)  # what is imported and compiled for the first one
+    logging.disable()  # math-verify warns that its own time limits are off
+    # Imports and compiles now, when no time limit counts.
+    _compare_pair(Pair("2/4", "0.5"), alarm=0)
     # The handler of the pool would wait for the end of a long computation.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def _in_process(prediction: str, answer: str, alarm: float) -> tuple[bool, str | None]:
-    import math_verify
+def _compare_pair(pair: Pair, alarm: float) -> Verdict:
+    """Compares in a process of the pool, as lighteval and Open R1 do.
 
-    signal.setitimer(signal.ITIMER_REAL, alarm)  # ends a process whose pool is gone
-    known = f"\\boxed{{{answer}}}"
-    gold, given = (
-        math_verify.parse(text, parsing_timeout=None)
-        for text in (formulas.marked(known) or known, formulas.marked(prediction))
-    )
-    equal = not formulas.other_base(prediction, answer) and math_verify.verify(
-        gold, given, timeout_seconds=None
-    )
-    read = None if equal else _canonical(prediction, given)
+    This is the protocol of their `latex_gold_metric` and `expr_gold_metric`. From the
+    prediction math-verify extracts the `\\boxed{}` (those that stand close together are
+    a set), else what follows "the answer is", else the last LaTeX in a math environment
+    or plain expression; of LaTeX without an environment it parses only fractions. The
+    reference answer is LaTeX without an environment, so it is put into a `\\boxed{}`.
+    Numbers are compared to 5 decimals. Before that the signs − and √ are rewritten, which
+    math-verify does not parse everywhere.
+
+    Args:
+      pair: the texts to compare.
+      alarm: seconds after which the process ends itself, should the pool be gone.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    signal.setitimer(signal.ITIMER_REAL, alarm)
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+    prediction, answer = _ascii(pair.prediction), _ascii(f"\\boxed{{{pair.answer}}}")
+    parsed = parse(prediction, [ExprExtractionConfig(), latex], parsing_timeout=None)
+    gold = parse(answer, [latex], parsing_timeout=None)
+    correct = verify(gold, parsed, float_rounding=5, timeout_seconds=None)
+    vote = pair.answer if correct else _canonical(prediction, parsed)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return equal, read
+    return Verdict(correct, vote)
 
 
-def _canonical(prediction: str, parsed: list) -> str | None:
-    """One text for equal numbers; that of the answer where it is no mathematics."""
+def _ascii(text: str) -> str:
+    """Writes − as - and √2 as \\sqrt{2}, between dollars in a text without LaTeX."""
+    dollar = "" if _ENVIRONMENT.search(text) else "$"
+    root = rf"{dollar}\1\\sqrt{{\2\3}}{dollar}"
+    return _ROOT.sub(root, text.replace("−", "-"))
+
+
+def _canonical(prediction: str, parsed: list) -> str:
+    """One text for equal numbers; the prediction's where math-verify parses nothing."""
     import sympy
     from math_verify import grader
 
-    box = last_box(prediction)
-    text = formulas.plain(prediction if box is None else box)
-    value = parsed[0] if parsed else ""
+    if not parsed:
+        return " ".join(prediction.split())
+    value, text = parsed[0], parsed[-1]  # math-verify puts the text last
     if isinstance(value, str):
-        return text or None
+        return value
     try:
         if grader.is_equation(value):
             value = grader.take_last_relation(value).rhs
-        value = sympy.nsimplify(value.doit(), rational=True)
-        is_words = not value.is_number and formulas.has_words(text)
-        return text if is_words and box is not None else str(value)
+        return str(sympy.nsimplify(value.doit(), rational=True))
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError):
-        return text  # sympy's errors, and that of a number with too many digits
+        return text  # sympy cannot evaluate it, or it has too many digits to print

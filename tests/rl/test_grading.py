@@ -15,7 +15,7 @@ from rlt_jax.data.tasks import benchmarks, gsm8k
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.rl import math_answers
-from rlt_jax.rl.grading import MAX_CHARACTERS, Verdict, grade
+from rlt_jax.rl.grading import Verdict, grade
 
 HANGS = r"\boxed{9^{9^{9^9}}}"  # one computation in C that no signal handler interrupts
 
@@ -35,128 +35,139 @@ def graded(prediction: str | None, answer: str, grader: str = "math") -> Verdict
         (r"\frac{1}{2}", "1/2"),
         (r"\boxed{\frac{3}{6}}", "0.5"),
         (r"So the answer is \boxed{42}.", "42"),
-        (r"First \boxed{3}, but no: \boxed{4}", "4"),
+        (r"First $\boxed{3}$, no: $\boxed{4}$", "4"),
+        (r"The answer is 3. \boxed{4} is right.", "4"),
+        ("The answer is 3, as 4 - 1 is 3 and not 2", "3"),
+        (r"So the answer is 12. The final answer is within \boxed{}.", "12"),
         (r"\boxed{x+1}", "1+x"),
         ("1,000", "1000"),
         ("It is 7.", "7"),
         ("012", "12"),
-        ("+5", "5"),
-        ("−3", "-3"),
-        (r"\boxed{−3}", "-3"),
-        ("The answer is −3", "-3"),
-        ("−1/2", "-0.5"),
-        (r"2\sqrt{3}", r"2\sqrt3"),
-        (r"3 \pi", r"3\pi"),
-        ("3pi", r"3\pi"),
-        (r"\frac{3}{4} + 1", r"\frac74"),
-        ("2^{10}", "1024"),
-        ("2**10", "1024"),
-        ("x^2+1", "1+x^2"),
-        ("6 - 5i", "6-5i"),
-        ("1 1/2", "3/2"),
-        (r"1\,000", "1000"),
-        ("1 234 567", "1234567"),
-        ("5!", "120"),
+        (r"\boxed{+5}", "5"),
+        (r"$2\sqrt{3}$", r"2\sqrt3"),
+        (r"$3 \pi$", r"3\pi"),
+        (r"\boxed{\frac{3}{4} + 1}", r"\frac74"),
+        ("$2^{10}$", "1024"),
+        ("$x^2+1$", "1+x^2"),
+        ("The answer is $6  -  5i$.", "6 - 5i"),
+        ("$5!$", "120"),
         ("The answer is 5!", "5"),
-        ("The answer is - 7", "-7"),
-        ("It is negative 7.", "-7"),
-        ("The answer is 7² or so", "49"),
         ("**$7$** is the answer", "7"),
         ("$7$, $8$", "7, 8"),
-        ("The answer is $6  -  5i$.", "6 - 5i"),
         ("It costs $5 or $6 more, \\(7\\) in all.", "7"),
         ("答案是 7", "7"),
         ("7*4=28\n28-3=25", "25"),
+        ("100/5 = 5A/5 or 20 = A.", "20"),
+        ("at 8km/4hrs = 2km/hr", "2"),
         ("$$\n7\n$$\n", "7"),
         (
-            "\\begin{pmatrix}\n1\\\\2\n\\end{pmatrix}",
+            "$$\\begin{pmatrix}\n1\\\\2\n\\end{pmatrix}$$",
             r"\begin{bmatrix}1\\2\end{bmatrix}",
         ),
-        ("3 ab", "3ab"),
-        (r"The answer is 2\sqrt{3} cm.", r"\sqrt{12}"),
         ("It takes 5s", "5"),
-        ("5 m", "5"),
         ("7 apples", "7"),
         ("**5**", "5"),
         ("-5.", "-5"),
-        ("2(3)", "6"),
-        ("3·4", "12"),
-        (r"\sin x", r"\sin(x)"),
-        ("3t", "t+2t"),
-        ("(3, 4)", "(3,4)"),
+        ("$(3, 4)$", "(3,4)"),
         (r"\[ x = 5 \]", "5"),
         (r"\boxed{7} is not \frac{1}{2} of {13}", "7"),
-        ("2516_8", "2516_{8}"),
-        ("25", "25_6"),
+        (r"\boxed{10{,}080}", "10080"),
+        (r"\boxed{1{,}000{,}000}", "1000000"),
+        (r"\boxed{\$32{,}348}", "32348"),
+        (r"\boxed{\sin^2(x)}", r"\sin^2 x"),
+        (r"\boxed{\log_2(3)}", r"\log_2 3"),
+        ("0.333333", "1/3"),
     ],
 )
-def test_right_answers_in_other_words(prediction: str, answer: str) -> None:
+def test_right_answers_in_other_forms(prediction: str, answer: str) -> None:
     assert graded(prediction, answer) == Verdict(True, answer)
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer", "read"),
+    ("prediction", "answer"),
+    [
+        ("−3", "-3"),
+        (r"\boxed{−3}", "-3"),
+        ("The answer is −3", "-3"),
+        ("−1/2", "-0.5"),
+        ("√16", "4"),
+        (r"\boxed{√16}", "4"),
+        ("The answer is √16.", "4"),
+        ("√10", r"\sqrt{10}"),
+        ("√51", r"\sqrt{51}"),
+        ("√2.25", "1.5"),
+        ("√(x+1)", r"\sqrt{x+1}"),
+        (r"$√{x+1}$", r"\sqrt{x+1}"),
+        ("2√3", r"\sqrt{12}"),
+        (r"$2 √ 3$", "√12"),
+        (r"\boxed{√2+√3}", r"\sqrt2+\sqrt3"),
+    ],
+)
+def test_minus_and_root_signs(prediction: str, answer: str) -> None:
+    assert graded(prediction, answer) == Verdict(True, answer)
+    assert not graded(prediction, "6").correct
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "vote"),
     [
         (None, "7", None),
         ("", "7", None),
+        (" \n", "7", None),
         ("8", "7", "8"),
         ("-7", "7", "-7"),
         ("70", "7", "70"),
         ("007", "8", "7"),
         ("1,234", "1", "1234"),
-        (r"First \boxed{4}, but no: \boxed{3}", "4", "3"),
+        (r"First $\boxed{4}$, no: $\boxed{3}$", "4", "3"),
         (r"The known 7 gives \boxed{8}", "7", "8"),
-        (" \n", "7", None),
-        (r"so \boxed{ }", "7", None),
         ("{}{$$", "7", "{}{$$"),
         ("other  words", "some words", "other words"),
-        (r"\boxed{\text{Other words}}", "some words", "Other words"),
-        (r"2\sqrt{3}", "2", "2*sqrt(3)"),
-        (r"2\sqrt{3} cm", "2", "2*sqrt(3)"),
-        (r"The answer is 2\sqrt{3}.", "2", "2*sqrt(3)"),
-        ("2*sqrt(3)", "2", "2*sqrt(3)"),
-        ("2^{10}", "2", "1024"),
-        (r"3 \pi", "3", "3*pi"),
-        ("3pi", "3", "3*pi"),
-        ("5x", "5", "5*x"),
-        ("$5$ x", "5", "5*x"),
-        ("7 ab", "7", "7*a*b"),
-        ("7", "7ab", "7"),
-        ("The answer is - 7", "7", "-7"),
+        (r"\boxed{\text{Other words}}", "some words", "otherwords"),
+        (r"$2\sqrt{3}$", "2", "2*sqrt(3)"),
         ("The answer is 7√2", "7", "7*sqrt(2)"),
-        ("The answer is 7 sqrt(2)", "7", "7*sqrt(2)"),
-        ("The answer is 7²", "7", "49"),
-        ("The answer is 7(2)", "7", "14"),
-        ("7’s", "7", "7’s"),
-        ("The answer is 5x.", "5", "5*x"),
-        ("2xy", "2", "2*x*y"),
-        ("3+xy", "3", "x*y + 3"),
-        ("5!", "5", "120"),
-        ("x > 5", "5", "x > 5"),
-        ("> 5", "5", "> 5"),
-        ("3 5", "8", "3 5"),
-        (r"\boxed{3 5}", "8", "3 5"),
-        ("0.5 100", "0.51", "0.5 100"),
-        (r"$3 \quad 5$", "8", r"$3 \quad 5$"),
-        ("2(3)", "5", "6"),
-        ("5}{6", "5", "5}{6"),
-        ("5; 6", "5", "{5, 6}"),
-        ("5 | 6", "6", "5 | 6"),
-        ("1. 5", "5", "1. 5"),
-        ("3t", "3", "3*t"),
-        ("3", "3t", "3"),
-        (r"2\pi h", r"2\pi", "2*pi*h"),
-        ("2516_7", "2516_8", "2516"),
-        ("4, 3", "(3, 4)", "{3, 4}"),
-        ("1–3", "-2", "1–3"),
-        (r"\boxed{7", "7", r"\boxed{7"),
+        ("$2^{10}$", "2", "1024"),
+        ("$5x$", "5", "5*x"),
+        ("$5!$", "5", "120"),
+        (r"\boxed{x > 5}", "5", "x > 5"),
+        ("$4, 3$", "(3, 4)", "{3, 4}"),
         (r"\boxed{\frac{6}{4}}", "0.5", "3/2"),
     ],
 )
 def test_wrong_or_missing_answers(
-    prediction: str | None, answer: str, read: str | None
+    prediction: str | None, answer: str, vote: str | None
 ) -> None:
-    assert graded(prediction, answer) == Verdict(False, read)
+    assert graded(prediction, answer) == Verdict(False, vote)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "vote"),
+    [
+        # Of LaTeX outside of a math environment or a box only numbers are parsed,
+        (r"2\sqrt{3}", "2"),
+        ("2^{10}", "2"),
+        ("5x", "5"),
+        ("3+xy", "3"),
+        ("(3, 4)", "4"),
+        ("7²", "7"),
+        ("x > 5", "5"),
+        # not what has no number, or a sign that stands alone.
+        (r"\sin x", r"\sin x"),
+        ("+5", "+5"),
+        ("The answer is - 7", "7"),
+        # Mixed numbers are read in part, spaces may add,
+        ("1 1/2", "1"),
+        (r"$3 \quad 5$", "8"),
+        # a base is dropped, a letter that may be a unit, too,
+        (r"\boxed{2516_7}", "2516"),
+        (r"$2\pi h$", "2*pi"),
+        # and boxes that stand close together are a set.
+        (r"First \boxed{3}, but no: \boxed{4}", "{3, 4}"),
+    ],
+)
+def test_what_math_verify_reads_in_its_own_way(prediction: str, vote: str) -> None:
+    """As the numbers of other tools that use it do, for better or worse."""
+    assert graded(prediction, "17") == Verdict(False, vote)
 
 
 def test_rounding_is_not_equality() -> None:
@@ -189,6 +200,10 @@ def test_rounding_is_not_equality() -> None:
         "Neither option A nor option B: option C",
         "The answer is clearly C.",
         "Of (A) and (B)\nnone fits, but (C)",
+        *("The answer is therefore C", "The answer is thus (C)."),
+        *("Therefore C is the correct answer.", "So (C) is clearly right: not A."),
+        *("I would pick C.", "I would not choose A; I choose option C."),
+        "Option A: wrong. Option B: wrong. Option C is correct.",
     ],
 )
 def test_the_letter_of_a_choice(prediction: str) -> None:
@@ -228,11 +243,12 @@ def test_empty_answers_are_no_choice(prediction: str | None) -> None:
     ("texts", "vote"),
     [
         (["3", "3.0", "6/2", "x = 3", r"\boxed{3.00}", "It is 3.", "$x=3$"], "3"),
-        (["7/2", "3.5", r"\frac{14}{4}", "3 1/2"], "7/2"),
-        (["x+1", "1 + x"], "x + 1"),
-        (["(1, 2, 3)", r"\left(1,2,3\right)"], "(1, 2, 3)"),
-        (["Two words", r"\boxed{\text{Two  words}}", " Two\nwords "], "Two words"),
+        (["7/2", "3.5", r"\frac{14}{4}", r"$3\frac{1}{2}$", "350%"], "7/2"),
+        (["$x+1$", r"\boxed{1 + x}"], "x + 1"),
+        (["$(1, 2, 3)$", r"\boxed{\left(1,2,3\right)}"], "(1, 2, 3)"),
+        (["Two words", " Two\nwords "], "Two words"),
         ([r"\boxed{9^{99999}}"], "9^{99999}"),
+        ([r"\boxed{@}", r"So it is \boxed{@}."], "@"),
     ],
 )
 def test_equal_wrong_answers_have_one_vote(texts: list[str], vote: str) -> None:
@@ -265,22 +281,18 @@ def test_what_cannot_be_graded_is_named() -> None:
         graded("7", "7", "maths")
 
 
-def test_plain_numbers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_text_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math_answers, "_running", None)
-    for text in ("8", "012", "−7", r"so \boxed{ 8 } it is {so}", "", "7"):
-        graded(text, "7")
-    assert graded(r"so \boxed{x + \frac12}", r"x + \frac12").correct
+    assert graded(" x + 1\n", "x + 1") == Verdict(True, "x + 1")
+    assert graded(" ", "7") == graded(None, "7") == Verdict(False)
 
 
-def test_long_texts_are_read_in_part() -> None:
-    noise = "so x is 3 or so. " * MAX_CHARACTERS
+def test_long_texts_are_read_whole() -> None:
+    noise = "so x is 3 or so. " * 3000
     assert graded(rf"{noise}\boxed{{\frac{{14}}{{2}}}}{noise}", "7").correct
     assert graded(f"{noise} Hence, the answer is 14/2", "7").correct
-    # What lies before the part is not seen.
-    assert not graded(
-        f"The answer is 14/2. {'and so on ' * MAX_CHARACTERS}", "7"
-    ).correct
-    assert graded("1" * 9 * MAX_CHARACTERS, "7") is not None
+    assert graded(f"The answer is 14/2. {'and so on ' * 3000}", "7").correct
+    assert not graded("1" * 20_000, "7").correct
 
 
 def test_a_hanging_answer_is_wrong_and_others_go_on(
@@ -426,11 +438,3 @@ def test_hostile_texts_neither_hang_nor_crash(
         assert not any(verdict.correct for verdict in verdicts)
     assert {v.error for v in verdicts} <= {None, "timeout", "crash"}
     assert any(verdict.answer for verdict in verdicts)
-
-
-def test_latex_needs_no_marks() -> None:
-    problem = Problem("?", "?", "2\\sqrt{3}")
-    texts = ["\\sqrt{12}", "$\\sqrt{12}$", "\\sqrt{13}", "\\frac{1}{2}"]
-    verdicts = grade([problem] * 4, texts)
-    assert [verdict.correct for verdict in verdicts] == [True, True, False, False]
-    assert all(verdict.answer for verdict in verdicts)
