@@ -5,34 +5,19 @@ Face), and `tokenizer_config.json` with the chat template and the special tokens
 """
 
 import datetime
+import functools
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
-import sentencepiece
-import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rlt_jax.data.codecs import Encoding, FastCodec, SentencePieceCodec, decode_utf8
 from rlt_jax.errors import UserError
 
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
-
-
-class Encoding(NamedTuple):
-    """Token ids and the characters each came from.
-
-    Attributes:
-      ids: [T] int32.
-      offsets: [T, 2] int32, half-open character ranges of the encoded string. Tokens
-        that each hold a part of one character all name that whole character.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
 
 
 class Tokenizer:
@@ -50,7 +35,7 @@ class Tokenizer:
     def __init__(
         self,
         path: Path,
-        codec: "_SentencePieceCodec | _FastCodec",
+        codec: SentencePieceCodec | FastCodec,
         config: dict,
         stop_ids: Iterable[int],
     ) -> None:
@@ -83,9 +68,67 @@ class Tokenizer:
         """Ids and character offsets of the text; no special tokens are added."""
         return self._codec.encode(text)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """The same as `encode` of every text, on all cores.
+
+        Args:
+          texts: any number of texts.
+
+        Returns:
+          One encoding per text, in order.
+        """
+        return self._codec.encode_batch(texts)
+
     def encode_with_prefix(self, prefix: str, texts: Sequence[str]) -> list[Encoding]:
-        """The encoding of prefix + text for each of the texts."""
-        return [self.encode(prefix + text) for text in texts]
+        """The same as `encode(prefix + text)` of every text, faster.
+
+        What comes before `split_point(prefix)` is encoded once for all texts. The first
+        text is also encoded whole; if that gives anything else, all texts are.
+
+        Args:
+          prefix: text that all encoded texts begin with, for example a prompt.
+          texts: what follows the prefix, for example the completions of the prompt.
+
+        Returns:
+          One encoding of prefix and text together per text, in order.
+        """
+        whole = [prefix + text for text in texts]
+        cut = self.split_point(prefix) if len(texts) > 1 else 0
+        if not cut:
+            return self.encode_batch(whole)
+        head = self.encode(prefix[:cut])
+        tails = self.encode_batch([text[cut:] for text in whole])
+        joined = [_join(head, tail, cut) for tail in tails]
+        first = self.encode(whole[0])
+        if all(map(np.array_equal, joined[0], first)):
+            return joined
+        return [first, *self.encode_batch(whole[1:])]
+
+    def split_point(self, text: str) -> int:
+        """Number of leading characters that can be encoded apart from what follows.
+
+        It is the end of the last added or control token that separates the text: with
+        cut = split_point(text), `encode(text + more)` is `encode(text[:cut])` followed
+        by `encode(text[cut:] + more)` with offsets shifted by cut, whatever `more` is.
+
+        Args:
+          text: for example a prompt.
+
+        Returns:
+          The number of characters; 0 if there is no such token, or if the tokenizer
+          treats the start of a text differently from its middle.
+        """
+        separators = self._codec.separators
+        if not separators:
+            return 0
+        ids, offsets = self.encode(text)
+        for i in np.flatnonzero(np.isin(ids, list(separators)))[::-1]:
+            start, end = offsets[i].tolist()
+            # The model may also use such an id for an unknown character.
+            is_separator = text[start:end] == separators[int(ids[i])]
+            if is_separator and not self._ends_inside_added(text[:end]):
+                return end
+        return 0
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of the ids, special tokens written out."""
@@ -97,15 +140,25 @@ class Tokenizer:
         """Text of the ids and the characters of it that each id stands for.
 
         Args:
-          ids: [T] token ids.
+          ids: [T] token ids. Ids beyond the vocabulary stand for no text.
 
         Returns:
           The text and int32 offsets [T, 2]. Bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          UserError: an id is negative.
         """
-        pieces = [self._codec.token_bytes(int(token)) for token in ids]
-        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        starts = np.concatenate([[0], ends[:-1]]) if len(pieces) else ends
-        text, char_of_byte = _decode_utf8(b"".join(pieces))
+        pieces, lengths = self._bytes_of_ids
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and ids.min() < 0:
+            raise UserError(
+                f"tokenizer {self.path}: cannot decode the negative id {ids.min()} at "
+                f"position {ids.argmin()}. Remove padding before decoding."
+            )
+        ids = np.minimum(ids, len(pieces) - 1)
+        ends = np.cumsum(lengths[ids])
+        starts = ends - lengths[ids]
+        text, char_of_byte = decode_utf8(b"".join([pieces[i] for i in ids.tolist()]))
         start = char_of_byte[starts]
         last = char_of_byte[np.maximum(ends - 1, starts)]
         end = np.where(ends > starts, last + 1, start)
@@ -116,6 +169,28 @@ class Tokenizer:
         return self._chat_template.render(
             messages=messages, add_generation_prompt=True, tools=None, **self._special
         )
+
+    @functools.cached_property
+    def _bytes_of_ids(self) -> tuple[list[bytes], np.ndarray]:
+        """Bytes of every id, and how many. The last entry is for unknown ids."""
+        pieces = [self._codec.token_bytes(i) for i in range(self._codec.id_limit())]
+        pieces.append(b"")
+        return pieces, np.array([len(piece) for piece in pieces], np.int64)
+
+    @functools.cached_property
+    def _added_beginnings(self) -> set[str]:
+        """Every proper prefix of every added token."""
+        return {
+            content[:length]
+            for content in self._codec.added.values()
+            for length in range(1, len(content))
+        }
+
+    def _ends_inside_added(self, text: str) -> bool:
+        """Whether more text could complete an added token that begins in this text."""
+        longest = max(map(len, self._codec.added.values()))
+        endings = (text[-length:] for length in range(1, longest))
+        return any(ending in self._added_beginnings for ending in endings)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -137,9 +212,9 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         config["chat_template"] = text
     stop_ids = _generation_stop_ids(path / "generation_config.json")
     if (path / "tokenizer.json").is_file():
-        codec = _FastCodec(path / "tokenizer.json")
+        codec = FastCodec(path / "tokenizer.json")
     elif (path / "tokenizer.model").is_file():
-        codec = _SentencePieceCodec(path / "tokenizer.model")
+        codec = SentencePieceCodec(path / "tokenizer.model")
     else:
         raise UserError(
             f"tokenizer {path}: neither tokenizer.json nor tokenizer.model."
@@ -164,144 +239,12 @@ def _generation_stop_ids(file: Path) -> list[int]:
     return stop_ids if isinstance(stop_ids, list) else [stop_ids]
 
 
-class _SentencePieceCodec:
-    def __init__(self, file: Path) -> None:
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        pieces = [self._model.id_to_piece(i) for i in range(self.size())]
-        control = [p for i, p in enumerate(pieces) if self._model.is_control(i)]
-        longest_first = sorted(map(re.escape, control), key=len, reverse=True)
-        self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-
-    def encode(self, text: str) -> Encoding:
-        # SentencePiece never makes control pieces such as </s> from text.
-        ids, offsets, place = [], [], 0
-        for number, part in enumerate(self._control.split(text)):
-            if number % 2:
-                ids.append(np.array([self._model.piece_to_id(part)], np.int32))
-                offsets.append(np.array([[place, place + len(part)]], np.int32))
-            else:
-                encoding = self._encode_part(part)
-                ids.append(encoding.ids)
-                offsets.append(encoding.offsets + np.int32(place))
-            place += len(part)
-        return Encoding(np.concatenate(ids), np.concatenate(offsets))
-
-    def _encode_part(self, text: str) -> Encoding:
-        pieces = self._model.encode(text, return_type="proto").pieces
-        ids = np.array([piece.id for piece in pieces], np.int32)
-        _, char_of_byte = _decode_utf8(text.encode("utf-8"))
-        # SentencePiece counts bytes, and gives all bytes of a character that fell apart
-        # into byte tokens to the last of them.
-        byte_ends = np.array([piece.end for piece in pieces], np.int64)
-        byte_starts = np.array([piece.begin for piece in pieces], np.int64)
-        start = char_of_byte[byte_starts]
-        last = char_of_byte[np.maximum(byte_ends - 1, byte_starts)]
-        empty = byte_ends == byte_starts
-        inside = np.array([self._model.is_byte(int(i)) for i in ids], bool)
-        end = np.where(empty & ~inside, start, last + 1)
-        return Encoding(ids, np.stack([start, end], axis=-1).astype(np.int32))
-
-    def token_bytes(self, token: int) -> bytes:
-        if token >= self.size():
-            return b""
-        piece = self._model.id_to_piece(token)
-        if self._model.is_control(token):
-            return piece.encode("utf-8")
-        if self._model.is_byte(token):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode("utf-8")
-
-    def token_id(self, token: str) -> int | None:
-        token_id = self._model.piece_to_id(token)
-        return None if token_id == self._model.unk_id() else token_id
-
-    def size(self) -> int:
-        return self._model.get_piece_size()
-
-    def base_size(self) -> int:
-        return self.size()
-
-
-class _FastCodec:
-    def __init__(self, file: Path) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # The file may hold the settings of whoever saved it last.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._added = {
-            token_id: token.content
-            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
-        }
-        decoder = json.loads(file.read_text(encoding="utf-8")).get("decoder") or {}
-        kinds = [part["type"] for part in decoder.get("decoders", [decoder]) if part]
-        self._byte_level = "ByteLevel" in kinds
-
-    def encode(self, text: str) -> Encoding:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-        return Encoding(np.array(encoding.ids, np.int32), offsets)
-
-    def token_bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode("utf-8")
-        piece = self._tokenizer.id_to_token(token)
-        if piece is None:
-            return b""
-        if self._byte_level:
-            return bytes(_BYTE_OF_CHAR[char] for char in piece)
-        if len(piece) == 6 and piece.startswith("<0x"):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode("utf-8")
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def size(self) -> int:
-        return self._tokenizer.get_vocab_size()
-
-    def base_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=False)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes byte b as the character chr(b) where that is printable.
-
-    The other bytes take the characters from 256 on, in order (GPT-2's table).
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_alphabet()
-
-
-def _decode_utf8(data: bytes) -> tuple[str, np.ndarray]:
-    """Text of the bytes, and for every byte (and the end) the character it is in."""
-    text = data.decode("utf-8", errors="replace")
-    widths = [len(char.encode("utf-8")) for char in text]
-    if sum(widths) != len(data):  # a byte was replaced: place characters one by one
-        text, widths = _decode_leniently(data)
-    char_of_byte = np.repeat(np.arange(len(text)), widths)
-    return text, np.append(char_of_byte, len(text)).astype(np.int64)
-
-
-def _decode_leniently(data: bytes) -> tuple[str, list[int]]:
-    chars, widths, place = [], [], 0
-    while place < len(data):
-        for width in (1, 2, 3, 4):
-            try:
-                char = data[place : place + width].decode("utf-8")
-                break
-            except UnicodeDecodeError:
-                char = ""
-        if not char:
-            char, width = "\ufffd", 1
-        chars.append(char)
-        widths.append(width)
-        place += width
-    return "".join(chars), widths
+def _join(head: Encoding, tail: Encoding, head_length: int) -> Encoding:
+    """Encoding of a text from those of its parts; the length is in characters."""
+    offsets = tail.offsets + np.int32(head_length)
+    return Encoding(
+        np.concatenate([head.ids, tail.ids]), np.concatenate([head.offsets, offsets])
+    )
 
 
 def _token_text(token: str | dict | None) -> str:
