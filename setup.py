@@ -4,6 +4,8 @@ from pathlib import Path
 
 import setuptools
 
+EXPERIMENTS = ["pandas", "tabulate"]  # tabulate writes Markdown for pandas
+
 setuptools.setup(
     name="rlt_jax",
     version="0.1.0",
@@ -42,7 +44,9 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu compiles without a TPU
         "cuda": ["jax[cuda13]>=0.10"],
+        "experiments": EXPERIMENTS,
         "dev": [
+            *EXPERIMENTS,
             "ipykernel",
             "jax[tpu]>=0.10",  # libtpu compiles without a TPU
             "nbclient",

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs an experiment's seeds side by side on this machine, a process each, and then what
-# compares them. Given again, it goes on where it was.
+# Runs the seeds of an experiment side by side on this machine, a process each. Given
+# again, it resumes.
 #
 #   launch/seeds.sh --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
-#   launch/seeds.sh --config=configs/experiments/paper_small.py --workdir=runs/paper_small \
+#   launch/seeds.sh --config=experiments/paper_small.py --workdir=runs/paper_small \
 #       --seeds=0,1,2,3
 #
-# FILE:SEED is the recipe's config of one seed, FILE:SEED,SEED,... that of several.
+# FILE:SEED is the recipe's config of one seed.
 # For CPUs: a GPU or TPU takes one process, so give its seeds one after the other.
 # Each line of output is prefixed with the place of its seed in the list. When one process
 # fails the others are ended; the exit status is that of the first that failed.
@@ -46,22 +46,17 @@ threads() {
   printf '%s' "$((cores > 0 ? cores : 1))"
 }
 
-main() { # main SEEDS
+one() { # one I: runs the seed at this place in the list
   local command=(
     env PYTHONUNBUFFERED=1 "NPROC=$(threads)" "${flag[python]}" -m rlt_jax.main
-    "--config=${flag[config]}:$1" "--workdir=${flag[workdir]}"
+    "--config=${flag[config]}:${seeds[$1]}" "--workdir=${flag[workdir]}"
     "--compilation_cache=${flag[compilation_cache]}" "${main_args[@]}"
   )
   become "${command[@]}"
 }
 
-one() { main "${seeds[$1]}"; }
-
-if ((${#seeds[@]} > 1)); then
-  if dry_run; then
-    for ((i = 0; i < ${#seeds[@]}; i++)); do one "$i"; done
-  else
-    together "${#seeds[@]}" one
-  fi
+if dry_run; then
+  for ((i = 0; i < ${#seeds[@]}; i++)); do one "$i"; done
+else
+  together "${#seeds[@]}" one
 fi
-main "${flag[seeds]}"

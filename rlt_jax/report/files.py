@@ -101,6 +101,6 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"report: {path} is missing. The stage {path.parent.name!r} writes it: run "
-            "that stage first, or name another one in the report's config."
+            f"{path} is missing. The stage {path.parent.name!r} writes it: run that "
+            "stage first, or name another stage."
         ) from error

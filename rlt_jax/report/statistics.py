@@ -1,7 +1,6 @@
 """Statistics of graded samples: pure functions of NumPy arrays, Q questions, n samples."""
 
 import collections
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,47 +102,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
     return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
 
 
-def over_questions(runs: Sequence[Mapping[str, float]]) -> list[float] | None:
-    """95% interval over questions of the mean of runs, question -> value.
-
-    Where all runs have the same questions, their values are averaged first, as what is
-    hard about a question stays; else runs are taken as independent.
-    """
-    if all(run.keys() == runs[0].keys() for run in runs):
-        runs = [{q: math.fsum(run[q] for run in runs) / len(runs) for q in runs[0]}]
-    found = [mean_and_error(np.array([*run.values()])) for run in runs]
-    means, errors = zip(*found)
-    return t_interval(math.fsum(means) / len(runs), errors, [len(run) for run in runs])
-
-
-def t_interval(
-    mean: float, errors: Sequence[float], counts: Sequence[int]
-) -> list[float] | None:
-    """95% interval over questions of the mean of independent runs.
-
-    It is Student's t; of several runs with the degrees of freedom of Welch (1947) and
-    Satterthwaite (1946). Of one run's paired differences it is `paired_difference`'s.
-
-    Args:
-      mean: of the runs' means.
-      errors: standard error of each run's mean over its questions.
-      counts: questions of each run.
-
-    Returns:
-      Its ends. None where a run has a single question; or where no run's questions
-      differ and they are less than six, too few even for flipping signs, by which
-      chance makes five of one sign in one of 2^(5 - 1) times.
-    """
-    total = math.hypot(*errors)
-    if min(counts) < 2 or (total < 1e-12 and min(counts) < 6):
-        return None
-    if total < 1e-12:
-        return [mean, mean]
-    freedom = total**4 / math.fsum(e**4 / (n - 1) for e, n in zip(errors, counts))
-    half = float(scipy.stats.t.ppf(0.975, freedom)) * total / len(errors)
-    return [mean - half, mean + half]
-
-
 def accuracy_by_question(
     samples: Iterable[Mapping[str, Any]], where: str
 ) -> dict[str, float]:
@@ -173,15 +131,8 @@ def accuracy_by_question(
             f"{least[:60]!r}. Either the evaluation is not complete: give its command "
             "again; or questions have the same text: leave one of them in the data."
         )
-    return mean_by_question(samples, "correct")
-
-
-def mean_by_question(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, float]:
-    """Question -> mean of a key over the rows that ask it."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["question"], []).append(row[key])
-    return {question: math.fsum(x) / len(x) for question, x in values.items()}
+    right = collections.Counter(row["question"] for row in samples if row["correct"])
+    return {question: right[question] / count for question, count in counts.items()}
 
 
 def compare(

@@ -23,17 +23,7 @@ from rlt_jax.training import hosts
 
 _LOG = logging.getLogger("rlt_jax")
 
-STAGES = (
-    "sft",
-    "rl",
-    "collect",
-    "score",
-    "evaluate",
-    "plan",
-    "export",
-    "report",
-    "compare",
-)
+STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 SESSIONS = "sessions.json"  # in the folder of a stage until it is complete
 # Keys of earlier versions -> their names now.
 RENAMED = {

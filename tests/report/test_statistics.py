@@ -13,10 +13,8 @@ from rlt_jax.report.statistics import (
     compare,
     majority_at_k,
     mean_and_error,
-    over_questions,
     paired_difference,
     pass_at_k,
-    t_interval,
 )
 
 
@@ -85,42 +83,6 @@ def test_differences_without_variance() -> None:
     better = paired_difference([1.0, 0.75, 0.5], [0.75, 0.5, 0.25])
     # All of 2^3 signs but +++ and --- are less extreme.
     assert better == PairedDifference(0.25, 0, 0.25, 0.25, 2 / 8)
-
-
-def test_the_t_interval_of_one_run_is_that_of_paired_differences() -> None:
-    found = paired_difference([1.0, 0.5, 1.0, 0.5], [0.0, 0.5, 0.5, 0.5])
-    interval = t_interval(found.difference, [found.standard_error], [4])
-    np.testing.assert_allclose(interval, [found.low, found.high])
-
-
-def test_t_intervals_of_several_runs_by_hand() -> None:
-    # Equal errors and counts: the degrees of freedom add up to 2 * 3, t is 2.446912.
-    width = 2.446912 * math.sqrt(2) * 0.1 / 2
-    interval = t_interval(0.5, [0.1, 0.1], [4, 4])
-    np.testing.assert_allclose(interval, [0.5 - width, 0.5 + width], rtol=1e-6)
-    # A run without spread adds no degree of freedom: 3, of which t is 3.182446.
-    width = 3.182446 * 0.1 / 2
-    interval = t_interval(0.5, [0.1, 0.0], [4, 9])
-    np.testing.assert_allclose(interval, [0.5 - width, 0.5 + width], rtol=1e-6)
-
-
-def test_runs_on_the_same_questions_are_averaged_first() -> None:
-    runs = [{"a": 1.0, "b": 0.0, "c": 0.5}, {"c": 0.5, "a": 0.0, "b": 0.0}]
-    # Means 0.5, 0, 0.5 of the questions: their deviation is 1 / sqrt(12); t_2 is 4.302653.
-    width = 4.302653 / math.sqrt(12) / math.sqrt(3)
-    expected = [1 / 3 - width, 1 / 3 + width]
-    np.testing.assert_allclose(over_questions(runs), expected, rtol=1e-6)
-    # On other questions they are independent: variances 1/12 and 1/36 of the means.
-    others = [runs[0], {"d": 0.5, "a": 0.0, "b": 0.0}]
-    errors = [math.sqrt(1 / 12), 1 / 6]
-    assert over_questions(others) == pytest.approx(t_interval(1 / 3, errors, [3, 3]))
-
-
-def test_too_few_questions_have_no_interval() -> None:
-    assert t_interval(0.5, [0.0], [1]) is None
-    assert t_interval(0.5, [0.1, 0.0], [9, 1]) is None
-    assert t_interval(0.5, [0.0, 0.0], [5, 5]) is None
-    assert t_interval(0.5, [0.0, 0.0], [6, 6]) == [0.5, 0.5]
 
 
 def test_intervals_hold_what_they_promise() -> None:

@@ -1,16 +1,17 @@
-"""The paper's comparisons at the scale of the embedded tasks, several seeds, with verdicts.
+"""The paper's comparisons at the scale of the embedded tasks, on several seeds.
 
-    launch/seeds.sh --config=configs/experiments/paper_small.py \\
-        --workdir=runs/paper_small --seeds=0,1,2,3
+    launch/seeds.sh --config=experiments/paper_small.py --workdir=runs/paper_small \\
+        --seeds=0,1,2,3
+    python -m experiments.compare --workdir=runs/paper_small --seeds=0,1,2,3
 
-runs the seeds side by side and then compares them; given again, it goes on where it was.
-`python -m rlt_jax.main --config=configs/experiments/paper_small.py --workdir=...` runs
-them one after the other, which leaves cores idle and takes longer. The recipe takes seeds,
-`paper_small.py:100,101`; one alone is not compared. All settings were chosen on seeds 100
-and 101.
+The first command runs the seeds side by side and resumes if it is given again; the second
+writes runs/paper_small/comparison/index.html, and needs `pip install '.[experiments]'`.
+`python -m rlt_jax.main --config=experiments/paper_small.py --workdir=...` runs the seeds
+one after the other, which leaves cores idle and takes longer. The recipe takes seeds,
+`paper_small.py:100,101`. All settings were chosen on seeds 100 and 101.
 
 A small teacher (0.23 million parameters) and students of its size, a four times larger
-solver and student (0.85 million); results are in runs/paper_small/comparison/index.html.
+solver and student (0.85 million).
 
 Hardware: 2 CPU cores, 62 minutes.
 Expected result, right answers in percent, mean of the seeds: no distillation 20.5, traces
@@ -39,7 +40,7 @@ from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
 
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1, 2, 3)  # of the published results
 KIND = "rlt_jax.data.tasks.arithmetic:kind_of"
 SMALL, LARGE = "embedded_small", "embedded"
 TEMPLATE = "tiny"
@@ -94,14 +95,12 @@ TRACE_SETS = ("warmup", *TEACHERS, "solver", "solver_large")
 
 
 def get_config(seeds: str = "") -> ml_collections.ConfigDict:
-    """All stages of all seeds, then the comparison."""
+    """All stages of all seeds."""
     chosen = tuple(int(seed) for seed in seeds.split(",")) if seeds else SEEDS
     stages: dict[str, Any] = {}
     for seed in chosen:
         for name, values in _stages_of_a_seed(seed).items():
             stages[f"{name}_{seed}"] = values | {"seed": seed}
-    if len(chosen) > 1:
-        stages["comparison"] = _comparison(chosen)
     config = ml_collections.ConfigDict(stages)
     config.seed = 0
     config.pipeline = tuple(stages)
@@ -182,183 +181,6 @@ def _stages_of_a_seed(seed: int) -> dict[str, Any]:
             made_by("gullible_rl"), made_by(judge), path, controls=True
         )
     return stages
-
-
-# Route -> what a reader sees, by the section of the report; a student is distilled from
-# traces unless its label says otherwise.
-ROUTES = {
-    "1 Traces for a student of the teacher's size": {
-        "base": "no distillation",
-        "warmup": "traces of the warmed-up teacher",
-        "rlt": "traces of the RLT",
-        "solver": "right answers of a solver, same size",
-        "solver_large": "right answers of a 4x larger solver",
-    },
-    "2 A student 4x larger than the teacher": {
-        "base_large": "large, no distillation",
-        "warmup_to_large": "large, traces of the warmed-up teacher",
-        "rlt_to_large": "large, traces of the RLT",
-        "solver_to_large": "large, right answers of the small solver",
-    },
-    "3 Correctness RL from students": {
-        "base_cold": "RL from no distillation",
-        "warmup_cold": "RL from warmed-up teacher's traces",
-        "rlt_cold": "RL from RLT traces",
-        "solver_cold": "RL from the same-size solver's answers",
-        "solver_large_cold": "RL from the larger solver's answers",
-        "solver_itself": "the solver: more RL, no distillation",
-        "solver_large_itself": "the larger solver",
-    },
-    "4 Tasks that only the base has seen": {
-        "base_letters": "other notation, no distillation",
-        "warmup_letters": "other notation, traces of the warmed-up teacher",
-        "rlt_letters": "other notation, traces of the RLT",
-        "rl_letters": "other notation, RL on it",
-        "base_puzzles": "puzzles, no distillation",
-        "warmup_puzzles": "puzzles, traces of the warmed-up teacher",
-        "rlt_puzzles": "puzzles, traces of the RLT",
-        "rl_puzzles": "puzzles, RL on them",
-    },
-    "5 Rewards without a term": {
-        "no_kl": "reward without the explanation KL",
-        "no_solution": "reward without the solution score",
-        "no_extremes": "reward without min and max",
-    },
-    "8 One model in both roles": {"self": "traces of a self-teaching RLT"},
-    "9 Other students in the reward": {
-        "strong": "the reward's student is the solver",
-        "sound": "a doubtful warm-up, the reward's student is the base",
-        "gullible": "a doubtful warm-up, the reward's student takes * for +",
-        "gullible_plain": "the same without min and max",
-        "gullible_strict": "the same with min and max ten times as heavy",
-    },
-}
-
-# Better, worse, what was published.
-_HIGHER = "Students of RLT traces score higher (7B: 49.5 against 46.6 in the mean)."
-_LARGER = "A 32B student of a 7B teacher scores higher (73.2 against 71.5)."
-_COLD = "RL reaches more from a student of RLT traces (50.5 against 48.3)."
-_ZERO = "Zero-shot traces of the RLT beat RL on the new task itself."
-_TERMS = "Each term of the reward is needed."
-_STRONG = "A stronger student in the reward makes a better teacher."
-CLAIMS = (
-    ("rlt", "warmup", _HIGHER),
-    ("rlt", "solver", _HIGHER),
-    ("rlt", "solver_large", _HIGHER),
-    ("rlt", "base", _HIGHER),
-    ("rlt_to_large", "warmup_to_large", _LARGER),
-    ("rlt_to_large", "solver_to_large", _LARGER),
-    ("rlt_to_large", "base_large", _LARGER),
-    ("rlt_cold", "base_cold", _COLD),
-    ("rlt_cold", "warmup_cold", _COLD),
-    ("rlt_cold", "solver_cold", _COLD),
-    ("rlt_cold", "solver_large_cold", _COLD),
-    ("rlt_letters", "rl_letters", _ZERO),
-    ("rlt_letters", "warmup_letters", "RL on one task helps teaching another."),
-    ("rlt_letters", "base_letters", "Zero-shot traces teach."),
-    ("rlt_puzzles", "rl_puzzles", _ZERO),
-    ("rlt_puzzles", "warmup_puzzles", "RL on one task helps teaching another."),
-    ("rlt_puzzles", "base_puzzles", "Zero-shot traces teach."),
-    ("rlt", "no_kl", _TERMS),
-    ("rlt", "no_solution", _TERMS),
-    ("rlt", "no_extremes", _TERMS),
-    ("self", "warmup", "Not in the paper: a copy of the policy serves as student."),
-    ("strong", "rlt", _STRONG),
-    ("sound", "gullible", "Expected: who believes wrong steps teaches wrong steps."),
-    ("gullible_strict", "gullible_plain", "Expected: min and max punish single steps."),
-)
-
-
-def _comparison(seeds: tuple[int, ...]) -> dict:
-    routes, headings = [], {}
-    for heading, labels in ROUTES.items():
-        for name, label in labels.items():
-            headings[name] = heading
-            route = {"name": name, "label": label, "section": heading}
-            route |= {"evaluation": f"{name}_eval_{{seed}}"}
-            route |= {"stages": [f"{stage}_{{seed}}" for stage in _route(name)]}
-            if name in TRACE_SETS:
-                route["traces"] = f"{name}_score_{{seed}}"
-            routes.append(route)
-    claims = [
-        {
-            "title": f"{better} > {worse}",
-            "published": published,
-            "better": better,
-            "worse": worse,
-            # Of the ablations and other students it is the other route that is new.
-            "section": max(headings[better], headings[worse]),
-        }
-        for better, worse, published in CLAIMS
-    ]
-    return {
-        "stage": "compare",
-        "seeds": seeds,
-        "routes": routes,
-        "claims": claims,
-        "measures": _measures(),
-        "correlation": TRACE_SETS,
-        # Wrong steps that the judge's teacher expects as little as its student have next
-        # to no explanation KL.
-        "correlation_without": tuple(n for n in TRACE_SETS if n.startswith("gullible")),
-        "correlation_published": "The mean rank of a trace set by the RLT reward goes "
-        "with the score of its students.",
-    }
-
-
-def _route(name: str) -> list[str]:
-    """The stages that make the route's model, one after the other."""
-    source = name.removesuffix("_cold").removesuffix("_itself")
-    task = next((t for t in NEW_TASKS if source.endswith(f"_{t}")), "")
-    source, to_large, _ = source.removesuffix(f"_{task}").partition("_to_large")
-    cold = [name] * name.endswith("_cold")
-    if source == "rl":
-        return [name]
-    if source.startswith("base"):
-        return cold
-    if source.startswith("solver"):
-        stages = [source]
-    else:
-        stages = ["gullible_base"] * source.startswith("gullible")
-        stages += ["solver"] * (source == "strong")
-        _, _, before = TEACHERS.get(source, (None, None, source))
-        stages += [before] + [f"{source}_rl"] * (source in TEACHERS)
-    if name.endswith("_itself"):
-        return stages
-    traces = f"{source}_{task}" if task else source
-    return [*stages, f"{traces}_traces", f"{traces}{to_large}_distil", *cold]
-
-
-def _measures() -> list[dict]:
-    """Shares of wrong explanations, and what rewards and controls say of them."""
-    measures = []
-
-    def add(heading: str, label: str, folder: str, key: str) -> None:
-        measure = {"section": heading, "label": label, "folder": f"{folder}_{{seed}}"}
-        if key.startswith("kinds."):
-            measure["absent"] = 0.0  # a summary names the kinds that there are
-        measures.append(measure | {"key": f"summary.{key}"})
-
-    labels = {name: label for part in ROUTES.values() for name, label in part.items()}
-    for name in ("warmup", *TEACHERS, "warmup_letters", "rlt_letters"):
-        for kind in ("wrong", "careful"):
-            heading = f"Share of explanations with {'a wrong step' * (kind == 'wrong')}"
-            heading += "all single steps" * (kind == "careful")
-            add(heading, labels[name], f"{name}_traces", f"kinds.{kind}")
-    for name in TEACHERS:
-        for when in ("first", "last"):
-            heading = f"Reward on held-out questions, {when}"
-            add(heading, labels[name], f"{name}_rl", f"held_out_reward_{when}")
-    for name in TRACE_SETS:
-        heading = "Reward of the traces before one judge (small base)"
-        add(heading, labels[name], f"{name}_score", "reward")
-    for name, judge in (("gullible", "its own student"), ("base", "the small base")):
-        heading = f"The gullible student's teacher before {judge}"
-        folder = f"{name}_controls"
-        add(heading, "its explanations", folder, "reward")
-        for control in ("empty", "shuffled", "other"):
-            add(heading, control, folder, f"controls.{control}")
-    return measures
 
 
 def _engine() -> ml_collections.ConfigDict:

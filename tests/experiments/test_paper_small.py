@@ -8,13 +8,15 @@ from pathlib import Path
 import ml_collections
 import pytest
 
+from experiments import paper_small
+from experiments.compare import compare
+from experiments.pages import write_comparison
+from experiments.paper_claims import PAPER
 from rlt_jax.data.pipeline import load_problems, load_sources
 from rlt_jax.data.templates import load_template
 from rlt_jax.stages import run_pipeline, stage_sections
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-EXPERIMENTS = CONFIGS / "experiments" / "paper_small.py"
-SEEDS = "0,1,2"
 TEMPLATE = load_template("tiny")
 
 
@@ -60,7 +62,7 @@ def sources_of(data: dict, seed: int) -> Iterator[str]:
 
 
 def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
-    experiments = load(EXPERIMENTS, SEEDS)
+    experiments = paper_small.get_config("0,1,2")
     held_out, trained = set(), set()
     stages = stage_sections(experiments)
     for data, seed in [
@@ -88,22 +90,26 @@ def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
     assert not held_out & trained
 
 
-def test_every_route_names_stages_of_its_seed() -> None:
-    config = load(EXPERIMENTS, "7,8")
-    stages = stage_sections(config)
-    for route in config.comparison.routes:
-        folders = [*route["stages"], route["evaluation"], route.get("traces", "")]
-        for folder in filter(None, folders):
-            assert folder.format(seed=7) in stages
-    for measure in config.comparison.measures:
-        assert measure["folder"].format(seed=7) in stages
+def test_the_study_names_stages_of_every_seed() -> None:
+    stages = stage_sections(paper_small.get_config("7,8"))
+    for seed in (7, 8):
+        of_seed = {name: x.stage for name, x in stages.items() if x.seed == seed}
+        for route in PAPER.routes:
+            assert of_seed[route.evaluation.format(seed=seed)] == "evaluate"
+            assert {stage.format(seed=seed) for stage in route.stages} <= set(of_seed)
+            if route.name in PAPER.ranked:
+                assert of_seed[route.traces.format(seed=seed)] == "score"
+        for measure in PAPER.measures:
+            assert measure.folder.format(seed=seed) in of_seed
+    names = {route.name for route in PAPER.routes}
+    assert len(names) == len({route.label for route in PAPER.routes}) == 33
+    assert {x for claim in PAPER.claims for x in claim[:2]} <= names
+    assert set(PAPER.ranked_without) < set(PAPER.ranked) <= names
 
 
 @pytest.mark.slow
 def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
-    config = load(EXPERIMENTS, "7")
-    config.comparison = load(EXPERIMENTS, "7,8").comparison
-    config.comparison.seeds = (7,)
+    config = paper_small.get_config("7")
     for name in config.pipeline:
         section = config[name]
         for data in ("data", "held_out"):
@@ -126,8 +132,13 @@ def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
             section.data.path = "{workdir}/warmup_traces_7/traces.jsonl"
     first = ("warmup_7", "warmup_traces_7")
     rest = [name for name in config.pipeline if name not in first]
-    config.pipeline = (*first, *rest, "comparison")
+    config.pipeline = (*first, *rest)
     run_pipeline(config, tmp_path)
-    found = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
-    assert len(found["claims"]) == len(config.comparison.claims)
-    assert all(claim["verdict"] == "one run only" for claim in found["claims"])
+    comparison = compare(tmp_path, PAPER, [7])
+    assert write_comparison(tmp_path, comparison).is_file()
+    assert len(comparison["claims"]) == len(PAPER.claims)
+    assert all(x["verdict"] == "one run only" for x in comparison["claims"])
+    for route, stages in ((x.name, x.stages) for x in PAPER.routes):
+        cost = comparison["routes"][route]["cost"]
+        assert (cost is None) == (not stages)
+        assert not stages or cost["trained_tokens"] > 0 < cost["flops"]
