@@ -134,7 +134,7 @@ def _run_stage(
         return
     if not (folder / "settings.json").is_file():
         raise UserError(
-            f"{folder}, which process 0 has made, is not to be seen here: --workdir has "
+            f"{folder}, which process 0 has made, is not visible on this host: --workdir has "
             "to be in a file system that all hosts share."
         )
     _LOG.info("stage %s (%s) begins", name, section.stage)

@@ -223,11 +223,23 @@ def _last_step(path: Path) -> int:
     return max(steps)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to `hosts.stopping`.
+
+    Orbax would report its steps to JAX's preemption service, between the counts of calls
+    that `hosts.stopping` reports.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """No: a stage saves by itself when it is asked to stop."""
+        return False
+
+
 @contextlib.contextmanager
 def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a stage, the last `keep` of them kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    manager = ocp.CheckpointManager(_folder(stage_dir), options=options)
+    manager = _Manager(_folder(stage_dir), options=options)
     try:
         yield manager
     except Exception as error:
