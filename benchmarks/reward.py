@@ -46,9 +46,9 @@ def jax_scorer(model_dir: Path, packed: bool) -> Callable[[list[np.ndarray]], fl
     import functools
 
     import jax
-
     from rlt_jax.data.packing import pack
     from rlt_jax.inference.scoring import score_rows
+
     from rlt_jax.models.convert import read_config, read_params
     from rlt_jax.models.transformer import Transformer
 

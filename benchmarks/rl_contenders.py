@@ -154,18 +154,18 @@ def rlt_jax_rl(task: Task, clock: Clock) -> None:
     """The programs of stage `rl`, in its order."""
     import jax
     import jax.numpy as jnp
-
     from rlt_jax.data.packing import on_spans
     from rlt_jax.data.scoring import RowShape, sampled_rows
-    from rlt_jax.inference.engine import EngineConfig, make_engine
-    from rlt_jax.inference.sampling import SamplingConfig
-    from rlt_jax.inference.scheduler import Request
     from rlt_jax.inference.scoring import score_rows
-    from rlt_jax.inference.stored import roll_out
-    from rlt_jax.rl.losses import ObjectiveConfig
     from rlt_jax.rl.policy_update import PolicyBatch
     from rlt_jax.stages.experience import Writing
     from rlt_jax.stages.policy_programs import compile_programs
+
+    from rlt_jax.inference.engine import EngineConfig, make_engine
+    from rlt_jax.inference.sampling import SamplingConfig
+    from rlt_jax.inference.scheduler import Request
+    from rlt_jax.inference.stored import roll_out
+    from rlt_jax.rl.losses import ObjectiveConfig
 
     sizes = task.sizes
     count, length = sizes.prompts * sizes.group, sizes.prompt + sizes.new

@@ -98,10 +98,8 @@ def _totals(folder: Path) -> pd.Series:
 
 
 def _student_flops(folder: Path, settings: Mapping[str, Any]) -> list[float]:
-    """Operations per token of each student; a config has none, one or a list of them."""
-    students = settings["student"] or []
-    students = students if isinstance(students, list) else [students]
-    return [_token_flops(folder, student) for student in students]
+    """Operations per token of each student."""
+    return [_token_flops(folder, student) for student in settings["students"]]
 
 
 def _token_flops(folder: Path, model: Mapping[str, Any] | None = None) -> float:

@@ -22,18 +22,18 @@ of the warmed-up teacher 28.0, of the RLT 86.0, of solvers 99.8 and 100.0; the l
 from typing import Any
 
 import ml_collections
-from rlt_jax.data.scoring import RowShape
-from rlt_jax.rl.scorer import StudentsConfig
+from ml_collections import config_dict
 
+from rlt_jax.data.rows import RowShape
 from rlt_jax.data.selection import SelectionConfig
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import section
 from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
-from rlt_jax.stages.rl import RLConfig
+from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
@@ -192,17 +192,17 @@ def _sampling(temperature: float = 0.7) -> ml_collections.ConfigDict:
 
 
 def _sft(
-    model: str, form: str, data: dict, steps: int, batch_size: int, rate: float
+    model: str, role: str, data: dict, steps: int, batch_size: int, rate: float
 ) -> dict:
     return {
         "stage": "sft",
         "model": section(ModelSource, path=model),
         "template": TEMPLATE,
         "data": data,
-        "held_out": None,
+        "held_out": config_dict.placeholder(object),
         "sft": section(
             SFTConfig,
-            format=form,
+            role=role,
             steps=steps,
             batch_size=batch_size,
             row_length=ROW,
@@ -219,11 +219,11 @@ def _sft(
     }
 
 
-def _writing(student: str | None, temperature: float = 0.7) -> dict:
+def _run(student: str | None, temperature: float = 0.7) -> dict:
     """What all stages with a teacher or a policy share."""
     return {
-        "student": student and section(ModelSource, path=student),
-        "students": section(StudentsConfig),
+        "students": (section(ModelSource, path=student),) if student else (),
+        "ensemble": section(EnsembleConfig),
         "template": TEMPLATE,
         "rows": section(RowShape, micro_batch_size=16, row_length=ROW),
         "sampling": _sampling(temperature),
@@ -247,7 +247,7 @@ def _teacher_rl(policy: str, student: str | None, reward: dict) -> dict:
     """Without a student, the policy's copy is the student."""
     loop = {"steps": 40, "batch_size": 16, "group_size": 8}
     return (
-        _writing(student)
+        _run(student)
         | _rl(
             policy,
             _chains("test", 128, stream=3),
@@ -257,22 +257,22 @@ def _teacher_rl(policy: str, student: str | None, reward: dict) -> dict:
         )
         | {
             "data": _chains("train", 4000, stream=2),
-            "reward": section(RLTRewardConfig, **reward),
-            "terms": {"rlt": {"weight": 1.0}},
+            "rlt_reward": section(RLTRewardConfig, **reward),
+            "reward_terms": {"rlt": {"weight": 1.0}},
             "objective": section(ObjectiveConfig),
         }
     )
 
 
 def _student_rl(policy: str, steps: int, task: Any = _chains) -> dict:
-    loop = {"steps": steps, "batch_size": 32, "group_size": 8, "format": "student"}
+    loop = {"steps": steps, "batch_size": 32, "group_size": 8, "role": "student"}
     return (
-        _writing(None, temperature=1.0)
+        _run(None, temperature=1.0)
         | _rl(policy, task("test", 128, stream=3), 5e-4, **loop)
         | {
             "data": task("train", 4000, stream=2),
-            "reward": section(RLTRewardConfig),
-            "terms": {"correctness": {"weight": 1.0}},
+            "rlt_reward": section(RLTRewardConfig),
+            "reward_terms": {"correctness": {"weight": 1.0}},
             "objective": section(ObjectiveConfig, beta=0.0),
         }
     )
@@ -281,11 +281,11 @@ def _student_rl(policy: str, steps: int, task: Any = _chains) -> dict:
 def _collect(teacher: str, student: str, data: dict | None = None) -> dict:
     data = data or _chains("train", 1024, stream=4)
     kind = KIND if data["task"] == "arithmetic" else ""
-    return _writing(student) | {
+    return _run(student) | {
         "stage": "collect",
         "teacher": section(ModelSource, path=teacher),
         "data": data,
-        "reward": section(RLTRewardConfig),
+        "rlt_reward": section(RLTRewardConfig),
         "collect": section(CollectConfig, batch_size=128, classify=kind),
     }
 
@@ -315,11 +315,11 @@ def _score(teacher: str, student: str, path: str, controls: bool = False) -> dic
     return {
         "stage": "score",
         "teacher": section(ModelSource, path=teacher),
-        "student": section(ModelSource, path=student),
-        "students": section(StudentsConfig),
+        "students": (section(ModelSource, path=student),),
+        "ensemble": section(EnsembleConfig),
         "template": TEMPLATE,
         "data": {"path": path},
-        "reward": section(RLTRewardConfig),
+        "rlt_reward": section(RLTRewardConfig),
         "select": section(SelectionConfig),
         "teacher_temperature": 0.7,
         "batch_size": 128,

@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from rlt_jax.inference.scoring import score_rows
 
 from rlt_jax.data import examples, scoring
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlt_jax.inference.scoring import score_rows
 from rlt_jax.models.convert import read_config, read_params
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import RLTRewardConfig, reward_tokens, rlt_reward

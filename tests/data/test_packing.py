@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-
 from rlt_jax.data.packing import first_fit, gather_spans, pack
+
 from rlt_jax.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from rlt_jax.data.scoring import RowShape, scoring_batch
 
 from rlt_jax.data import examples
-from rlt_jax.data.scoring import RowShape, scoring_batch
 from rlt_jax.data.templates import Problem, Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError

@@ -58,9 +58,9 @@ def write_metrics(folder: Path, *phases: str) -> None:
     append_jsonl(folder / "metrics.jsonl", rows)
 
 
-def write_rl(folder: Path, student: Any, beta: float = 0.04, **loop: Any) -> None:
+def write_rl(folder: Path, students: list, beta: float = 0.04, **loop: Any) -> None:
     loop = {"group_size": 2, "self_teaching": False, "updates_per_rollout": 1} | loop
-    settings = {"loop": loop, "student": student, "objective": {"beta": beta}}
+    settings = {"loop": loop, "students": students, "objective": {"beta": beta}}
     write_settings(folder, "rl", **settings)
     write_metrics(folder, "rollout", "score", "update")
 
@@ -90,19 +90,19 @@ def test_rl_with_two_students_and_a_reference(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "beta", "loop", "passes"),
+    ("students", "beta", "loop", "passes"),
     [
-        (None, 0.0, {}, 0),
-        (None, 0.1, {}, 1),
-        (None, 0.0, {"updates_per_rollout": 2}, 1),
-        (None, 0.0, {"self_teaching": True}, 2),
-        (BASE, 0.1, {}, 3),
+        ([], 0.0, {}, 0),
+        ([], 0.1, {}, 1),
+        ([], 0.0, {"updates_per_rollout": 2}, 1),
+        ([], 0.0, {"self_teaching": True}, 2),
+        ([BASE], 0.1, {}, 3),
     ],
 )
 def test_only_what_is_scored_costs(
-    folder: Path, student: Any, beta: float, loop: dict[str, Any], passes: int
+    folder: Path, students: list, beta: float, loop: dict[str, Any], passes: int
 ) -> None:
-    write_rl(folder, student, beta, **loop)
+    write_rl(folder, students, beta, **loop)
     cost = stage_cost(folder)
     assert cost["scored_tokens"] == (90 if passes else 0)
     assert cost["flops"] == (60 + 90 * (passes + 3)) * PER_TOKEN
@@ -120,7 +120,7 @@ def test_sampling_with_and_without_students(folder: Path) -> None:
     sampling = {"decoded_tokens": 10, "scored_tokens": 0, "trained_tokens": 0}
     assert stage_cost(folder) == sampling | {"flops": (10 + 5) * PER_TOKEN}
     # Teacher and student score every row with its prompt.
-    write_settings(folder, "collect", teacher=BASE, student=BASE)
+    write_settings(folder, "collect", teacher=BASE, students=[BASE])
     expected = sampling | {"scored_tokens": 18, "flops": (15 + 2 * 18) * PER_TOKEN}
     assert stage_cost(folder) == expected
 

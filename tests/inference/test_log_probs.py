@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from rlt_jax.data.packing import pack
+
 from rlt_jax.inference import log_probs, scoring
 from rlt_jax.inference.log_probs import TokenStats, token_log_probs, token_stats
 from rlt_jax.models.transformer import (

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rlt_jax.data.packing import gather_spans, pack
+from rlt_jax.inference.scoring import gather, score_rows
 from safetensors.numpy import load_file
 
-from rlt_jax.data.packing import gather_spans, pack
 from rlt_jax.inference.log_probs import token_log_probs
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scoring import gather, score_rows
 from rlt_jax.models.convert import read_config, read_params, write_model
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import policy_update

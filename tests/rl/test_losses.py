@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from rlt_jax.data.packing import gather_spans
+
 from rlt_jax.errors import UserError
 from rlt_jax.rl import kl
 from rlt_jax.rl.losses import (

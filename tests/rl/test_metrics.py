@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-
 from rlt_jax.data.packing import gather_spans
+
 from rlt_jax.rl.losses import LossTokens, ObjectiveConfig
 from rlt_jax.rl.metrics import (
     group_metrics,

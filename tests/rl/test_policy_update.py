@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from rlt_jax.data.packing import gather_spans, pack
+from rlt_jax.inference.scoring import score_rows
+from rlt_jax.rl.policy_update import PolicyBatch
+
 from rlt_jax.inference.log_probs import token_log_probs
 from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.scoring import score_rows
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import policy_update
 from rlt_jax.rl.losses import ObjectiveConfig
-from rlt_jax.rl.policy_update import PolicyBatch
 from rlt_jax.types import Params, TrainState
 
 RNG = np.random.default_rng(0)

@@ -6,15 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from rlt_jax.data.templates import Problem
-from rlt_jax.errors import UserError
 from rlt_jax.rl.reward_terms import (
     Written,
     combine_terms,
     make_terms,
     total_reward,
 )
+
+from rlt_jax.data.templates import Problem
+from rlt_jax.errors import UserError
 from rlt_jax.types import Reward
 
 SOLUTION = "three plus four is seven"

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-
 from rlt_jax.data.scoring import RowShape, scoring_batch
+from rlt_jax.inference.scoring import score_rows
+
 from rlt_jax.data.templates import Problem, Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.scoring import score_rows
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import (
     MAPS,

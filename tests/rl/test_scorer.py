@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 
 import rlt_jax
 from rlt_jax import api
@@ -17,7 +18,6 @@ from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
-from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 from rlt_jax.types import Params
 
 PROBLEMS = [
