@@ -35,7 +35,7 @@ setuptools.setup(
         "qwix>=0.1.8",
         "safetensors",
         "scipy",
-        "sentencepiece>=0.2.1",
+        "sentencepiece>=0.2.2",
         "tensorboardX",
         "tokenizers",
         "tqdm",
