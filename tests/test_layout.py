@@ -1,9 +1,11 @@
 """The shape of the code: who imports whom, and how large things may get."""
 
 import ast
+import io
 import os
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +34,9 @@ RANKS = {
 DEVICE_LIBRARIES = {"jax", "flax", "optax", "orbax"}
 LINES_PER_FILE = 400
 LINES_PER_FUNCTION = 60
-LINES_PER_LOOP = 120  # `run` and `train` of a stage, which read top to bottom
+LINES_PER_LOOP = 80  # `run` and `train` of a stage, which read top to bottom
+PARAMETERS = 7
+CODE_LINES = 9_200  # of the package, without docstrings, comments and blank lines
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
@@ -62,6 +66,36 @@ def functions_of(file: Path) -> Iterator[tuple[str, int]]:
             if ast.get_docstring(node) is not None:
                 length -= node.body[0].end_lineno - node.body[0].lineno + 1
             yield node.name, length
+
+
+def parameters_of(file: Path) -> Iterator[tuple[str, int]]:
+    """Name and number of parameters, self and cls aside, of every function of a file."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            names = [x.arg for x in given.posonlyargs + given.args + given.kwonlyargs]
+            yield node.name, len([x for x in names if x not in ("self", "cls")])
+
+
+def code_lines_of(file: Path) -> int:
+    """Lines of code, without docstrings, comments and blank lines."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    docstrings = {
+        line
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER}
+    layout |= {tokenize.INDENT, tokenize.DEDENT}
+    text = file.read_text(encoding="utf-8")
+    code = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in layout
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return len(code - docstrings)
 
 
 def top_of(dotted: str) -> str | None:
@@ -105,6 +139,16 @@ def test_files_and_functions_stay_small(file: Path) -> None:
     for name, length in functions_of(file):
         is_loop = file.parent.name == "stages" and name in ("run", "train")
         assert length <= (LINES_PER_LOOP if is_loop else LINES_PER_FUNCTION), name
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_functions_take_few_parameters(file: Path) -> None:
+    for name, count in parameters_of(file):
+        assert count <= PARAMETERS, name
+
+
+def test_the_package_stays_small() -> None:
+    assert sum(map(code_lines_of, FILES)) <= CODE_LINES
 
 
 def test_main_stays_tiny() -> None:
