@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.data.stop_texts import StopFinder
-from rlt_jax.inference.decode import CPU_TILES, Slots, decode, prefill
+from rlt_jax.inference.decode import CPU_TILES, DecodeConfig, Slots, decode, prefill
 from rlt_jax.inference.layout import (
     EngineConfig,
     Layout,
@@ -99,9 +99,8 @@ def make_engine(
     layout = make_layout(model, sampling, config, mesh, longest_row)
     reader, to_decode, axes = decode_weights(model, config.weights)
     tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
-    steps = functools.partial(
-        decode, reader, sampling, tuple(stop_ids), config.steps, tile
-    )
+    static = DecodeConfig(reader, sampling, tuple(stop_ids), config.steps, tile)
+    steps = functools.partial(decode, static)
 
     whole, rows, drawn = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.errors import UserError
-from rlt_jax.inference.decode import Drawn, Refill, Slots
+from rlt_jax.inference.decode import Refill, Sampled, Slots
 from rlt_jax.inference.layout import Layout, Request
 from rlt_jax.types import Completion
 
@@ -109,7 +109,7 @@ class Scheduler:
         return prefills, refill, list(self._slots)
 
     def absorb(
-        self, drawn: Drawn, owners: Sequence[_Running | None]
+        self, drawn: Sampled, owners: Sequence[_Running | None]
     ) -> list[tuple[int, Completion]]:
         """Takes what a dispatch has drawn; gives index and completion of what is done."""
         done = []
@@ -183,7 +183,7 @@ class Scheduler:
         self._table[b] = self._row(prompt.pages[: stored // C] + pages)
         fresh.token[b] = request.prompt[-1]
         fresh.position[b] = stored
-        fresh.longest[b] = request.longest
+        fresh.max_new_tokens[b] = request.longest
         fresh.request[b] = request.request_id
         fresh.active[b] = True
         if layout.seen_size:
