@@ -13,6 +13,7 @@ setuptools.setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["rlt_jax", "rlt_jax.*"]),
     package_data={"rlt_jax": ["data/assets/*/*", "models/assets/*/*", "report/*.html"]},

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
 # Flags, help and printed commands of the launchers; sourced, not run.
 #
-# A launcher lists its flags with their defaults in the associative array `flag`, and
-# those that may be repeated in `repeatable`; `parse_flags "$@"` fills them in. What
-# follows `--` ends up in `main_args`. Every flag NAME has an environment variable
-# RLT_NAME, which a flag on the command line overrides.
+# A launcher defines its flags with their defaults in the associative array `flag`, and
+# the names of repeatable flags in `repeatable`; `parse_flags "$@"` sets their values.
+# Arguments after `--` are in `main_args`. Every flag NAME has an environment variable
+# RLT_NAME; a flag on the command line overrides it.
 
 needs_bash() { # needs_bash MAJOR MINOR
   ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= $1 * 100 + $2)) ||
-    die "bash $1.$2 or newer is needed, this is $BASH_VERSION"
+    die "bash $1.$2 or newer is required, this is $BASH_VERSION"
 }
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
@@ -44,11 +44,11 @@ parse_flags() {
         ;;
       --*=*) name=${1%%=*} value=${1#*=} ;;
       --*) name=$1 value=true ;;
-      *) die "unexpected '$1'; flags are --name=value, those of rlt_jax.main follow --" ;;
+      *) die "unexpected '$1'; flags are --name=value; flags of rlt_jax.main go after --" ;;
     esac
     name=${name#--}
     [[ -n ${flag[$name]+known} ]] ||
-      die "unknown flag --$name; see --help, flags of rlt_jax.main follow --"
+      die "unknown flag --$name; see --help; flags of rlt_jax.main go after --"
     [[ $1 == *=* || ${flag[$name]} == @(true|false) ]] ||
       die "--$name needs a value: --$name=VALUE"
     if [[ " ${repeatable[*]-} " == *" $name "* && $given == *" $name "* ]]; then
@@ -58,16 +58,16 @@ parse_flags() {
     set_flag "$name" "$value"
     shift
   done
-  exec 3>&1 # what a dry run prints, also from inside $(...)
+  exec 3>&1 # output of a dry run, also from inside $(...)
 }
 
 set_flag() { # set_flag NAME VALUE
   [[ ${flag[$1]} != @(true|false) || $2 == @(true|false) ]] ||
-    die "--$1 is true or false, not '$2'"
+    die "--$1 must be true or false, not '$2'"
   flag[$1]=$2
 }
 
-require() { # require NAME...: ends with one message that names all that is missing
+require() { # require NAME...: exits with a message if any of the flags has no value
   local name missing=()
   for name; do
     [[ -n ${flag[$name]} ]] || missing+=("--$name (or RLT_${name^^})")
@@ -75,11 +75,11 @@ require() { # require NAME...: ends with one message that names all that is miss
   ((${#missing[@]} == 0)) || die "missing: $(join ', ' "${missing[@]}"); see --help"
 }
 
-require_number() { # require_number NAME...: whole numbers above zero
+require_number() { # require_number NAME...: the flags must be positive integers
   local name
   for name; do
     [[ ${flag[$name]} =~ ^[1-9][0-9]*$ ]] ||
-      die "--$name is a number above zero, not '${flag[$name]}'"
+      die "--$name must be a positive integer, not '${flag[$name]}'"
   done
 }
 
@@ -89,10 +89,10 @@ join() { # join SEPARATOR WORD...
   printf '%s' "$text"
 }
 
-# The values of a repeatable flag, a line each.
+# Prints the values of a repeatable flag, one per line.
 values() { [[ -z ${flag[$1]} ]] || printf '%s\n' "${flag[$1]}"; }
 
-# Words as one line that a shell reads back as the same words.
+# Prints words quoted for the shell, on one line.
 quote() {
   local word words=()
   for word; do
@@ -104,7 +104,7 @@ quote() {
 
 dry_run() { [[ ${flag[dry_run]} == true ]]; }
 
-# Prints a command: a dry run to stdout, to be pasted; else to stderr.
+# Prints a command: to stdout in a dry run, otherwise to stderr.
 show() {
   if dry_run; then
     printf '%s\n' "$(quote "$@")" >&3
@@ -113,13 +113,13 @@ show() {
   fi
 }
 
-# Prints a command and, but for a dry run, runs it.
+# Prints a command and runs it, unless this is a dry run.
 run() {
   show "$@"
   dry_run || "$@"
 }
 
-# The same, but the shell becomes the command: what is signalled is the command itself.
+# Like `run`, but replaces the shell with the command, so that signals reach the command.
 become() {
   show "$@"
   dry_run || exec "$@"

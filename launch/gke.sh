@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# Runs rlt_jax on TPU slices of a GKE cluster through XPK: the way to TPU7x and later.
+# Runs rlt_jax on TPU slices of a GKE cluster with XPK, required for TPU7x and later.
 #
 #   launch/gke.sh --cluster=NAME --zone=ZONE --tpu_type=TYPE --workload=NAME \
 #       --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
 #   launch/gke.sh --cluster=pods --zone=us-central1-a --tpu_type=tpu7x-16 \
 #       --workload=rlt-1 --config=configs/gsm8k.py --storage=runs --workdir=/runs/rlt-1
 #
-# Submits a workload to a cluster that is there already and waits for its end; the last
-# commit of this checkout is added to --base_image and installed when the workload starts,
-# unless --image names an image that has rlt_jax. After a preemption the cluster starts
-# the workload again and the run goes on from its workdir, at most --max_restarts times; a
-# run that ends in an error is not started again. Interrupting this launcher leaves the
-# workload running. Nothing is deleted: a name that is taken is an error, and the pods of a
-# finished workload go by themselves.
+# Submits a workload to an existing cluster and waits until it ends. The last commit of
+# this checkout is added to --base_image and installed when the workload starts, unless
+# --image is an image with rlt_jax. After a preemption, the cluster restarts the workload
+# and the run resumes from its workdir, at most --max_restarts times; a run that fails is
+# not restarted. Interrupting this launcher leaves the workload running. Nothing is
+# deleted: an existing workload of the same name is an error, and the cluster removes the
+# pods of a finished workload.
 #
-# Every flag can also be given as an environment variable: RLT_ and its name in capitals;
-# flags that may be repeated have a line for each value there.
+# Every flag can also be set by an environment variable: RLT_ and its name in capitals;
+# repeatable flags have one value per line there.
 #
-#   --cluster=NAME       GKE cluster, for example one made by `xpk cluster create`
-#   --zone=ZONE          its zone
-#   --project=PROJECT    its project; by default the one gcloud is set to
-#   --tpu_type=TYPE      TPU type of a slice as XPK names it: v5p-16, v6e-16, tpu7x-16, ...
+#   --cluster=NAME       GKE cluster, for example created by `xpk cluster create`
+#   --zone=ZONE          zone of the cluster
+#   --project=PROJECT    project of the cluster; by default the current gcloud project
+#   --tpu_type=TYPE      TPU type of a slice in XPK: v5p-16, v6e-16, tpu7x-16, ...
 #   --num_slices=1       number of slices
 #   --workload=NAME      name of the workload
 #   --config=FILE        config of the run: in the checkout, or a path in the image
 #   --workdir=DIR        workdir of the run: a folder on a mounted --storage
 #   --base_image=python:3.12
-#                        image that the checkout is added to
-#   --image=IMAGE        image to run as it is, instead
-#   --storage=NAME       storage of the cluster to mount, for example a bucket that was
-#                        attached with `xpk storage attach`; may be repeated
-#   --env=NAME=VALUE     environment variable of the run; may be repeated
-#   --max_restarts=10    how often the workload is started again after a preemption
-#   --xpk_flag=FLAG      flag of `xpk workload create`, such as --spot; may be repeated
-#   --wait=true          whether to wait for the end and pass on whether it went well
-#   --dry_run            print the commands, run nothing
+#                        image to add the checkout to
+#   --image=IMAGE        image with rlt_jax, to run without changes
+#   --storage=NAME       storage of the cluster to mount, for example a bucket attached
+#                        with `xpk storage attach`; repeatable
+#   --env=NAME=VALUE     environment variable of the run; repeatable
+#   --max_restarts=10    maximum number of restarts after preemptions
+#   --xpk_flag=FLAG      flag of `xpk workload create`, such as --spot; repeatable
+#   --wait=true          whether to wait for the end and return the status of the run
+#   --dry_run            print the commands without running them
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"
@@ -51,9 +51,9 @@ parse_flags "$@"
 require cluster zone tpu_type workload config workdir
 require_number num_slices
 ! on_bucket ||
-  die "--workdir=${flag[workdir]}: attach the bucket to the cluster (docs/pods.md, GKE), and name its --storage and a folder below its mount point"
+  die "--workdir=${flag[workdir]}: attach the bucket to the cluster (docs/pods.md, GKE), and set --storage and a folder below its mount point"
 [[ -n ${flag[storage]} ]] ||
-  die "--workdir=${flag[workdir]} ends with its pods; name a folder on a mounted --storage"
+  die "--workdir=${flag[workdir]} would be lost with the pods; use a folder on a mounted --storage"
 
 place=("--cluster=${flag[cluster]}" "--zone=${flag[zone]}")
 [[ -z ${flag[project]} ]] || place+=("--project=${flag[project]}")
@@ -64,7 +64,7 @@ done
 scratch=""
 trap '[[ -z $scratch ]] || rm -rf "$scratch"' EXIT
 
-# What is signalled is the program itself, which saves before it is preempted.
+# With exec, signals reach the program, which saves a checkpoint before a preemption.
 command="exec $(quote python -m rlt_jax.main "--config=${flag[config]}" \
   "--workdir=${flag[workdir]}" "${main_args[@]}")"
 if [[ -n ${flag[image]} ]]; then
@@ -79,7 +79,7 @@ else
   command="python -m pip install --quiet -e '.[tpu]' && $command"
 fi
 
-# Without input XPK cannot be told to replace a workload of the same name.
+# Without stdin, XPK does not offer to replace a workload of the same name.
 run xpk workload create "${place[@]}" "--workload=${flag[workload]}" \
   "--tpu-type=${flag[tpu_type]}" "--num-slices=${flag[num_slices]}" \
   "--max-restarts=${flag[max_restarts]}" "${image[@]}" "${xpk_flags[@]}" \

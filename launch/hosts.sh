@@ -1,43 +1,43 @@
 #!/usr/bin/env bash
-# Runs rlt_jax on a list of hosts reached by ssh, one process a host.
+# Runs rlt_jax on a list of hosts over ssh, one process per host.
 #
 #   launch/hosts.sh --hosts=HOST,HOST,... --config=FILE --workdir=DIR \
 #       [flags] [-- flags of rlt_jax.main]
 #   launch/hosts.sh --hosts=ann@10.0.0.1,ann@10.0.0.2 --config=configs/gsm8k.py \
 #       --workdir=/shared/gsm8k -- --config.seed=1
 #
-# Installs rlt_jax on every host, runs it on all of them with the first as coordinator,
-# shows what they print, each line prefixed with the index of its host, and fetches the
-# workdir of the first host. When a connection is lost (status 255 of ssh) the run is
-# started again on the same hosts and goes on from its workdir. When a process fails the
-# others are hung up, and the exit status is that of the first that failed. The hosts must
-# accept ssh without a password prompt and reach each other at the coordinator's port; the
-# workdir must be one that all of them see: shared storage, or a gs:// path, which every
-# host mounts with gcsfuse.
+# Installs rlt_jax on every host, runs it on all hosts with the first as coordinator,
+# prints their output, each line prefixed with the index of the host, and copies the
+# workdir from the first host. If a connection is lost (ssh status 255), the run is
+# restarted on the same hosts and resumes from its workdir. If a process fails, the others
+# are terminated, and the exit status is that of the first that failed. The hosts must
+# accept ssh without a password prompt, and the coordinator's port must be reachable from
+# all of them. The workdir must be on shared storage, or a gs:// path, which every host
+# mounts with gcsfuse.
 #
-# Every flag can also be given as an environment variable: RLT_ and its name in capitals;
-# flags that may be repeated have a line for each value there.
+# Every flag can also be set by an environment variable: RLT_ and its name in capitals;
+# repeatable flags have one value per line there.
 #
-#   --hosts=HOSTS        comma-separated, each as ssh takes it
+#   --hosts=HOSTS        comma-separated hosts, in the format of ssh
 #   --config=FILE        config of the run: in the checkout, or a path on the hosts
-#   --workdir=DIR        workdir of the run: gs://BUCKET/PATH, or a folder that all see
+#   --workdir=DIR        workdir of the run: gs://BUCKET/PATH, or a shared folder
 #   --coordinator_address=ADDRESS:PORT
-#                        where process 0 is reached by the others; by default the first
+#                        address of process 0 for the other hosts; by default the first
 #                        of --hosts, without its user, at port 8476
-#   --install=checkout   checkout: the last commit of this checkout; none: what an earlier
-#                        launch installed; else what pip is to install
-#   --extra=cuda         extra that comes with the checkout: cuda or tpu
-#   --python=3.12        Python of the virtual environment, fetched if it is not there
+#   --install=checkout   checkout: the last commit of this checkout; none: keep an earlier
+#                        installation; otherwise a requirement for pip
+#   --extra=cuda         extra to install with the checkout: cuda or tpu
+#   --python=3.12        Python of the virtual environment, downloaded if missing
 #   --remote_dir=rlt_jax_launch
-#                        folder on each host, relative to the home, for all of this
+#                        folder on each host for the installation, relative to the home
 #   --setup=COMMAND      shell command that each host runs before the installation
-#   --env=NAME=VALUE     environment variable of the run; may be repeated
-#   --ssh_flag=FLAG      flag of ssh and scp, such as -i; may be repeated, a word each
-#   --fetch_to=runs      local folder that receives the workdir; none: not fetched
-#   --attempts=3         how often the run is started at most
-#   --pause_seconds=30   pause before the run is started again
-#   --grace_seconds=10   time that connections have to end before they are killed
-#   --dry_run            print the commands, run nothing
+#   --env=NAME=VALUE     environment variable of the run; repeatable
+#   --ssh_flag=FLAG      flag of ssh and scp, such as -i, one word; repeatable
+#   --fetch_to=runs      local folder to copy the workdir to; none: do not copy it
+#   --attempts=3         maximum number of times that the run is started
+#   --pause_seconds=30   pause before the run is restarted
+#   --grace_seconds=10   time for connections to end before they are killed
+#   --dry_run            print the commands without running them
 
 # shellcheck disable=SC2329  # functions are called through on_all_hosts
 set -euo pipefail
@@ -60,11 +60,11 @@ require_number attempts grace_seconds
 
 IFS=, read -ra hosts <<<"${flag[hosts]}"
 for host in "${hosts[@]}"; do
-  [[ -n $host && $host != -* ]] || die "--hosts=${flag[hosts]} has a host that is none: '$host'"
+  [[ -n $host && $host != -* ]] || die "--hosts=${flag[hosts]} has an invalid host: '$host'"
 done
 coordinator=${flag[coordinator_address]:-${hosts[0]#*@}:8476}
 mapfile -t ssh_flags < <(values ssh_flag)
-# A host that is switched off shows within a minute.
+# Detects a dead host within a minute.
 ssh_flags+=(-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
 scratch=""
 trap '[[ -z $scratch ]] || rm -rf "$scratch"' EXIT
@@ -75,7 +75,7 @@ install_on_host() {
   become ssh "${ssh_flags[@]}" "${hosts[$1]}" "$(install_command "${flag[extra]}")"
 }
 
-# With a terminal on the other side, hanging up ends the process there.
+# With a remote terminal, closing the connection ends the process.
 run_on_host() {
   become ssh -tt "${ssh_flags[@]}" "${hosts[$1]}" "$(run_command \
     "--coordinator_address=$coordinator" "--num_processes=${#hosts[@]}" "--process_id=$1")"
@@ -102,7 +102,7 @@ for ((attempt = 1; ; attempt++)); do
   status=0
   on_all_hosts run_on_host || status=$?
   ((status == 255 && attempt < flag[attempts])) || break
-  say "a connection was lost; attempt $((attempt + 1)) of ${flag[attempts]} follows"
+  say "a connection was lost; starting attempt $((attempt + 1)) of ${flag[attempts]}"
   sleep "${flag[pause_seconds]}"
 done
 if ((status)); then

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Runs rlt_jax in several processes on this machine: the multi-host path, for tests and
-# for debugging. The processes meet on loopback, have CPU devices, talk through gloo.
+# Runs rlt_jax in several processes on this machine, to test and debug multi-host runs.
+# The processes have CPU devices and communicate over loopback with gloo.
 #
 #   launch/local_pod.sh N --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
 #   launch/local_pod.sh 2 --config=configs/quickstart.py --workdir=runs/pod -- --config.seed=1
 #
-# Each line of output is prefixed with the id of its process. When one process fails the
-# others are ended; the exit status is that of the first that failed.
+# Each line of output is prefixed with the id of its process. If a process fails, the
+# others are terminated; the exit status is that of the first that failed.
 #
-# Every flag can also be given as an environment variable: RLT_ and its name in capitals.
+# Every flag can also be set by an environment variable: RLT_ and its name in capitals.
 #
-#   --processes=N        number of processes; the same as N in front of the flags
+#   --processes=N        number of processes; can be given as N before the flags
 #   --config=FILE        config of the run
 #   --workdir=DIR        workdir of the run
 #   --devices=4          CPU devices of each process
 #   --port=PORT          port of process 0 on loopback; a free one by default
-#   --python=python      Python that has rlt_jax
-#   --grace_seconds=30   time that processes have to end before they are killed
-#   --dry_run            print the commands, run nothing
+#   --python=python      Python with rlt_jax installed
+#   --grace_seconds=30   time for processes to end before they are killed
+#   --dry_run            print the commands without running them
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"
@@ -35,7 +35,7 @@ require_number processes devices grace_seconds
 free_port() {
   local port
   for _ in {1..100}; do
-    port=$((20000 + RANDOM % 12000)) # below the ports of outgoing connections
+    port=$((20000 + RANDOM % 12000)) # below the range of ephemeral ports
     (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
   done
   printf '%s' "$port"

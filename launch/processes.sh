@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154  # `flag` is the launcher's
-# Several processes that live and die together; sourced after flags.sh.
+# shellcheck disable=SC2154  # the launcher defines `flag`
+# Runs several processes and ends all of them when one fails; sourced after flags.sh.
 
 needs_bash 5 1
 
-# together COUNT FUNCTION: runs `FUNCTION I` for I from 0 to COUNT - 1 at once, their
-# output prefixed with [I]. When one fails or a signal comes, ends the others. Returns the
-# first status that is not zero. FUNCTION ends in `exec`, so that signals reach its command.
+# together COUNT FUNCTION: runs `FUNCTION I` for I from 0 to COUNT - 1 in parallel, with
+# output prefixed by [I]. If one fails or a signal arrives, ends the others. Returns the
+# first nonzero status. FUNCTION has to end in `exec`, so that signals reach its command.
 together() {
   local count=$1 function=$2 id pid out code status=0 signalled=0
   local -A id_of=()
@@ -16,7 +16,7 @@ together() {
   trap 'signalled=143' TERM
   for ((id = 0; id < count; id++)); do
     exec {out}> >(
-      trap '' HUP INT TERM # prints what the processes say while they end
+      trap '' HUP INT TERM # keeps printing while the processes end
       while IFS= read -r line || [[ -n $line ]]; do printf '[%s] %s\n' "$id" "${line%$'\r'}"; done
     )
     printers+=($!)
@@ -27,7 +27,7 @@ together() {
   while ((${#id_of[@]} && !status && !signalled)); do
     pid="" code=0
     wait -n -p pid "${!id_of[@]}" || code=$?
-    [[ -n ${pid-} ]] || continue # a signal ended the wait, and unset it
+    [[ -n ${pid-} ]] || continue # a signal interrupted the wait
     ((code == 0)) || say "process ${id_of[$pid]} ended with status $code; ending the others"
     status=$code
     unset "id_of[$pid]"
@@ -42,13 +42,13 @@ together() {
   return "$status"
 }
 
-# Children get --grace_seconds to end by themselves.
+# Terminates processes, and kills them after --grace_seconds.
 end_processes() {
   kill -TERM "$@" 2>/dev/null || true
   until_gone "${flag[grace_seconds]}" "$@" || kill -KILL "$@" 2>/dev/null || true
 }
 
-until_gone() { # until_gone SECONDS PID...: fails when some are left after that time
+until_gone() { # until_gone SECONDS PID...: fails if processes are left after that time
   local deadline=$((SECONDS + $1))
   while kill -0 "${@:2}" 2>/dev/null; do
     ((SECONDS < deadline)) || return 1

@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Runs rlt_jax on GPU nodes under Slurm, one task a GPU.
+# Runs rlt_jax on GPU nodes under Slurm, one task per GPU.
 #
 #   launch/slurm.sh --gpus_per_node=8 --config=FILE --workdir=DIR \
 #       [flags] [-- flags of rlt_jax.main]
 #   launch/slurm.sh --nodes=2 --gpus_per_node=8 --time=24:00:00 \
 #       --config=configs/gsm8k.py --workdir=/shared/gsm8k
 #
-# jax.distributed finds coordinator, number and id of the processes in Slurm's environment
-# and gives each task of a node one of the GPUs that all of its tasks see: hence as many
-# tasks a node as GPUs, none of them bound. When a task fails srun ends the others; its
-# exit status is passed on. rlt_jax has to be installed where --python is found on every
-# node, and the workdir must be one that all nodes see.
+# jax.distributed reads the coordinator, number and id of the processes from Slurm's
+# environment, and assigns one GPU of the node to each of its tasks. This requires one task
+# per GPU, and all GPUs of the node must be visible to every task. If a task fails, srun
+# terminates the others and its exit status is returned. rlt_jax must be installed for
+# --python on every node, and the workdir must be on shared storage.
 #
-# Outside of an allocation srun asks for one. For runs that outlive the terminal and go on
-# after preemption, put it into a batch job that Slurm may requeue:
+# Outside of an allocation, srun requests one. For runs that continue after the terminal is
+# closed and resume after preemption, use a batch job that Slurm can requeue:
 #
 #   sbatch --requeue --nodes=2 --gpus-per-node=8 --wrap="launch/slurm.sh --gpus_per_node=8 ..."
 #
-# Every flag can also be given as an environment variable: RLT_ and its name in capitals;
-# flags that may be repeated have a line for each value there.
+# Every flag can also be set by an environment variable: RLT_ and its name in capitals;
+# repeatable flags have one value per line there.
 #
-#   --gpus_per_node=N    GPUs of a node, and tasks on it
+#   --gpus_per_node=N    number of GPUs, and tasks, per node
 #   --config=FILE        config of the run
-#   --workdir=DIR        workdir of the run, seen by all nodes
-#   --nodes=N            number of nodes; in an allocation all of it by default
+#   --workdir=DIR        workdir of the run, on shared storage
+#   --nodes=N            number of nodes; by default all nodes of the allocation
 #   --time=HH:MM:SS      time limit
 #   --partition=NAME     partition
 #   --account=NAME       account
-#   --cpus_per_task=N    CPU cores for each task
-#   --srun_flag=FLAG     flag of srun, such as --exclusive; may be repeated
-#   --python=python      Python that has rlt_jax
-#   --dry_run            print the command, run nothing
+#   --cpus_per_task=N    CPU cores per task
+#   --srun_flag=FLAG     flag of srun, such as --exclusive; repeatable
+#   --python=python      Python with rlt_jax installed
+#   --dry_run            print the command without running it
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"

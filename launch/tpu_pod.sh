@@ -6,43 +6,41 @@
 #   launch/tpu_pod.sh --name=rlt --zone=us-east5-b --accelerator_type=v6e-64 --queued \
 #       --spot --config=configs/gsm8k.py --workdir=gs://bucket/gsm8k -- --config.seed=1
 #
-# Uses the slice of that name, or makes it; installs rlt_jax on its workers; runs the
-# config on all of them and shows what they print; fetches the workdir from worker 0,
-# unless it is on a bucket; and deletes the slice if it made it. A slice that was there
-# before is never deleted. When the slice is preempted it is made again and the run goes on
-# from its workdir, which therefore has to outlive the slice: a gs:// path, which every
-# worker mounts with gcsfuse, or a folder on storage that --setup mounts. On several
-# workers it must be one that all of them see.
-# The exit status is that of the run.
+# Uses the slice with the given name or creates it, installs rlt_jax on its workers, runs
+# the config on all workers and prints their output, copies the workdir from worker 0
+# unless it is in a bucket, and deletes the slice if this launcher created it. A slice that
+# existed before is never deleted. If the slice is preempted, it is created again and the
+# run resumes from its workdir, which must be on storage that outlives the slice: a gs://
+# path, which every worker mounts with gcsfuse, or a folder that --setup mounts. With
+# several workers, it must be on shared storage. The exit status is that of the run.
 #
-# Every flag can also be given as an environment variable: RLT_ and its name in capitals;
-# flags that may be repeated have a line for each value there.
+# Every flag can also be set by an environment variable: RLT_ and its name in capitals;
+# repeatable flags have one value per line there.
 #
 #   --name=NAME          name of the slice, and of its queued resource
-#   --zone=ZONE          its zone
-#   --project=PROJECT    its project; by default the one gcloud is set to
+#   --zone=ZONE          zone of the slice
+#   --project=PROJECT    project of the slice; by default the current gcloud project
 #   --accelerator_type=TYPE
-#                        what to make if there is no such slice: v5litepod-16, v6e-64, ...
-#   --version=IMAGE      runtime image of the VMs; by default the one for the TPU's version
-#   --queued             make a queued resource and wait for its turn
-#   --spot               make it of spot capacity, which may be preempted
-#   --create_flag=FLAG   flag of gcloud's create, such as --network=NAME; may be repeated
+#                        type of the slice to create: v5litepod-16, v6e-64, ...
+#   --version=IMAGE      runtime image of the VMs; by default the one for the TPU version
+#   --queued             create a queued resource and wait for it
+#   --spot               use spot capacity, which can be preempted
+#   --create_flag=FLAG   flag of gcloud's create, such as --network=NAME; repeatable
 #   --config=FILE        config of the run: in the checkout, or a path on the workers
 #   --workdir=DIR        workdir of the run: gs://BUCKET/PATH, or a folder
-#   --install=checkout   checkout: the last commit of this checkout; none: what an earlier
-#                        launch installed; else what pip is to install
-#   --python=3.12        Python of the virtual environment, fetched if it is not there
+#   --install=checkout   checkout: the last commit of this checkout; none: keep an earlier
+#                        installation; otherwise a requirement for pip
+#   --python=3.12        Python of the virtual environment, downloaded if missing
 #   --remote_dir=rlt_jax_launch
-#                        folder on each worker, relative to the home, for all of this
+#                        folder on each worker for the installation, relative to the home
 #   --setup=COMMAND      shell command that each worker runs before the installation
-#   --env=NAME=VALUE     environment variable of the run; may be repeated
-#   --ssh_flag=FLAG      flag of gcloud's ssh and scp, such as --internal-ip; may be
-#                        repeated
-#   --fetch_to=runs      local folder that receives the workdir; none: not fetched
-#   --keep               keep the slice also if this launcher made it
-#   --attempts=10        how often the slice is made and the run started at most
-#   --poll_seconds=30    pause between two looks at the state of the slice
-#   --dry_run            print the commands for a slice that is not there, run nothing
+#   --env=NAME=VALUE     environment variable of the run; repeatable
+#   --ssh_flag=FLAG      flag of gcloud's ssh and scp, such as --internal-ip; repeatable
+#   --fetch_to=runs      local folder to copy the workdir to; none: do not copy it
+#   --keep               do not delete the slice, even if this launcher created it
+#   --attempts=10        maximum number of times that the slice is created and the run started
+#   --poll_seconds=30    interval for polling the state of the slice
+#   --dry_run            print the commands for a new slice without running them
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"
@@ -71,20 +69,20 @@ delete=("${tpus[@]}" tpu-vm delete "$name" "${place[@]}" --quiet)
   delete=("${tpus[@]}" queued-resources delete "$name" "${place[@]}" --force --quiet)
 
 scratch=""     # folder of temporary files
-made=no        # whether this launcher made the slice: no, yes, or maybe
-times_made=0   # how often
-started=no     # whether a run was started on it
-state=UNKNOWN  # of the slice, at the last look
-child=""       # process id of gcloud while it shows what the run prints
+created=no     # whether this launcher created the slice: no, yes, or maybe
+num_created=0  # how many times
+started=no     # whether a run was started on the slice
+state=UNKNOWN  # last known state of the slice
+child=""       # process id of gcloud while the run is active
 
 pause() { dry_run || sleep "${flag[poll_seconds]}"; }
 
-# Prints the state of the VMs or of the queued resource; MISSING if there is none.
+# Prints the state of the VMs or of the queued resource; MISSING if it does not exist.
 state_of() { # state_of tpu-vm|queued-resources FIELD
   local command=("${tpus[@]}" "$1" describe "$name" "${place[@]}" "--format=value($2)")
   show "${command[@]}"
   if dry_run; then
-    case $made-$1 in
+    case $created-$1 in
       no-*) echo MISSING ;;
       *-tpu-vm) echo READY ;;
       *) echo ACTIVE ;;
@@ -98,8 +96,8 @@ state_of() { # state_of tpu-vm|queued-resources FIELD
   fi
 }
 
-# A queued resource can stay active while its VMs are gone.
-look() {
+# Updates `state`. A queued resource can be active although its VMs no longer exist.
+update_state() {
   if [[ ${flag[queued]} == true ]]; then
     state=$(state_of queued-resources state.state) || return 1
     [[ $state == ACTIVE ]] || return 0
@@ -114,19 +112,20 @@ runtime_version() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    tpu7* | v7*) die "TPU7x and later are reached through GKE: see launch/gke.sh" ;;
-    *) die "no runtime image is known for ${flag[accelerator_type]}; name one with --version" ;;
+    tpu7* | v7*) die "TPU7x and later require GKE: use launch/gke.sh" ;;
+    *) die "the runtime image for ${flag[accelerator_type]} is unknown; set --version" ;;
   esac
 }
 
-make_slice() {
+create_slice() {
   local version=${flag[version]} options=("--accelerator-type=${flag[accelerator_type]}")
   [[ -n ${flag[accelerator_type]} ]] ||
-    die "there is no slice $name in ${flag[zone]}; to make it, give --accelerator_type"
+    die "there is no slice $name in ${flag[zone]}; to create it, set --accelerator_type"
   [[ -n $version ]] || version=$(runtime_version)
-  ((++times_made <= flag[attempts])) || die "made $name ${flag[attempts]} times in vain"
+  ((++num_created <= flag[attempts])) ||
+    die "created $name ${flag[attempts]} times, but it was never ready"
   [[ ${flag[spot]} == false ]] || options+=(--spot)
-  made=maybe
+  created=maybe
   if [[ ${flag[queued]} == true ]]; then
     run "${tpus[@]}" queued-resources create "$name" "${place[@]}" "--node-id=$name" \
       "${options[@]}" "--runtime-version=$version" "${create_flags[@]}"
@@ -134,22 +133,22 @@ make_slice() {
     run "${tpus[@]}" tpu-vm create "$name" "${place[@]}" \
       "${options[@]}" "--version=$version" "${create_flags[@]}"
   fi || {
-    made=no
-    die "could not make $name; whatever exists under this name is left alone"
+    created=no
+    die "could not create $name; existing resources with this name are not deleted"
   }
-  made=yes
+  created=yes
 }
 
-# Returns when the slice can be used.
+# Returns when the slice is ready.
 get_slice() {
-  while look || die "could not ask for the state of $name"; do
+  while update_state || die "could not get the state of $name"; do
     case $state in
       READY) return ;;
-      MISSING) make_slice ;;
-      FAILED) die "the request for $name has failed; for the reason, describe it with gcloud" ;;
+      MISSING) create_slice ;;
+      FAILED) die "the request for $name failed; see the reason with gcloud describe" ;;
       PREEMPTED | TERMINATED | SUSPENDED | STOPPED | HIDDEN | UNKNOWN)
-        [[ $made == yes ]] ||
-          die "$name is $state, not made by this launch; delete it first: $(quote "${delete[@]}")"
+        [[ $created == yes ]] ||
+          die "$name is $state and was not created by this launch; delete it first: $(quote "${delete[@]}")"
         run "${delete[@]}"
         ;;
       *)
@@ -164,8 +163,8 @@ on_workers() { # on_workers run|become COMMAND
   "$1" "${tpus[@]}" tpu-vm ssh "$name" "${place[@]}" --worker=all "${ssh_flags[@]}" "--command=$2"
 }
 
-# New VMs take a while to let anyone in.
-reach_workers() {
+# New VMs do not accept ssh immediately.
+wait_for_workers() {
   local try
   for try in {1..5}; do
     on_workers run true && return
@@ -187,19 +186,19 @@ install_on_workers() {
 run_on_workers() {
   local status=0
   started=yes
-  # shellcheck disable=SC2119  # the workers find each other without flags
+  # shellcheck disable=SC2119  # on Cloud TPU the workers need no flags to connect
   on_workers become "$(run_command)" &
-  child=$! # a signal ends `wait` at once, but would wait for the end of a command
+  child=$! # a signal interrupts `wait`, but not a command in the foreground
   wait "$child" || status=$?
   child=""
   return "$status"
 }
 
-# Whether the slice is gone; a preemption may show in its state later than in the run.
+# Whether the slice is lost; its state can change some time after the run was preempted.
 lost() {
   local try
   for try in {1..3}; do
-    look || die "could not ask for the state of $name"
+    update_state || die "could not get the state of $name"
     [[ $state == READY ]] || return 0
     ((try == 3)) || pause
   done
@@ -219,17 +218,17 @@ finish() {
   trap 'say "interrupted; to delete $name: $(quote "${delete[@]}")"; exit 130' HUP INT TERM
   if [[ $started == yes && $state == READY ]] && fetches; then
     fetch_workdir || {
-      kept="its workdir could not be fetched"
+      kept="its workdir could not be copied"
       ((status)) || status=1
     }
   fi
   [[ ${flag[keep]} == false ]] || kept="--keep"
-  [[ $made != maybe ]] || kept="making it was interrupted"
-  if [[ $made != no && -n $kept ]]; then
+  [[ $created != maybe ]] || kept="its creation was interrupted"
+  if [[ $created != no && -n $kept ]]; then
     say "$name is kept ($kept); to delete it: $(quote "${delete[@]}")"
-  elif [[ $made == yes ]]; then
+  elif [[ $created == yes ]]; then
     run "${delete[@]}" || {
-      say "could not delete $name; to try again: $(quote "${delete[@]}")"
+      say "could not delete $name; delete it with: $(quote "${delete[@]}")"
       ((status)) || status=1
     }
   fi
@@ -242,7 +241,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 [[ ${flag[spot]} == false ]] || on_bucket ||
-  say "warning: a preemption loses --workdir=${flag[workdir]} unless it is on mounted storage"
+  say "warning: --workdir=${flag[workdir]} is lost on preemption unless it is on mounted storage"
 dry_run || scratch=$(mktemp -d)
 archive=${scratch:-.}/rlt_jax.tar.gz
 [[ ${flag[install]} != checkout ]] || pack_checkout "$archive"
@@ -250,15 +249,15 @@ archive=${scratch:-.}/rlt_jax.tar.gz
 for ((attempt = 1; ; attempt++)); do
   get_slice
   started=no status=0
-  { reach_workers && install_on_workers && run_on_workers; } || status=$?
+  { wait_for_workers && install_on_workers && run_on_workers; } || status=$?
   ((status)) || break
   if ! lost; then
     say "the run failed with status $status"
     exit "$status"
   fi
   if ((attempt >= flag[attempts])); then
-    say "$name is $state after attempt $attempt, the last; the run ended with status $status"
+    say "$name is $state after attempt $attempt, the last one; the run ended with status $status"
     exit "$status"
   fi
-  say "$name is $state; attempt $((attempt + 1)) of ${flag[attempts]} follows"
+  say "$name is $state; starting attempt $((attempt + 1)) of ${flag[attempts]}"
 done

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154  # `flag` and `main_args` are the launcher's
-# What runs on machines reached by ssh; sourced after flags.sh.
+# shellcheck disable=SC2154  # the launcher defines `flag` and `main_args`
+# Commands that run on remote machines; sourced after flags.sh.
 
-# The Python of the system may be too old for rlt_jax; uv, installed for this user alone,
-# fetches the one that is asked for.
-install_command() { # install_command EXTRA: the shell command that installs on a worker
+# The system's Python may be too old for rlt_jax, so uv, installed for this user only,
+# downloads the requested version.
+install_command() { # install_command EXTRA: prints the command that installs rlt_jax
   local folder python target steps=()
   folder=$(quote "${flag[remote_dir]}")
   python=$(quote "--python=${flag[python]}")
@@ -26,7 +26,7 @@ install_command() { # install_command EXTRA: the shell command that installs on 
   join ' && ' "${steps[@]}"
 }
 
-run_command() { # run_command WORD...: the shell command that runs rlt_jax.main
+run_command() { # run_command FLAG...: prints the command that runs rlt_jax.main
   local variables workdir=${flag[workdir]} steps=()
   mapfile -t variables < <(values env)
   steps+=("cd $(quote "${flag[remote_dir]}")")
@@ -42,8 +42,8 @@ run_command() { # run_command WORD...: the shell command that runs rlt_jax.main
 
 on_bucket() { [[ ${flag[workdir]} == gs://* ]]; }
 
-# The shell command that mounts the bucket of the workdir at gs/BUCKET. Orbax renames the
-# folder of a checkpoint, and nothing is cached that another worker may have written.
+# Prints the command that mounts the bucket of the workdir at gs/BUCKET. Orbax renames the
+# folders of checkpoints; caching is off because other workers write to the bucket.
 mount_command() {
   local bucket folder
   bucket=${flag[workdir]#gs://}
@@ -64,12 +64,12 @@ remote_workdir() {
   fi
 }
 
-# Packs the last commit of the checkout that holds this launcher into ARCHIVE.
+# Archives the last commit of the checkout of this launcher.
 pack_checkout() { # pack_checkout ARCHIVE
   local checkout
   checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   if ! dry_run && [[ -n $(git -C "$checkout" status --porcelain) ]]; then
-    say "warning: changes that are not committed are not sent"
+    say "warning: uncommitted changes are not included"
   fi
   run git -C "$checkout" archive --format=tar.gz "--output=$1" HEAD
 }

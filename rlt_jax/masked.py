@@ -1,8 +1,7 @@
-"""Reductions under a mask: the only averaging code.
+"""Masked reductions over the last axis.
 
-Every function takes values [..., T] and a bool mask of the same shape and reduces the
-last axis. Where the mask is empty the result is `empty`, finite by default; values
-outside the mask never matter, infinities and NaNs included.
+Every function takes values [..., T] and a bool mask [..., T]. Where the mask is all False
+the result is `empty`. Values outside the mask are ignored, also infinities and NaNs.
 """
 
 import jax
@@ -16,30 +15,30 @@ def _fill(result: Array, mask: Array, empty: float) -> Array:
 
 
 def total(values: Array, mask: Array) -> Array:
-    """Sum over the mask; 0 where it is empty."""
+    """Masked sum; 0 where the mask is empty."""
     return jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
 
 
 def mean(values: Array, mask: Array, empty: float = 0.0) -> Array:
-    """Mean over the mask."""
+    """Masked mean."""
     count = jnp.maximum(mask.sum(-1), 1)
     return _fill(total(values, mask) / count, mask, empty)
 
 
 def minimum(values: Array, mask: Array, empty: float = 0.0) -> Array:
-    """Smallest value under the mask."""
+    """Masked minimum."""
     return _fill(jnp.min(jnp.where(mask, values, jnp.inf), axis=-1), mask, empty)
 
 
 def maximum(values: Array, mask: Array, empty: float = 0.0) -> Array:
-    """Largest value under the mask."""
+    """Masked maximum."""
     return _fill(jnp.max(jnp.where(mask, values, -jnp.inf), axis=-1), mask, empty)
 
 
 def std(values: Array, mask: Array, empty: float = 0.0) -> Array:
-    """Unbiased (n - 1) standard deviation; `empty` below two values."""
-    centre = mean(values, mask)[..., None]
-    square = total(jnp.where(mask, values - centre, 0.0) ** 2, mask)
+    """Masked unbiased (n - 1) standard deviation; `empty` for fewer than two values."""
+    center = mean(values, mask)[..., None]
+    square = total(jnp.where(mask, values - center, 0.0) ** 2, mask)
     count = mask.sum(-1)
     result = jnp.sqrt(square / jnp.maximum(count - 1, 1))
     return jnp.where(count > 1, result, empty)
@@ -49,22 +48,23 @@ def _sorted(values: Array, mask: Array) -> Array:
     return jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)
 
 
+def _at(values: Array, index: Array) -> Array:
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
 def quantile(values: Array, mask: Array, q: float, empty: float = 0.0) -> Array:
-    """q-quantile with linear interpolation between neighbours."""
+    """Masked q-quantile with linear interpolation."""
+    position = q * jnp.maximum(mask.sum(-1) - 1, 0).astype(jnp.float32)
+    low = jnp.floor(position).astype(jnp.int32)
+    high = jnp.ceil(position).astype(jnp.int32)
     ordered = _sorted(values, mask)
-    place = q * jnp.maximum(mask.sum(-1) - 1, 0).astype(jnp.float32)
-    low = jnp.floor(place).astype(jnp.int32)
-    high = jnp.ceil(place).astype(jnp.int32)
-    take = jnp.take_along_axis
-    below = take(ordered, low[..., None], axis=-1)[..., 0]
-    above = take(ordered, high[..., None], axis=-1)[..., 0]
-    weight = place - low
+    below, above = (_at(ordered, index) for index in (low, high))
+    weight = position - low
     between = jnp.where(high > low, below * (1 - weight) + above * weight, below)
     return _fill(between, mask, empty)
 
 
 def median(values: Array, mask: Array, empty: float = 0.0) -> Array:
-    """Lower median: of an even count, the smaller of the two middle values."""
-    place = jnp.maximum(mask.sum(-1) - 1, 0) // 2
-    middle = jnp.take_along_axis(_sorted(values, mask), place[..., None], axis=-1)
-    return _fill(middle[..., 0], mask, empty)
+    """Masked lower median: the smaller of the two middle values for an even count."""
+    index = jnp.maximum(mask.sum(-1) - 1, 0) // 2
+    return _fill(_at(_sorted(values, mask), index), mask, empty)

@@ -1,4 +1,4 @@
-"""From a section of the config to the dataclass or function that owns its keys."""
+"""Builds dataclasses and calls functions from sections of the config."""
 
 import dataclasses
 import importlib
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
-    """A config section with all settings of a dataclass, so that all can be overridden.
+    """A config section with all fields of a dataclass, so that all can be overridden.
 
     Args:
       owner: the dataclass.
-      **values: where the section differs from its defaults, and what has none.
+      **values: fields without a default, and fields that differ from their default.
 
     Raises:
       UserError: unknown or missing keys.
@@ -32,17 +32,18 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
             config[field.name] = value
         elif isinstance(value, Mapping):
             config[field.name] = dict(value)
-        else:  # several types, or none: the owner checks what is given
+        else:  # fields of several types; the dataclass checks the value
             config[field.name] = config_dict.placeholder(object)
             config[field.name] = value
     return config
 
 
 def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
-    """Calls `factory(**values)`; a key it does not know is an error with its name.
+    """Calls `factory` with the keys of a config section.
 
     Args:
-      factory: a dataclass or function with named parameters.
+      factory: a dataclass, a function whose keyword arguments are the keys, or a function
+        of one dataclass whose fields are the keys.
       values: the config section.
       where: name of the section, for messages, such as "config.rl.loop".
 
@@ -51,45 +52,56 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
-    parameters = inspect.signature(factory).parameters
+    owner = owner_of_keys(factory)
+    parameters = inspect.signature(owner).parameters
     required = [
         name
         for name, parameter in parameters.items()
         if parameter.default is inspect.Parameter.empty
     ]
     _check_keys(values, parameters, required, where)
-    return factory(**values)
+    return factory(**values) if owner is factory else factory(owner(**values))
+
+
+def owner_of_keys(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The dataclass that is the only parameter of a function; otherwise `factory`."""
+    if not inspect.isfunction(factory):
+        return factory
+    parameters = list(inspect.signature(factory).parameters.values())
+    if len(parameters) == 1 and dataclasses.is_dataclass(parameters[0].annotation):
+        return parameters[0].annotation
+    return factory
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """A function that a config names as "module:function".
+    """Imports a function that a config names as "module:function".
 
     Raises:
-      UserError: there is none.
+      UserError: the module or the function does not exist.
     """
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'{path!r} is no "module:function": {error}.') from error
+        raise UserError(f'{path!r} is not a "module:function": {error}.') from error
 
 
 def check(owner: Any, values: Any, where: str) -> None:
-    """Checks all keys of a section before anything is done with them.
+    """Checks all keys of a section before the stage starts.
 
     Args:
-      owner: what `build` takes; or a mapping from every key of the section to the owner
-        of its value; or None for a value that is checked by its reader.
+      owner: a factory for `build`; or a mapping from every key of the section to the owner
+        of its value; or None for a value that is checked where it is used.
       values: the config section, or a value in it.
       where: name of the section, for messages.
 
     Raises:
-      UserError: unknown or missing keys, or values that their owner refuses.
+      UserError: unknown or missing keys, or invalid values.
     """
     if isinstance(owner, Mapping):
         _check_keys(values, owner, owner, where)
-        for name, part in owner.items():
-            check(part, values[name], f"{where}.{name}")
+        for name, section_owner in owner.items():
+            check(section_owner, values[name], f"{where}.{name}")
     elif owner is not None:
         build(owner, values, where)
 
@@ -102,7 +114,7 @@ def _check_keys(
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(
-            f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}."
+            f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}."
         )
     missing = [name for name in required if name not in values]
     if missing:

@@ -20,7 +20,9 @@ KINDS = {"careful": 0.3, "skipping": 0.3, "restating": 0.3, "wrong": 0.1}
 def main() -> None:
     """Trains on a deterministic corpus and writes the model."""
     rlt, tiny = load_template("rlt"), load_template("tiny")
-    traces = arithmetic.traces("train", 2000, 0, KINDS, known_answer=False)
+    traces = arithmetic.traces(
+        arithmetic.TraceConfig("train", 2000, 0, KINDS, known_answer=False)
+    )
     corpus = [text for t in traces for text in (t.problem.question, t.explanation)]
     for template in (rlt, tiny):
         corpus += [template.teacher_system, template.student_system] * 50

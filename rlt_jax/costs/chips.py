@@ -1,4 +1,4 @@
-"""Published figures of accelerators, and the slices that they come in."""
+"""Specifications of accelerators and their available topologies."""
 
 import math
 import re
@@ -10,20 +10,20 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What one chip has, by its maker.
+    """Specifications of one chip, as published by its vendor.
 
     Attributes:
-      name: as in the topologies of libtpu, and in lower case for GPUs.
-      usable_bytes: of a device, what one program may use. On TPU it is the limit that
-        the compiler of libtpu 0.0.42 names when a program needs too much; on GPU the
-        share that JAX takes unless it is told otherwise
+      name: name in libtpu's topologies; lower case for GPUs.
+      usable_bytes: memory of a device in bytes that a program may use. On TPU, the limit
+        that the compiler of libtpu 0.0.42 reports when a program exceeds it; on GPU, the
+        fraction that JAX preallocates by default
         (docs.jax.dev/en/latest/gpu_memory_allocation.html).
-      flops: bf16 operations per second, dense, at the published peak.
-      bandwidth: bytes per second from and to HBM.
-      interconnect: bytes per second that leave a chip over all its links together (ICI,
-        NVLink); the same may arrive meanwhile. A collective over one axis of the torus
-        has only that axis's links.
-      devices: what JAX sees of a chip when it compiles for a topology.
+      flops: peak dense bf16 floating-point operations per second.
+      bandwidth: HBM bandwidth in bytes per second.
+      interconnect: bandwidth in bytes per second and direction of all links of a chip
+        together (ICI, NVLink). A collective over one axis of the torus uses only the
+        links of that axis.
+      devices: number of JAX devices per chip.
     """
 
     name: str
@@ -42,15 +42,16 @@ def _tpu(
     interconnect: float,
     devices: int = 1,
 ) -> Chip:
-    """Memory in GiB, rates in 1e12 and 1e9; docs.cloud.google.com/tpu/docs/<name>."""
+    """From docs.cloud.google.com/tpu/docs/<name>; memory in GiB, rates in TFLOP and GB."""
     rates = tflops * 1e12, gb_per_second * 1e9, interconnect * 1e9
     return Chip(name, int(usable * GIB), *rates, devices)
 
 
 def _gpu(name: str, memory: int, gb_per_second: float) -> Chip:
-    """SXM boards: 1,979 TFLOP/s with sparsity, which doubles them; 900 GB/s both ways.
+    """From www.nvidia.com/en-us/data-center/<name>/, SXM; memory in GB.
 
-    From www.nvidia.com/en-us/data-center/<name>/.
+    The published 1,979 TFLOP/s are with sparsity; NVLink has 900 GB/s in both directions
+    together.
     """
     rates = 1979e12 / 2, gb_per_second * 1e9, 900e9 / 2
     return Chip(name, int(0.75 * memory * 1e9), *rates, 1)
@@ -59,13 +60,13 @@ def _gpu(name: str, memory: int, gb_per_second: float) -> Chip:
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        # The page has no interconnect per chip but 1.1 PB/s of all-reduce for 4,096 of
-        # them, a ratio that gives the published figures of v5e and v6e. A running v4
-        # shows one device a chip; its topologies show both cores.
+        # Interconnect: from the published 1.1 PB/s of all-reduce for 4,096 chips; the same
+        # ratio gives the published figures of v5e and v6e. A v4 chip is one device at run
+        # time and two in the topologies of libtpu.
         _tpu("v4", 15.25, 275, 1200, 1.1e6 / 4096, devices=2),
-        # Interconnects are published as both directions together.
+        # Published interconnect bandwidths are for both directions together.
         _tpu("v5e", 15.75, 197, 819, 400 / 2),
-        # The compiler names 95.74 GiB, more than the 95 that are published.
+        # The compiler reports 95.74 GiB, more than the published 95.
         _tpu("v5p", 95.735, 459, 2765, 1200 / 2),
         _tpu("v6e", 31.25, 918, 1600, 800 / 2),
         _tpu("tpu7x", 94.75, 2307, 7380, 1200 / 2, devices=2),
@@ -91,7 +92,7 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology such as "v5e:8x8".
 
     Raises:
-      UserError: the chip is not in the table.
+      UserError: an unknown chip.
     """
     name = topology.partition(":")[0]
     if name not in CHIPS:
@@ -102,25 +103,25 @@ def chip_of(topology: str) -> Chip:
 
 
 def num_chips(topology: str) -> int:
-    """Chips of a topology: 64 in "v5e:8x8".
+    """Number of chips in a topology: 64 in "v5e:8x8".
 
     Raises:
-      UserError: the sizes are missing or no numbers.
+      UserError: the topology has no valid sizes.
     """
     sizes = topology.partition(":")[2]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(f"topology={topology!r} has no sizes, as v5e:8x8 has.")
+        raise UserError(f"topology={topology!r}: add the sizes, as in v5e:8x8.")
     return math.prod(int(size) for size in sizes.split("x"))
 
 
 def slices(chip_name: str) -> tuple[str, ...]:
-    """The topologies of a chip that can be had, smallest first, as "v5e:1x1".
+    """The available topologies of a chip, smallest first, such as "v5e:1x1".
 
-    libtpu's `get_topology_desc` takes them as they are, but for a single chip, which
-    needs `chips_per_host_bounds=[1, 1, 1]`. GPUs are counted, up to a node.
+    These are names for libtpu's `get_topology_desc`, which for a single chip also needs
+    `chips_per_host_bounds=[1, 1, 1]`. For GPUs the size is their number, up to one node.
 
     Raises:
-      UserError: the chip is not in the table.
+      UserError: an unknown chip.
     """
     chip = chip_of(chip_name)
     return tuple(f"{chip.name}:{sizes}" for sizes in _SLICES[chip.name])

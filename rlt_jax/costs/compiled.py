@@ -1,8 +1,8 @@
-"""What a compiled program needs: memory, traffic between and within devices.
+"""Costs of a compiled program: memory, HBM traffic and collectives.
 
-All numbers are of one device and one execution. They are read off the program that XLA
-made, with every loop counted as often as it turns. `unknown_trips` says how often loops
-turn whose end depends on data, see `hlo.total`.
+All numbers are per device and execution. They are computed from the HLO text, with every
+loop multiplied by its trip count. `unknown_trips` has the trip counts of loops whose end
+depends on data, see `hlo.total`.
 """
 
 import math
@@ -22,16 +22,17 @@ from rlt_jax.costs.hlo import (
 
 
 class Memory(NamedTuple):
-    """Bytes on a device.
+    """Memory in bytes per device.
 
     Attributes:
-      arguments: inputs, those that are donated too.
-      outputs: results, those in place of a donated input too.
-      temporaries: what lives only within the program.
-      aliased: results that are in place of inputs.
-      code: the program.
-      peak: arguments + outputs + temporaries - aliased + code. The compiler's own peak
-        is no use: on CPU it leaves out temporaries, on TPU it counts on-chip memory.
+      arguments: size of the arguments, donated ones included.
+      outputs: size of the outputs, those that reuse donated arguments included.
+      temporaries: size of the temporary buffers.
+      aliased: size of the outputs that reuse the memory of donated arguments.
+      code: size of the executable.
+      peak: arguments + outputs + temporaries - aliased + code. The peak that XLA reports
+        is not comparable: on CPU it excludes temporaries, on TPU it includes on-chip
+        memory.
     """
 
     arguments: int
@@ -43,14 +44,14 @@ class Memory(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """How often a collective is executed, and the bytes that a device receives."""
+    """Number of executions of a collective, and bytes received per device."""
 
     count: float
     bytes: float
 
 
-# From the bytes of the operand and the devices of a group, as the best algorithms move.
-_MOVED = {
+# Received bytes from the operand size and the group size, for bandwidth-optimal algorithms.
+_RECEIVED = {
     "all-gather": lambda size, n: size * (n - 1),
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
     "reduce-scatter": lambda size, n: size * (n - 1) / n,
@@ -58,7 +59,8 @@ _MOVED = {
     "collective-permute": lambda size, n: size,
 }
 
-# Neither read nor write; of asynchronous pairs the start reads and the end writes.
+# Instructions without memory traffic. Of an asynchronous pair, the start reads and the
+# done writes.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
     *("call", "conditional", "after-all", "partition-id", "replica-id"),
@@ -67,7 +69,7 @@ _FREE = {
 
 
 def memory(compiled: Any) -> Memory:
-    """Memory of a `jax.stages.Compiled`."""
+    """Memory usage of a `jax.stages.Compiled`."""
     sizes = compiled.memory_analysis()
     arguments, outputs, temporaries, aliased, code = (
         getattr(sizes, f"{name}_size_in_bytes")
@@ -78,18 +80,18 @@ def memory(compiled: Any) -> Memory:
 
 
 def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:
-    """Traffic between devices by kind, for the kinds that occur.
+    """Traffic of the collectives in a program, by kind.
 
-    With n devices in a group a device receives (n - 1)/n of what an all-gather makes,
-    twice that part of what an all-reduce reduces, that part of what goes into a
-    reduce-scatter or an all-to-all, and all of what a collective-permute is given.
+    In a group of n devices, a device receives (n - 1)/n of the output of an all-gather,
+    twice that fraction of the operand of an all-reduce, that fraction of the operand of a
+    reduce-scatter or an all-to-all, and the whole operand of a collective-permute.
     """
     program = parse(text)
-    found = total(program, lambda body: _collectives(program, body), unknown_trips)
+    costs = total(program, lambda body: _collectives(program, body), unknown_trips)
     return {
-        kind: Traffic(found[f"{kind} count"], found[f"{kind} bytes"])
-        for kind in _MOVED
-        if found.get(f"{kind} count")
+        kind: Traffic(costs[f"{kind} count"], costs[f"{kind} bytes"])
+        for kind in _RECEIVED
+        if costs.get(f"{kind} count")
     }
 
 
@@ -98,10 +100,10 @@ def _collectives(program: Program, body: Computation) -> dict[str, float]:
     channels = set()
     for owner, line in inside(program, body):
         kind = line.opcode.removesuffix("-start")
-        if kind not in _MOVED:
+        if kind not in _RECEIVED:
             continue
-        # TPUs spread a collective over fusions that compute meanwhile; each of them
-        # names it, with its channel.
+        # On TPU, several fusions can contain the same collective, to overlap it with
+        # compute; they share its channel.
         channel = re.search(r"channel_id=(\d+)", line.rest)
         if owner is not body and channel:
             if channel[1] in channels:
@@ -110,15 +112,15 @@ def _collectives(program: Program, body: Computation) -> dict[str, float]:
         size = sum(owner.instructions[name].bytes for name in line.operands)
         if kind == "all-reduce" and _is_scattered(owner, line):
             kind = "reduce-scatter"
-        moved = _MOVED[kind](size, _group_size(program, line.rest))
-        for what, cost in (("count", 1), ("bytes", moved)):
-            key = f"{kind} {what}"
+        received = _RECEIVED[kind](size, _group_size(program, line.rest))
+        for name, cost in (("count", 1), ("bytes", received)):
+            key = f"{kind} {name}"
             costs[key] = costs.get(key, 0) + cost
     return costs
 
 
 def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
-    """Whether a fusion keeps only a slice of an all-reduce, as TPUs reduce-scatter."""
+    """Whether a fusion uses only a slice of an all-reduce, a reduce-scatter on TPU."""
     return any(
         line.opcode == "dynamic-slice" and line.operands[0] == reduce.name
         for line in fusion.instructions.values()
@@ -126,13 +128,13 @@ def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
 
 
 def _group_size(program: Program, attributes: str) -> int:
-    """Devices that take part in a collective together."""
+    """Number of devices in a group of a collective."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[([\d,]+)\]", attributes):
         return int(found[1].split(",")[-1])
     if found := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", attributes):
-        # The axes of a mesh, or parts of them: 'x' or 'x':(1)2, where 2 is the size.
+        # Mesh axes 'x', or parts of axes 'x':(1)2, where 2 is the size of the part.
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
@@ -140,24 +142,24 @@ def _group_size(program: Program, attributes: str) -> int:
 
 
 def hbm_bytes(text: str, unknown_trips: Sequence[float]) -> float:
-    """Bytes from and to main memory, an upper estimate.
+    """HBM traffic in bytes, an upper estimate.
 
-    Every instruction outside fusions reads its operands and writes its results, as if
-    nothing stayed on the chip but what the compiler placed there. Slices and gathers
-    count as the part that they touch, in fusions too. Custom calls, such as Pallas
-    kernels, count as if they read every operand once.
+    Every instruction outside fusions reads its operands from HBM and writes its results
+    to HBM, except for buffers that the compiler placed in on-chip memory. Slices and
+    gathers count as the bytes that they access, also in fusions. Custom calls, such as
+    Pallas kernels, read every operand once.
     """
     program = parse(text)
 
     def own(body: Computation) -> dict[str, float]:
         lines = body.instructions.values()
-        return {"bytes": sum(_touched(program, body, line) for line in lines)}
+        return {"bytes": sum(_accessed(program, body, line) for line in lines)}
 
     return total(program, own, unknown_trips).get("bytes", 0)
 
 
-def _touched(program: Program, body: Computation, line: Instruction) -> float:
-    """Bytes that an instruction reads and writes."""
+def _accessed(program: Program, body: Computation, line: Instruction) -> float:
+    """HBM bytes that an instruction reads and writes."""
     if line.opcode in _FREE or '"AllocateBuffer"' in line.rest:
         return 0
     if line.opcode.endswith("-done"):
@@ -169,18 +171,18 @@ def _touched(program: Program, body: Computation, line: Instruction) -> float:
     )
     if line.opcode.endswith("-start"):
         return reads
-    written = zip(line.arrays, _written(program, body, line), strict=True)
-    return reads + sum(size for array, size in written if not array.space)
+    writes = zip(line.arrays, _written(program, body, line), strict=True)
+    return reads + sum(size for array, size in writes if not array.space)
 
 
 def _read(program: Program, body: Computation, line: Instruction, index: int) -> float:
-    """Bytes that an instruction reads of an operand."""
+    """Bytes of an operand that an instruction reads."""
     whole = body.operand(line, index).bytes
     kind = line.opcode.removesuffix("-start")
     if kind == "tuple" or (kind == "dynamic-update-slice" and index == 0):
         return 0
     if kind in ("slice", "dynamic-slice", "gather") and index == 0:
-        # What starts a slice makes a tuple of its operands and its result.
+        # The result of an asynchronous start is a tuple of operands and result.
         result = 0 if kind == line.opcode else len(line.operands)
         return min(whole, line.arrays[result].bytes)
     if kind == "scatter" and index < len(line.operands) // 2:
@@ -193,7 +195,7 @@ def _read(program: Program, body: Computation, line: Instruction, index: int) ->
 
 
 def _uses(program: Program, fusion: Computation, name: str) -> float:
-    """Bytes of an array that the instructions of a fusion read."""
+    """Bytes of an array that the instructions of a fusion read, by its name."""
     read = 0.0
     for line in fusion.instructions.values():
         for index, operand in enumerate(line.operands):
@@ -207,10 +209,10 @@ def _uses(program: Program, fusion: Computation, name: str) -> float:
 
 
 def _written(program: Program, body: Computation, line: Instruction) -> list[float]:
-    """Bytes that an instruction writes of each of its arrays."""
+    """Bytes that an instruction writes to each of its arrays."""
     if line.opcode == "tuple":
-        made = [body.instructions[name] for name in line.operands]
-        return [size for each in made for size in _written(program, body, each)]
+        parts = [body.instructions[name] for name in line.operands]
+        return [size for part in parts for size in _written(program, body, part)]
     if line.opcode == "bitcast":
         return _written(program, body, body.operand(line, 0))
     if line.opcode == "parameter":

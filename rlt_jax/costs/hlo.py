@@ -1,4 +1,4 @@
-"""Text of a compiled XLA program: computations, instructions, and how often they run."""
+"""Parser for the HLO text of compiled programs, with trip counts of loops."""
 
 import collections
 import functools
@@ -15,12 +15,12 @@ _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 class Array(NamedTuple):
-    """One array that an instruction makes.
+    """An array in the result of an instruction.
 
     Attributes:
-      dtype: XLA's name, "bf16".
-      shape: sizes on one device.
-      space: 0 for the device's main memory; TPUs have others, on chip and on the host.
+      dtype: dtype by its name in XLA, such as "bf16".
+      shape: shape on one device.
+      space: memory space; 0 is HBM, others are on chip or on the host.
     """
 
     dtype: str
@@ -29,27 +29,27 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Size without the padding of tiles."""
+        """Size in bytes, without padding to tiles."""
         bits = re.search(r"\d+", self.dtype)
         width = int(bits[0]) if bits else 8 * (self.dtype == "pred")
         return math.prod(self.shape) * width // 8
 
     @property
     def hbm_bytes(self) -> int:
-        """The same, but 0 for what is not in main memory."""
+        """Size in bytes in HBM; 0 for other memory spaces."""
         return 0 if self.space else self.bytes
 
 
 class Instruction(NamedTuple):
-    """One line.
+    """An HLO instruction, one line of text.
 
     Attributes:
-      name: unique in its computation.
-      opcode: "fusion".
-      arrays: what it makes, tuples flattened.
-      operands: names of instructions.
-      literal: what is in the parentheses.
-      rest: the attributes, as text.
+      name: name, unique in the computation.
+      opcode: operation, such as "fusion".
+      arrays: arrays in the result, with tuples flattened.
+      operands: names of the instructions that compute the operands.
+      literal: text in the parentheses after the opcode.
+      rest: text after the parentheses, the attributes.
     """
 
     name: str
@@ -60,35 +60,35 @@ class Instruction(NamedTuple):
     rest: str
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations of attributes such as `calls`."""
+        """Names of the computations in attributes such as `calls`."""
         names = "|".join(attributes)
-        found = re.findall(rf"\b(?:{names})=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
-        return _NAME.findall(" ".join(found))
+        values = re.findall(rf"\b(?:{names})=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
+        return _NAME.findall(" ".join(values))
 
     @property
     def bytes(self) -> int:
-        """Of all arrays it makes."""
+        """Size of the result in bytes."""
         return sum(array.bytes for array in self.arrays)
 
     @property
     def hbm_bytes(self) -> int:
-        """Of those in main memory."""
+        """Size of the part of the result in HBM, in bytes."""
         return sum(array.hbm_bytes for array in self.arrays)
 
 
 class Computation(NamedTuple):
-    """Instructions by name, and the one whose value is the result."""
+    """Instructions by name, and the root, which computes the result."""
 
     instructions: dict[str, Instruction]
     root: Instruction
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
-        """The instruction that makes an operand."""
+        """The instruction that computes an operand."""
         return self.instructions[instruction.operands[index]]
 
 
 class Program(NamedTuple):
-    """Computations by name, the name of the entry, and the number of devices."""
+    """Computations by name, name of the entry computation, and number of devices."""
 
     computations: dict[str, Computation]
     entry: str
@@ -97,7 +97,7 @@ class Program(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def parse(text: str) -> Program:
-    """A program from `compiled.as_text()`."""
+    """Parses the text of `compiled.as_text()`."""
     computations, entry, name = {}, "", ""
     instructions: dict[str, Instruction] = {}
     root = None
@@ -109,34 +109,34 @@ def parse(text: str) -> Program:
             last = root or next(reversed(instructions.values()))
             computations[name] = Computation(instructions, last)
             name = ""
-        elif name and (found := _LINE.fullmatch(line)):
-            instruction = _instruction(found[2], found[3])
+        elif name and (match := _LINE.fullmatch(line)):
+            instruction = _instruction(match[2], match[3])
             instructions[instruction.name] = instruction
-            root = instruction if found[1] else root
+            root = instruction if match[1] else root
     head = text.partition("\n")[0]
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
     return Program(computations, entry, math.prod(int(count) for count in counts))
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """From "bf16[8]{0} add(%a, %b), attributes"; the type may be a tuple of types."""
+    """Parses "bf16[8]{0} add(%a, %b), attributes"; the type may be a tuple."""
     end = _closing(text, 0) if text[0] == "(" else text.index(" ")
     kind, text = text[:end], text[end:].lstrip()
     start = text.index("(")
     end = _closing(text, start)
     literal = text[start + 1 : end - 1]
-    arrays = tuple(_array(*found) for found in _ARRAY.findall(kind))
+    arrays = tuple(_array(*groups) for groups in _ARRAY.findall(kind))
     operands = tuple(_NAME.findall(literal))
     return Instruction(name, text[:start], arrays, operands, literal, text[end:])
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` has been closed."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.end()
+            return match.end()
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
@@ -147,7 +147,7 @@ def _array(dtype: str, sizes: str, layout: str) -> Array:
 
 
 def fused(program: Program, instruction: Instruction) -> Computation | None:
-    """The computation of a fusion, or of what runs asynchronously."""
+    """The computation of a fusion or an asynchronous call; None for other instructions."""
     if instruction.opcode not in ("fusion", "async-start", "call-start"):
         return None
     names = instruction.called("calls", "to_apply")
@@ -157,7 +157,7 @@ def fused(program: Program, instruction: Instruction) -> Computation | None:
 def inside(
     program: Program, computation: Computation
 ) -> Iterator[tuple[Computation, Instruction]]:
-    """Instructions of a computation and of the fusions in it, with where they are."""
+    """Yields instructions with their computations, including those in fusions."""
     for instruction in computation.instructions.values():
         yield computation, instruction
         if inner := fused(program, instruction):
@@ -169,15 +169,16 @@ def total(
     own: Callable[[Computation], dict[str, float]],
     trips: Sequence[float],
 ) -> dict[str, float]:
-    """Sum of `own` over computations, each as often as it runs.
+    """Sums costs over all computations, multiplied by their numbers of executions.
 
-    `own` looks into fusions itself. Of a conditional the most of any branch counts.
+    A conditional costs as much as its most expensive branch.
 
     Args:
-      program: from `parse`.
-      own: costs of one execution of a computation without loops, calls and branches.
-      trips: iterations of loops whose end depends on data, by how many such loops are
-        around a loop; 1 where there is none.
+      program: program from `parse`.
+      own: returns the costs of one execution of a computation, with its fusions but
+        without its loops, calls and conditionals.
+      trips: trip counts of loops whose end depends on data, by the number of such loops
+        around the loop; 1 for deeper loops.
     """
 
     def visit(name: str, depth: int) -> collections.Counter:
@@ -186,10 +187,10 @@ def total(
         for line in computation.instructions.values():
             if line.opcode == "while":
                 count = trip_count(program, computation, line)
-                inner = depth + (count is None)
+                inner_depth = depth + (count is None)
                 if count is None:
                     count = trips[depth] if depth < len(trips) else 1
-                for key, cost in visit(line.called("body")[0], inner).items():
+                for key, cost in visit(line.called("body")[0], inner_depth).items():
                     costs[key] += count * cost
             elif line.opcode == "call":
                 costs.update(visit(line.called("to_apply")[0], depth))
@@ -204,26 +205,26 @@ def total(
 
 
 def trip_count(program: Program, around: Computation, loop: Instruction) -> int | None:
-    """Iterations of a while loop, or None if they depend on data.
+    """Trip count of a while loop, or None if it depends on data.
 
-    From what the compiler noted, else from a condition `i < constant`, where i goes up
-    by one, as in every loop of JAX that has a condition of this form.
+    Uses the count that the compiler reports, or a condition `i < constant`, where JAX
+    always increments i by one.
     """
-    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(noted[1])
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
     condition = program.computations[loop.called("condition")[0]]
     test = condition.root
     if test.opcode != "compare" or "direction=LT" not in test.rest:
         return None
     index = condition.operand(test, 0)
     end = _constant(condition, test.operands[1])
-    found = re.search(r"\bindex=(\d+)", index.rest)
-    if end is None or index.opcode != "get-tuple-element" or not found:
+    position = re.search(r"\bindex=(\d+)", index.rest)
+    if end is None or index.opcode != "get-tuple-element" or not position:
         return None
     start = 0
     carry = around.operand(loop, 0)
     if carry.opcode == "tuple":
-        start = _constant(around, carry.operands[int(found[1])]) or 0
+        start = _constant(around, carry.operands[int(position[1])]) or 0
     return max(0, end - start)
 
 

@@ -1,4 +1,4 @@
-"""The least time that a program can take on a chip: three limits that overlap."""
+"""Roofline model: lower bounds on the execution time of a program."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,14 @@ from rlt_jax.costs.chips import Chip
 
 
 class Roofline(NamedTuple):
-    """Times of one device in seconds, each as if it ran at its published peak.
+    """Execution times of one device in seconds at the published peak rates.
 
     Attributes:
-      seconds: the longest of the three, which is a lower bound: nothing runs at its
-        peak, and the three never overlap perfectly.
-      compute_seconds: for the floating-point operations.
-      memory_seconds: for what goes from and to HBM.
-      interconnect_seconds: for what goes between chips.
-      bound: which of them is longest: "compute", "memory" or "interconnect".
+      seconds: maximum of the three times below, a lower bound on the execution time.
+      compute_seconds: time of the floating-point operations.
+      memory_seconds: time of the HBM traffic.
+      interconnect_seconds: time of the traffic between chips.
+      bound: which of the three is the maximum: "compute", "memory" or "interconnect".
     """
 
     seconds: float
@@ -27,10 +26,9 @@ class Roofline(NamedTuple):
 def roofline(
     chip: Chip, flops: float, hbm_bytes: float, interconnect_bytes: float
 ) -> Roofline:
-    """Time of one device for so many bf16 operations and bytes.
+    """Roofline of one device for a number of bf16 operations and bytes.
 
-    A device has its part of the chip: all of it, but for chips that JAX sees as several
-    devices.
+    A chip that is several JAX devices divides its rates among them.
     """
     times = {
         "compute": flops * chip.devices / chip.flops,

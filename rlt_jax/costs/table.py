@@ -1,4 +1,4 @@
-"""A plan as text that fits in 100 columns."""
+"""Formats a plan as text of at most 100 columns."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,16 @@ _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def render(plan: Mapping[str, Any]) -> str:
-    """Tables of what a plan's programs need and cost, and of the whole recipe.
+    """Formats the memory and costs of a plan's programs and of the whole recipe.
 
     Args:
       plan: `topology`, `fits`, `programs` and `recipe`. A program has `name`, `fits`,
         `bytes` per device by name, `collectives` by kind with `count` and `bytes`,
         `model_flops`, `roofline` with `seconds` and `bound`, `runs_per_step` and
         `compile_seconds`. The recipe has `name`, `hours`, `chip_hours`,
-        `efficiency`, `stages` with `steps` and `step_seconds`, and the sentences of
-        `advice`. What was not compiled has no `roofline` and fewer `bytes`: "-".
+        `efficiency`, `stages` with `steps` and `step_seconds`, and `advice`, a list of
+        sentences. A program that was not compiled has no `roofline` and fewer `bytes`,
+        shown as "-".
     """
     programs = plan["programs"]
     fits = "fits" if plan["fits"] else "does not fit"
@@ -38,9 +39,9 @@ def render(plan: Mapping[str, Any]) -> str:
         for p in programs
     ]
     traffic = [
-        [p["name"], kind, _number(one["count"]), _amount(one["bytes"], "B")]
+        [p["name"], kind, _number(cost["count"]), _amount(cost["bytes"], "B")]
         for p in programs
-        for kind, one in p.get("collectives", {}).items()
+        for kind, cost in p.get("collectives", {}).items()
     ]
     names = ("program", "fits", *_BYTES, "free")
     parts = [
@@ -59,10 +60,10 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     line = f"{recipe['name']}: {hours} h, {chip_hours} chip-hours at "
     line += f"{recipe['efficiency']:.0%} of the speed above"
     stages = [
-        f"  {name}: {_number(one['steps'])} steps of {_seconds(one['step_seconds'])}"
-        for name, one in recipe["stages"].items()
+        f"  {name}: {_number(stage['steps'])} steps of {_seconds(stage['step_seconds'])}"
+        for name, stage in recipe["stages"].items()
     ]
-    lines = [_short(text, WIDTH) for text in (line, *stages)]
+    lines = [_shorten(text, WIDTH) for text in (line, *stages)]
     for advice in recipe["advice"]:
         indents = {"initial_indent": "- ", "subsequent_indent": "  "}
         lines.append(textwrap.fill(advice, WIDTH, **indents))
@@ -70,38 +71,38 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell, words to the left, numbers to the right."""
-    rows = [[_short(cell, 24) for cell in row] for row in (names, *rows)]
+    """Aligns the first column to the left and the others to the right."""
+    rows = [[_shorten(cell, 24) for cell in row] for row in (names, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _short(text: str, width: int) -> str:
+def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _gigabytes(sizes: Mapping[str, float]) -> list[str]:
-    found = [
+    cells = [
         "-" if size is None else f"{size / 1e9:,.{2 if abs(size) < 100e9 else 0}f}"
         for size in map(sizes.get, _BYTES)
     ]
-    return [*found, f"{sizes['headroom']:.0%}"]
+    return [*cells, f"{sizes['headroom']:.0%}"]
 
 
 def _number(value: float) -> str:
-    """Three digits, or all of a large number: "0.125", "12.5", "31,250"."""
+    """Formats a number with at least three digits: "0.125", "12.5", "31,250"."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _amount(value: float, unit: str) -> str:
-    """1.23e13 -> "12.3 TFLOP"."""
+    """Formats an amount with its unit: 1.23e13 -> "12.3 TFLOP"."""
     for size, letter in _UNITS:
         if value >= size:
             return f"{_number(value / size)} {letter}{unit}"

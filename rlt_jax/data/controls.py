@@ -1,4 +1,4 @@
-"""Controls that tell an explanation from something that only earns its reward."""
+"""Control completions, which should get a lower reward than real explanations."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ def controlled(
     closing: str,
     seed: int | Sequence[int],
 ) -> dict[str, list[str | None]]:
-    """Completions that should be worth less than the real ones.
+    """Makes control completions, which should get a lower reward than the real ones.
 
     Args:
-      completions: N texts.
-      questions: the question of each.
-      closing: closing tag of an explanation; the controls are all closed.
-      seed: of the shuffling.
+      completions: E texts.
+      questions: E questions, those of the completions.
+      closing: closing tag of an explanation, which every control has.
+      seed: random seed of the shuffling.
 
     Returns:
-      Control -> N completions: "empty", the words of the real one "shuffled", and the
-      explanation of the next "other" question, None where all questions are the same.
+      Name of a control -> E completions: "empty" explanations; explanations with
+      "shuffled" words; explanations of another question ("other"), None if all questions
+      are the same.
     """
     rng = np.random.default_rng(seed)
     bodies = [text.partition(closing)[0] for text in completions]
@@ -32,9 +33,9 @@ def controlled(
     count = len(completions)
     other = []
     for n in range(count):
-        later = [(n + k) % count for k in range(1, count)]
-        found = [m for m in later if questions[m] != questions[n]]
-        other.append(bodies[found[0]] + closing if found else None)
+        others = ((n + k) % count for k in range(1, count))
+        match = next((m for m in others if questions[m] != questions[n]), None)
+        other.append(None if match is None else bodies[match] + closing)
     return {
         "empty": [closing] * count,
         "shuffled": [body + closing for body in shuffled],
@@ -43,15 +44,15 @@ def controlled(
 
 
 def copied_share(explanation: str, solution: str, shortest: int = 12) -> float:
-    """Share of the solution's characters that the explanation repeats.
+    """Fraction of the solution's characters that the explanation copies.
 
     Args:
-      explanation: what the teacher wrote.
-      solution: what it was given.
-      shortest: matches of fewer characters do not count, but for a whole solution.
+      explanation: text of the explanation.
+      solution: text of the solution.
+      shortest: minimum number of characters of a match that is not the whole solution.
 
     Returns:
-      0 to 1; 0 for an empty solution.
+      A number from 0 to 1; 0 for an empty solution.
     """
     solution = solution.strip()
     if not solution:

@@ -128,7 +128,7 @@ def _load(
     task = keys.pop("task", None)
     if task not in sources:
         raise UserError(f"{where}.task={task!r}: choose one of {', '.join(sources)}.")
-    wanted = inspect.signature(sources[task]).parameters
+    wanted = inspect.signature(settings.owner_of_keys(sources[task])).parameters
     where = f"{where} of task {task!r}"
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")

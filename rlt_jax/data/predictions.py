@@ -1,4 +1,4 @@
-"""Completions that somebody else has sampled, joined to problems by the question."""
+"""Completions sampled by other tools, matched to problems by the question."""
 
 from collections.abc import Sequence
 
@@ -8,52 +8,53 @@ from rlt_jax.errors import UserError
 
 
 def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
-    """The completions of each problem, equally many, in the order of the file.
+    """Reads the same number of completions for each problem, in the order of the file.
 
     Args:
-      path: a file of `read_rows`; a row has `question`, and `completions`, a list of
-        texts, or `completion`, one of several rows of the question.
-      problems: with different questions; whitespace around a question does not count.
+      path: files, see `tables.read_rows`; a record has `question` and either
+        `completions`, a list of texts, or `completion`, one text.
+      problems: problems with distinct questions; whitespace around a question is ignored.
 
     Raises:
-      UserError: questions without predictions, predictions of other questions, unequal
-        numbers of them, or none at all.
+      UserError: the questions do not match, or they have different numbers of completions
+        or none.
     """
     texts: dict[str, list[str]] = {problem.question.strip(): [] for problem in problems}
     if len(texts) < len(problems):
         raise UserError(
-            f"predictions are joined by the question, but {len(problems)} problems "
-            f"of the data have only {len(texts)} different ones."
+            f"predictions are matched by the question, but the {len(problems)} problems "
+            f"have only {len(texts)} distinct questions; remove duplicates."
         )
-    for where, row in read_rows(path):
-        question = str(row.get("question")).strip()
+    for where, record in read_rows(path):
+        question = str(record.get("question")).strip()
         if question not in texts:
             raise UserError(
-                f"{where}: the data has no question {question[:60]!r}; name the data "
+                f"{where}: the data has no question {question[:60]!r}; use the data "
                 "(task, path, limit) that the predictions are for."
             )
-        texts[question] += _completions(where, row)
-    wanted = max(map(len, texts.values()))
-    if not wanted:
+        texts[question] += _completions(where, record)
+    expected = max(map(len, texts.values()))
+    if not expected:
         raise UserError(
-            f"{path}: there is nothing to grade; write one or more texts into the "
-            "`completions` of every question, or a `completion` into every row."
+            f"{path}: there are no predictions; add one or more texts to `completions` "
+            "for every question, or a `completion` to every record."
         )
-    for question, found in texts.items():
-        if len(found) < wanted:
+    for question, completions in texts.items():
+        if len(completions) < expected:
             raise UserError(
-                f"{path}: {len(found)} predictions for the question {question[:60]!r}, "
-                f"but {wanted} for others; give equally many for every question."
+                f"{path}: {len(completions)} predictions for the question "
+                f"{question[:60]!r}, but {expected} for others; all questions need the "
+                "same number."
             )
     return list(texts.values())
 
 
-def _completions(where: str, row: Row) -> list[str]:
-    found = row.get("completions")
-    if found is None:
-        found = [row.get("completion")]
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+def _completions(where: str, record: Row) -> list[str]:
+    texts = record.get("completions")
+    if texts is None:
+        texts = [record.get("completion")]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{where}: needs `completions`, a list of texts, or `completion`, a text."
         )
-    return found
+    return texts

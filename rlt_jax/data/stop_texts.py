@@ -1,4 +1,4 @@
-"""Texts that end a completion, found in its tokens."""
+"""Stop strings: texts that end a completion."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,40 +9,41 @@ StopFinder = Callable[[list[int], int], int | None]
 
 
 def stop_finder(tokenizer: Tokenizer, stop: Sequence[str]) -> StopFinder | None:
-    """Finds the first token with which any of some texts is complete.
+    """Returns a function that finds the token that completes a stop string.
 
     Args:
-      tokenizer: of the completions.
-      stop: texts, none empty.
+      tokenizer: tokenizer of the completions.
+      stop: stop strings, none empty.
 
     Returns:
-      From all tokens of a completion, and how many of them were not there at the last
-      call, to the number of tokens up to and including that token, None without one.
-      None for no texts.
+      A function of the tokens of a completion and the number of tokens that are new since
+      the last call. It returns the number of tokens up to and including the first one
+      that completes a stop string, or None. None if there are no stop strings.
 
     Raises:
-      UserError: the tokenizer can never write one of the texts.
+      UserError: the tokenizer cannot produce one of the strings.
     """
     for text in stop:
         if text not in tokenizer.decode(tokenizer.encode(text).ids):
             raise UserError(
-                f"sampling.stop: {text!r} cannot occur, {tokenizer.path} writes it as "
-                f"{tokenizer.decode(tokenizer.encode(text).ids)!r}."
+                f"sampling.stop: {text!r} cannot occur; the tokenizer {tokenizer.path} "
+                f"decodes it as {tokenizer.decode(tokenizer.encode(text).ids)!r}."
             )
     if not stop:
         return None
-    reach = max(len(text.encode("utf-8")) for text in stop)  # a token is a byte or more
+    # A token has at least one byte.
+    max_tokens = max(len(text.encode("utf-8")) for text in stop)
 
     def find(tokens: list[int], new: int) -> int | None:
-        start = max(0, len(tokens) - new - reach)
+        start = max(0, len(tokens) - new - max_tokens)
 
-        def stops(end: int) -> bool:
+        def has_stop(end: int) -> bool:
             text = tokenizer.decode(tokens[start:end])
-            return any(part in text for part in stop)
+            return any(string in text for string in stop)
 
-        if not stops(len(tokens)):
+        if not has_stop(len(tokens)):
             return None
         ends = range(len(tokens) - new + 1, len(tokens) + 1)
-        return next((end for end in ends if stops(end)), None)
+        return next((end for end in ends if has_stop(end)), None)
 
     return find

@@ -1,16 +1,16 @@
 """Problems and traces from JSON Lines, JSON, CSV and Parquet files.
 
-A row holds either plain columns or one conversation:
+A record has either plain columns or one conversation:
 
     {"question": q, "solution": s, "reasoning_trace": z, "answer": a}
     {"conversations": [{"from": "user", "value": q}, {"from": "assistant", "value":
       <thought> z </thought> delimiter <solution> s </solution>}], "answer": a}
 
-`prompt` is another name for `question`, `role` and `content` for `from` and `value`.
-Traces need `reasoning_trace`; nothing needs `answer`. A null is an absent value, other
-columns are ignored, and a row with a conversation is read from that alone (and its
-`answer`). Texts are kept verbatim: those of a conversation are bodies, whitespace next
-to the tags included.
+`prompt` can be used for `question`, and `role` and `content` for `from` and `value`.
+`reasoning_trace` is required for traces, `answer` is optional. Null values count as
+missing, other columns are ignored, and of a record with a conversation only that and
+`answer` are read. Texts are not changed: in a conversation, they are all that is between
+the tags, including whitespace.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlt_jax.data.tables import read_rows, shown
+from rlt_jax.data.tables import Row, read_rows, shown
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
 
@@ -44,168 +44,175 @@ def read_traces(
     limit: int | None = None,
     keep_cut_off: bool = False,
 ) -> list[Trace]:
-    """Reads traces in order; those with `closed` false were cut off, and are left out.
+    """Reads traces, without those that were cut off (`closed` is false).
 
     Args:
-      path: files as of `tables.read_rows`.
-      template: its tags divide the assistant's turn of a conversation.
-      limit: read no more than this many.
-      keep_cut_off: do not leave them out.
+      path: files, see `tables.read_rows`.
+      template: template whose tags separate the parts of a conversation.
+      limit: maximum number of records to read.
+      keep_cut_off: whether to keep traces that were cut off.
 
     Raises:
-      UserError: as of `tables.read_rows`, or a row without a question, a solution or a
-        trace.
+      UserError: see `tables.read_rows`; or a record has no question, solution or trace.
     """
-    rows = list(itertools.islice(read_rows(path, columns=COLUMNS), limit))
-    whole = [
-        (where, row) for where, row in rows if keep_cut_off or not _was_cut_off(row)
+    records = list(itertools.islice(read_rows(path, columns=COLUMNS), limit))
+    kept = [
+        (where, record)
+        for where, record in records
+        if keep_cut_off or not _was_cut_off(record)
     ]
-    if not whole:
+    if not kept:
         raise UserError(
-            f"{path}: all {len(rows)} traces were cut off before their end (`closed` is "
-            "false). Collect them with a larger sampling.max_new_tokens, or learn from "
-            "them all the same with data.keep_cut_off=True."
+            f"{path}: all {len(records)} traces were cut off (`closed` is false). Collect "
+            "them with a larger sampling.max_new_tokens, or train on them with "
+            "data.keep_cut_off=True."
         )
-    if len(whole) < len(rows):
-        cut = len(rows) - len(whole)
-        _LOG.warning("%s: %d of %d traces were cut off, left out", path, cut, len(rows))
-    return [_trace(where, row, template) for where, row in whole]
+    if cut_off := len(records) - len(kept):
+        _LOG.warning(
+            "%s: skipped %d of %d traces, which were cut off",
+            path,
+            cut_off,
+            len(records),
+        )
+    return [_trace(where, record, template) for where, record in kept]
 
 
 def read_problems(
     path: str, template: Template, limit: int | None = None
 ) -> list[Problem]:
-    """Reads the problems of the same files as `read_traces`; traces are ignored.
+    """Reads problems from the same files as `read_traces`.
 
-    A row with an answer needs no solution: the answer is one.
+    If a record has an answer but no solution, the answer is used as the solution.
 
     Raises:
-      UserError: as `read_traces`, but a row needs no trace.
+      UserError: see `tables.read_rows`; or a record has no question or solution.
     """
-    rows = itertools.islice(read_rows(path, columns=COLUMNS), limit)
+    records = itertools.islice(read_rows(path, columns=COLUMNS), limit)
     return [
-        _problem(where, _with_solution(where, row), template) for where, row in rows
+        _problem(where, _with_solution(where, record), template)
+        for where, record in records
     ]
 
 
-def _with_solution(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    answer = _answer(where, row.get("answer"))
-    if row.get("solution") is not None or answer is None:
-        return row
-    return row | {"solution": answer}
+def _with_solution(where: str, record: Row) -> Row:
+    answer = _answer(where, record.get("answer"))
+    if record.get("solution") is not None or answer is None:
+        return record
+    return record | {"solution": answer}
 
 
 def read_completions(
     path: str, template: Template
 ) -> Iterator[tuple[str, Problem, list[str]]]:
-    """Reads problems with completions to score, one row at a time.
+    """Reads problems with completions to score, one record at a time.
 
     Args:
-      path: as for `read_traces`.
-      template: as for `read_traces`.
+      path: see `read_traces`.
+      template: see `read_traces`.
 
     Yields:
-      Where the row stands, its problem, and the texts under `completions`; of a trace
-      without them its explanation, as the only one.
+      The file and line of the record, its problem, and its `completions`; for a trace
+      without `completions`, its explanation is the only completion.
 
     Raises:
-      UserError: as `read_problems`, or `completions` is not a list of texts.
+      UserError: see `read_problems`; or `completions` is not a list of texts.
     """
-    for where, row in read_rows(path, columns=COLUMNS):
-        completions = row.get("completions")
+    for where, record in read_rows(path, columns=COLUMNS):
+        completions = record.get("completions")
         if completions is None:
-            trace = _trace(where, row, template)
-            # As a student is trained on it: padded, and closed unless it was cut off.
+            trace = _trace(where, record, template)
+            # As in the student sequence: padded, and closed unless it was cut off.
             text = template.body(trace.explanation).removeprefix(template.pad)
-            if not _was_cut_off(row):
+            if not _was_cut_off(record):
                 text += template.explanation_tags[1]
             completions = [text]
         if not isinstance(completions, list) or not all(
             isinstance(text, str) for text in completions
         ):
             raise UserError(
-                f"{where}: completions is {shown(completions)}; write a list of texts."
+                f"{where}: completions is {shown(completions)}; it must be a list of "
+                "strings."
             )
-        yield where, _problem(where, row, template), completions
+        yield where, _problem(where, record, template), completions
 
 
-def _was_cut_off(row: dict[str, Any]) -> bool:
-    """`collect` says so; rows from elsewhere are whole unless they do, too."""
-    return row.get("closed") is False
+def _was_cut_off(record: Row) -> bool:
+    return record.get("closed") is False  # written by `collect`
 
 
-def _trace(where: str, row: dict[str, Any], template: Template) -> Trace:
-    if row.get("conversations") is None:
-        explanation = _text(where, row, "reasoning_trace")
+def _trace(where: str, record: Row, template: Template) -> Trace:
+    if record.get("conversations") is None:
+        explanation = _text(where, record, "reasoning_trace")
     else:
-        _, reply = _exchange(where, row["conversations"])
+        _, reply = _turns(where, record["conversations"])
         explanation = _body(where, reply, template.thought_tags)
-    return Trace(_problem(where, row, template), explanation)
+    return Trace(_problem(where, record, template), explanation)
 
 
-def _problem(where: str, row: dict[str, Any], template: Template) -> Problem:
-    if row.get("conversations") is None:
-        question = _text(where, row, "question", "prompt")
-        solution = _text(where, row, "solution")
+def _problem(where: str, record: Row, template: Template) -> Problem:
+    if record.get("conversations") is None:
+        question = _text(where, record, "question", "prompt")
+        solution = _text(where, record, "solution")
     else:
-        question, reply = _exchange(where, row["conversations"])
-        # A thought may quote the solution's tags, so the solution is sought after it.
+        question, reply = _turns(where, record["conversations"])
+        # A thought may quote the solution tags, so the search starts after it.
         _, closed, after = reply.partition(template.thought_tags[1])
         solution = _body(where, after if closed else reply, template.solution_tags)
     if not question.strip():
-        raise UserError(f"{where}: the question is empty; write one or drop the row.")
-    return Problem(question, solution, _answer(where, row.get("answer")))
+        raise UserError(f"{where}: the question is empty; remove the record.")
+    return Problem(question, solution, _answer(where, record.get("answer")))
 
 
-def _exchange(where: str, turns: Any) -> tuple[str, str]:
-    """Texts of the user's and the assistant's turn."""
+def _turns(where: str, turns: Any) -> tuple[str, str]:
+    """The texts of the user's and the assistant's turn."""
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise UserError(
-            f"{where}: conversations is {shown(turns)}, not a list of turns; write an "
-            "object with from and value (or role and content) for each turn."
+            f"{where}: conversations is {shown(turns)}; it must be a list of turns, each "
+            "an object with from and value (or role and content)."
         )
     roles, texts = [], []
     for number, turn in enumerate(turns, 1):
-        place = f"{where}, turn {number}"
-        role = _text(place, turn, "from", "role")
+        where_turn = f"{where}, turn {number}"
+        role = _text(where_turn, turn, "from", "role")
         if role != "system":
             roles.append(role)
-            texts.append(_text(place, turn, "value", "content"))
+            texts.append(_text(where_turn, turn, "value", "content"))
     if len(roles) != 2 or roles[0] not in USER or roles[1] not in ASSISTANT:
         raise UserError(
-            f"{where}: the roles in conversations are {roles}; give one turn of "
+            f"{where}: the roles in conversations are {roles}; there must be one turn of "
             f"{' or '.join(USER)}, then one of {' or '.join(ASSISTANT)}."
         )
     return texts[0], texts[1]
 
 
 def _body(where: str, reply: str, tags: tuple[str, str]) -> str:
-    """Text from the first opening tag to the closing tag after it."""
+    """The text between the first opening tag and the next closing tag."""
     _, opened, rest = reply.partition(tags[0])
     body, closed, _ = rest.partition(tags[1])
     if not closed:
         raise UserError(
-            f"{where}: the assistant's turn has no {tags[1] if opened else tags[0]} in "
-            f"its place; write the thought, then the solution, each between its tags "
-            f"(here {tags[0]} and {tags[1]}), or name the template with the tags used."
+            f"{where}: {tags[1] if opened else tags[0]} is missing in the assistant's "
+            "turn, or in the wrong place; it must have the thought, then the solution, "
+            f"each between its tags (here {tags[0]} and {tags[1]}). If the data has other "
+            "tags, use a template with these tags."
         )
     return body
 
 
-def _text(where: str, values: dict[str, Any], *names: str) -> str:
-    """The value under the first of the names that has one."""
+def _text(where: str, values: Row, *names: str) -> str:
+    """The value of the first of the names that has one."""
     name = next((name for name in names if values.get(name) is not None), None)
     if name is None:
         raise UserError(
-            f"{where}: no value for {' or '.join(names)}; found "
-            f"{', '.join(values) or 'nothing'}. Rows hold question (or prompt), "
-            "solution, for traces reasoning_trace, to score it or completions, and "
-            "perhaps answer; or "
-            "conversations: turns with from and value (or role and content)."
+            f"{where}: {' or '.join(names)} is missing; the keys are "
+            f"{', '.join(values) or 'none'}. A record has question (or prompt) and "
+            "solution, for traces also reasoning_trace, optionally answer and "
+            "completions; or conversations, turns with from and value (or role and "
+            "content)."
         )
     if not isinstance(values[name], str):
         raise UserError(
-            f"{where}: {name} is {shown(values[name])}, not text; write a string."
+            f"{where}: {name} is {shown(values[name])}; it must be a string."
         )
     return values[name]
 
@@ -213,10 +220,10 @@ def _text(where: str, values: dict[str, Any], *names: str) -> str:
 def _answer(where: str, answer: Any) -> str | None:
     if answer is None or isinstance(answer, str):
         return answer
-    # A bool is an int in Python, and some writers store NaN for a missing number.
+    # A bool is an int in Python, and some files have NaN for a missing number.
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
     if not is_number or math.isnan(answer):
         raise UserError(
-            f"{where}: answer is {shown(answer)}; write text, a number or null."
+            f"{where}: answer is {shown(answer)}; it must be a string, a number or null."
         )
     return str(answer)

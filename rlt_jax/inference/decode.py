@@ -1,8 +1,8 @@
-"""The device programs of generation: prefill of prompts, steps of decode slots.
+"""The device programs of generation: prefill of prompts and decode steps of slots.
 
-A slot is a row of the decode batch. It holds a request until that ends, then the host
-gives it the next one. Nothing here depends on which slot a request has, on its neighbours
-or on how many steps a dispatch takes.
+A slot is a row of the decode batch. It holds one request until the request finishes, then
+the host assigns the next one. A completion does not depend on the slot of its request, on
+the other slots, or on the number of steps per dispatch.
 """
 
 import functools
@@ -16,42 +16,62 @@ from rlt_jax.models.paged_cache import copy_pages
 from rlt_jax.models.transformer import Transformer, hidden_states, logits
 from rlt_jax.types import PagedCache, Params
 
-# XLA's products on CPU give a row the same bits among so many rows.
+# Batch sizes for which XLA's matrix products on CPU are bitwise equal row by row.
 CPU_TILES = (16, 32)
 
 
-class Slots(NamedTuple):
-    """What is decoded in B slots.
+class DecodeConfig(NamedTuple):
+    """What is static in the compiled decode program.
 
     Attributes:
-      token: [B] int32, the next token to feed.
-      position: [B] int32, where it stands in prompt and completion.
-      drawn: [B] int32, tokens of the completion so far.
-      longest: [B] int32, when to stop.
-      request: [B] int32; with the key and `drawn` it decides what is drawn.
-      active: [B] bool.
-      seen: [B, V] bool, tokens that were used; [B, 0] without repetition penalty.
+      model: the transformer.
+      sampling: how tokens are sampled.
+      stop_ids: tokens that end a completion.
+      num_steps: n, the maximum number of decode steps per dispatch.
+      tile: number of slots computed at once; B is at most `tile` or a multiple of it.
+    """
+
+    model: Transformer
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    num_steps: int
+    tile: int
+
+
+class Slots(NamedTuple):
+    """State of the B decode slots.
+
+    Attributes:
+      token: [B] int32, the next input token.
+      position: [B] int32, position of `token` in the sequence of prompt and completion.
+      num_sampled: [B] int32, number of tokens sampled for the completion so far.
+      max_new_tokens: [B] int32, maximum number of tokens in the completion.
+      request: [B] int32, request id; with the run's key and `num_sampled` it determines
+        the key of the next token.
+      active: [B] bool, whether the slot decodes a request.
+      seen: [B, V] bool, tokens of the prompt and completion; [B, 0] without repetition
+        penalty.
     """
 
     token: jax.Array
     position: jax.Array
-    drawn: jax.Array
-    longest: jax.Array
+    num_sampled: jax.Array
+    max_new_tokens: jax.Array
     request: jax.Array
     active: jax.Array
     seen: jax.Array
 
 
 class Refill(NamedTuple):
-    """What the host changes before the next steps.
+    """Changes that the host makes to the slots before the next steps.
 
     Attributes:
-      replaced: [B] bool, slots that take what `slots` says.
-      slots: new contents; inactive ones only stop.
-      table: [B, S / C] int32, pages of every slot.
-      source: [B] int32, pages to copy, that of a prompt's last tokens to each request.
-      target: [B] int32, where to.
-      copies: [1] int32, how many of them.
+      replaced: [B] bool, slots that are overwritten with `slots`.
+      slots: new slot states; an inactive one stops its slot.
+      table: [B, S / C] int32, page table of all slots.
+      source: [B] int32, pages to copy: the partly filled last page of a shared prompt.
+      target: [B] int32, destination pages of the copies.
+      copies: [1] int32, number of pages to copy.
     """
 
     replaced: jax.Array
@@ -62,13 +82,13 @@ class Refill(NamedTuple):
     copies: jax.Array
 
 
-class Drawn(NamedTuple):
-    """What a dispatch of n steps has drawn.
+class Sampled(NamedTuple):
+    """Tokens sampled in one dispatch of n steps.
 
     Attributes:
       tokens: [n, B] int32.
-      log_probs: [n, B] float32.
-      mask: [n, B] bool, False where a slot had nothing to do.
+      log_probs: [n, B] float32, log-probabilities of the tokens.
+      mask: [n, B] bool, False where a slot was inactive.
     """
 
     tokens: jax.Array
@@ -84,15 +104,15 @@ def prefill(
     tokens: jax.Array,
     start: jax.Array,
 ) -> PagedCache:
-    """Stores the keys and values of part of a prompt; no logits are computed.
+    """Writes the keys and values of a chunk of each prompt; no logits are computed.
 
     Args:
       model: the transformer.
       params: its parameters.
-      cache: the pool.
-      table: [B, S / C] int32, pages of the prompts.
-      tokens: [B, T] int32, T a multiple of the page size; what follows the prompt's end
-        is never seen.
+      cache: the page pool.
+      table: [B, S / C] int32, page table of the prompts.
+      tokens: [B, T] int32, T a multiple of the page size; tokens after the end of the
+        prompt are never attended to.
       start: [B] int32, position of the first token, a multiple of the page size.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
@@ -102,30 +122,27 @@ def prefill(
 
 
 def decode(
-    model: Transformer,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-    steps: int,
-    tile: int,
+    config: DecodeConfig,
     params: Params,
     cache: PagedCache,
     slots: Slots,
     refill: Refill,
     key: jax.Array,
-) -> tuple[PagedCache, Slots, Drawn]:
-    """Refills slots, then draws up to `steps` tokens in every active one.
+) -> tuple[PagedCache, Slots, Sampled]:
+    """Refills slots, then samples up to `num_steps` tokens in every active slot.
+
+    Stops early when no slot is active any more.
 
     Args:
-      model: the transformer.
-      sampling: how tokens are drawn.
-      stop_ids: tokens that end a completion.
-      steps: n; fewer when all slots are done.
-      tile: slots computed at once; B is at most that or a multiple of it.
-      params: its parameters.
-      cache: the pool, donated.
-      slots: of the last dispatch, donated.
-      refill: what the host changes.
+      config: static settings.
+      params: parameters of the model.
+      cache: the page pool, donated.
+      slots: slot states after the last dispatch, donated.
+      refill: changes by the host.
       key: PRNG key of the run.
+
+    Returns:
+      The updated cache and slots, and the sampled tokens.
     """
     cache = copy_pages(cache, refill.source, refill.target, refill.copies[0])
     slots = jax.tree.map(
@@ -136,79 +153,75 @@ def decode(
         slots,
     )
     B = slots.token.shape[0]
-    tile = min(tile, B)
+    tile = min(config.tile, B)
 
     def tiles(x: jax.Array) -> jax.Array:
         return x.reshape(B // tile, tile, *x.shape[1:])
 
-    one_tile = functools.partial(_step, model, sampling, stop_ids, params, key)
-
     def step(carry: tuple) -> tuple:
-        i, cache, slots, drawn = carry
-        parts = jax.tree.map(tiles, (slots, refill.table))
-        cache, done = jax.lax.scan(one_tile, cache, parts)
-        slots, out = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), done)
-        drawn = jax.tree.map(
-            lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, i, 0), drawn, out
+        i, cache, slots, sampled = carry
+        tiled = jax.tree.map(tiles, (slots, refill.table))
+        one_tile = functools.partial(_step, config, params, key)
+        cache, outputs = jax.lax.scan(one_tile, cache, tiled)
+        slots, new = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), outputs)
+        sampled = jax.tree.map(
+            lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, i, 0), sampled, new
         )
-        return i + 1, cache, slots, drawn
+        return i + 1, cache, slots, sampled
 
-    def unfinished(carry: tuple) -> jax.Array:
-        busy = carry[2].active.sum()
-        # Shards take equally many steps, as collectives in a step may wait for all.
+    def keep_decoding(carry: tuple) -> jax.Array:
+        num_active = carry[2].active.sum()
+        # All shards take the same number of steps: a step may contain collectives.
         if shards := jax.sharding.get_abstract_mesh().manual_axes:
-            busy = jax.lax.psum(busy, shards)
-        return (carry[0] < steps) & (busy > 0)
+            num_active = jax.lax.psum(num_active, shards)
+        return (carry[0] < config.num_steps) & (num_active > 0)
 
-    nothing = Drawn(
-        jnp.zeros((steps, B), jnp.int32),
-        jnp.zeros((steps, B), jnp.float32),
-        jnp.zeros((steps, B), bool),
+    shape = (config.num_steps, B)
+    empty = Sampled(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape, bool),
     )
-    carry = (jnp.int32(0), cache, slots, nothing)
-    _, cache, slots, drawn = jax.lax.while_loop(unfinished, step, carry)
-    return cache, slots, drawn
+    carry = (jnp.int32(0), cache, slots, empty)
+    return jax.lax.while_loop(keep_decoding, step, carry)[1:]
 
 
 def _step(
-    model: Transformer,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
+    config: DecodeConfig,
     params: Params,
     key: jax.Array,
     cache: PagedCache,
-    part: tuple[Slots, jax.Array],
-) -> tuple[PagedCache, tuple[Slots, Drawn]]:
-    """Draws a token in every active slot of a tile."""
-    slots, table = part
-    # What an inactive slot stores lands in page 0.
+    tile: tuple[Slots, jax.Array],
+) -> tuple[PagedCache, tuple[Slots, Sampled]]:
+    """Samples one token in every active slot of a tile of slots."""
+    slots, table = tile
+    # Inactive slots write to page 0.
     table = jnp.where(slots.active[:, None], table, 0)
     position = jnp.where(slots.active, slots.position, 0)
     hidden, cache = hidden_states(
-        model,
+        config.model,
         params,
         slots.token[:, None],
         position[:, None],
         kv_cache=cache._replace(table=table),
     )
     keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(
-        slots.request, slots.drawn
+        slots.request, slots.num_sampled
     )
-    scores = logits(model, params, hidden[:, 0])
-    token, log_prob = sample(scores, keys, sampling, slots.seen)
-    drawn = slots.drawn + 1
-    going = ~jnp.isin(token, jnp.array(stop_ids, jnp.int32)) & (drawn < slots.longest)
-    new = slots._replace(
-        token=token,
-        position=slots.position + 1,
-        drawn=drawn,
-        active=slots.active & going,
-        seen=_mark(slots.seen, token),
+    next_logits = logits(config.model, params, hidden[:, 0])
+    token, log_prob = sample(next_logits, keys, config.sampling, slots.seen)
+    num_sampled = slots.num_sampled + 1
+    stopped = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
+    stopped |= num_sampled >= slots.max_new_tokens
+    seen = slots.seen | (jnp.arange(slots.seen.shape[1]) == token[:, None])
+    new_slots = Slots(
+        token,
+        slots.position + 1,
+        num_sampled,
+        slots.max_new_tokens,
+        slots.request,
+        slots.active & ~stopped,
+        seen,
     )
-    out = Drawn(token, jnp.where(slots.active, log_prob, 0.0), slots.active)
-    return cache._replace(table=jnp.zeros((0, 0), jnp.int32)), (new, out)
-
-
-def _mark(seen: jax.Array, token: jax.Array) -> jax.Array:
-    V = seen.shape[1]
-    return seen | (jnp.arange(V) == token[:, None]) if V else seen
+    sampled = Sampled(token, jnp.where(slots.active, log_prob, 0.0), slots.active)
+    return cache._replace(table=jnp.zeros((0, 0), jnp.int32)), (new_slots, sampled)

@@ -18,7 +18,14 @@ from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.data.stop_texts import StopFinder, stop_finder
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.inference.decode import CPU_TILES, Drawn, Slots, decode, prefill
+from rlt_jax.inference.decode import (
+    CPU_TILES,
+    DecodeConfig,
+    Sampled,
+    Slots,
+    decode,
+    prefill,
+)
 from rlt_jax.inference.layout import (
     EngineConfig,
     Layout,
@@ -72,7 +79,7 @@ class Engine(Sampler):
     new_cache: Callable[[], tuple[PagedCache, Slots]]
     to_decode: Callable[[Params], Params]
     prefill: Callable[..., PagedCache]
-    decode: Callable[..., tuple[PagedCache, Slots, Drawn]]
+    decode: Callable[..., tuple[PagedCache, Slots, Sampled]]
 
     def generate(
         self, params: Params, requests: Sequence[Request], key: jax.Array
@@ -97,20 +104,20 @@ class Engine(Sampler):
             prefills, refill, owners = scheduler.plan()
             for part in _chunked(prefills, self.chunks, self.layout):
                 cache = self.prefill(params, cache, *part)
-            cache, slots, drawn = self.decode(params, cache, slots, refill, key)
+            cache, slots, sampled = self.decode(params, cache, slots, refill, key)
             if under_way is not None:
                 yield self._take(scheduler, *under_way)
-            under_way = drawn, owners
+            under_way = sampled, owners
 
-    def _take(self, scheduler: Scheduler, drawn: Drawn, owners: list) -> Part:
+    def _take(self, scheduler: Scheduler, sampled: Sampled, owners: list) -> Part:
         """The completions that a dispatch has ended, and how full its slots were."""
-        drawn = jax.device_get(drawn)
-        indices, rollout = scheduler.absorb(drawn, owners)
+        sampled = jax.device_get(sampled)
+        indices, rollout = scheduler.absorb(sampled, owners)
         if self.tokenizer:
             rollout = decode_texts(rollout, self.tokenizer)
-        used, steps = int(drawn.mask.sum()), int(drawn.mask.any(axis=1).sum())
+        used, steps = int(sampled.mask.sum()), int(sampled.mask.any(axis=1).sum())
         return indices, rollout._replace(
-            steps_used=used, steps_computed=steps * drawn.mask.shape[1]
+            steps_used=used, steps_computed=steps * sampled.mask.shape[1]
         )
 
 
@@ -143,14 +150,17 @@ def make_engine(
     stop_ids = (*sampling.stop_ids, *(tokenizer.stop_ids if tokenizer else ()))
     reader, to_decode, axes = decode_weights(model, config.weights)
     tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
-    steps = functools.partial(decode, reader, sampling, stop_ids, config.steps, tile)
+    static = DecodeConfig(reader, sampling, stop_ids, config.steps, tile)
+    steps = functools.partial(decode, static)
 
-    whole, rows, drawn = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
+    whole, rows, sampled = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
     cache = cache_shardings(mesh)
     fill = functools.partial(prefill, reader)
     fill = _split(mesh, fill, (whole, pools, *[rows] * 3), pools)
-    draw = _split(mesh, steps, (whole, pools, rows, rows, whole), (pools, rows, drawn))
+    draw = _split(
+        mesh, steps, (whole, pools, rows, rows, whole), (pools, rows, sampled)
+    )
     on_shards = functools.partial(jit, mesh=mesh, rules=DECODING_RULES)
     return Engine(
         layout,
@@ -168,7 +178,7 @@ def make_engine(
         on_shards(
             draw,
             donate_argnums=(1, 2),
-            # Every host reads all that is drawn.
+            # Every host reads all that is sampled.
             out_shardings=(cache, batch_sharding(mesh), replicated(mesh)),
         ),
     )

@@ -1,4 +1,4 @@
-"""Drawing the next token."""
+"""Sampling of the next token."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,22 +8,22 @@ import jax.numpy as jnp
 
 from rlt_jax.errors import UserError
 
-_BLOCK = 128  # tokens drawn from at once, after their block was drawn
+_BLOCK = 128  # tokens per block: a block is sampled first, then a token in it
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn.
+    """How completions are sampled.
 
     Attributes:
-      max_new_tokens: longest completion, stop token included.
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only the k likeliest tokens; 0 is all.
-      top_p: only the likeliest tokens that together reach this probability.
-      min_p: only tokens at least this share as likely as the likeliest.
-      repetition_penalty: the logits of tokens in the prompt or the completion are divided
-        by it where positive and multiplied where negative (arXiv 1909.05858).
-      stop: texts that end a completion when they occur in it.
+      max_new_tokens: maximum length of a completion in tokens, stop token included.
+      temperature: divides the logits; 0 is greedy decoding.
+      top_k: keeps the k most likely tokens; 0 keeps all.
+      top_p: keeps the smallest set of most likely tokens with at least this probability.
+      min_p: keeps tokens with at least this fraction of the highest probability.
+      repetition_penalty: divides the positive logits of tokens in the prompt or the
+        completion and multiplies the negative ones (arXiv 1909.05858).
+      stop: stop strings; a completion ends when it contains one.
       stop_ids: ids that end a completion, besides those of the tokenizer.
     """
 
@@ -45,12 +45,14 @@ class SamplingConfig:
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
         }
-        for name, (good, what) in ranges.items():
-            if not good:
-                raise UserError(f"sampling.{name}={getattr(self, name)}: {what}.")
+        for name, (valid, allowed) in ranges.items():
+            if not valid:
+                raise UserError(
+                    f"sampling.{name}={getattr(self, name)}: must be {allowed}."
+                )
         if isinstance(self.stop, str) or "" in self.stop:
             raise UserError(
-                f"sampling.stop={self.stop!r}: a list of texts, none empty."
+                f"sampling.stop={self.stop!r}: must be a list of non-empty strings."
             )
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
@@ -59,94 +61,95 @@ class SamplingConfig:
 def sample(
     logits: jax.Array, keys: jax.Array, config: SamplingConfig, seen: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws a token per row.
+    """Samples one token per row.
 
     Args:
       logits: [B, V] float32.
-      keys: [B] PRNG keys; a row's token depends on its own key and logits alone.
-      config: how.
-      seen: [B, V] bool, tokens that the repetition penalty holds for; read only if there
-        is one.
+      keys: [B] PRNG keys; a row's token depends only on its own key and logits.
+      config: sampling settings.
+      seen: [B, V] bool, tokens that the repetition penalty applies to; [B, 0] without.
 
     Returns:
       tokens [B] int32 and their log-probabilities [B] float32 at the temperature (at 1
-      where it is 0), before penalty and filters: those that a trainer computes.
+      for greedy decoding), before the penalty and the filters, as a trainer computes
+      them.
     """
     temperature = config.temperature or 1.0
-    penalised = logits
+    penalized = logits
     if config.repetition_penalty != 1:
-        by = config.repetition_penalty
-        less = jnp.where(logits > 0, logits / by, logits * by)
-        penalised = jnp.where(seen, less, logits)
+        penalty = config.repetition_penalty
+        lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        penalized = jnp.where(seen, lowered, logits)
     if config.temperature == 0:
         # XLA's argmax is four times slower on CPU.
         V = logits.shape[-1]
-        likeliest = penalised == penalised.max(-1, keepdims=True)
-        tokens = jnp.where(likeliest, jnp.arange(V), V - 1).min(-1)
+        is_max = penalized == penalized.max(-1, keepdims=True)
+        tokens = jnp.where(is_max, jnp.arange(V), V - 1).min(-1)
     else:
-        tokens = _draw(_filtered(penalised / temperature, config), keys)
+        tokens = _categorical(_filter(penalized / temperature, config), keys)
     scaled = logits / temperature
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
-def _filtered(scores: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Scores [B, V] of the tokens that stay, -inf for the others."""
+def _filter(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Logits [B, V] with those of the tokens that the filters drop set to -inf."""
     if config.top_k:
-        least = _threshold(scores, lambda kept: kept.sum(-1) >= config.top_k)
-        scores = jnp.where(scores >= least, scores, -jnp.inf)
+        cutoff = _threshold(logits, lambda kept: kept.sum(-1) >= config.top_k)
+        logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
     if config.top_p < 1:
-        probs = jax.nn.softmax(scores, axis=-1)
+        probs = jax.nn.softmax(logits, axis=-1)
 
-        def enough(kept: jax.Array) -> jax.Array:
+        def reaches_top_p(kept: jax.Array) -> jax.Array:
             return jnp.where(kept, probs, 0.0).sum(-1) >= config.top_p
 
-        scores = jnp.where(scores >= _threshold(scores, enough), scores, -jnp.inf)
+        cutoff = _threshold(logits, reaches_top_p)
+        logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
     if config.min_p:
-        least = scores.max(-1, keepdims=True) + jnp.log(config.min_p)
-        scores = jnp.where(scores >= least, scores, -jnp.inf)
-    return scores
+        cutoff = logits.max(-1, keepdims=True) + jnp.log(config.min_p)
+        logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
+    return logits
 
 
 def _threshold(
-    scores: jax.Array, enough: Callable[[jax.Array], jax.Array]
+    logits: jax.Array, is_enough: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The largest score [B, 1] such that the tokens not below it are enough.
+    """The largest threshold [B, 1] such that the tokens at or above it are enough.
 
-    Halving an interval takes a pass over the logits for each bit and no sorting.
+    Bisection takes one pass over the logits per bit and no sorting.
     """
-    top = scores.max(-1, keepdims=True)
-    bottom = jnp.where(jnp.isfinite(scores), scores, top).min(-1, keepdims=True)
+    top = logits.max(-1, keepdims=True)
+    bottom = jnp.where(jnp.isfinite(logits), logits, top).min(-1, keepdims=True)
 
-    def halve(_: int, interval: tuple) -> tuple:
+    def bisect(_: int, interval: tuple) -> tuple:
         low, high = interval
         middle = (low + high) / 2
-        good = enough(scores >= middle)[:, None]
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+        enough = is_enough(logits >= middle)[:, None]
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # The likeliest token may be enough by itself.
-    alone = enough(scores >= top)[:, None]
-    low, _ = jax.lax.fori_loop(0, 40, halve, (bottom, top))
-    return jnp.where(alone, top, low)
+    # The most likely token may be enough by itself.
+    top_is_enough = is_enough(logits >= top)[:, None]
+    low, _ = jax.lax.fori_loop(0, 40, bisect, (bottom, top))
+    return jnp.where(top_is_enough, top, low)
 
 
-def _draw(scores: jax.Array, keys: jax.Array) -> jax.Array:
-    """A token [B] in proportion to exp(score): first its block, then the token.
+def _categorical(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Samples a token [B] from softmax(logits): first its block, then the token.
 
-    Two uniform numbers a row, where a Gumbel maximum takes one for every token.
+    Takes two uniform numbers per row, where the Gumbel trick takes one per token.
     """
-    B, V = scores.shape
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    B, V = logits.shape
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _pick(weights.sum(-1), uniform[:, 0])
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _pick(inside, uniform[:, 1])
+    block = _inverse_cdf(weights.sum(-1), uniform[:, 0])
+    in_block = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _inverse_cdf(in_block, uniform[:, 1])
 
 
-def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Index [B] in proportion to the weights [B, n], never one of weight 0."""
-    sums = jnp.cumsum(weights, axis=-1)
-    reached = (sums > uniform[:, None] * sums[:, -1:]) & (weights > 0)
-    # Rounding may leave none reached.
+def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Index [B] with probability proportional to weights [B, n]; its weight is > 0."""
+    cdf = jnp.cumsum(weights, axis=-1)
+    reached = (cdf > uniform[:, None] * cdf[:, -1:]) & (weights > 0)
+    # Rounding can leave no index reached.
     return jnp.where(reached.any(-1), reached.argmax(-1), weights.argmax(-1))

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.errors import UserError
-from rlt_jax.inference.decode import Drawn, Refill, Slots
+from rlt_jax.inference.decode import Refill, Sampled, Slots
 from rlt_jax.inference.layout import Layout
 from rlt_jax.inference.sampler import Part, Request
 from rlt_jax.types import Rollout
@@ -110,21 +110,21 @@ class Scheduler:
         refill = Refill(replaced, fresh, self._table.copy(), *self._copies(copies))
         return prefills, refill, list(self._slots)
 
-    def absorb(self, drawn: Drawn, owners: Sequence[_Running | None]) -> Part:
+    def absorb(self, sampled: Sampled, owners: Sequence[_Running | None]) -> Part:
         """Takes the tokens of a dispatch; returns the completions that have ended."""
         done: list[_Running] = []
         for b, running in enumerate(owners):
             if running is None or self._slots[b] is not running:
                 continue  # it ended, or was put off, in an earlier dispatch
-            count = int(drawn.mask[:, b].sum())
-            if not np.isfinite(drawn.log_probs[:count, b]).all():
+            count = int(sampled.mask[:, b].sum())
+            if not np.isfinite(sampled.log_probs[:count, b]).all():
                 request = self._requests[running.index].request_id
                 raise UserError(
                     f"generation: the logits of request {request} are not finite; the "
                     "weights or the dtype of the model are at fault."
                 )
-            running.tokens += drawn.tokens[:count, b].tolist()
-            running.log_probs += drawn.log_probs[:count, b].tolist()
+            running.tokens += sampled.tokens[:count, b].tolist()
+            running.log_probs += sampled.log_probs[:count, b].tolist()
             if self._ends(running, count):
                 self._release(b)
                 done.append(running)
@@ -185,7 +185,7 @@ class Scheduler:
         self._table[b] = self._row(prompt.pages[: stored // C] + pages)
         fresh.token[b] = request.prompt[-1]
         fresh.position[b] = stored
-        fresh.longest[b] = request.max_new_tokens
+        fresh.max_new_tokens[b] = request.max_new_tokens
         fresh.request[b] = request.request_id
         fresh.active[b] = True
         if layout.seen_size:

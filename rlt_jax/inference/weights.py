@@ -1,4 +1,4 @@
-"""The weights that decoding reads: as trained, in bfloat16, or kernels in int8 by qwix."""
+"""Weights for decoding: as trained, in bfloat16, or with int8 kernels by qwix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,12 @@ DecodeWeights = tuple[Transformer, Callable[[Params], Params], Any]
 
 
 def decode_weights(model: Transformer, weights: str) -> DecodeWeights:
-    """The model to decode with, what makes its parameters, and their logical axes."""
+    """The model for decoding, the conversion of its parameters, and their logical axes.
+
+    Args:
+      model: the trained model.
+      weights: "int8", "bfloat16", or the dtype of the parameters for any other value.
+    """
     axes = logical_axes(model.config)
     if weights == "int8":
         return _int8(model)
@@ -24,17 +29,17 @@ def decode_weights(model: Transformer, weights: str) -> DecodeWeights:
 
 
 def _int8(model: Transformer) -> DecodeWeights:
-    """Every kernel of a layer with a scale for each output; all else as it is."""
-    import qwix  # with it comes the part of Flax that not every JAX can import
+    """int8 kernels in the layers with one scale per output channel; the rest unchanged."""
+    import qwix  # imports flax.nnx, which fails on some JAX versions
 
     rule = qwix.QuantizationRule(module_path="layers/.*", weight_qtype=jnp.int8)
-    quantised = qwix.quantize_model(model, qwix.PtqProvider([rule]))
-    boxed = jax.eval_shape(lambda: boxed_params(quantised, jax.random.key(0)))
+    quantized = qwix.quantize_model(model, qwix.PtqProvider([rule]))
+    boxed = jax.eval_shape(lambda: boxed_params(quantized, jax.random.key(0)))
 
     def convert(target: Any, x: jax.Array) -> Any:
         if isinstance(target, nn.Partitioned):
             return x
-        # What qwix knows is about one layer, x is stacked on L.
+        # qwix's axes are those of one layer; x is stacked on L.
         axes = [0, *(axis + 1 for axis in target.how.channelwise_axes)]
         return target.replace(array=qwix.quantize(x, jnp.int8, channelwise_axes=axes))
 
@@ -46,4 +51,4 @@ def _int8(model: Transformer) -> DecodeWeights:
             is_leaf=lambda x: isinstance(x, nn.Partitioned) or hasattr(x, "how"),
         )
 
-    return quantised, to_int8, nn.get_partition_spec(boxed)
+    return quantized, to_int8, nn.get_partition_spec(boxed)

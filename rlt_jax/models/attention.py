@@ -1,10 +1,9 @@
 """Attention over packed rows, with memory linear in the length.
 
-TPU and GPU use the kernels that come with JAX where these take the sizes. For all else
-this is the online softmax of FlashAttention (arXiv 2205.14135) in plain XLA. A block of
-queries meets only the blocks of keys between the start of its earliest segment (or
-window) and itself, so packing several segments into a row costs no more attention than
-the segments alone.
+TPU and GPU use the kernels that ship with JAX where they support the sizes. Everything
+else uses the online softmax of FlashAttention (arXiv 2205.14135) in plain XLA. A block of
+queries visits only the blocks of keys from the start of its earliest segment (or window)
+up to itself, so a packed row costs no more attention than its segments do alone.
 """
 
 import functools
@@ -16,20 +15,18 @@ import jax.numpy as jnp
 
 from rlt_jax.models import attention_kernels as kernels
 
-MASKED = -1e30  # finite, so that nothing becomes NaN
+MASKED = -1e30  # finite, so that fully masked rows do not become NaN
 BLOCK = 64  # tokens; twice as fast on CPU as one block for rows of 256
 
 
-class Settings(NamedTuple):
-    """What is known when the program is compiled."""
-
-    block: int
-    softcap: float | None
-    window: int | None
-
-
 class Tokens(NamedTuple):
-    """Where the tokens stand: positions and segment_ids [B, T], windowed [] bool."""
+    """What the attention mask depends on.
+
+    Attributes:
+      positions: [B, T] int32, counted from 0 within each segment.
+      segment_ids: [B, T] int32, 0 for padding.
+      windowed: [] bool, whether the layer has a sliding window.
+    """
 
     positions: jax.Array
     segment_ids: jax.Array
@@ -52,21 +49,21 @@ def attention(
       query: [B, T, N, H].
       key: [B, T, K, H]; query head n reads key head n // G with G = N / K.
       value: [B, T, K, H].
-      tokens: of the packed rows; positions count from 0 within each segment.
+      tokens: positions and segments of the packed rows.
       scale: multiplies the queries.
       softcap: scores become softcap * tanh(score / softcap).
-      window: how many tokens, its own included, a query sees in a windowed layer.
+      window: number of tokens that a query attends to in a windowed layer, itself
+        included.
 
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
-    limits = {"scale": scale, "softcap": softcap, "window": window}
-    xla = functools.partial(_by_blocks, **limits)
-    tpu = cuda = xla
+    settings = kernels.Settings(scale, softcap, window)
+    tpu = cuda = xla = functools.partial(_blockwise, settings)
     if kernels.tpu_takes(query):
-        tpu = _kernel(functools.partial(kernels.tpu_attention, **limits), query)
-    if kernels.gpu_takes(query, softcap, window):
-        cuda = _kernel(functools.partial(kernels.gpu_attention, scale=scale), query)
+        tpu = _kernel(kernels.tpu_attention, settings, query)
+    if kernels.gpu_takes(query, settings):
+        cuda = _kernel(kernels.gpu_attention, settings, query)
     operands = (query, key, value, tokens)
     if tpu is cuda is xla:
         return xla(*operands)
@@ -74,39 +71,37 @@ def attention(
 
 
 def _kernel(
-    kernel: kernels.Kernel, query: jax.Array
+    kernel: kernels.Kernel, settings: kernels.Settings, query: jax.Array
 ) -> Callable[[jax.Array, jax.Array, jax.Array, Tokens], jax.Array]:
-    split = kernels.on_each_device(kernel, query)
-    return lambda q, k, v, tokens: split(q, k, v, tokens.segment_ids, tokens.windowed)
+    kernel = functools.partial(kernel, settings=settings)
+    sharded = kernels.on_each_device(kernel, query)
+    return lambda q, k, v, tokens: sharded(q, k, v, tokens.segment_ids, tokens.windowed)
 
 
-def _by_blocks(
+def _blockwise(
+    settings: kernels.Settings,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     tokens: Tokens,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
 ) -> jax.Array:
     B, T, N, H = query.shape
-    K, block = key.shape[2], min(BLOCK, T)
-    query = query.reshape(B, T, K, N // K, H) * scale
+    K = key.shape[2]
+    query = query.reshape(B, T, K, N // K, H) * settings.scale
     arrays = (query, key, value, tokens.positions, tokens.segment_ids)
-    *arrays, positions, segment_ids = (kernels.pad(x, block) for x in arrays)
+    *arrays, positions, segment_ids = (kernels.pad(x, min(BLOCK, T)) for x in arrays)
     padded = Tokens(positions, segment_ids, tokens.windowed)
-    out = _attend(Settings(block, softcap, window), *arrays, padded)
-    return out[:, :T].reshape(B, T, N, H)
+    return _attend(settings, *arrays, padded)[:, :T].reshape(B, T, N, H)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """Squeezes values smoothly into (-cap, cap)."""
+    """Limits values smoothly to (-cap, cap)."""
     return cap * jnp.tanh(x / cap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    settings: Settings,
+    settings: kernels.Settings,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -116,27 +111,28 @@ def _attend(
 
 
 def _forward(
-    settings: Settings,
+    settings: kernels.Settings,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     tokens: Tokens,
 ) -> tuple[jax.Array, tuple]:
     B, T, K, G, H = query.shape
-    C = settings.block
-    first = _first_blocks(tokens, settings)
+    C = min(BLOCK, T)
+    first = _first_blocks(settings, tokens)
 
-    def one_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = _heads_first(block_of(query, i, C))
 
-        def add(j: jax.Array, carry: tuple) -> tuple:
-            total, norm, largest = carry
+        def key_block(j: jax.Array, carry: tuple) -> tuple:
+            total, norm, max_score = carry
             scores, _ = _scores(settings, q, block_of(key, j, C), tokens, i, j)
-            new = jnp.maximum(largest, scores.max(-1))
-            weights = jnp.exp(scores - new[..., None])
-            shrink = jnp.exp(largest - new)
-            total = total * shrink[..., None] + _weigh(weights, block_of(value, j, C))
-            return total, norm * shrink + weights.sum(-1), new
+            new_max = jnp.maximum(max_score, scores.max(-1))
+            weights = jnp.exp(scores - new_max[..., None])
+            correction = jnp.exp(max_score - new_max)
+            new = _weighted_sum(weights, block_of(value, j, C))
+            total = total * correction[..., None] + new
+            return total, norm * correction + weights.sum(-1), new_max
 
         shape = (B, K, G, C)
         empty = (
@@ -144,45 +140,45 @@ def _forward(
             jnp.zeros(shape, jnp.float32),
             jnp.full(shape, MASKED, jnp.float32),
         )
-        total, norm, largest = jax.lax.fori_loop(first[i], i + 1, add, empty)
+        total, norm, max_score = jax.lax.fori_loop(first[i], i + 1, key_block, empty)
         out = (total / norm[..., None]).astype(query.dtype)
-        return _tokens_first(out), largest + jnp.log(norm)
+        return _tokens_first(out), max_score + jnp.log(norm)
 
-    out, normaliser = jax.lax.map(one_block, jnp.arange(T // C))
+    out, logsumexp = jax.lax.map(query_block, jnp.arange(T // C))
     out = jnp.moveaxis(out, 0, 1).reshape(query.shape)
-    return out, (query, key, value, tokens, out, normaliser)
+    return out, (query, key, value, tokens, out, logsumexp)
 
 
-def _backward(settings: Settings, saved: tuple, d_out: jax.Array) -> tuple:
-    query, key, value, tokens, out, normaliser = saved
-    C = settings.block
-    first = _first_blocks(tokens, settings)
-    overlap = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+def _backward(settings: kernels.Settings, saved: tuple, d_out: jax.Array) -> tuple:
+    query, key, value, tokens, out, logsumexp = saved
+    C = min(BLOCK, query.shape[1])
+    first = _first_blocks(settings, tokens)
+    deltas = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
-    def one_block(carry: tuple, i: jax.Array) -> tuple:
+    def query_block(carry: tuple, i: jax.Array) -> tuple:
         q = _heads_first(block_of(query, i, C))
         d_o = _heads_first(block_of(d_out, i, C)).astype(jnp.float32)
-        delta = jnp.moveaxis(block_of(overlap, i, C), 1, -1)
+        delta = jnp.moveaxis(block_of(deltas, i, C), 1, -1)
 
-        def add(j: jax.Array, carry: tuple) -> tuple:
+        def key_block(j: jax.Array, carry: tuple) -> tuple:
             d_q, d_key, d_value = carry
             k, v = block_of(key, j, C), block_of(value, j, C)
-            scores, slope = _scores(settings, q, k, tokens, i, j)
-            weights = jnp.exp(scores - normaliser[i][..., None])
+            scores, softcap_grad = _scores(settings, q, k, tokens, i, j)
+            weights = jnp.exp(scores - logsumexp[i][..., None])
             d_weights = jnp.einsum("BKGTH,BSKH->BKGTS", d_o, v.astype(jnp.float32))
-            d_scores = weights * (d_weights - delta[..., None]) * slope
-            d_q += _weigh(d_scores, k)
+            d_scores = weights * (d_weights - delta[..., None]) * softcap_grad
+            d_q += _weighted_sum(d_scores, k)
             d_v = jnp.einsum("BKGTS,BKGTH->BSKH", weights, d_o)
             d_k = jnp.einsum("BKGTS,BKGTH->BSKH", d_scores, q.astype(jnp.float32))
             return d_q, _add_at(d_key, j, d_k), _add_at(d_value, j, d_v)
 
         d_q = jnp.zeros(q.shape, jnp.float32)
-        d_q, *carry = jax.lax.fori_loop(first[i], i + 1, add, (d_q, *carry))
+        d_q, *carry = jax.lax.fori_loop(first[i], i + 1, key_block, (d_q, *carry))
         return tuple(carry), _tokens_first(d_q)
 
     zeros = jnp.zeros(key.shape, jnp.float32)
     blocks = jnp.arange(query.shape[1] // C)
-    (d_key, d_value), d_query = jax.lax.scan(one_block, (zeros, zeros), blocks)
+    (d_key, d_value), d_query = jax.lax.scan(query_block, (zeros, zeros), blocks)
     d_query = jnp.moveaxis(d_query, 0, 1).reshape(query.shape)
     return (
         d_query.astype(query.dtype),
@@ -195,51 +191,52 @@ def _backward(settings: Settings, saved: tuple, d_out: jax.Array) -> tuple:
 _attend.defvjp(_forward, _backward)
 
 
-def _first_blocks(tokens: Tokens, settings: Settings) -> jax.Array:
-    """For each block of queries the first block of keys that any of them sees."""
-    reach = tokens.positions
+def _first_blocks(settings: kernels.Settings, tokens: Tokens) -> jax.Array:
+    """For each block of queries, the first block of keys that any query attends to."""
+    distance = tokens.positions
     if settings.window is not None:
-        near = jnp.minimum(reach, settings.window - 1)
-        reach = jnp.where(tokens.windowed, near, reach)
-    B, T = reach.shape
-    earliest = (jnp.arange(T) - reach).reshape(B, -1, settings.block)
-    return earliest.min(axis=(0, 2)) // settings.block
+        limited = jnp.minimum(distance, settings.window - 1)
+        distance = jnp.where(tokens.windowed, limited, distance)
+    B, T = distance.shape
+    C = min(BLOCK, T)
+    first_key = (jnp.arange(T) - distance).reshape(B, T // C, C)
+    return first_key.min(axis=(0, 2)) // C
 
 
 def _scores(
-    settings: Settings,
+    settings: kernels.Settings,
     query: jax.Array,
     key: jax.Array,
     tokens: Tokens,
     i: jax.Array,
     j: jax.Array,
 ) -> tuple[jax.Array, jax.Array | float]:
-    """Masked scores [B, K, G, C, C] of one block, and the slope of the soft cap."""
-    C = settings.block
+    """Masked scores [B, K, G, C, C] of one block, and the gradient of the soft cap."""
+    C = query.shape[-2]
     scores = jnp.einsum(
         "BKGTH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32
     )
-    slope: jax.Array | float = 1.0
+    softcap_grad: jax.Array | float = 1.0
     if settings.softcap is not None:
-        squeezed = jnp.tanh(scores / settings.softcap)
-        scores, slope = settings.softcap * squeezed, 1 - squeezed**2
+        tanh = jnp.tanh(scores / settings.softcap)
+        scores, softcap_grad = settings.softcap * tanh, 1 - tanh**2
     distance = (
         block_of(tokens.positions, i, C)[:, :, None]
         - block_of(tokens.positions, j, C)[:, None, :]
     )
-    same = (
+    same_segment = (
         block_of(tokens.segment_ids, i, C)[:, :, None]
         == block_of(tokens.segment_ids, j, C)[:, None, :]
     )
-    # Rows of padding all have position 0; a token of them sees that block alone.
-    visible = same & (distance >= 0)
+    # Padding tokens all have position 0, so they attend to their own block only.
+    visible = same_segment & (distance >= 0)
     if settings.window is not None:
         visible &= (distance < settings.window) | ~tokens.windowed
-    return jnp.where(visible[:, None, None], scores, MASKED), slope
+    return jnp.where(visible[:, None, None], scores, MASKED), softcap_grad
 
 
 def block_of(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
-    """Tokens of one block: [B, T, ...] -> [B, C, ...]."""
+    """Slice of one block of tokens: [B, T, ...] -> [B, C, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis=1)
 
 
@@ -250,7 +247,7 @@ def _add_at(x: jax.Array, block: jax.Array, update: jax.Array) -> jax.Array:
     )
 
 
-def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
+def _weighted_sum(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum(
         "BKGTS,BSKH->BKGTH",
         weights.astype(value.dtype),

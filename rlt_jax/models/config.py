@@ -1,4 +1,4 @@
-"""Shape of a decoder-only transformer, as frozen dataclasses."""
+"""Configuration of a decoder-only transformer."""
 
 import dataclasses
 
@@ -14,19 +14,21 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies change so that rows may outgrow the original context.
+    """Scaling of the rotary frequencies for sequences beyond the original context.
 
     Attributes:
-      kind: "linear" divides every frequency by factor; "llama3" divides the slow ones
-        and blends over to the fast ones; "yarn" (arXiv 2309.00071) does so along a ramp
-        over the head and sharpens the attention.
-      factor: how much longer rows may get.
-      original_length: context of the unscaled model; llama3 and yarn.
-      low_freq_factor: llama3 divides what turns less often in the original context.
-      high_freq_factor: llama3 keeps what turns more often in the original context.
-      beta_fast: yarn keeps what turns more often in the original context.
-      beta_slow: yarn divides what turns less often in the original context.
-      attention_factor: yarn multiplies queries and keys by it; None is
+      kind: "linear" divides every frequency by factor; "llama3" divides the low
+        frequencies and interpolates to the high ones, which it keeps; "yarn" (arXiv
+        2309.00071) interpolates along the head and scales the attention.
+      factor: ratio of the extended to the original context length.
+      original_length: original context length in tokens; for llama3 and yarn.
+      low_freq_factor: llama3 divides frequencies with fewer rotations in the original
+        context.
+      high_freq_factor: llama3 keeps frequencies with more rotations in the original
+        context.
+      beta_fast: yarn keeps frequencies with more rotations in the original context.
+      beta_slow: yarn divides frequencies with fewer rotations in the original context.
+      attention_factor: yarn multiplies queries and keys by it; None means
         0.1 * log(factor) + 1.
     """
 
@@ -42,7 +44,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         check_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
         if self.kind != "linear" and not self.original_length:
-            raise UserError(f"rope_scaling: {self.kind} needs original_length.")
+            raise UserError(f"rope_scaling: set original_length for {self.kind}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,37 +52,38 @@ class ModelConfig:
     """Shape and numerics of a decoder-only transformer.
 
     Attributes:
-      vocab_size: V, rows of the embedding.
+      vocab_size: V, size of the vocabulary.
       embed_dim: D, width of the residual stream.
-      num_layers: L.
-      num_heads: N, query heads.
-      num_kv_heads: K, key/value heads; divides N.
-      head_dim: H.
+      num_layers: L, number of layers.
+      num_heads: N, number of query heads.
+      num_kv_heads: K, number of key/value heads; divides N.
+      head_dim: H, dimension of a head.
       mlp_dim: F, width of the gated MLP.
-      max_length: longest row the model is meant for, in tokens.
+      max_length: maximum sequence length in tokens that the model is meant for.
       rope_theta: base of the rotary position angles.
-      norm_eps: added to the mean square in RMSNorm.
-      tie_embeddings: use the embedding as the output head.
-      qkv_bias: biases on the query, key and value projections.
-      qk_norm: RMSNorm on every query and key head.
-      dtype: of activations, "float32" or "bfloat16".
-      remat: what the backward pass computes again: "none", "full" (every layer) or
-        "dots" (all but the matrix products).
-      out_bias: bias on the projection out of attention.
-      mlp_bias: biases in the MLP.
-      activation: of the MLP's gate, "silu" or "gelu_tanh".
-      norm_plus_one: norms multiply by 1 + scale, and scale starts at 0.
-      post_norms: norms on the outputs of attention and MLP too.
-      scale_embeddings: multiply embeddings by sqrt(D), rounded to the activation dtype.
-      query_scale_dim: queries are multiplied by its -0.5th power; None is H.
-      attention_softcap: scores become cap * tanh(score / cap); None leaves them.
+      norm_eps: epsilon of RMSNorm, added to the mean square.
+      tie_embeddings: whether the embedding is also the output head.
+      qkv_bias: whether the query, key and value projections have biases.
+      qk_norm: whether query and key heads have an RMSNorm.
+      dtype: dtype of the activations, "float32" or "bfloat16".
+      remat: what the backward pass recomputes: "none", "full" (every layer) or "dots"
+        (everything but the matrix products).
+      out_bias: whether the output projection of attention has a bias.
+      mlp_bias: whether the MLP has biases.
+      activation: activation of the MLP's gate, "silu" or "gelu_tanh".
+      norm_plus_one: whether norms multiply by 1 + scale, with scale initialized to 0.
+      post_norms: whether the outputs of attention and MLP have norms too.
+      scale_embeddings: whether embeddings are multiplied by sqrt(D), rounded to the
+        activation dtype.
+      query_scale_dim: queries are multiplied by query_scale_dim**-0.5; None means H.
+      attention_softcap: attention scores become cap * tanh(score / cap); None disables.
       final_softcap: the same for the logits.
-      sliding_window: how many tokens, its own included, a query sees in a windowed
-        layer.
+      sliding_window: number of tokens that a query attends to in a windowed layer, itself
+        included.
       windowed_layers: for each layer whether it is windowed; () if none is.
-      local_rope_theta: base of the angles in windowed layers, which then have no
-        scaling; None treats all layers alike.
-      rope_scaling: change of the rotary frequencies, or None.
+      local_rope_theta: base of the angles in windowed layers, which then have no RoPE
+        scaling; None treats all layers the same.
+      rope_scaling: scaling of the rotary frequencies, or None.
     """
 
     vocab_size: int
@@ -113,7 +116,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        # JSON has lists and dicts only; a config stays hashable.
+        # JSON has only lists and dicts, but a config has to be hashable.
         object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
@@ -123,14 +126,14 @@ class ModelConfig:
                 f"num_kv_heads={self.num_kv_heads}."
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd; RoPE needs pairs.")
+            raise UserError(f"head_dim={self.head_dim}: must be even for RoPE.")
         if len(self.windowed_layers) not in (0, self.num_layers):
             raise UserError(
-                f"windowed_layers says {len(self.windowed_layers)} layers, num_layers "
-                f"{self.num_layers}."
+                f"windowed_layers has {len(self.windowed_layers)} values, but "
+                f"num_layers={self.num_layers}; give one for each layer."
             )
         if any(self.windowed_layers) != bool(self.sliding_window):
-            raise UserError("sliding_window goes with layers that are windowed.")
+            raise UserError("set sliding_window and windowed_layers together.")
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("remat", self.remat, REMAT_POLICIES)
         check_choice("dtype", self.dtype, DTYPES)

@@ -1,7 +1,7 @@
-"""ModelConfig from the content of a config.json, and back.
+"""Conversion between ModelConfig and the content of a Hugging Face config.json.
 
-Both spellings are read: `rope_theta` beside `rope_scaling`, and the later
-`rope_parameters`. The earlier one, which every tool reads, is written.
+Reads both formats of RoPE settings: `rope_theta` with `rope_scaling`, and the newer
+`rope_parameters`. Writes the older one, which every tool reads.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes.
 
     Raises:
-      UserError: unknown family, a missing key, or a setting we do not implement.
+      UserError: an unknown family, a missing key, or an unsupported setting.
     """
     kind = family(content.get("model_type"))
-    # A model that also sees images keeps what we read in a section of its own.
+    # Multimodal models have the settings of the language model in `text_config`.
     content = kind.defaults | dict(content) | content.get("text_config", {})
     for key in ("quantization_config", "use_bidirectional_attention"):
         if content.get(key):
@@ -56,11 +56,11 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """The content of a config.json for `config` as a model of that family.
 
     Raises:
-      UserError: unknown family, or one that cannot express the config.
+      UserError: an unknown family, or one that cannot express the config.
     """
     kind = family(model_type)
     if kind.renamed:
-        raise UserError(f"{model_type} can be read, but not written.")
+        raise UserError(f"model_type {model_type!r} can be read but not exported.")
     content = {"architectures": [kind.architecture], "model_type": model_type}
     content |= {key: getattr(config, field) for field, key in kind.settings.items()}
     content[kind.settings["activation"]] = ACTIVATIONS[config.activation]
@@ -76,13 +76,13 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
     ]
     if differing:
         raise UserError(
-            f"This is no {model_type} model, which would have {'; '.join(differing)}."
+            f"model_type {model_type!r} does not fit: it has {'; '.join(differing)}."
         )
     return content
 
 
 def _derive_heads(content: dict[str, Any]) -> None:
-    """Fills in what old files leave to be worked out from the number of heads."""
+    """Fills in `num_key_value_heads` and `head_dim`, which old files may lack."""
     heads = content.get("num_attention_heads")
     if content.get("num_key_value_heads") is None:
         content["num_key_value_heads"] = heads
@@ -102,13 +102,13 @@ def _our_name(names: Mapping[Any, str], what: str, theirs: str) -> Any:
 def _read_rope(
     content: Mapping[str, Any],
 ) -> tuple[RopeScaling | None, dict[str, float]]:
-    """The scaling, and such thetas as `rope_parameters` has, under their old keys."""
+    """The scaling, and the thetas in `rope_parameters` under their old keys."""
     parameters = content.get("rope_parameters") or {}
-    everywhere = parameters.get("full_attention", parameters)
+    full = parameters.get("full_attention", parameters)
     local = parameters.get("sliding_attention", {})
     if _read_scaling(local, content) is not None:
         raise UserError("config.json: scaled RoPE in windowed layers is not supported.")
-    scaling = {**(content.get("rope_scaling") or {}), **everywhere}
+    scaling = {**(content.get("rope_scaling") or {}), **full}
     thetas = {}
     if "rope_theta" in scaling:
         thetas["rope_theta"] = scaling["rope_theta"]
@@ -148,9 +148,9 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     keys = SCALING_KEYS[scaling.kind].items()
-    written = {key: getattr(scaling, field) for field, key in keys}
-    written = {key: value for key, value in written.items() if value is not None}
-    return {"rope_type": scaling.kind, **written}
+    values = {key: getattr(scaling, field) for field, key in keys}
+    values = {key: value for key, value in values.items() if value is not None}
+    return {"rope_type": scaling.kind, **values}
 
 
 def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
@@ -169,11 +169,11 @@ def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
 
 def _write_windows(config: ModelConfig, kind: Family) -> dict[str, Any]:
     windowed = config.windowed_layers or (False,) * config.num_layers
-    written = {
+    content = {
         "sliding_window": config.sliding_window,
         "layer_types": [LAYER_TYPES[w] for w in windowed],
     }
     if "use_sliding_window" in kind.defaults:
-        written["use_sliding_window"] = any(windowed)
-        written["max_window_layers"] = windowed.count(False)
-    return written
+        content["use_sliding_window"] = any(windowed)
+        content["max_window_layers"] = windowed.count(False)
+    return content

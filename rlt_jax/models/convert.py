@@ -1,7 +1,7 @@
-"""Model directories in Hugging Face layout, in and out.
+"""Reads and writes model directories in Hugging Face format.
 
-A directory holds config.json and model.safetensors, or shards of it listed in
-model.safetensors.index.json. What tensors are called is written in `families.py`.
+A directory contains config.json and model.safetensors, or shards that are listed in
+model.safetensors.index.json. `families.py` has the names of the tensors.
 """
 
 import dataclasses
@@ -40,6 +40,9 @@ from rlt_jax.types import Params
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+MAX_SHARD_BYTES = (
+    5_000_000_000  # a larger model is split into files of at most this size
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,14 +56,14 @@ TOKENIZER_FILES = (
 
 
 def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
-    """The shape of the model in a directory, from its own config.json.
+    """The configuration of the model in a directory, from its config.json.
 
     Args:
       path: model directory.
-      **overrides: fields of ModelConfig to replace: dtype, remat, max_length.
+      **overrides: fields of ModelConfig to replace, such as dtype and remat.
 
     Raises:
-      UserError: no config.json, an unknown architecture or an unsupported setting.
+      UserError: no config.json, an unknown family or an unsupported setting.
     """
     config = config_from_json(read_json(Path(path) / CONFIG))
     return dataclasses.replace(config, **overrides)
@@ -70,7 +73,7 @@ def model_type_of(config: ModelConfig) -> str:
     """The first family in `families.FAMILIES` that can express the config.
 
     Raises:
-      UserError: none can.
+      UserError: no family can.
     """
     for model_type in FAMILIES:
         try:
@@ -78,7 +81,7 @@ def model_type_of(config: ModelConfig) -> str:
         except UserError:
             continue
         return model_type
-    raise UserError(f"no family of {', '.join(FAMILIES)} has a model of this shape.")
+    raise UserError(f"model: none of the families {', '.join(FAMILIES)} fits it.")
 
 
 def read_params(
@@ -87,22 +90,22 @@ def read_params(
     shardings: Any = None,
     dtype: Any = jnp.float32,
 ) -> Params:
-    """Reads the weights of a model directory straight into device arrays.
+    """Reads the weights of a model directory into device arrays.
 
-    Each process reads only the slices its own devices hold, and stacked parameters
-    layer by layer: the host never holds more than its part of one stored tensor.
+    Each process reads only the slices of its own devices, and stacked parameters layer by
+    layer, so the host never holds more than its slice of one stored tensor.
 
     Args:
       path: model directory.
-      config: shape of the model, from `read_config`.
-      shardings: tree like the parameters of Shardings; by default the first device.
-      dtype: of the parameters, whatever the files hold.
+      config: configuration of the model, from `read_config`.
+      shardings: tree of Shardings like the parameters; by default the first device.
+      dtype: dtype of the parameters, which may differ from that of the files.
 
     Returns:
-      Parameters as `init_params` makes them, in `dtype`.
+      Parameters with the tree and shapes of `init_params`, in `dtype`.
 
     Raises:
-      UserError: files missing, cut short, or not holding exactly this model.
+      UserError: files are missing or truncated, or have other tensors than the model.
     """
     path = Path(path)
     kind = family(read_json(path / CONFIG).get("model_type"))
@@ -116,11 +119,11 @@ def read_params(
         stored_name: stored_shape(tensor, sizes)
         for stored_name, (tensor, _, _) in _stored_tensors(config, kind).items()
     }
-    placed = {}
+    params = {}
     stored = weight_files.find_tensors(path, kind)
-    # A tied head may be there a second time under its own name.
-    spare = {kind.tensors["output"].name}
-    weight_files.check_tensors(path, stored, expected, spare)
+    # Some files have a tied head in addition to the embedding.
+    optional = {kind.tensors["output"].name}
+    weight_files.check_tensors(path, stored, expected, optional)
     for name, shape in shapes.items():
         tensor = kind.tensors[name]
         reads = [
@@ -128,10 +131,10 @@ def read_params(
             for stored_name in tensor.names(config.num_layers)
         ]
         if tensor.stacked:
-            placed[name] = _place_layers(shape, shardings[name], dtype, reads)
+            params[name] = _device_put_layers(shape, shardings[name], dtype, reads)
         else:
-            placed[name] = _place(shape, shardings[name], dtype, *reads)
-    return traverse_util.unflatten_dict(placed, sep="/")
+            params[name] = _device_put(shape, shardings[name], dtype, *reads)
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def write_model(
@@ -142,35 +145,33 @@ def write_model(
     tokenizer_dir: str | Path | None = None,
     stop_ids: Sequence[int] = (),
     dtype: Any = jnp.float32,
-    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a model directory that transformers and the tools around it can load.
+    """Writes a model directory that transformers and compatible tools can load.
 
-    Every process has to call it; process 0 writes. The directory appears under its name
-    when it is complete.
+    Every process has to call this function; process 0 writes. The directory gets its
+    final name when it is complete.
 
     Args:
-      path: directory to make; may exist if it is empty.
-      config: shape of the model.
-      params: its parameters, on any devices of any processes.
-      model_type: family to write it as, one of `families.FAMILIES`.
-      tokenizer_dir: where to copy tokenizer and generation_config.json from.
-      stop_ids: ids that end a completion, beside those that tokenizer_dir names.
-      dtype: of the written weights, float32 or bfloat16.
-      max_shard_bytes: a larger model is split into files of at most that size.
+      path: directory to create; it may exist if it is empty.
+      config: configuration of the model.
+      params: parameters, on any devices of any processes.
+      model_type: family of the model, one of `families.FAMILIES`.
+      tokenizer_dir: directory to copy the tokenizer and generation_config.json from.
+      stop_ids: ids that end a completion, in addition to those in tokenizer_dir.
+      dtype: dtype of the weights in the files, float32 or bfloat16.
 
     Raises:
-      UserError: the family cannot express the config, or `path` holds something.
+      UserError: the family cannot express the config, or `path` is not empty.
     """
     path = Path(path)
     content, kind = config_to_json(config, model_type), family(model_type)
     content["torch_dtype"] = str(jnp.dtype(dtype))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists; remove it or name another directory.")
+        raise UserError(f"{path} exists; remove it or choose another directory.")
     unfinished = path.with_name(path.name + ".partial")
-    writes = jax.process_index() == 0
-    if writes:
-        if unfinished.exists():  # of an export that was interrupted
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        if unfinished.exists():  # left by an interrupted export
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
         generation = {}
@@ -182,14 +183,14 @@ def write_model(
         generation["eos_token_id"] = content["eos_token_id"] = stops or None
         write_json(unfinished / GENERATION, generation)
         write_json(unfinished / CONFIG, content)
-    _write_tensors(unfinished, config, params, kind, dtype, max_shard_bytes)
-    if writes:
+    _write_tensors(unfinished, config, params, kind, dtype)
+    if is_writer:
         unfinished.replace(path)
     multihost_utils.sync_global_devices(f"write_model {path}")
 
 
 class _Stored(NamedTuple):
-    """Of which parameter, and which layer of it, a stored tensor is."""
+    """The parameter, and the layer of a stacked one, that a stored tensor belongs to."""
 
     tensor: Tensor
     leaf: str
@@ -197,23 +198,23 @@ class _Stored(NamedTuple):
 
 
 def _stored_tensors(config: ModelConfig, kind: Family) -> dict[str, _Stored]:
-    """Stored name -> what it is, layer after layer."""
-    found = {}
+    """Stored name -> parameter and layer, in the order of the layers."""
+    tensors = {}
     for leaf in _shapes(config):
         tensor = kind.tensors[leaf]
         for layer, name in enumerate(tensor.names(config.num_layers)):
-            found[name] = _Stored(tensor, leaf, layer if tensor.stacked else None)
-    return dict(sorted(found.items(), key=lambda item: item[1].layer or 0))
+            tensors[name] = _Stored(tensor, leaf, layer if tensor.stacked else None)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].layer or 0))
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Parameter path -> shape, without making any parameter."""
+    """Parameter path -> shape, without allocating parameters."""
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     leaves = traverse_util.flatten_dict(tree, sep="/")
     return {name: leaf.shape for name, leaf in leaves.items()}
 
 
-def _place(
+def _device_put(
     shape: tuple[int, ...],
     sharding: Sharding,
     dtype: Any,
@@ -222,7 +223,7 @@ def _place(
     parts: dict[str, np.ndarray] = {}
 
     def read_once(index: Index) -> np.ndarray:
-        # Devices that hold the same part ask for it one after the other.
+        # Called once per device, also for replicas of the same slice.
         if str(index) not in parts:
             parts[str(index)] = read(index)
         return parts[str(index)]
@@ -230,19 +231,19 @@ def _place(
     return jax.make_array_from_callback(shape, sharding, read_once, dtype)
 
 
-def _place_layers(
+def _device_put_layers(
     shape: tuple[int, ...],
     sharding: Sharding,
     dtype: Any,
     reads: list[Callable[[Index], np.ndarray]],
 ) -> jax.Array:
-    """Fills a stacked array on the devices, so the host holds one layer at a time."""
+    """Fills a stacked array layer by layer, so the host holds one layer at a time."""
     layer_sharding = sharding
     if isinstance(sharding, NamedSharding):
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     put = jax.jit(
-        # In place; `stack.at[i].set` is a scatter, which XLA on CPU copies for.
+        # In place; `stack.at[i].set` is a scatter, for which XLA copies the array on CPU.
         lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(
             stack, layer, i, axis=0
         ),
@@ -251,8 +252,8 @@ def _place_layers(
     )
     stack = zeros()
     for i, read in enumerate(reads):
-        layer = _place(shape[1:], layer_sharding, dtype, read)
-        # The host's copy of this layer is gone before there is one of the next.
+        layer = _device_put(shape[1:], layer_sharding, dtype, read)
+        # Frees the host's copy of this layer before the next one is read.
         stack = jax.block_until_ready(put(stack, layer, i))
     return stack
 
@@ -263,9 +264,8 @@ def _write_tensors(
     params: Params,
     kind: Family,
     dtype: Any,
-    limit: int,
 ) -> None:
-    """Writes the weights, one file after the other, so the host holds one file."""
+    """Writes the weights file by file, so the host holds one file at a time."""
     stored, sizes = _stored_tensors(config, kind), axis_sizes(config)
     leaves = traverse_util.flatten_dict(params, sep="/")
     num_bytes = {
@@ -276,20 +276,20 @@ def _write_tensors(
         num_bytes,
         get_storage_size=int,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
+        max_shard_size=MAX_SHARD_BYTES,
     )
-    writes = jax.process_index() == 0
+    is_writer = jax.process_index() == 0
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
             tensor, leaf, layer = stored[name]
             value = _to_host(leaves[leaf] if layer is None else leaves[leaf][layer])
-            if writes:
+            if is_writer:
                 tensors[name] = to_stored(value, tensor, sizes, dtype)
-        if writes:
+        if is_writer:
             save_file(tensors, path / file, metadata={"format": "pt"})
-            shutil.copymode(path / CONFIG, path / file)  # the writer's alone so far
-    if writes and plan.is_sharded:
+            shutil.copymode(path / CONFIG, path / file)  # save_file sets mode 600
+    if is_writer and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(path / weight_files.INDEX, index)
 
@@ -308,8 +308,8 @@ def _stop_ids(generation: dict[str, Any]) -> list[int]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer's files and generation_config.json, those that are there."""
-    # File by file: the tokenizer may lie beside the weights of its model.
+    """Copies the files of a tokenizer and generation_config.json, where they exist."""
+    # By name: the directory of the tokenizer may also have the weights of the model.
     for name in (*TOKENIZER_FILES, GENERATION):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -1,7 +1,4 @@
-"""What each model family calls its tensors and its settings.
-
-A family is one entry of `FAMILIES`.
-"""
+"""Names of tensors and config.json keys of each model family, one entry of `FAMILIES`."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -12,18 +9,18 @@ from rlt_jax.models.layouts import Tensor
 
 
 class Family(NamedTuple):
-    """One architecture.
+    """One model architecture.
 
     Attributes:
-      architecture: class name that config.json states.
-      tensors: parameter path -> stored tensor; paths a config lacks are not looked for.
+      architecture: class name in config.json.
+      tensors: parameter path -> stored tensor; a model may have only some of the paths.
       settings: field of ModelConfig -> key of config.json.
-      fixed: fields that the architecture itself decides.
-      defaults: values of keys that a config.json may leave out.
-      windowed: whether a layer is windowed where config.json has no `layer_types`;
-        None where the family has no windows.
-      renamed: start of a stored name -> what it stands for, or None to skip the tensor;
-        for models of which we read a part.
+      fixed: fields of ModelConfig that are the same for the whole family.
+      defaults: values of keys that a config.json may omit.
+      windowed: whether a layer is windowed when config.json has no `layer_types`; None
+        if the family has no windowed layers.
+      renamed: prefix of a stored name -> its replacement, or None to skip the tensor;
+        for multimodal models, whose language model is read.
     """
 
     architecture: str
@@ -100,7 +97,7 @@ _GEMMA_SETTINGS = {
     "final_softcap": "final_logit_softcapping",
 }
 
-# What transformers takes for a key that a config.json leaves out.
+# Defaults of transformers for keys that a config.json omits.
 _DEFAULTS = {
     "hidden_act": "silu",
     "rope_theta": 10_000.0,
@@ -202,7 +199,7 @@ def family(model_type: str | None) -> Family:
     """The family of a `model_type`.
 
     Raises:
-      UserError: it is not supported; the message lists those that are.
+      UserError: the family is not supported.
     """
     if model_type not in FAMILIES:
         raise UserError(

@@ -1,7 +1,7 @@
-"""How a stored tensor's axes become a parameter's, for parts of it too.
+"""Conversion between the layouts of stored tensors and parameters, slice by slice.
 
-A layout is written in the axis letters of this package, with a comma between two axes
-of the stored tensor: "NH,D" is a matrix whose rows are heads times head dim.
+A layout names axes by the letters of this package, with commas between the axes of the
+stored tensor: "NH,D" is a matrix with heads and head dim merged in its first axis.
 """
 
 import math
@@ -15,12 +15,13 @@ Index = tuple[slice, ...]
 
 
 class Tensor(NamedTuple):
-    """One stored tensor, or one a layer where the name has a place for its number.
+    """Name and layouts of a stored tensor, or of one tensor per layer.
 
     Attributes:
-      name: such as "lm_head.weight" or "model.layers.{}.mlp.up_proj.weight".
-      stored: its layout, such as "NH,D".
-      ours: the parameter's, such as "DNH", without the axis that stacks layers.
+      name: name in the file: "lm_head.weight" or "model.layers.{}.mlp.up_proj.weight",
+        where {} stands for the index of the layer.
+      stored: layout in the file, such as "NH,D".
+      ours: layout of the parameter, such as "DNH", without the axis L.
     """
 
     name: str
@@ -29,18 +30,17 @@ class Tensor(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one of it in every layer."""
+        """Whether there is one tensor per layer."""
         return "{}" in self.name
 
     def names(self, num_layers: int) -> list[str]:
-        """Its name, or its names from the first layer to the last."""
-        if not self.stacked:
-            return [self.name]
-        return [self.name.format(layer) for layer in range(num_layers)]
+        """Names in the file: one, or one per layer."""
+        layers = range(num_layers if self.stacked else 1)
+        return [self.name.format(layer) for layer in layers]
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Axis letter -> size."""
+    """Size of every axis, by its letter."""
     return {
         "V": config.vocab_size,
         "D": config.embed_dim,
@@ -52,7 +52,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def stored_shape(tensor: Tensor, sizes: dict[str, int]) -> list[int]:
-    """Shape of a tensor in the file."""
+    """Shape of the tensor in the file."""
     axes = tensor.stored.split(",")
     return [math.prod(sizes[letter] for letter in axis) for axis in axes]
 
@@ -60,27 +60,27 @@ def stored_shape(tensor: Tensor, sizes: dict[str, int]) -> list[int]:
 def read_part(
     stored: Any, tensor: Tensor, sizes: dict[str, int], dtype: Any, index: Index
 ) -> np.ndarray:
-    """Reads the part of a stored tensor that `index` of the parameter names.
+    """Reads a slice of a parameter from a stored tensor.
 
     Args:
-      stored: anything that slices to NumPy arrays, in the stored layout.
-      tensor: its layouts.
-      sizes: from `axis_sizes`.
-      dtype: of the result.
+      stored: tensor in the stored layout; its slices are NumPy arrays.
+      tensor: layouts of the tensor.
+      sizes: sizes of the axes, from `axis_sizes`.
+      dtype: dtype of the result.
       index: one slice for each axis of the parameter.
 
     Returns:
-      That part of the parameter, contiguous.
+      The slice of the parameter, contiguous.
     """
-    wanted = dict(zip(tensor.ours, index, strict=True))
+    slices = dict(zip(tensor.ours, index, strict=True))
     outer, shape, inner = [], [], []
     for first, *others in tensor.stored.split(","):
-        # Only along its first letter is a part of a merged axis one run of rows.
+        # A slice of a merged axis is contiguous only along its first letter.
         step = math.prod(sizes[letter] for letter in others)
-        start, stop, _ = wanted[first].indices(sizes[first])
+        start, stop, _ = slices[first].indices(sizes[first])
         outer.append(slice(start * step, stop * step))
         shape += [stop - start, *(sizes[letter] for letter in others)]
-        inner += [slice(None), *(wanted[letter] for letter in others)]
+        inner += [slice(None), *(slices[letter] for letter in others)]
     part = stored[tuple(outer)].reshape(shape)[tuple(inner)]
     letters = tensor.stored.replace(",", "")
     order = [letters.index(letter) for letter in tensor.ours]
@@ -90,7 +90,7 @@ def read_part(
 def to_stored(
     value: np.ndarray, tensor: Tensor, sizes: dict[str, int], dtype: Any
 ) -> np.ndarray:
-    """A whole parameter (of one layer) in the stored layout, contiguous."""
+    """A parameter (of one layer) in the stored layout, contiguous."""
     order = [tensor.ours.index(letter) for letter in tensor.stored.replace(",", "")]
     value = value.transpose(order).reshape(stored_shape(tensor, sizes))
     return np.ascontiguousarray(value, np.dtype(dtype))

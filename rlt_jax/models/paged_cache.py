@@ -1,8 +1,8 @@
-"""Keys and values of growing rows in pages, and attention over them.
+"""Paged KV cache (arXiv 2309.06180), and attention over it.
 
-A row's cache is the list of pages that its `table` names, C tokens each, so memory
-follows the tokens in use and rows with the same beginning share its pages. Page 0 belongs
-to nobody: what rows without a request write lands there.
+The cache of a row is a list of pages of C tokens each, given by the page table, so memory
+grows with the tokens in use and rows with the same prefix share its pages. Page 0 is a
+dummy: rows without a request write to it.
 """
 
 import functools
@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
+from rlt_jax.models.attention import MASKED, soft_cap
 from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import PagedCache
 
-MASKED = -1e30
 TPU_PAGES_PER_BLOCK = 8
-PAGES_PER_BLOCK = 4  # without a kernel
+PAGES_PER_BLOCK = 4  # of the XLA path
 
 
 def empty_pages(config: ModelConfig, pages: int, page_size: int) -> PagedCache:
-    """A zeroed pool, page 0 included, with a table of no rows."""
+    """A zeroed pool of pages, page 0 included, with an empty page table."""
     shape = (
         config.num_kv_heads,
         config.num_layers,
@@ -35,7 +35,7 @@ def empty_pages(config: ModelConfig, pages: int, page_size: int) -> PagedCache:
 
 
 def page_bytes(config: ModelConfig, page_size: int) -> int:
-    """Bytes of one page: keys and values of all layers."""
+    """Size of one page in bytes: keys and values of all layers."""
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return per_token * page_size * config.activation_dtype.itemsize
 
@@ -43,7 +43,7 @@ def page_bytes(config: ModelConfig, page_size: int) -> int:
 def copy_pages(
     cache: PagedCache, source: jax.Array, target: jax.Array, count: jax.Array
 ) -> PagedCache:
-    """Copies the first `count` of the pages `source` [B] onto the pages `target` [B]."""
+    """Copies the first `count` pages of `source` [B] to the pages `target` [B]."""
 
     def copy(i: jax.Array, cache: PagedCache) -> PagedCache:
         def one(pool: jax.Array) -> jax.Array:
@@ -62,19 +62,19 @@ def write(
     key: jax.Array,
     value: jax.Array,
 ) -> PagedCache:
-    """Stores keys and values where the table says.
+    """Writes keys and values to the pages of their rows.
 
     Args:
-      cache: pool and table of the B rows.
-      layer: [] int32.
+      cache: pool and page table of the B rows.
+      layer: [] int32, index of the layer.
       positions: [B, T] int32, consecutive in a row. When T is a multiple of the page
-        size, rows start at the start of a page.
+        size, the first position of a row has to be one too.
       key: [B, T, K, H].
       value: [B, T, K, H].
     """
     C = cache.keys.shape[3]
     B, T = positions.shape
-    # Positions behind the table's last page are padding.
+    # Positions after the last page of the table are padding.
     inside = positions < cache.table.shape[1] * C
     column = jnp.where(inside, positions // C, 0)
     page = jnp.where(inside, jnp.take_along_axis(cache.table, column, axis=1), 0)
@@ -100,8 +100,8 @@ def write(
         page: jax.Array,
         positions: jax.Array,
     ) -> jax.Array:
-        # With the head as an index, and not in the window that is written, XLA keeps the
-        # layout that the kernels read; else it copies the pool in every layer.
+        # With the head as a scatter index, XLA keeps the layout that the kernels read;
+        # with the head in the update window, it would copy the pool in every layer.
         K, H = x.shape[2:]
         x = jnp.moveaxis(x, 2, 0).astype(pool.dtype)
         heads = jnp.arange(K)[:, None, None]
@@ -134,29 +134,30 @@ def paged_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Every query sees its row's keys up to its own position.
+    """Causal attention of queries to the cached keys and values of their rows.
 
-    One query a row without windows uses the paged kernels that come with JAX on TPU and
-    GPU where they take the sizes, everything else plain XLA.
+    With one query per row and no window, TPU and GPU use the paged kernels that ship with
+    JAX where they support the sizes; everything else is plain XLA.
 
     Args:
       query: [B, T, N, H], already scaled; query head n reads key head n // G.
-      cache: pool and table of the B rows, with the T tokens already written.
-      layer: [] int32.
+      cache: pool and page table of the B rows, with the T tokens already written.
+      layer: [] int32, index of the layer.
       positions: [B, T] int32.
-      windowed: [] bool, whether the window holds in this layer.
+      windowed: [] bool, whether the layer has a sliding window.
       softcap: scores become softcap * tanh(score / softcap).
-      window: how many tokens, its own included, a query sees in a windowed layer.
+      window: number of tokens that a query attends to in a windowed layer, itself
+        included.
 
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
-    xla = functools.partial(_by_pages, softcap=softcap, window=window)
+    xla = functools.partial(_pagewise, softcap=softcap, window=window)
     operands = (query, cache, layer, positions, windowed)
     if query.shape[1] > 1 or window is not None:
         return xla(*operands)
     C, H = cache.keys.shape[3:]
-    # Sizes that the kernels take; that of TPU rounds keys and values to bfloat16.
+    # Sizes that the kernels support; the TPU kernel rounds keys and values to bfloat16.
     on_tpu = H % 128 == 0 and cache.keys.dtype == jnp.bfloat16
     on_gpu = C.bit_count() == H.bit_count() == 1
 
@@ -174,7 +175,7 @@ def paged_attention(
     )
 
 
-def _by_pages(
+def _pagewise(
     query: jax.Array,
     cache: PagedCache,
     layer: jax.Array,
@@ -183,9 +184,9 @@ def _by_pages(
     softcap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """Online softmax over the pages, up to the last that any row needs.
+    """Online softmax over the pages, up to the last one that any row uses.
 
-    A page that a row does not need changes none of its bits: its weights are exactly 0.
+    A page that a row does not use has weights of exactly 0, so it changes no bit.
     """
     B, T, N, H = query.shape
     K, _, _, C, _ = cache.keys.shape
@@ -195,8 +196,8 @@ def _by_pages(
     table = jnp.pad(cache.table, ((0, 0), (0, -cache.table.shape[1] % block)))
     C = C * block
 
-    def add(j: jax.Array, carry: tuple) -> tuple:
-        total, norm, largest = carry
+    def page_block(j: jax.Array, carry: tuple) -> tuple:
+        total, norm, max_score = carry
         pages = jax.lax.dynamic_slice_in_dim(table, j * block, block, axis=1)
         key, value = (
             pool[:, layer, pages].reshape(K, B, C, H)
@@ -206,23 +207,23 @@ def _by_pages(
             "KBGTH,KBSH->KBGTS", query, key, preferred_element_type=jnp.float32
         )
         if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
+            scores = soft_cap(scores, softcap)
         distance = positions[:, :, None] - (j * C + jnp.arange(C))
         visible = distance >= 0
         if window is not None:
             visible &= (distance < window) | ~windowed
         scores = jnp.where(visible[:, None], scores, MASKED)
-        new = jnp.maximum(largest, scores.max(-1))
-        weights = jnp.exp(scores - new[..., None])
-        shrink = jnp.exp(largest - new)
-        weighed = jnp.einsum(
+        new_max = jnp.maximum(max_score, scores.max(-1))
+        weights = jnp.exp(scores - new_max[..., None])
+        correction = jnp.exp(max_score - new_max)
+        new = jnp.einsum(
             "KBGTS,KBSH->KBGTH",
             weights.astype(value.dtype),
             value,
             preferred_element_type=jnp.float32,
         )
-        total = total * shrink[..., None] + weighed
-        return total, norm * shrink + weights.sum(-1), new
+        total = total * correction[..., None] + new
+        return total, norm * correction + weights.sum(-1), new_max
 
     shape = query.shape[:-1]
     empty = (
@@ -230,8 +231,8 @@ def _by_pages(
         jnp.zeros(shape, jnp.float32),
         jnp.full(shape, MASKED, jnp.float32),
     )
-    last = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
-    total, norm, _ = jax.lax.fori_loop(0, last, add, empty)
+    num_blocks = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
+    total, norm, _ = jax.lax.fori_loop(0, num_blocks, page_block, empty)
     out = (total / norm[..., None]).astype(query.dtype)
     return out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
@@ -270,7 +271,7 @@ def _gpu_kernel(
 ) -> jax.Array:
     from jax.experimental.pallas.ops.gpu import paged_attention as kernel  # not on CPU
 
-    splits = 16  # of a row's pages; each reads them 1, 2, 4 or 8 at a time
+    splits = 16  # of the pages of a row; each split reads 1, 2, 4 or 8 at a time
     each = -(-cache.table.shape[1] // splits)
     columns = splits * min(8, 1 << (each - 1).bit_length())
     table, keys, values = _all_layers(cache, layer, columns)
@@ -289,9 +290,9 @@ def _gpu_kernel(
 def _all_layers(
     cache: PagedCache, layer: jax.Array, columns: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Table and pools with a layer's pages as some of many; no layer is cut out.
+    """Page table and pools with layers and pages in one axis, so nothing is sliced.
 
-    The table is padded to a multiple of `columns`.
+    The columns of the table are padded to a multiple of `columns`.
     """
     K, L, pages, C, H = cache.keys.shape
     pad = -cache.table.shape[1] % columns

@@ -1,11 +1,11 @@
-"""Shapes of published models, for plans on machines that have not downloaded them."""
+"""Configurations of published models, for plans without a download of the model."""
 
 from typing import Any
 
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json
 
-# hidden_size, intermediate_size, layers, heads, key/value heads, embedding rows.
+# D, F, L, N, K, V.
 _QWEN2_5 = {
     "0.5B": (896, 4864, 24, 14, 2, 151_936),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936),
@@ -15,7 +15,7 @@ _QWEN2_5 = {
     "32B": (5120, 27648, 64, 40, 8, 152_064),
     "72B": (8192, 29568, 80, 64, 8, 152_064),
 }
-# Fine-tuned models have the shape of what they started from.
+# Fine-tuned models have the configuration of their base model.
 PUBLISHED = {
     **{f"Qwen/Qwen2.5-{size}-Instruct": size for size in _QWEN2_5},
     **{f"Qwen/Qwen2.5-{size}": size for size in _QWEN2_5},
@@ -24,10 +24,10 @@ PUBLISHED = {
 
 
 def published_config(name: str, **overrides: Any) -> ModelConfig | None:
-    """The shape of a model by its id on the Hugging Face Hub; None if not known here.
+    """The configuration of a model on the Hugging Face Hub; None if it is not listed here.
 
     Args:
-      name: id on the Hub.
+      name: id of the model on the Hub.
       **overrides: fields of ModelConfig to replace.
     """
     if name not in PUBLISHED:

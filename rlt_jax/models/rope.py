@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., arXiv 2104.09864) and their scalings."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864) and their scalings."""
 
 import math
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from rlt_jax.models.config import ModelConfig, RopeScaling
 
 
 class Rope(NamedTuple):
-    """Rotary parameters of one layer, or of all layers with a leading axis L.
+    """Rotary frequencies of one layer, or of all layers with a leading axis L.
 
     Attributes:
-      frequency: [H / 2] float32, radians per position.
-      amplitude: [] float32, multiplies the rotated head.
+      frequency: [H / 2] float32, in radians per position.
+      amplitude: [] float32, factor on the rotated head.
     """
 
     frequency: jax.Array | np.ndarray
@@ -23,17 +23,17 @@ class Rope(NamedTuple):
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates heads by angles that grow with the position.
+    """Rotates pairs of head dimensions by angles proportional to the position.
 
     The first half of the head is paired with the second half, as in Llama and Qwen.
 
     Args:
-      x: [B, T, N, H] queries or keys.
+      x: queries [B, T, N, H] or keys [B, T, K, H].
       positions: [B, T] int32.
-      rope: of this layer.
+      rope: frequencies of the layer.
 
     Returns:
-      [B, T, N, H] in the dtype of x; angles are float32.
+      Rotated heads in the shape and dtype of x; angles are float32.
     """
     angle = positions[..., None, None].astype(jnp.float32) * rope.frequency
     sin, cos = jnp.sin(angle) * rope.amplitude, jnp.cos(angle) * rope.amplitude
@@ -45,14 +45,12 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
 
 
 def layer_ropes(config: ModelConfig) -> Rope:
-    """The rotary parameters of every layer: [L, H / 2] and [L]."""
-    everywhere = _rope(config.head_dim, config.rope_theta, config.rope_scaling)
-    ropes = [everywhere] * config.num_layers
+    """The rotary frequencies [L, H / 2] and amplitudes [L] of all layers."""
+    full = _rope(config.head_dim, config.rope_theta, config.rope_scaling)
+    ropes = [full] * config.num_layers
     if config.local_rope_theta is not None and config.windowed_layers:
         local = _rope(config.head_dim, config.local_rope_theta, None)
-        ropes = [
-            local if windowed else everywhere for windowed in config.windowed_layers
-        ]
+        ropes = [local if windowed else full for windowed in config.windowed_layers]
     return Rope(
         np.stack([rope.frequency for rope in ropes]).astype(np.float32),
         np.stack([rope.amplitude for rope in ropes]).astype(np.float32),
@@ -60,7 +58,7 @@ def layer_ropes(config: ModelConfig) -> Rope:
 
 
 def _rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> Rope:
-    """Rotary parameters of a layer in float64."""
+    """Rotary frequencies of a layer in float64."""
     half = head_dim // 2
     frequency = theta ** (-np.arange(half) / half)
     one = np.float64(1.0)
@@ -69,31 +67,31 @@ def _rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> Rope:
     if scaling.kind == "linear":
         return Rope(frequency / scaling.factor, one)
     if scaling.kind == "llama3":
-        # How often each pair turns in the original context.
-        turns = scaling.original_length * frequency / (2 * math.pi)
+        # Rotations of each pair over the original context.
+        rotations = scaling.original_length * frequency / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        return Rope(_blend(frequency, scaling.factor, kept), one)
+        kept = np.clip((rotations - low) / (high - low), 0, 1)
+        return Rope(_interpolate(frequency, scaling.factor, kept), one)
     return _yarn(frequency, theta, scaling)
 
 
 def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> Rope:
     half = len(frequency)
 
-    def pair_that_turns(times: float) -> float:
-        wavelength = scaling.original_length / times
+    def pair_with(rotations: float) -> float:
+        wavelength = scaling.original_length / rotations
         return half * math.log(wavelength / (2 * math.pi)) / math.log(theta)
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * half - 1)
+    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with(scaling.beta_slow)), 2 * half - 1)
     ramp = (np.arange(half) - low) / max(high - low, 1e-3)
     amplitude = scaling.attention_factor
     if amplitude is None:
         amplitude = 0.1 * math.log(scaling.factor) + 1.0
     kept = 1 - np.clip(ramp, 0, 1)
-    return Rope(_blend(frequency, scaling.factor, kept), np.float64(amplitude))
+    return Rope(_interpolate(frequency, scaling.factor, kept), np.float64(amplitude))
 
 
-def _blend(frequency: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
+def _interpolate(frequency: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
     """Frequencies divided by factor where `kept` is 0, unchanged where it is 1."""
     return frequency * (kept + (1 - kept) / factor)

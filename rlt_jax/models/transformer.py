@@ -1,8 +1,8 @@
-"""One decoder-only transformer in Flax Linen.
+"""A decoder-only transformer in Flax Linen.
 
-Layers are scanned (parameters stacked on L) and optionally rematerialised. The KV cache
-is an argument and a result. Hidden states and head are apart, so that log-probabilities
-never need all logits at once.
+Layers are scanned (parameters stacked on L) and optionally rematerialized. The KV cache
+is an argument and a result. The output head is a separate method, so that
+log-probabilities never need all logits at once.
 """
 
 import functools
@@ -25,12 +25,12 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # gelu by tanh
 
 
 class Layer(NamedTuple):
-    """What differs between layers besides their parameters; stacked on L.
+    """Inputs of a layer that differ between layers; stacked on L.
 
     Attributes:
-      index: [] int32.
-      windowed: [] bool.
-      rope: rotary parameters.
+      index: [] int32, index of the layer.
+      windowed: [] bool, whether the layer has a sliding window.
+      rope: rotary frequencies.
     """
 
     index: jax.Array
@@ -54,7 +54,7 @@ def _constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def _all_lengths(x: jax.Array) -> jax.Array:
-    """States [B, T, D] with every token on each device of their rows."""
+    """Activations [B, T, D] that are not sharded over the length and the width."""
     return _constrain(x, "batch", None, None)
 
 
@@ -76,13 +76,13 @@ class RMSNorm(nn.Module):
 
 
 def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
-    """The last `contracted` axes of x with the first of the kernel."""
+    """Contracts the last `contracted` axes of x with the first ones of the kernel."""
     axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
     return jax.lax.dot_general(x, kernel, (axes, ((), ())))
 
 
-# The same; but autodiff has the kernel's gradient transposed, which costs XLA on CPU
-# several times the product.
+# With a gradient of its own: autodiff transposes the gradient of the kernel, which on CPU
+# takes several times as long as the product.
 _product = jax.custom_vjp(_dot, nondiff_argnums=(2,))
 
 
@@ -100,7 +100,7 @@ _product.defvjp(lambda x, w, n: (_dot(x, w, n), (x, w)), _product_backward)
 
 
 class Projection(nn.Module):
-    """Dense map of the trailing axes `in_shape` to `out_shape`; `axes` names both."""
+    """Dense layer from the trailing axes `in_shape` to `out_shape`, with logical `axes`."""
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -111,7 +111,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = _kernel_init(self.axes, math.prod(self.in_shape))
         kernel = self.param("kernel", init, self.in_shape + self.out_shape)
-        product = _dot if self._seen_by_qwix(kernel) else _product
+        product = _dot if self._uses_qwix(kernel) else _product
         kernel = jnp.asarray(kernel, x.dtype)
         y = product(x, kernel, len(self.in_shape)).astype(x.dtype)
         if self.use_bias:
@@ -121,10 +121,10 @@ class Projection(nn.Module):
             y = y + self.param("bias", init, self.out_shape).astype(x.dtype)
         return y
 
-    def _seen_by_qwix(self, kernel: Any) -> bool:
-        """Whether the kernel is int8, or has adapters, or may be about to get them.
+    def _uses_qwix(self, kernel: Any) -> bool:
+        """Whether the kernel is int8, or has adapters or may be given some.
 
-        Then the product has to be made by functions that qwix replaces.
+        Then the product has to use the functions of JAX that qwix intercepts.
         """
         adapted = set(self.variables["params"]) - {"kernel", "bias"}
         return bool(adapted or self.is_initializing()) or not isinstance(
@@ -229,7 +229,7 @@ def _remat(block: Any, policy: str) -> Any:
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer; `head` turns hidden states into logits."""
+    """Decoder-only transformer; `head` computes logits from hidden states."""
 
     config: ModelConfig
 
@@ -265,24 +265,24 @@ class Transformer(nn.Module):
         segment_ids: jax.Array | None = None,
         kv_cache: PagedCache | None = None,
     ) -> tuple[jax.Array, PagedCache | None]:
-        """Hidden states after the final norm.
+        """Computes the hidden states after the final norm.
 
         Without a cache, rows may be packed: attention is causal within segments. With a
-        cache, rows are one segment each; tokens are stored in the pages of their row and
-        see every token up to their own position.
+        cache, every row is one segment: keys and values are written to the pages of the
+        row, and tokens attend to all positions up to their own.
 
         Args:
           tokens: [B, T] int32.
           positions: [B, T] int32, counted from 0 within each segment.
-          segment_ids: [B, T] int32, 0 for padding; needed without a cache.
-          kv_cache: pages with a table of the B rows, or None.
+          segment_ids: [B, T] int32, 0 for padding; required without a cache.
+          kv_cache: page pool with the page table of the B rows, or None.
 
         Returns:
-          Hidden states [B, T, D] in the activation dtype, and the filled cache.
+          Hidden states [B, T, D] in the activation dtype, and the updated cache.
         """
         c = self.config
         if kv_cache is None and segment_ids is None:
-            raise ValueError("Pass segment_ids, or a kv_cache.")
+            raise ValueError("segment_ids and kv_cache are both None: pass one.")
         x = self.embedding[tokens].astype(c.activation_dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
@@ -299,7 +299,7 @@ class Transformer(nn.Module):
 
 
 def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
-    """The parameter of the head: the embedding [V, D] if tied, else [D, V]."""
+    """The parameter of the output head: the embedding [V, D] if tied, else [D, V]."""
     return params["embedding" if config.tie_embeddings else "output"]
 
 
@@ -317,13 +317,13 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def logical_axes(config: ModelConfig) -> Any:
-    """Tree like the parameters whose leaves are PartitionSpecs of logical axes."""
+    """PartitionSpecs of logical axes, in a tree like the parameters."""
     boxed = jax.eval_shape(lambda: boxed_params(Transformer(config), jax.random.key(0)))
     return nn.get_partition_spec(boxed)
 
 
 def boxed_params(model: Transformer, key: jax.Array) -> Any:
-    """Random parameters, each in a box that names its logical axes."""
+    """Random parameters, boxed with their logical axis names."""
     row = jnp.zeros((1, 2), jnp.int32)
     variables = model.init(key, row, row, row)
     return variables["params"]

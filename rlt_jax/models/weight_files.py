@@ -1,4 +1,4 @@
-"""The files of a model directory: which tensors are there, and in which file."""
+"""The weight files of a model directory in Hugging Face format."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -17,13 +17,13 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, read slice by slice.
+    """A tensor in a safetensors file, read slice by slice.
 
     Attributes:
-      file: safetensors file.
-      name: of the tensor in it.
-      shape: in the file.
-      dtype: as safetensors writes it, such as "BF16".
+      file: path of the file.
+      name: name of the tensor in the file.
+      shape: shape of the tensor in the file.
+      dtype: dtype by its safetensors name, such as "BF16".
     """
 
     file: Path
@@ -32,33 +32,33 @@ class StoredTensor(NamedTuple):
     dtype: str
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each read: pages of a mapped file count as memory until it is closed.
+        # Opened for each read: the pages of a mapped file use memory until it is closed.
         with safe_open(self.file, "numpy") as opened:
             return opened.get_slice(self.name)[index]
 
 
 def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
-    """The tensors of all weights files, by the names that the family gives them.
+    """The tensors of all weight files, by their names in the family.
 
     Raises:
-      UserError: a file is missing or cut short.
+      UserError: a file is missing or truncated.
     """
     if (path / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif (path / INDEX).is_file():
         files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
     else:
-        raise UserError(f"model {path}: neither {WEIGHTS} nor {INDEX} is there.")
+        raise UserError(f"model {path}: it has neither {WEIGHTS} nor {INDEX}.")
     stored = {}
     for file in files:
         with _open(path, file) as opened:
             names = opened.keys()
             for name in names:
-                ours = _family_name(name, kind)
-                if ours is not None:
-                    part = opened.get_slice(name)
-                    stored[ours] = StoredTensor(
-                        path / file, name, part.get_shape(), part.get_dtype()
+                family_name = _family_name(name, kind)
+                if family_name is not None:
+                    tensor = opened.get_slice(name)
+                    stored[family_name] = StoredTensor(
+                        path / file, name, tensor.get_shape(), tensor.get_dtype()
                     )
     return stored
 
@@ -67,42 +67,42 @@ def check_tensors(
     path: Path,
     stored: Mapping[str, StoredTensor],
     expected: Mapping[str, list[int]],
-    spare: Collection[str],
+    optional: Collection[str],
 ) -> None:
-    """Makes sure that a model is what it says it is.
+    """Checks that the weight files have the tensors that the config requires.
 
     Args:
-      path: of the model, for messages.
-      stored: from `find_tensors`.
-      expected: name -> shape that the config asks for.
-      spare: names that may be there without being needed.
+      path: path of the model, for messages.
+      stored: tensors in the files, from `find_tensors`.
+      expected: name -> shape of the required tensors.
+      optional: names of tensors that are allowed but not required.
 
     Raises:
-      UserError: tensors missing, too many, of another shape, or not floating point.
+      UserError: tensors are missing, unexpected, of another shape, or not floating point.
     """
     missing = sorted(set(expected) - set(stored))
-    extra = sorted(set(stored) - set(expected) - set(spare))
-    for problem, names in (("lacks", missing), ("has unexpected", extra)):
+    extra = sorted(set(stored) - set(expected) - set(optional))
+    for problem, names in (("missing", missing), ("unexpected", extra)):
         if names:
             raise UserError(
-                f"model {path}: for its config.json it {problem} {len(names)} tensors: "
-                f"{', '.join(names[:3])}{', ...' if names[3:] else ''}."
+                f"model {path}: the weight files do not match config.json; {len(names)} "
+                f"{problem} tensors: {', '.join(names[:3])}{', ...' if names[3:] else ''}."
             )
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise UserError(
-                f"model {path}: {name} has shape {stored[name].shape}, but its "
-                f"config.json asks for {shape}."
+                f"model {path}: {name} has shape {stored[name].shape}, but config.json "
+                f"requires {shape}."
             )
         if stored[name].dtype not in FLOATS:
             raise UserError(
-                f"model {path}: {name} is {stored[name].dtype}; only weights in "
-                f"{', '.join(FLOATS)} can be read."
+                f"model {path}: {name} has dtype {stored[name].dtype}; supported are "
+                f"{', '.join(FLOATS)}."
             )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; UserError where it is missing or broken."""
+    """Reads a JSON file; raises UserError if it is missing or invalid."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -112,7 +112,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file for people to read."""
+    """Writes an indented JSON file."""
     text = json.dumps(content, indent=2, sort_keys=True)
     file.write_text(text + "\n", encoding="utf-8")
 
@@ -122,18 +122,19 @@ def _open(path: Path, file: str) -> safe_open:
         return safe_open(path / file, "numpy")
     except FileNotFoundError as error:
         raise UserError(
-            f"model {path}: {file} is missing, though {INDEX} names it."
+            f"model {path}: {file} is missing, but {INDEX} lists it; download it again."
         ) from error
     except SafetensorError as error:
         raise UserError(
-            f"model {path}: {file} is damaged or cut short ({error}); fetch it again."
+            f"model {path}: {file} is damaged or truncated ({error}); download it again."
         ) from error
 
 
 def _family_name(name: str, kind: Family) -> str | None:
-    """What the family calls a stored tensor; None for one that is not its own."""
-    for start, ours in kind.renamed.items():
-        if name.startswith(start):
-            return None if ours is None else ours + name.removeprefix(start)
-    # Old files hold the constants of RoPE as well.
+    """The name of a stored tensor in the family; None if the tensor is not read."""
+    for prefix, replacement in kind.renamed.items():
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            return None if replacement is None else replacement + rest
+    # Old files also have the RoPE frequencies.
     return None if name.endswith("rotary_emb.inv_freq") else name

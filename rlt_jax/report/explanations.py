@@ -1,4 +1,4 @@
-"""A page on which explanations are read token by token, coloured by their reward."""
+"""A page of explanations whose tokens are colored by their reward."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,38 +7,44 @@ from typing import Any, NamedTuple
 
 from rlt_jax.report.files import write_page
 
-DARKEST = 4.0  # nats at which a colour is full
+MAX_NATS = 4.0  # value with the most intense color
 
 
 class Token(NamedTuple):
-    """A piece of text with its colour and what it says when pointed at."""
+    """A token of the page.
+
+    Attributes:
+      text: text of the token.
+      color: CSS background color.
+      title: tooltip.
+    """
 
     text: str
-    colour: str
+    color: str
     title: str
 
 
-def write_explanations(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Writes `index.html`, best completion first, worst last.
+def write_explanations(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Writes `index.html` with the completions in the given order.
 
     Args:
-      rows: of the stage `score`, with per-token arrays.
-      folder: made if it is not there.
+      records: records of the stage `score` with per-token arrays, best reward first.
+      folder: folder of the page; created if it does not exist.
     """
     items = [
         {
-            **row,
-            "explanation": explanation_tokens(row),
-            "solved": solution_tokens(row),
-            "terms": {k: f"{v:.4g}" for k, v in row["terms"].items()},
+            **record,
+            "explanation": explanation_tokens(record),
+            "solution": solution_tokens(record),
+            "terms": {k: f"{v:.4g}" for k, v in record["terms"].items()},
         }
-        for row in rows
+        for record in records
     ]
     write_page(folder, "explanations.html", {}, items=items)
 
 
-def explanation_tokens(row: Mapping[str, Any]) -> list[Token]:
-    """Tokens of the explanation, red where the KL is large, blue where negative."""
+def explanation_tokens(record: Mapping[str, Any]) -> list[Token]:
+    """Tokens of the explanation: red if the KL is positive, blue if it is negative."""
     arrays = (
         "explanation_tokens",
         "explanation_kl_tokens",
@@ -48,23 +54,26 @@ def explanation_tokens(row: Mapping[str, Any]) -> list[Token]:
     return [
         Token(
             text,
-            _colour(divergence),
-            f"KL {divergence:.3f} = teacher {teacher:.3f} - student {student:.3f}",
+            _color(kl),
+            f"KL {kl:.3f} = teacher {teacher:.3f} - student {student:.3f}",
         )
-        for text, divergence, teacher, student in zip(
-            *(row[name] for name in arrays), strict=True
+        for text, kl, teacher, student in zip(
+            *(record[name] for name in arrays), strict=True
         )
     ]
 
 
-def solution_tokens(row: Mapping[str, Any]) -> list[Token]:
-    """Tokens of the solution, red where the student finds them unlikely."""
-    pairs = zip(row["solution_tokens"], row["student_log_probs_solution"], strict=True)
-    return [Token(t, _colour(-lp), f"log-probability {lp:.3f}") for t, lp in pairs]
+def solution_tokens(record: Mapping[str, Any]) -> list[Token]:
+    """Tokens of the solution: red if the student gives them a low probability."""
+    log_probs = record["student_log_probs_solution"]
+    return [
+        Token(token, _color(-log_prob), f"log-probability {log_prob:.3f}")
+        for token, log_prob in zip(record["solution_tokens"], log_probs, strict=True)
+    ]
 
 
-def _colour(nats: float) -> str:
-    """CSS background: red for positive, blue for negative, by their square root."""
-    strength = min(math.sqrt(abs(nats) / DARKEST), 1.0)
+def _color(nats: float) -> str:
+    """CSS color: red for positive and blue for negative values, by their square root."""
+    strength = min(math.sqrt(abs(nats) / MAX_NATS), 1.0)
     red, green, blue = (214, 39, 40) if nats > 0 else (31, 119, 180)
     return f"rgba({red},{green},{blue},{0.75 * strength:.3f})"

@@ -1,4 +1,4 @@
-"""The files of other stages as reports read them, and the pages that they write."""
+"""Reads the files of other stages for reports, and writes HTML pages."""
 
 import base64
 import json
@@ -14,55 +14,59 @@ Record = dict[str, Any]
 
 
 def read_json(path: Path) -> Record:
-    """What one JSON file holds.
+    """Reads a JSON file of a stage.
 
     Raises:
-      UserError: the file, in the folder of a stage, is missing or broken.
+      UserError: the file is missing or invalid.
     """
     return _parse(_bytes(path), path)
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The rows of a JSON Lines file; errors as of `read_json`."""
+    """Reads the records of a JSON Lines file of a stage.
+
+    Raises:
+      UserError: the file is missing, invalid or incomplete.
+    """
     *lines, last = _bytes(path).split(b"\n")
-    rows = [_parse(line, path) for line in lines if line.strip()]
+    records = [_parse(line, path) for line in lines if line.strip()]
     try:
-        return [*rows, json.loads(last)] if last.strip() else rows
+        return [*records, json.loads(last)] if last.strip() else records
     except ValueError as error:
         raise UserError(
-            f"{path}: the last line is cut off. Where the stage has not ended, give its "
-            f"command again; else run it afresh, with --only={path.parent.name}."
+            f"{path}: the last line is incomplete. If the stage was interrupted, run the "
+            f"same command again; otherwise run it anew with --only={path.parent.name}."
         ) from error
 
 
 def read_evaluation(folder: Path) -> list[Record]:
-    """The rows of `samples.jsonl` of a complete evaluate stage.
+    """Reads `samples.jsonl` of a finished evaluate stage.
 
     Raises:
-      UserError: the stage has not ended, or its files are broken or of different runs.
+      UserError: the stage is not finished, or its files are invalid or do not match.
     """
     read_json(folder / "done.json")
     results = read_json(folder / "results.json")
-    rows = read_lines(folder / "samples.jsonl")
-    wanted = results["num_questions"] * results["samples_per_question"]
-    if len(rows) != wanted:
+    samples = read_lines(folder / "samples.jsonl")
+    expected = results["num_questions"] * results["samples_per_question"]
+    if len(samples) != expected:
         raise UserError(
-            f"{folder}: samples.jsonl has {len(rows)} rows, but results.json is of "
-            f"{wanted}. Run the stage {folder.name!r} afresh, with --only={folder.name}."
+            f"{folder}: samples.jsonl has {len(samples)} records, but results.json has "
+            f"{expected} samples. Run the stage anew with --only={folder.name}."
         )
-    return rows
+    return samples
 
 
 def write_page(
     folder: Path, template: str, pictures: Mapping[str, bytes], **values: Any
 ) -> None:
-    """Writes `index.html` into a folder, its pictures beside it and in it.
+    """Writes `index.html` with embedded figures, and the figures as separate files.
 
     Args:
-      folder: made if it is not there.
-      template: a file beside this one; all values in it are escaped.
-      pictures: name -> PNG.
-      **values: of the template.
+      folder: folder of the page; created if it does not exist.
+      template: name of a template in this folder; all values are escaped.
+      pictures: name -> bytes of a PNG.
+      **values: values for the template.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlt_jax", "report"),
@@ -74,12 +78,12 @@ def write_page(
     environment.filters.update(
         words=lambda name: name.replace("_", " "), number=_number
     )
-    inside = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
-    page = environment.get_template(template).render(values, pictures=inside)
+    embedded = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
+    page = environment.get_template(template).render(values, pictures=embedded)
     folder.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
-    # A model can write half of a surrogate pair, which UTF-8 cannot hold.
+    # Completions can contain lone surrogates, which UTF-8 cannot encode.
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
 
@@ -92,7 +96,7 @@ def _number(value: float | None, digits: int = 5) -> str:
 def _parse(text: bytes, path: Path) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise UserError(f"{path}: not valid JSON: {error}.") from error
 
 
@@ -101,6 +105,6 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing. The stage {path.parent.name!r} writes it: run that "
-            "stage first, or name another stage."
+            f"{path} is missing. Run the stage {path.parent.name!r} first, or name "
+            "another stage."
         ) from error

@@ -1,9 +1,9 @@
-"""The report: what a run measured, as one page for a reader and one JSON for programs.
+"""The report: results of a run as an HTML page and a JSON summary.
 
     <workdir>/<stage>/...  ->  <workdir>/report/index.html, report/*.png, summary.json
 
-The page holds its pictures and style in itself, so that it can be sent as one file.
-Everything that a model or a data set wrote is escaped.
+Figures and style are embedded, so that the page is a single file. All texts from models
+and data sets are escaped.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from rlt_jax.errors import UserError
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import Record, read_json, read_lines, write_page
 
-OUT = "report"  # folder of the page in the workdir
+OUT = "report"  # folder of the report in the workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Which stages of the run the report reads; every value is a folder in the workdir.
+    """Stages of the run that the report reads, by their folders in the workdir.
 
     Attributes:
-      rl: the teacher's reinforcement learning.
-      traces: (label, collect stage) pairs; explanations are shown in this order.
-      evaluations: (label, evaluate stage) pairs, all on the same questions; the last is
-        compared with the one before it.
-      num_examples: how many questions are shown with explanations and with answers.
+      rl: folder of the teacher's RL stage.
+      traces: (label, folder of a collect stage) pairs, in the order of the report.
+      evaluations: (label, folder of an evaluate stage) pairs, all on the same questions;
+        the last one is compared with the one before it.
+      num_examples: number of questions shown with explanations, and with answers.
     """
 
     rl: str
@@ -38,11 +38,15 @@ class ReportConfig:
 
 
 def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
-    """Writes the page, its pictures and `summary.json`; returns the summary.
+    """Writes the page, its figures and `summary.json`; returns the summary.
+
+    Args:
+      workdir: workdir of the run.
+      config: stages to read.
+      seed: seed of the run, for the summary.
 
     Raises:
-      UserError: a stage that the config names has not left its files, or the
-        evaluations cannot be compared.
+      UserError: files of a stage are missing, or the evaluations cannot be compared.
     """
     teacher = read_json(workdir / config.rl / "done.json")["summary"]
     metrics = read_lines(workdir / config.rl / "metrics.jsonl")
@@ -96,8 +100,8 @@ def _accuracies(
     sizes = {(r["num_questions"], r["samples_per_question"]) for r in results.values()}
     if len(sizes) > 1:
         raise UserError(
-            f"the evaluations {', '.join(results)} differ in questions or in samples "
-            f"per question: {sorted(sizes)}. Evaluate all on the same."
+            f"the evaluations {', '.join(results)} have different numbers of questions or "
+            f"samples per question: {sorted(sizes)}. Use the same data and settings."
         )
     summary: Record = {}
     for label, result in results.items():
@@ -105,12 +109,12 @@ def _accuracies(
         summary[f"accuracy_{label}_standard_error"] = result["standard_error"]
     if len(results) > 1:
         before, after = list(results)[-2:]
-        compared = statistics.compare(
+        comparison = statistics.compare(
             statistics.accuracy_by_question(answers[after], after),
             statistics.accuracy_by_question(answers[before], before),
             (after, before),
         )
-        for name, value in compared._asdict().items():
+        for name, value in comparison._asdict().items():
             key = "accuracy_difference"
             summary[key if name == "difference" else f"{key}_{name}"] = value
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
@@ -118,7 +122,7 @@ def _accuracies(
 
 
 def _seconds(workdir: Path) -> Record:
-    """Seconds of every completed stage but the report itself, in the order they ended."""
+    """Seconds of every finished stage except the report, in the order of their ends."""
     done = [path for path in workdir.glob("*/done.json") if path.parent.name != OUT]
     done.sort(key=lambda path: (path.stat().st_mtime_ns, path))
     seconds = {path.parent.name: read_json(path)["seconds"] for path in done}
@@ -143,20 +147,17 @@ def _pictures(
 def _side_by_side(
     records: Mapping[str, Sequence[Record]], count: int
 ) -> list[dict[str, Record]]:
-    """The first record of each of the first questions that every label holds.
+    """The first record of every label, for the first questions that all labels have.
 
-    The first ones, not the best ones: what is shown is not picked by its success.
+    Takes the first and not the best records, so that the examples are not cherry-picked.
     """
-    first: list[dict[str, Record]] = []
-    for rows in records.values():
-        by_question: dict[str, Record] = {}
-        for row in rows:
-            by_question.setdefault(row["question"], row)
-        first.append(by_question)
+    first = {
+        label: {record["question"]: record for record in reversed(sequence)}
+        for label, sequence in records.items()
+    }
     if not first:
         return []
-    shared = [q for q in first[0] if all(q in questions for questions in first)]
-    return [
-        {label: questions[q] for label, questions in zip(records, first)}
-        for q in shared[:count]
-    ]
+    sequence = next(iter(records.values()))
+    questions = dict.fromkeys(record["question"] for record in sequence)
+    shared = [q for q in questions if all(q in by_q for by_q in first.values())]
+    return [{label: by_q[q] for label, by_q in first.items()} for q in shared[:count]]

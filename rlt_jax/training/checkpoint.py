@@ -1,9 +1,8 @@
-"""Orbax checkpoints of a run, and where initial weights come from.
+"""Orbax checkpoints of a run, and loading of models.
 
-A checkpoint holds the train state, whatever else the loop needs on the device, and the
-position of the data iterator. Next to the checkpoints of a stage lie `model.json` (the
-shape of the model) and `tokenizer/`, so a stage folder can be named wherever a model is
-asked for.
+A checkpoint has the train state, the other arrays of the loop, and the state of the data
+iterator. The folder of a stage also has `model.json` (the model's configuration) and
+`tokenizer/`, so it can be used wherever a config takes the path of a model.
 """
 
 import contextlib
@@ -39,18 +38,19 @@ SHIPPED = {name: _ASSETS / name for name in ("embedded", "embedded_small")}
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a path, or an architecture to start from scratch.
+    """Source of a model: the path of a model, or an architecture with random weights.
 
     Attributes:
-      path: "embedded" or "embedded_small", a folder in Hugging Face layout, the folder
-        of a stage, or the id of a repository on the Hugging Face Hub, such as "Qwen/Qwen2.5-7B-Instruct".
-      architecture: fields of `ModelConfig`, for random initial weights; the tokenizer's
-        vocab_size is the default of its field.
-      tokenizer: tokenizer folder; the one beside the weights where empty.
-      dtype: of activations.
-      param_dtype: of the parameters in memory; "float32" keeps master weights where
-        activations are bfloat16, "bfloat16" halves the memory of a frozen model.
-      remat: what the backward pass computes again, see `ModelConfig`.
+      path: "embedded" or "embedded_small", a folder in Hugging Face format, the folder of
+        a stage, or the id of a model on the Hugging Face Hub, such as
+        "Qwen/Qwen2.5-7B-Instruct".
+      architecture: fields of `ModelConfig`, for random initial weights; vocab_size
+        defaults to that of the tokenizer.
+      tokenizer: tokenizer folder; if empty, the tokenizer of the model.
+      dtype: dtype of the activations.
+      param_dtype: dtype of the parameters in memory; "float32" keeps master weights for
+        bfloat16 activations, "bfloat16" halves the memory of a frozen model.
+      remat: what the backward pass recomputes, see `ModelConfig`.
     """
 
     path: str = ""
@@ -63,9 +63,9 @@ class ModelSource:
     def __post_init__(self) -> None:
         check_choice("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         if bool(self.path) == (self.architecture is not None):
-            raise UserError("model: give either a path or an architecture.")
+            raise UserError("model: set either path or architecture.")
         if self.architecture is not None and not self.tokenizer:
-            raise UserError("model: an architecture needs a tokenizer beside it.")
+            raise UserError("model: set a tokenizer for the architecture.")
 
 
 class LoadedModel(NamedTuple):
@@ -77,21 +77,21 @@ class LoadedModel(NamedTuple):
 
 
 def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
-    """Loads a model, parameters sharded over the mesh.
+    """Loads a model with its parameters sharded over the mesh.
 
     Args:
-      source: where from.
-      mesh: where to.
-      key: for random initial weights.
+      source: source of the model.
+      mesh: mesh of the parameters.
+      key: PRNG key for random initial weights.
 
     Raises:
-      UserError: nothing that can be read is there, or the tokenizer has ids that the
-        embedding lacks.
+      UserError: there is no such model, or its embedding is smaller than the vocabulary
+        of the tokenizer.
     """
     path = None if source.architecture is not None else find_model(source.path)
     staged = path is not None and (path / "model.json").is_file()
-    beside = path / "tokenizer" if staged else path
-    tokenizer = load_tokenizer(source.tokenizer or beside)
+    tokenizer_path = path / "tokenizer" if staged else path
+    tokenizer = load_tokenizer(source.tokenizer or tokenizer_path)
     model = Transformer(_model_config(source, path, tokenizer.vocab_size))
     origin = path or "random weights"
     _check_vocabulary(origin, tokenizer, model.config.vocab_size)
@@ -113,10 +113,10 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
 
 
 def shape_of(source: ModelSource) -> ModelConfig:
-    """The shape of a model, without its weights.
+    """The configuration of a model, without loading its weights.
 
     Raises:
-      UserError: no such model.
+      UserError: there is no such model.
     """
     path = None if source.architecture is not None else find_model(source.path)
     if path is None and "vocab_size" not in source.architecture:
@@ -138,50 +138,49 @@ def _model_config(
 
 
 def _check_vocabulary(origin: Any, tokenizer: Tokenizer, embeddings: int) -> None:
-    """Refuses a tokenizer that belongs to another model.
+    """Raises UserError if the tokenizer has more ids than the embedding.
 
-    Special tokens that a model never uses may lie beyond its embedding (the image token
-    in the tokenizer of the text-only Gemma 3 does); all others, and those that end a
-    completion, may not.
+    Special tokens that the model never uses are exempt (such as the image token in the
+    tokenizer of the text-only Gemma 3), but not those that end a completion.
     """
     highest = max(tokenizer.base_vocab_size - 1, *tokenizer.stop_ids)
     if highest >= embeddings:
         raise UserError(
             f"model {origin}: the tokenizer {tokenizer.path} has ids up to {highest}, "
-            f"the embedding {embeddings} rows. Name the tokenizer that belongs to the "
-            "model."
+            f"but the embedding has size {embeddings}. Set model.tokenizer to the "
+            "tokenizer of the model."
         )
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: shipped, on disk, or downloaded from the Hub.
+    """The folder of a model: included in the package, on disk, or downloaded from the Hub.
 
     Raises:
-      UserError: no such folder, or a Hub id that cannot be downloaded.
+      UserError: there is no such folder, or the download fails.
     """
     path = SHIPPED.get(name, Path(name))
     if (path / "model.json").is_file() or (path / "config.json").is_file():
         return path
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise UserError(
-            f"model {name!r}: there is neither a config.json (Hugging Face layout) nor "
-            f"a model.json (a finished stage) in {path}."
+            f"model {name!r}: there is neither a config.json (Hugging Face format) nor "
+            f"a model.json (a stage) in {path}; check the path."
         )
     folder = hosts.from_first(lambda: _download(name))
-    # Afterwards the others find it there, where they share the cache.
+    # The other processes use the cache if it is shared.
     return Path(folder if hosts.is_first() else _download(name))
 
 
 def _download(name: str) -> str:
-    """The folder of a repository on the Hub, in the cache from now on."""
+    """Downloads a model from the Hub to the cache; returns its folder."""
     patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model {name!r}: no such folder, and as an id on the Hugging Face Hub it "
-            f"cannot be downloaded: {reason}"
+            f"model {name!r}: there is no such folder, and the download from the Hugging "
+            f"Face Hub failed: {reason}"
         ) from error
 
 
@@ -196,7 +195,7 @@ def _random_params(
 
 
 def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Writes what `load` needs beside the checkpoints of a stage."""
+    """Writes model.json and the tokenizer, which `load` needs, to the folder of a stage."""
     if not hosts.is_first():
         return
     folder = stage_dir / "tokenizer"
@@ -219,7 +218,7 @@ def _load_stage(
 def _last_step(path: Path) -> int:
     steps = ocp.utils.checkpoint_steps(_folder(path)) if _folder(path).is_dir() else []
     if not steps:
-        raise UserError(f"model {path}: the stage there has no checkpoint yet.")
+        raise UserError(f"model {path}: the stage has no checkpoint yet; run it first.")
     return max(steps)
 
 
@@ -237,13 +236,13 @@ class _Manager(ocp.CheckpointManager):
 
 @contextlib.contextmanager
 def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a stage, the last `keep` of them kept."""
+    """Opens the checkpoint manager of a stage, which keeps the last `keep` checkpoints."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     manager = _Manager(_folder(stage_dir), options=options)
     try:
         yield manager
     except Exception as error:
-        # Closing waits for all processes, and where one fails the others never come.
+        # Closing waits for all processes, which would hang if only one of them fails.
         if jax.process_count() == 1 or isinstance(error, hosts.Stopped):
             manager.close()
         raise
@@ -256,13 +255,13 @@ def save(
     trees: Mapping[str, Any],
     data: Mapping[str, Any],
 ) -> None:
-    """Saves asynchronously.
+    """Saves a checkpoint asynchronously.
 
     Args:
-      manager: of the stage.
-      step: completed steps.
-      trees: name -> tree of arrays; "params" is what `load` reads.
-      data: JSON values, such as the position of the data iterator.
+      manager: checkpoint manager of the stage.
+      step: number of completed steps.
+      trees: name -> tree of arrays; `load` reads "params".
+      data: JSON values, such as the state of the data iterator.
     """
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
@@ -270,7 +269,7 @@ def save(
 
 
 def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> None:
-    """Writes a model with other parameters to a folder that can be named as a model."""
+    """Saves a model with the given parameters as a folder that `load` can read."""
     describe(folder, model.model, model.tokenizer)
     with open_manager(folder, 1) as manager:
         save(manager, step, {"params": params}, {})
@@ -280,14 +279,14 @@ def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> N
 def restore_latest(
     manager: ocp.CheckpointManager, trees: Mapping[str, Any]
 ) -> tuple[int, Mapping[str, Any], Mapping[str, Any]] | None:
-    """The latest checkpoint of this run, or None when there is none.
+    """Restores the latest checkpoint of this run; None if there is none.
 
     Args:
-      manager: of the stage.
-      trees: name -> tree at hand; its shapes, dtypes and shardings are kept.
+      manager: checkpoint manager of the stage.
+      trees: name -> tree of arrays with the shapes, dtypes and shardings to restore.
 
     Returns:
-      Completed steps, the trees, and the JSON values.
+      The number of completed steps, the trees, and the JSON values.
     """
     step = hosts.from_first(manager.latest_step)
     if step is None:

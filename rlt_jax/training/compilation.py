@@ -1,4 +1,4 @@
-"""Where compiled programs are kept for later runs."""
+"""JAX's persistent compilation cache."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ FOLDER = "~/.cache/rlt_jax"
 
 
 def keep_programs(folder: str | None) -> None:
-    """Turns JAX's persistent compilation cache on.
+    """Enables the persistent compilation cache.
 
     Args:
-      folder: of the cache; None is what JAX_COMPILATION_CACHE_DIR says, or else `FOLDER`
-        on accelerators and none on CPUs, which compile fast.
+      folder: folder of the cache. None uses JAX_COMPILATION_CACHE_DIR if it is set;
+        otherwise `FOLDER` on accelerators and no cache on CPU, where compilation is fast.
     """
     if folder is None:
         if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
@@ -26,7 +26,7 @@ def keep_programs(folder: str | None) -> None:
 
 @contextlib.contextmanager
 def programs_not_kept() -> Iterator[None]:
-    """For programs of devices that are not there, which could not be read back."""
+    """Disables the cache, for programs of other devices, which cannot be loaded here."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), by qwix.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), with qwix.
 
-Beside the kernel W of a projection stand A [L, in, rank] and B [L, rank, out], float32;
-it is x W + alpha / rank * x A B. Gradients and optimizer have the size of A and B.
+A projection with kernel W has adapters A [L, in, rank] and B [L, rank, out] in float32
+and computes x W + alpha / rank * x A B. Only A and B are trained.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from rlt_jax.training.sharding import param_shardings, to_shardings
 from rlt_jax.types import Params
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
-A, B = "_lora_a", "_lora_b"  # qwix appends them to the name of a kernel
+A, B = "_lora_a", "_lora_b"  # suffixes of qwix to the name of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Which parameters are trained.
+    """Settings of low-rank adapters.
 
     Attributes:
-      rank: of the adapters; 0 trains all parameters and has none.
-      alpha: the adapters' product is multiplied by alpha / rank.
-      modules: projections that have adapters, of `PROJECTIONS`.
+      rank: rank of the adapters; 0 trains all parameters without adapters.
+      alpha: the product of the adapters is multiplied by alpha / rank.
+      modules: projections with adapters, a subset of `PROJECTIONS`.
     """
 
     rank: int = 0
@@ -40,18 +40,20 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise UserError(f"lora.rank={self.rank}: at least 0.")
+            raise UserError(f"lora.rank={self.rank}: must be at least 0.")
         if not self.modules or not {*self.modules} <= {*PROJECTIONS}:
-            raise UserError(f"lora.modules={self.modules!r}: some of {PROJECTIONS}.")
+            raise UserError(
+                f"lora.modules={self.modules!r}: must be some of {', '.join(PROJECTIONS)}."
+            )
 
 
 class Tuning(NamedTuple):
-    """What a run trains, beside its optimizer.
+    """The model that is trained, and its frozen parameters.
 
     Attributes:
-      model: takes `combine(frozen, trained)`.
-      frozen: parameters under the adapters; None where all parameters are trained.
-      merge: trained tree -> parameters that every other stage reads.
+      model: model whose parameters are `combine(frozen, trained)`.
+      frozen: base parameters of the adapters; None if all parameters are trained.
+      merge: trained tree -> merged parameters of the base model.
       item: name of the trained tree in a checkpoint, next to the merged "params".
     """
 
@@ -64,10 +66,13 @@ class Tuning(NamedTuple):
 def make_tuning(
     config: LoRAConfig, model: Transformer, params: Params, mesh: Mesh, key: jax.Array
 ) -> tuple[Tuning, Params]:
-    """What is trained of a loaded model, and its first value, in which B is 0."""
+    """Sets up the training of a loaded model; also returns the initial trained tree.
+
+    With adapters, the trained tree has A and B, with B initialized to 0.
+    """
     if not config.rank:
         return Tuning(model, None, lambda trained: trained, "params"), params
-    import qwix  # with it comes the part of Flax that not every JAX can import
+    import qwix  # imports flax.nnx, which fails on some JAX versions
 
     path = f"layers/.*/({'|'.join(config.modules)})"
     rule = qwix.LoraRule(module_path=path, rank=config.rank, alpha=config.alpha)
@@ -85,14 +90,14 @@ def make_tuning(
 
 
 def trained_part(params: Params) -> Params:
-    """The adapters in a tree of parameters; the whole tree where there are none."""
+    """The adapters in a tree of parameters; the whole tree if it has none."""
     flat = flatten_dict(params)
     adapters = {path: x for path, x in flat.items() if path[-1].endswith((A, B))}
     return unflatten_dict(adapters or flat)
 
 
 def combine(model: Transformer, frozen: Params | None, trained: Params) -> Params:
-    """What the model takes; adapters in its activation dtype, as it casts kernels."""
+    """Parameters of the model, with adapters cast to the activation dtype like kernels."""
     if frozen is None:
         return trained
     cast = jax.tree.map(lambda x: x.astype(model.config.activation_dtype), trained)
@@ -100,11 +105,11 @@ def combine(model: Transformer, frozen: Params | None, trained: Params) -> Param
 
 
 def merge(scale: float, frozen: Params, adapters: Params) -> Params:
-    """W + scale * A B in float32, in the dtype of W, for every kernel with adapters."""
-    flat, found = flatten_dict(frozen), flatten_dict(adapters)
+    """Parameters with W + scale * A B, computed in float32, for kernels with adapters."""
+    flat, adapters = flatten_dict(frozen), flatten_dict(adapters)
     for (*path, name), W in flat.items():
-        if (*path, name + A) in found:
-            pair = found[*path, name + A], found[*path, name + B]
+        if (*path, name + A) in adapters:
+            pair = adapters[*path, name + A], adapters[*path, name + B]
             delta = scale * jnp.matmul(*pair, precision="highest").reshape(W.shape)
             flat[*path, name] = (W + delta).astype(W.dtype)
     return unflatten_dict(flat)

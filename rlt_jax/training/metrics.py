@@ -1,6 +1,6 @@
-"""Metrics to JSONL and TensorBoard, samples for people, progress bars.
+"""Metrics in JSON Lines and TensorBoard files, and progress bars.
 
-Of several processes only process 0 writes and shows anything.
+With several processes, only process 0 writes files and shows progress.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from rlt_jax.training import hosts
 class MetricWriter:
     """Writes the metrics of a stage one step late, so that the device never waits.
 
-    `metrics.jsonl` holds one object per step; the same numbers go to TensorBoard event
-    files under `tensorboard/`. Rows of steps after `first_step`, left by a run that was
-    cut off later than its last checkpoint, are removed.
+    `metrics.jsonl` has one record per step; TensorBoard event files with the same numbers
+    are in `tensorboard/`. Records from `first_step` on, which an interrupted run wrote
+    after its last checkpoint, are removed.
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
@@ -39,13 +39,18 @@ class MetricWriter:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Takes the (device) scalars of this step; writes and returns the last's."""
+        """Takes the metrics of this step; writes and returns those of the previous one.
+
+        Args:
+          step: the step.
+          metrics: name -> scalar, which may still be on the device.
+        """
         last = self.flush()
         self._pending = (step, dict(metrics))
         return last
 
     def flush(self) -> dict[str, float]:
-        """Writes what is pending, and returns it."""
+        """Writes and returns the pending metrics."""
         if self._pending is None:
             return {}
         step, metrics = self._pending
@@ -66,7 +71,7 @@ class MetricWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Numbers of a failed step may never come from devices of other processes.
+        # After an error, metrics from the devices of other processes may never arrive.
         if error is None or jax.process_count() == 1:
             self.flush()
         if self._events:
@@ -74,7 +79,7 @@ class MetricWriter:
 
 
 def memory_metrics() -> dict[str, float]:
-    """Peak memory so far in GiB: of the first device, or of the process on CPU."""
+    """Peak memory so far in GiB of the first device; on CPU, of the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -84,7 +89,7 @@ def memory_metrics() -> dict[str, float]:
 
 
 def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
-    """How long part of a step took, its tokens, and how fast they went through."""
+    """Duration, tokens and throughput of a phase of a step."""
     return {
         f"time/{phase}_seconds": seconds,
         f"time/{phase}_tokens": tokens,
@@ -92,8 +97,8 @@ def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
     }
 
 
-def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends one JSON object a line, after dropping a last line cut off in writing."""
+def append_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
+    """Appends records to a JSON Lines file, after dropping an incomplete last line."""
     if not hosts.is_first():
         return
     with file.open("ab+") as lines:
@@ -102,19 +107,19 @@ def append_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
             if lines.read() != b"\n":
                 lines.seek(0)
                 lines.truncate(lines.read().rfind(b"\n") + 1)
-        for row in rows:
-            text = json.dumps(row, ensure_ascii=False)
-            # Half a surrogate pair becomes the escape that JSON has for it.
+        for record in records:
+            text = json.dumps(record, ensure_ascii=False)
+            # Lone surrogates are written as JSON escapes.
             lines.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file of ours; a last line cut off in writing is left out."""
+    """Reads the records of a JSON Lines file, without an incomplete last line."""
     return list(stream_jsonl(file))
 
 
 def stream_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The same, a row at a time."""
+    """Yields the records of a JSON Lines file, without an incomplete last line."""
     with file.open("rb") as lines:  # bytes: texts may hold other line ends
         for line in lines:
             if line.endswith(b"\n"):
@@ -128,45 +133,45 @@ def keep_records(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def keep_whole_batches(file: Path, batch_size: int) -> int:
-    """Drops the rows of a batch cut off in writing, as resuming will write it again.
+    """Drops the records of an incomplete batch, which a resumed run writes again.
 
-    Rows depend, in their last bits, on the others of their batch: only from the start
-    of a batch does a resumed run write what an uninterrupted one would have written.
+    Results depend, in their last bits, on the other sequences of the batch, so a resumed
+    run equals an uninterrupted one only from the start of a batch.
 
     Returns:
-      Number of rows that are left; 0 when there is no file.
+      The number of remaining records; 0 if there is no file.
     """
 
     def keep() -> int:
         if not file.is_file():
             return 0
-        rows = read_jsonl(file)
-        whole = len(rows) // batch_size * batch_size
-        _rewrite(file, rows[:whole])
-        return whole
+        records = read_jsonl(file)
+        count = len(records) // batch_size * batch_size
+        _rewrite(file, records[:count])
+        return count
 
     return hosts.from_first(keep)
 
 
-def _rewrite(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces the rows of a file; cut off in between, the old ones stay."""
-    rewritten = file.with_name(file.name + ".partial")
-    rewritten.unlink(missing_ok=True)
-    append_jsonl(rewritten, rows)
-    rewritten.replace(file)
+def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
+    """Replaces the records of a file atomically."""
+    partial = file.with_name(file.name + ".partial")
+    partial.unlink(missing_ok=True)
+    append_jsonl(partial, records)
+    partial.replace(file)
 
 
 def steps(
     first: int, total: int, workdir: Path, profile: Sequence[int] = ()
 ) -> Iterator[int]:
-    """The steps of a stage's loop, with a progress bar.
+    """Yields the steps of a stage's loop, with a progress bar.
 
     Args:
-      first: step that is next.
-      total: how many there are in all.
-      workdir: of the stage.
-      profile: a step and the one after the last of those whose trace goes to `profile/`,
-        for TensorBoard or xprof; () traces none.
+      first: first step to run.
+      total: total number of steps.
+      workdir: folder of the stage.
+      profile: (start, end) of the steps to profile, end exclusive; the trace is written
+        to `profile/` for TensorBoard or xprof. () profiles none.
     """
     begin, end = profile or (-1, -1)
     with progress(first, total, workdir.name) as bar, contextlib.ExitStack() as tracing:
@@ -180,7 +185,7 @@ def steps(
 
 
 def progress(first: int, total: int | None, what: str, unit: str = "step") -> tqdm.tqdm:
-    """A progress bar with rate and time left."""
+    """A progress bar with rate and remaining time."""
     return tqdm.tqdm(
         initial=first,
         total=total,

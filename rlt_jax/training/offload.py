@@ -1,4 +1,4 @@
-"""Frozen parameters in the memory of the host between their uses."""
+"""Offloading of frozen parameters to host memory."""
 
 import logging
 from typing import Any
@@ -11,7 +11,12 @@ _LOG = logging.getLogger("rlt_jax")
 
 
 def keep(tree: Any, offload: bool, name: str) -> Any:
-    """Moves a tree of arrays to pinned host memory, if asked; logs the bytes saved.
+    """Moves a tree of arrays to pinned host memory if `offload` is set.
+
+    Args:
+      tree: arrays on the devices.
+      offload: whether to move them.
+      name: name of the tree for the log.
 
     Raises:
       UserError: the backend has no pinned host memory.
@@ -21,23 +26,21 @@ def keep(tree: Any, offload: bool, name: str) -> Any:
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     if "pinned_host" not in kinds:
         raise UserError(
-            f"loop.offload: {jax.default_backend()} has no pinned host memory; set it to "
-            "False."
+            f"loop.offload: {jax.default_backend()} has no pinned host memory; set "
+            "loop.offload=False."
         )
     saved = sum(x.nbytes for x in jax.tree.leaves(tree))
-    _LOG.info(
-        "offload: %s, %.3f GB, leaves the devices between uses", name, saved / 1e9
-    )
+    _LOG.info("offload: moved %s, %.3f GB, to host memory", name, saved / 1e9)
     return _move(tree, "pinned_host")
 
 
 def fetch(tree: Any) -> Any:
-    """The tree on the devices; what is there already is not copied."""
+    """The tree in device memory; arrays that are there already are not copied."""
     return _move(tree, "device")
 
 
 def put_back(tree: Any, like: Any) -> Any:
-    """A new tree in the memory that an old one came from."""
+    """Moves a new tree to the shardings and memory kinds of an old one."""
     return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers with a schedule and clipping, by optax."""
+"""Optimizers with a learning rate schedule and gradient clipping, from optax."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ SCHEDULES = {
 }
 
 
-# The learning rate is about the size of an element's update in all of them.
+# In all of them, an element's update is about as large as the learning rate.
 OPTIMIZERS = {
     "adamw": lambda config, rate: optax.adamw(
         rate,
@@ -25,13 +25,13 @@ OPTIMIZERS = {
         weight_decay=config.weight_decay,
         mu_dtype=config.state_dtype,
     ),
-    # arXiv 1804.04235; its own decay would not be scaled by the learning rate.
+    # arXiv 1804.04235; adafactor's own decay is not scaled by the learning rate.
     "adafactor": lambda config, rate: optax.chain(
         optax.adafactor(multiply_by_parameter_scale=False),
         optax.add_decayed_weights(-config.weight_decay),
         optax.scale_by_learning_rate(rate, flip_sign=False),
     ),
-    # arXiv 2502.16982, whose factor of 0.2 gives updates the size of AdamW's.
+    # arXiv 2502.16982; the factor of 0.2 gives updates of the same RMS as AdamW's.
     "muon": lambda config, rate: optax.contrib.muon(
         rate,
         weight_decay=config.weight_decay,
@@ -50,17 +50,17 @@ class OptimizerConfig:
     """Optimizer settings.
 
     Attributes:
-      learning_rate: peak.
-      schedule: after the warm-up, one of "constant", "cosine", "linear".
-      warmup_fraction: share of all steps in which the rate rises linearly from 0.
-      b1: decay of AdamW's first moment.
-      b2: decay of AdamW's second moment.
-      weight_decay: decoupled.
-      clip_norm: largest global norm of the gradient.
-      name: "adamw"; "adafactor", which keeps row and column means of squared gradients
-        and no first moment; or "muon", which keeps the first moment of projections and
-        leaves all other parameters to AdamW.
-      state_dtype: of the first moment, None or "bfloat16"; None is the parameter's.
+      learning_rate: peak learning rate.
+      schedule: schedule after the warm-up, one of "constant", "cosine", "linear".
+      warmup_fraction: fraction of all steps with linear warm-up from 0.
+      b1: decay rate of AdamW's first moment.
+      b2: decay rate of AdamW's second moment.
+      weight_decay: decoupled weight decay.
+      clip_norm: maximum global norm of the gradient.
+      name: "adamw"; "adafactor", with factored second moments and no first moment; or
+        "muon" for projections, with AdamW for all other parameters.
+      state_dtype: dtype of the first moment, None or "bfloat16"; None uses the dtype of
+        the parameter.
     """
 
     learning_rate: float
@@ -77,11 +77,11 @@ class OptimizerConfig:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.state_dtype", self.state_dtype, (None, "bfloat16"))
         if self.state_dtype and self.name == "adafactor":
-            raise UserError("optimizer.state_dtype: adafactor keeps no first moment.")
+            raise UserError("optimizer.state_dtype: adafactor has no first moment.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step, over a run of `steps`."""
+    """Learning rate as a function of the step, for a run of `steps` steps."""
     check_choice("optimizer.schedule", config.schedule, SCHEDULES)
     warmup = round(config.warmup_fraction * steps)
     after = SCHEDULES[config.schedule](config.learning_rate, steps - warmup)
@@ -90,7 +90,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` steps."""
+    """The optimizer for a run of `steps` steps."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         OPTIMIZERS[config.name](config, make_schedule(config, steps)),
@@ -98,10 +98,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def matrices(params: Any) -> Any:
-    """Which axes of a parameter are a matrix's for muon; None where it is none.
+    """Matrix axes of every parameter for muon; None for parameters that AdamW updates.
 
-    The kernels of projections, and adapters, are stacked on L, and those of attention
-    have two axes of heads; embedding, head, biases and norms are no such matrices.
+    Matrices are the kernels of projections and the adapters, stacked on L; those of
+    attention have two axes for the heads. Embedding, head, biases and norms use AdamW.
     """
 
     def axes(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers | None:

@@ -1,4 +1,4 @@
-"""Fingerprints: which weights, tokenizer and template a number came from."""
+"""Fingerprints of the weights, tokenizer and template that a result was made with."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,9 @@ from rlt_jax.types import Params
 
 
 def weights_hash(params: Params) -> str:
-    """Sixteen hex digits that depend on every bit of the parameters as float32.
+    """Hash of all bits of the parameters as float32, sixteen hex digits.
 
-    Integer arithmetic modulo 2**32, so the number of devices does not matter.
+    Uses integer arithmetic modulo 2**32, so it does not depend on the number of devices.
     """
 
     @jax.jit
@@ -23,11 +23,11 @@ def weights_hash(params: Params) -> str:
         result = []
         for leaf in jax.tree.leaves(params):
             bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-            place = jnp.zeros(leaf.shape, jnp.uint32)
+            position = jnp.zeros(leaf.shape, jnp.uint32)
             for axis in range(leaf.ndim):
-                step = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-                place = place * jnp.uint32(1_000_003) + step
-            mixed = (bits ^ (place * jnp.uint32(2_654_435_761))) * jnp.uint32(40_503)
+                index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+                position = position * jnp.uint32(1_000_003) + index
+            mixed = (bits ^ (position * jnp.uint32(2_654_435_761))) * jnp.uint32(40_503)
             result.append(jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32))
         return result
 
@@ -36,14 +36,14 @@ def weights_hash(params: Params) -> str:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Sixteen hex digits of the tokenizer's files."""
+    """Hash of the tokenizer's files, sixteen hex digits."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     files = [tokenizer.path / name for name in names]
     return _digest(b"\0".join(f.read_bytes() for f in files if f.is_file()))
 
 
 def template_hash(template: Template) -> str:
-    """Sixteen hex digits of the template's fields."""
+    """Hash of the template's fields, sixteen hex digits."""
     fields = json.dumps(dataclasses.asdict(template), sort_keys=True)
     return _digest(fields.encode())
 

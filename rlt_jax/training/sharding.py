@@ -1,4 +1,4 @@
-"""The mesh, and the one table from logical axes to mesh axes."""
+"""The device mesh, and the rules that map logical axes to mesh axes."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ from rlt_jax.models.transformer import Transformer, logical_axes
 MESH_AXES = ("data", "fsdp", "tensor")
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
-# Logical axis of a parameter or activation -> mesh axis it is split over. An axis that an
-# array's earlier axes took is not used again: embed is split in kernels, whose rows are
-# no batch. Between layers the length is split over tensor, within one the heads are.
+# Logical axis of a parameter or activation -> mesh axis that shards it. A mesh axis shards
+# only one axis of an array: fsdp shards embed in kernels, but batch in activations.
+# Between layers tensor shards the length, within a layer the heads.
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("length", "tensor"),
@@ -40,15 +40,17 @@ RULES: Rules = (
     ("vocab", "tensor"),
     ("layers", None),
 )
-# Generation keeps weights whole over data and fsdp, whose parts know nothing of each
-# other, and feeds tokens one by one.
-_WHOLE = ("batch", "length", "embed")
-DECODING_RULES: Rules = tuple((x, None if x in _WHOLE else to) for x, to in RULES)
+# For generation, weights are replicated over data and fsdp, whose shards decode
+# independently, and the length is one token.
+_REPLICATED = ("batch", "length", "embed")
+DECODING_RULES: Rules = tuple(
+    (logical, None if logical in _REPLICATED else axis) for logical, axis in RULES
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, "all that is left"."""
+    """Sizes of the mesh axes; one may be -1, for all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -56,10 +58,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices, or over those given.
+    """Creates the mesh over `devices`, by default all devices.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count() if devices is None else len(devices)
@@ -69,19 +71,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != count:
         raise UserError(
             f"mesh {dataclasses.asdict(config)} does not cover {count} devices: the "
-            "product of data, fsdp and tensor must equal them (one may be -1)."
+            "product of data, fsdp and tensor must be that number (one may be -1)."
         )
-    # Neighbours in the mesh are neighbours on the torus, also where a mesh axis has only
-    # a part of one of its axes.
+    # Neighbors in the mesh are neighbors on the torus, also if a mesh axis is only a part
+    # of an axis of the torus.
     arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses a model that the mesh cannot split.
+    """Checks that the mesh can shard the parameters of a model.
 
     Raises:
-      UserError: names every size that is no multiple of its mesh axis.
+      UserError: a size of the model is not divisible by its mesh axis.
     """
     sizes = (
         ("embed_dim", "fsdp"),
@@ -90,85 +92,85 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
         ("mlp_dim", "tensor"),
         ("vocab_size", "tensor"),
     )
-    odd = [
+    indivisible = [
         f"{name}={getattr(config, name)} over {axis}={mesh.shape[axis]}"
         for name, axis in sizes
         if getattr(config, name) % mesh.shape[axis]
     ]
-    if odd:
+    if indivisible:
         raise UserError(
-            f"the model's {', '.join(odd)} cannot be split evenly: choose sizes of the "
-            "mesh that divide them."
+            f"the model's {', '.join(indivisible)} cannot be split evenly: choose mesh sizes that "
+            "divide them."
         )
 
 
 def num_groups(mesh: Mesh) -> int:
-    """Groups of devices, each with rows of its own: data * fsdp."""
+    """Number of shards of the batch: data * fsdp."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_rows(mesh: Mesh, rows: int, row_length: int, names: str) -> None:
-    """Refuses rows that the mesh cannot split.
+    """Checks that the mesh can shard a batch of rows.
 
     Args:
-      mesh: where they go.
-      rows: computed at once.
-      row_length: tokens of each.
-      names: keys of the config that set both, for the message.
+      mesh: the mesh.
+      rows: number of rows in the batch.
+      row_length: length of a row in tokens.
+      names: config keys of both, for the message.
 
     Raises:
-      UserError: with the numbers.
+      UserError: the rows or their length are not divisible by the mesh axes.
     """
     groups, tensor = num_groups(mesh), mesh.shape["tensor"]
     if rows % groups or row_length % tensor:
         raise UserError(
             f"{names}: {rows} rows of {row_length} tokens cannot be split over data * "
-            f"fsdp = {groups} groups of tensor = {tensor} devices."
+            f"fsdp = {groups} groups of tensor = {tensor} devices; choose multiples."
         )
 
 
 def jit(function: Callable, mesh: Mesh, rules: Rules = RULES, **options: Any) -> Any:
-    """`jax.jit` on a mesh, where logical axes in the function mean its axes."""
+    """`jax.jit` with the mesh and the logical axis rules in scope."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
         with nn.logical_axis_rules(rules), use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)
 
-    # One device has nothing to constrain.
+    # Without them, logical constraints do nothing, as on a single device.
     return jax.jit(traced if mesh.size > 1 else function, **options)
 
 
 def to_shardings(specs: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """PartitionSpecs of logical axes -> NamedShardings on the mesh."""
+    """Converts PartitionSpecs of logical axes to NamedShardings on the mesh."""
     return nn.logical_to_mesh_sharding(specs, mesh, rules)
 
 
 def param_shardings(model: Transformer, mesh: Mesh) -> Any:
-    """A NamedSharding for every parameter."""
+    """NamedShardings of the parameters."""
     return to_shardings(logical_axes(model.config), mesh)
 
 
 def decoding_shardings(specs: Any, mesh: Mesh) -> Any:
-    """Those for generation, where no weight is gathered at every step."""
+    """NamedShardings of the parameters for generation, which gathers no weights."""
     return to_shardings(specs, mesh, DECODING_RULES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of values that every device holds whole."""
+    """The sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Arrays whose axis `leading` is the batch, split over data and fsdp."""
+    """Sharding of arrays whose axis `leading` is the batch, over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp")))
 
 
 def row_shardings(tree: Any, mesh: Mesh) -> Any:
-    """For packed rows and what goes with them, by their shapes.
+    """Shardings of packed rows and the arrays that belong to them, by their shapes.
 
-    [M, B, T] is split over B, [N, ...] over N, both over data and fsdp; what these do
-    not divide is whole on every device.
+    B in [M, B, T] and E in [E, ...] are sharded over data and fsdp; arrays whose axis
+    is not divisible are replicated.
     """
     groups = num_groups(mesh)
 
@@ -182,9 +184,9 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Puts rows of the host, the same on every host, where `row_shardings` says.
+    """Puts arrays that all hosts have in full on the devices, with `row_shardings`.
 
-    Arrays that are on devices already stay where they are.
+    Arrays that are on devices already are not moved.
     """
 
     def one(x: Any, sharding: NamedSharding) -> jax.Array:
@@ -197,12 +199,12 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
-    """Arrays, or their shapes, as ShapeDtypeStructs with a sharding.
+    """ShapeDtypeStructs with shardings of a tree of arrays.
 
     Args:
-      tree: what has shapes and dtypes.
-      shardings: of each, or one for all.
-      dtype: of floats, in place of their own.
+      tree: tree of arrays or ShapeDtypeStructs.
+      shardings: tree of shardings, or one sharding for all arrays.
+      dtype: dtype that replaces that of floating-point arrays; None keeps it.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -217,7 +219,7 @@ def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that arrays, or ShapeDtypeStructs, with shardings take on each device."""
+    """Bytes per device of a tree of arrays or ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)

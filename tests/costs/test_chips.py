@@ -76,7 +76,7 @@ def test_unknown_chips_are_refused_with_the_known(topology: str) -> None:
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:2x", "v5e:0x2", "v5e:2*2"])
 def test_missing_sizes_are_refused(topology: str) -> None:
-    with pytest.raises(UserError, match="has no sizes"):
+    with pytest.raises(UserError, match="add the sizes"):
         num_chips(topology)
 
 

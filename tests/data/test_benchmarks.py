@@ -173,8 +173,8 @@ def test_a_missing_file_says_where_to_get_it(task: str, tmp_path: Path) -> None:
             '{"problem": "q", "answer": "1"}\n{"pro',
             "a.jsonl, line 2: not valid JSON",
         ),
-        ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", "[1]", "line 1: the row is .* not an object"),
+        ("a.jsonl", "", "has no records"),
+        ("a.jsonl", "[1]", "line 1: the record is .* not an object"),
         (
             "a.jsonl",
             '{"problem": "q"}',
@@ -188,12 +188,16 @@ def test_a_missing_file_says_where_to_get_it(task: str, tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"problem": " ", "answer": "1"}',
-            "found the columns problem, ans",
+            "the columns are problem, ans",
         ),
         ("a.json", "[{]", "a.json cannot be read"),
         ("a.parquet", "no", "a.parquet cannot be read"),
-        ("a.csv", "problem,answer\n,1\n", "row 1: needs problem"),
-        ("a.txt", "", "unknown ending '.txt'; convert to one of .jsonl, .json, .csv"),
+        ("a.csv", "problem,answer\n,1\n", "record 1: needs problem"),
+        (
+            "a.txt",
+            "",
+            "unknown file type '.txt'; convert to one of .jsonl, .json, .csv",
+        ),
     ],
 )
 def test_bad_files_are_one_message(
@@ -241,7 +245,7 @@ def test_predictions_are_joined_by_the_question(tmp_path: Path) -> None:
         ),
         (
             [{"question": q, "completions": []} for q in "qr"],
-            "a.jsonl: there is nothing to grade; write one or more texts into the",
+            "a.jsonl: there are no predictions; add one or more texts to",
         ),
     ],
 )
@@ -255,5 +259,5 @@ def test_predictions_that_do_not_fit(
 
 def test_predictions_need_different_questions(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "q", "completion": "a"}])
-    with pytest.raises(UserError, match="only 1 different"):
+    with pytest.raises(UserError, match="only 1 distinct"):
         read_predictions(path, PROBLEMS[:1] * 2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlt_jax.data.tasks import countdown
+from rlt_jax.data.tasks.countdown import ProblemConfig, TraceConfig
 from rlt_jax.errors import UserError
 
 SMALL = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
@@ -12,7 +13,7 @@ ANSWER = "25 from 3, 4, 7"
 
 @pytest.mark.parametrize("limits", [{}, SMALL, {"numbers": 5, "signs": "-+*"}])
 def test_every_problem_has_its_solution(limits: dict) -> None:
-    found = countdown.problems("train", 200, seed=0, **limits)
+    found = countdown.problems(ProblemConfig("train", 200, seed=0, **limits))
     assert len({problem.question for problem in found}) == 200
     for problem in found:
         assert problem.question == f"Make {problem.answer}."
@@ -21,7 +22,9 @@ def test_every_problem_has_its_solution(limits: dict) -> None:
 
 def test_careful_steps_are_true_and_use_every_number_once() -> None:
     kinds = {"careful": 1.0}
-    for problem, explanation in countdown.traces("train", 200, 1, kinds):
+    for problem, explanation in countdown.traces(
+        TraceConfig("train", 200, 1, kinds=kinds)
+    ):
         target, _, given = problem.answer.partition(" from ")
         pool = [int(number) for number in given.split(", ")]
         for step in explanation.split(" "):
@@ -38,7 +41,9 @@ def test_careful_steps_are_true_and_use_every_number_once() -> None:
 
 
 def test_a_wrong_step_is_false_and_the_others_are_true() -> None:
-    for _, explanation in countdown.traces("train", 200, 1, {"wrong": 1.0}):
+    for _, explanation in countdown.traces(
+        TraceConfig("train", 200, 1, kinds={"wrong": 1.0})
+    ):
         steps = [step.partition("=") for step in explanation.split(" ")]
         assert [eval(left) == int(right) for left, _, right in steps] == [
             True,
@@ -49,17 +54,16 @@ def test_a_wrong_step_is_false_and_the_others_are_true() -> None:
 
 def test_kinds_come_in_their_shares() -> None:
     kinds = {"careful": 0.5, "skipping": 0.25, "restating": 0.25}
-    written = [
-        explanation for _, explanation in countdown.traces("train", 400, 2, kinds)
-    ]
-    restating = sum(text.startswith("it is ") for text in written)
+    traces = countdown.traces(TraceConfig("train", 400, 2, kinds=kinds))
+    texts = [explanation for _, explanation in traces]
+    restating = sum(text.startswith("it is ") for text in texts)
     assert 70 < restating < 130
-    assert 150 < sum(" " in text and "it" not in text for text in written) < 250
+    assert 150 < sum(" " in text and "it" not in text for text in texts) < 250
 
 
 def test_train_and_test_share_no_numbers_with_the_same_target() -> None:
     def keys(split: str, seed: int) -> set:
-        found = countdown.problems(split, 300, seed, **SMALL)
+        found = countdown.problems(ProblemConfig(split, 300, seed, **SMALL))
         parts = [problem.answer.partition(" from ") for problem in found]
         return {(target, *sorted(given.split(", "))) for target, _, given in parts}
 
@@ -68,10 +72,10 @@ def test_train_and_test_share_no_numbers_with_the_same_target() -> None:
 
 
 def test_the_seed_and_the_stream_decide() -> None:
-    first = countdown.problems("train", 50, seed=3)
-    assert first == countdown.problems("train", 50, seed=3)
-    assert first != countdown.problems("train", 50, seed=4)
-    assert first != countdown.problems("train", 50, seed=3, stream=1)
+    first = countdown.problems(ProblemConfig("train", 50, seed=3))
+    assert first == countdown.problems(ProblemConfig("train", 50, seed=3))
+    assert first != countdown.problems(ProblemConfig("train", 50, seed=4))
+    assert first != countdown.problems(ProblemConfig("train", 50, seed=3, stream=1))
 
 
 @pytest.mark.parametrize(
@@ -147,17 +151,18 @@ def test_division_is_exact() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "dev"}, "train or test"),
-        ({"signs": "+^"}, "signs"),
-        ({"numbers": 1}, "at least two numbers"),
-        ({"numbers": 2, "max_number": 3}, "found .* of 300"),
+        ({"split": "dev"}, "data.split='dev': one of train, test"),
+        ({"signs": "+^"}, "data.signs"),
+        ({"numbers": 1}, "data.numbers=1: must be at least 2"),
+        ({"max_number": 0}, "data.max_number=0: must be at least 1"),
+        ({"numbers": 2, "max_number": 3}, "only .* of 300"),
         ({"kinds": {"careful": 0.5}}, "sum to 1"),
     ],
 )
 def test_bad_settings(changes: dict, message: str) -> None:
     settings = {"split": "train", "size": 300, "seed": 0, "kinds": {"careful": 1.0}}
     with pytest.raises(UserError, match=message):
-        countdown.traces(**settings | changes)
+        countdown.traces(TraceConfig(**settings | changes))
 
 
 def test_values_of_a_chosen_puzzle() -> None:
@@ -177,5 +182,6 @@ def test_values_of_a_chosen_puzzle() -> None:
 
 
 def test_told_questions_tell_the_solution() -> None:
-    for problem, _ in countdown.traces("train", 20, 0, {"careful": 1.0}, hinted=True):
+    config = TraceConfig("train", 20, 0, kinds={"careful": 1.0}, hinted=True)
+    for problem, _ in countdown.traces(config):
         assert problem.question == f"Make {problem.answer}. It is {problem.solution}."

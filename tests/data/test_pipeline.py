@@ -97,7 +97,7 @@ def test_sources_of_a_mix_have_names_and_shares(tmp_path: Path, tiny: Template) 
         ({"sources": {"x": {"share": "2"}}}, "data.sources.x.share='2': a number"),
         ({"sources": {"x": "file"}}, "data.sources.x is 'file'"),
         ({"sources": "x"}, "data.sources is 'x'"),
-        ({"source": {}}, "data: unknown key 'source'; known are task, sources"),
+        ({"source": {}}, "data: unknown key 'source'; known keys: task, sources"),
         ({}, "data: the key 'sources' is missing"),
     ],
 )

@@ -101,5 +101,7 @@ def test_without_texts_there_is_nothing_to_find(tokenizer: Tokenizer) -> None:
 
 def test_a_text_that_cannot_occur_is_refused(tokenizer: Tokenizer) -> None:
     # This tokenizer reads the mark of a space as a space.
-    with pytest.raises(UserError, match="'a\u2581' cannot occur, .* writes it as 'a '"):
+    with pytest.raises(
+        UserError, match="'a\u2581' cannot occur; .* decodes it as 'a '"
+    ):
         stop_finder(tokenizer, ["</think>", "a\u2581"])

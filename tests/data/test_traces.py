@@ -68,10 +68,10 @@ def test_what_was_cut_off_is_not_learned_and_is_scored_as_open(
 ) -> None:
     rows = [ROW | {"closed": True}, ROW | {"closed": False}, ROW | {"closed": True}]
     assert len(read_traces(write(file, *rows), TEMPLATE)) == 2
-    assert "1 of 3 traces were cut off" in caplog.text
+    assert "1 of 3 traces, which were cut off" in caplog.text
     assert len(read_traces(str(file), TEMPLATE, keep_cut_off=True)) == 3
     other = write(file.with_name("other.jsonl"), ROW | {"closed": False})
-    with pytest.raises(UserError, match="all 1 traces were cut off before their end"):
+    with pytest.raises(UserError, match="all 1 traces were cut off "):
         read_traces(other, TEMPLATE)
     completions = [texts[0] for _, _, texts in read_completions(str(file), TEMPLATE)]
     closed = [TEMPLATE.explanation_of(text)[1] for text in completions]
@@ -210,49 +210,58 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"solution": "s"}, "no value for question or prompt; found solution. Rows"),
-        ({"question": None, "solution": "s"}, "found question, solution. Rows"),
-        ({"text": "t"}, "no value for question or prompt; found text. Rows hold"),
-        ({"question": "q", "id": 1}, "no value for solution; found question, id. Rows"),
-        (ROW | {"question": 5}, "question is 5 (int), not text; write a string"),
-        (ROW | {"solution": ["s"]}, "solution is ['s'] (list), not text"),
-        (ROW | {"question": " \n"}, "the question is empty; write one or drop"),
-        (ROW | {"answer": True}, "answer is True (bool); write text, a number or null"),
+        ({"solution": "s"}, "question or prompt is missing; the keys are solution. A"),
+        (
+            {"question": None, "solution": "s"},
+            "the keys are question, solution. A record",
+        ),
+        ({"text": "t"}, "question or prompt is missing; the keys are text. A"),
+        (
+            {"question": "q", "id": 1},
+            "solution is missing; the keys are question, id. A",
+        ),
+        (ROW | {"question": 5}, "question is 5 (int); it must be a string"),
+        (ROW | {"solution": ["s"]}, "solution is ['s'] (list); it must be a string"),
+        (ROW | {"question": " \n"}, "the question is empty; remove the record"),
+        (
+            ROW | {"answer": True},
+            "answer is True (bool); it must be a string, a number",
+        ),
         (
             ROW | {"answer": ["7"]},
-            "answer is ['7'] (list); write text, a number or null",
+            "answer is ['7'] (list); it must be a string, a number or null",
         ),
-        (ROW | {"answer": float("nan")}, "answer is nan (float); write text"),
-        ({"conversations": "hi"}, "conversations is 'hi' (str), not a list of turns"),
+        (ROW | {"answer": float("nan")}, "answer is nan (float); it must be a string"),
+        ({"conversations": "hi"}, "conversations is 'hi' (str); it must be a list"),
         (
             {"conversations": ["hi"]},
-            "conversations is ['hi'] (list), not a list of turns",
+            "conversations is ['hi'] (list); it must be a list of turns",
         ),
         (
             chat(("tool", "x")),
-            "roles in conversations are ['tool']; give one turn of user",
+            "roles in conversations are ['tool']; there must be one turn of user",
         ),
-        (chat(("user", 5)), ", turn 1: value is 5 (int), not text; write a string"),
-        (chat(("user", "q"), ("gpt", None)), ", turn 2: no value for value or content"),
-        (chat(("system", "s")), "the roles in conversations are []; give one turn"),
-        (chat(("gpt", REPLY)), "the roles in conversations are ['gpt']; give one"),
+        (chat(("user", 5)), ", turn 1: value is 5 (int); it must be a string"),
+        (chat(("user", "q"), ("gpt", None)), ", turn 2: value or content is missing"),
+        (chat(("system", "s")), "the roles in conversations are []; there must"),
+        (chat(("gpt", REPLY)), "the roles in conversations are ['gpt']; there"),
         (chat(("user", " "), ("gpt", REPLY)), "the question is empty"),
         (
             chat(*[("user", "q"), ("gpt", REPLY)] * 2),
-            "conversations are ['user', 'gpt', 'user', 'gpt']; give one turn of user",
+            "conversations are ['user', 'gpt', 'user', 'gpt']; there must be one turn",
         ),
         (
             chat(("user", "q"), ("gpt", "7")),
-            "the assistant's turn has no <|begin_of_solution|> in its place; write",
+            "<|begin_of_solution|> is missing in the assistant's turn, or in the wrong",
         ),
         (
             chat(("user", "q"), ("gpt", REPLY.replace("<|end_of_solution|>", ""))),
-            "the assistant's turn has no <|end_of_solution|> in its place; write",
+            "<|end_of_solution|> is missing in the assistant's turn, or in the wrong",
         ),
     ],
 )
 def test_bad_rows_are_named(file: Path, row: dict, message: str) -> None:
-    place = "row 1" if file.suffix == ".parquet" else "line 1"
+    place = "record 1" if file.suffix == ".parquet" else "line 1"
     with pytest.raises(UserError) as error:
         read_problems(write(file, row), TEMPLATE)
     assert str(error.value).startswith(f"{file}, {place}")
@@ -264,16 +273,16 @@ def test_bad_rows_are_named(file: Path, row: dict, message: str) -> None:
     [
         (
             {"question": "q", "solution": "s"},
-            "no value for reasoning_trace; found question, solution. Rows hold",
+            "reasoning_trace is missing; the keys are question, solution. A record",
         ),
-        (ROW | {"reasoning_trace": 1.5}, "reasoning_trace is 1.5 (float), not text"),
+        (ROW | {"reasoning_trace": 1.5}, "reasoning_trace is 1.5 (float); it must"),
         (
             chat(("user", "q"), ("gpt", REPLY.replace("<|begin_of_thought|>", ""))),
-            "no <|begin_of_thought|> in its place; write the thought, then the",
+            "<|begin_of_thought|> is missing in the assistant's turn, or in the wrong",
         ),
         (
             chat(("user", "q"), ("gpt", REPLY.replace("<|end_of_thought|>", ""))),
-            "no <|end_of_thought|> in its place; write the thought, then the",
+            "<|end_of_thought|> is missing in the assistant's turn, or in the wrong",
         ),
     ],
 )
@@ -285,7 +294,7 @@ def test_rows_without_a_trace_are_named(file: Path, row: dict, message: str) -> 
 
 
 def test_the_row_in_the_message_is_the_bad_one(file: Path) -> None:
-    place = "row 3" if file.suffix == ".parquet" else "line 3"
+    place = "record 3" if file.suffix == ".parquet" else "line 3"
     path = write(file, ROW, ROW, ROW | {"question": ""}, ROW)
     with pytest.raises(UserError, match=f"{file.name}, {place}: the question is empty"):
         read_traces(path, TEMPLATE)
@@ -296,14 +305,14 @@ def test_the_row_in_the_message_is_the_bad_one(file: Path) -> None:
     [
         (b"{'q': 1}\n", "line 1: not valid JSON: Expecting property name"),
         (b'{"question": "\xff"}\n', "line 1: not valid JSON: 'utf-8' codec"),
-        (b"[\n", "line 1: not valid JSON: Expecting value: .*one JSON object a line"),
+        (b"[\n", "line 1: not valid JSON: Expecting value: .*one JSON object per line"),
         (
             b"[1, 2]\n",
-            r"line 1: the row is \[1, 2\] \(list\), not an object; write one",
+            r"line 1: the record is \[1, 2\] \(list\), not an object; write one",
         ),
-        (b"null\n", r"line 1: the row is None \(NoneType\), not an object"),
-        (b"", "a.jsonl: the file has no rows; fill it or leave it out"),
-        (b"\n  \n", "a.jsonl: the file has no rows"),
+        (b"null\n", r"line 1: the record is None \(NoneType\), not an object"),
+        (b"", "a.jsonl: the file has no records; remove it from the path"),
+        (b"\n  \n", "a.jsonl: the file has no records"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -325,13 +334,15 @@ def test_parquet_without_rows_is_named(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"question": pa.array([], pa.string())}), tmp_path / "a.parquet"
     )
-    with pytest.raises(UserError, match="a.parquet: the file has no rows"):
+    with pytest.raises(UserError, match="a.parquet: the file has no records"):
         read_problems(str(tmp_path / "a.parquet"), TEMPLATE)
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none*", "no/where"])
 def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="no such file or directory, and as a") as error:
+    with pytest.raises(
+        UserError, match="no such file or directory, and no match"
+    ) as error:
         read_traces(str(tmp_path / name), TEMPLATE)
     assert str(error.value).startswith(repr(str(tmp_path / name)))
 
@@ -339,7 +350,7 @@ def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
 def test_directories_without_data_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(
-        UserError, match="no file in it ends in .jsonl, .json, .csv, .parquet"
+        UserError, match="it has no file that ends in .jsonl, .json, .csv, .parquet"
     ):
         read_traces(str(tmp_path), TEMPLATE)
 
@@ -347,7 +358,9 @@ def test_directories_without_data_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["a.txt", "*"])
 def test_other_endings_are_named(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "a.txt").write_text("question,solution\n")
-    with pytest.raises(UserError, match="a.txt: unknown ending '.txt'; convert to one"):
+    with pytest.raises(
+        UserError, match="a.txt: unknown file type '.txt'; convert to one"
+    ):
         read_traces(str(tmp_path / pattern), TEMPLATE)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from rlt_jax.errors import UserError
-from rlt_jax.inference.sampling import SamplingConfig, _filtered, sample
+from rlt_jax.inference.sampling import SamplingConfig, _filter, sample
 
 SAMPLE = jax.jit(sample, static_argnames="config")
-FILTERED = jax.jit(_filtered, static_argnums=1)
+FILTERED = jax.jit(_filter, static_argnums=1)
 PROBS = (0.4, 0.3, 0.15, 0.1, 0.05)
 
 
@@ -178,16 +178,16 @@ def test_transformers_penalises_alike() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
-        ({"temperature": -1}, "temperature=-1: at least 0"),
-        ({"top_k": -1}, "top_k=-1: at least 0"),
-        ({"top_p": 0}, "top_p=0: above 0, at most 1"),
-        ({"top_p": 1.1}, "top_p=1.1: above 0, at most 1"),
-        ({"min_p": -0.1}, "min_p=-0.1: between 0 and 1"),
-        ({"min_p": 2}, "min_p=2: between 0 and 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0: above 0"),
-        ({"stop": "</end>"}, "stop='</end>': a list of texts, none empty"),
-        ({"stop": ["a", ""]}, r"stop=\['a', ''\]: a list of texts, none empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"temperature": -1}, "temperature=-1: must be at least 0"),
+        ({"top_k": -1}, "top_k=-1: must be at least 0"),
+        ({"top_p": 0}, "top_p=0: must be above 0, at most 1"),
+        ({"top_p": 1.1}, "top_p=1.1: must be above 0, at most 1"),
+        ({"min_p": -0.1}, "min_p=-0.1: must be between 0 and 1"),
+        ({"min_p": 2}, "min_p=2: must be between 0 and 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: must be above 0"),
+        ({"stop": "</end>"}, "stop='</end>': must be a list of non-empty strings"),
+        ({"stop": ["a", ""]}, r"stop=\['a', ''\]: must be a list of non-empty strings"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from rlt_jax.inference.decode import Drawn, Refill
+from rlt_jax.inference.decode import Refill, Sampled
 from rlt_jax.inference.layout import Layout, Request, check_requests
 from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.types import Completion
@@ -29,8 +29,8 @@ class Device:
         self.lengths = {r.request_id: n for r, n in zip(requests, lengths, strict=True)}
         rows = layout.shards * layout.slots
         self.active = np.zeros(rows, bool)
-        self.position, self.drawn = np.zeros(rows, int), np.zeros(rows, int)
-        self.request, self.longest = np.zeros(rows, int), np.zeros(rows, int)
+        self.position, self.num_sampled = np.zeros(rows, int), np.zeros(rows, int)
+        self.request, self.max_new_tokens = np.zeros(rows, int), np.zeros(rows, int)
         self.pages: dict[tuple[int, int], list] = {}
         self.prefills: list[Prefill] = []
 
@@ -49,7 +49,7 @@ class Device:
         assert 0 < page[1] < self.layout.pages, "a token without a page"
         self.pages.setdefault(page, [None] * C)[t % C] = token
 
-    def run(self, prefills: Sequence[Prefill], refill: Refill) -> Drawn:
+    def run(self, prefills: Sequence[Prefill], refill: Refill) -> Sampled:
         layout = self.layout
         self.prefills += prefills
         for one in prefills:
@@ -66,9 +66,9 @@ class Device:
         for mine, theirs in (
             (self.active, new.active),
             (self.position, new.position),
-            (self.drawn, new.drawn),
+            (self.num_sampled, new.num_sampled),
             (self.request, new.request),
-            (self.longest, new.longest),
+            (self.max_new_tokens, new.max_new_tokens),
         ):
             mine[refill.replaced] = theirs[refill.replaced]
         fed = refill.replaced & self.active
@@ -77,7 +77,7 @@ class Device:
         self.no_page_is_written_by_two(refill.table)
         steps = [self.step(refill.table) for _ in range(layout.steps)]
         tokens, mask = (np.stack(x) for x in zip(*steps, strict=True))
-        return Drawn(tokens, tokens / 1000, mask)
+        return Sampled(tokens, tokens / 1000, mask)
 
     def no_page_is_written_by_two(self, table: np.ndarray) -> None:
         owners = collections.Counter()
@@ -97,9 +97,9 @@ class Device:
             assert held == [self.token(r, t) for t in range(at + 1)]
             tokens[b] = self.token(r, at + 1)
             self.position[b] += 1
-            self.drawn[b] += 1
-            ended = tokens[b] == STOP or self.drawn[b] == self.longest[b]
-            self.active[b] = not ended
+            self.num_sampled[b] += 1
+            at_limit = self.num_sampled[b] == self.max_new_tokens[b]
+            self.active[b] = tokens[b] != STOP and not at_limit
         return tokens, mask
 
 

@@ -74,11 +74,11 @@ def test_one_message_names_all_that_is_missing(stubs, script) -> None:
     ("words", "message"),
     [
         (["--zoo=1"], "unknown flag --zoo"),
-        (["--config.seed=1"], "flags of rlt_jax.main follow --"),
+        (["--config.seed=1"], "flags of rlt_jax.main go after --"),
         (["--config", "x.py"], "--config needs a value: --config=VALUE"),
         (["x.py"], "unexpected 'x.py'"),
-        (["--dry_run=yes"], "--dry_run is true or false, not 'yes'"),
-        (["--gpus_per_node=none", *RUN], "a number above zero, not 'none'"),
+        (["--dry_run=yes"], "--dry_run must be true or false, not 'yes'"),
+        (["--gpus_per_node=none", *RUN], "a positive integer, not 'none'"),
     ],
 )
 def test_bad_flags(stubs, words, message) -> None:

@@ -57,7 +57,7 @@ def test_a_workdir_that_would_be_lost_is_refused(stubs) -> None:
     flags = [flag for flag in FLAGS if not flag.startswith("--storage")]
     lost = stubs.launch("gke", *flags)
     assert lost.returncode == 2
-    assert "--workdir=/mnt/x ends with its pods" in lost.stderr
+    assert "--workdir=/mnt/x would be lost with the pods" in lost.stderr
     assert not stubs.calls()
 
 

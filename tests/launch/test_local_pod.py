@@ -71,7 +71,7 @@ def test_number_of_processes(stubs) -> None:
     missing = stubs.launch("local_pod", *FLAGS)
     assert "missing: --processes" in missing.stderr
     none = stubs.launch("local_pod", "0", *FLAGS)
-    assert "--processes is a number above zero, not '0'" in none.stderr
+    assert "--processes must be a positive integer, not '0'" in none.stderr
     assert not stubs.calls()
 
 

@@ -67,7 +67,7 @@ def test_resumes_after_a_preemption(stubs, queued) -> None:
     stubs.set("runs", "gone", "0")
     result = stubs.launch("tpu_pod", *MAKE, *queued, BUCKET, "--", "--config.seed=1")
     assert result.returncode == 0, result.stderr
-    assert "pod is " in result.stderr and "attempt 2 of 10 follows" in result.stderr
+    assert "pod is " in result.stderr and "attempt 2 of 10" in result.stderr
     calls = stubs.calls("gcloud")
     runs = [call for call in calls if "rlt_jax.main" in call[-1]]
     assert len(runs) == 2 and runs[0] == runs[1]
@@ -81,7 +81,10 @@ def test_the_slice_of_another_is_not_made_again(stubs) -> None:
     stubs.set("runs", "gone")
     result = stubs.launch("tpu_pod", *MAKE, BUCKET)
     assert result.returncode == 2
-    assert "pod is PREEMPTED, not made by this launch; delete it first" in result.stderr
+    assert (
+        "pod is PREEMPTED and was not created by this launch; delete it first"
+        in result.stderr
+    )
     assert steps(stubs) == ["send", "install", "run"]
 
 
@@ -105,7 +108,7 @@ def test_what_could_not_be_fetched_is_kept(stubs) -> None:
     stubs.set("no_fetch")
     result = stubs.launch("tpu_pod", *MAKE, LOCAL)
     assert result.returncode == 1
-    assert "pod is kept (its workdir could not be fetched)" in result.stderr
+    assert "pod is kept (its workdir could not be copied)" in result.stderr
     assert "delete" not in steps(stubs)
 
 
@@ -156,7 +159,7 @@ def test_a_queued_resource_that_fails_is_deleted(stubs) -> None:
     )
     result = stubs.launch("tpu_pod", *MAKE, BUCKET, "--queued")
     assert result.returncode == 2
-    assert "the request for pod has failed" in result.stderr
+    assert "the request for pod failed" in result.stderr
     assert steps(stubs) == ["create", "delete"]
 
 
@@ -164,7 +167,7 @@ def test_what_could_not_be_made_is_left_alone(stubs) -> None:
     stubs.set("no_capacity")
     result = stubs.launch("tpu_pod", *MAKE, BUCKET)
     assert result.returncode == 2
-    assert "could not make pod" in result.stderr
+    assert "could not create pod" in result.stderr
     assert steps(stubs) == ["create"]
 
 
@@ -179,7 +182,7 @@ def test_an_unknown_state_makes_nothing(stubs) -> None:
 def test_nothing_to_make_it_of(stubs) -> None:
     result = stubs.launch("tpu_pod", *FLAGS, BUCKET)
     assert result.returncode == 2
-    assert "no slice pod in z; to make it, give --accelerator_type" in result.stderr
+    assert "no slice pod in z; to create it, set --accelerator_type" in result.stderr
     assert not steps(stubs)
 
 
@@ -206,7 +209,7 @@ def test_types_without_an_image(stubs) -> None:
     assert "launch/gke.sh" in newer.stderr
     unknown = stubs.launch("tpu_pod", *FLAGS, BUCKET, "--accelerator_type=x-1")
     assert unknown.returncode == 2
-    assert "no runtime image is known for x-1; name one with" in unknown.stderr
+    assert "the runtime image for x-1 is unknown; set" in unknown.stderr
     assert not steps(stubs)
 
 
@@ -242,8 +245,8 @@ def test_installation(stubs) -> None:
 def test_warns_of_what_is_not_sent_or_would_be_lost(stubs) -> None:
     stubs.set("dirty")
     result = stubs.launch("tpu_pod", *MAKE, LOCAL, "--spot")
-    assert "changes that are not committed are not sent" in result.stderr
-    assert "a preemption loses --workdir=runs/x" in result.stderr
+    assert "uncommitted changes are not included" in result.stderr
+    assert "--workdir=runs/x is lost on preemption" in result.stderr
 
 
 def test_a_signal_ends_the_launch_and_deletes_what_it_made(stubs) -> None:
@@ -258,5 +261,7 @@ def test_a_signal_while_it_is_made(stubs) -> None:
     stubs.set("slow")
     status, messages = stubs.terminate("tpu_pod", *MAKE, LOCAL)
     assert status == 143
-    assert "pod is kept (making it was interrupted); to delete it: gcloud" in messages
+    assert (
+        "pod is kept (its creation was interrupted); to delete it: gcloud" in messages
+    )
     assert steps(stubs) == ["create"]

@@ -26,8 +26,8 @@ def _forward(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
-    segment_ids: jax.Array,
     positions: jax.Array,
+    segment_ids: jax.Array,
 ) -> jax.Array:
     """Logits [B, T, V] of packed rows."""
     model = Transformer(config)
@@ -39,15 +39,15 @@ def _full_logits(
     config: ModelConfig,
     params: Params,
     tokens: np.ndarray,
-    segment_ids: np.ndarray | None = None,
     positions: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
 ) -> np.ndarray:
     """Logits [B, T, V] of one forward pass; by default each row is one segment."""
     if segment_ids is None:
         segment_ids = np.ones_like(tokens)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return np.asarray(_forward(config, params, tokens, segment_ids, positions))
+    return np.asarray(_forward(config, params, tokens, positions, segment_ids))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -97,13 +97,13 @@ def _cached_logits(
 
 @pytest.fixture(scope="session")
 def forward() -> Callable[..., jax.Array]:
-    """Config, params, tokens, segment_ids, positions -> logits, differentiable."""
+    """Config, params, tokens, positions, segment_ids -> logits, differentiable."""
     return _forward
 
 
 @pytest.fixture(scope="session")
 def full_logits() -> Callable[..., np.ndarray]:
-    """Config, params, tokens, and segments and positions if need be -> logits."""
+    """Config, params, tokens, optionally positions and segment_ids -> logits."""
     return _full_logits
 
 

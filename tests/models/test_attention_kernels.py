@@ -48,7 +48,9 @@ def operands(length: int, windowed: bool, dtype: str) -> tuple:
 def of_tokens(kernel: Callable) -> Callable:
     """A kernel, run by the interpreter, with the signature of `attention`."""
     return lambda q, k, v, tokens, **settings: kernel(
-        q, k, v, tokens.segment_ids, tokens.windowed, interpret=True, **settings
+        *(q, k, v, tokens.segment_ids, tokens.windowed),
+        kernels.Settings(**settings),
+        interpret=True,
     )
 
 

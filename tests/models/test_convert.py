@@ -84,9 +84,10 @@ def change_json(file: Path, **changes: Any) -> None:
 
 
 def test_shards_hold_what_one_file_holds(
-    params: Params, whole: Path, tmp_path: Path
+    params: Params, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_model(tmp_path, CONFIG, params, "qwen2", max_shard_bytes=10_000)
+    monkeypatch.setattr("rlt_jax.models.convert.MAX_SHARD_BYTES", 10_000)
+    write_model(tmp_path, CONFIG, params, "qwen2")
     index = json.loads((tmp_path / INDEX).read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
@@ -194,10 +195,10 @@ def test_tensors_that_carry_nothing_are_passed_over(copy: Path, params: Params) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(GATE), f"lacks 1 tensors: {GATE}"),
-        (lambda t: t.update(odd=t[GATE]), "has unexpected 1 tensors: odd"),
+        (lambda t: t.pop(GATE), f"1 missing tensors: {GATE}"),
+        (lambda t: t.update(odd=t[GATE]), "1 unexpected tensors: odd"),
         (lambda t: t.update({GATE: t[GATE][1:]}), r"has shape \[31, 16\]"),
-        (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), "is I8"),
+        (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), "dtype I8"),
     ],
 )
 def test_wrong_tensors_are_refused(
@@ -211,12 +212,15 @@ def test_wrong_tensors_are_refused(
 def test_a_file_cut_short_is_refused(copy: Path) -> None:
     content = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(content[:-100])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         read_params(copy, CONFIG)
 
 
-def test_a_missing_shard_is_refused(params: Params, tmp_path: Path) -> None:
-    write_model(tmp_path, CONFIG, params, "qwen2", max_shard_bytes=10_000)
+def test_a_missing_shard_is_refused(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlt_jax.models.convert.MAX_SHARD_BYTES", 10_000)
+    write_model(tmp_path, CONFIG, params, "qwen2")
     (tmp_path / "model-00001-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match="model-00001-of-00003.safetensors is missing"):
         read_params(tmp_path, CONFIG)
@@ -290,14 +294,14 @@ def test_both_spellings_of_rope_are_read(copy: Path) -> None:
 def test_a_family_that_cannot_express_a_config_is_refused(
     params: Params, tmp_path: Path, model_type: str, field: str
 ) -> None:
-    with pytest.raises(UserError, match=f"no {model_type} model.*{field}="):
+    with pytest.raises(UserError, match=f"'{model_type}' does not fit.*{field}="):
         write_model(tmp_path / "out", CONFIG, params, model_type)
     assert not any(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(params: Params, tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
-    with pytest.raises(UserError, match="remove it or name another"):
+    with pytest.raises(UserError, match="remove it or choose another"):
         write_model(tmp_path, CONFIG, params, "qwen2")
     assert [file.name for file in tmp_path.iterdir()] == ["notes"]
 
@@ -333,7 +337,7 @@ def test_the_family_of_a_shape_is_found() -> None:
     plain = dataclasses.replace(CONFIG, qkv_bias=False)
     assert model_type_of(plain) == "llama"
     assert model_type_of(dataclasses.replace(plain, qk_norm=True)) == "qwen3"
-    with pytest.raises(UserError, match="no family of llama"):
+    with pytest.raises(UserError, match="none of the families llama"):
         model_type_of(dataclasses.replace(plain, qk_norm=True, mlp_bias=True))
 
 

@@ -91,7 +91,7 @@ def test_each_logit_depends_on_its_past_alone(
     @jax.jacrev
     def jacobian(embedding: jax.Array) -> jax.Array:
         changed = {**params, "embedding": embedding}
-        return forward(untied, changed, tokens, np.ones_like(tokens), tokens).sum(-1)[0]
+        return forward(untied, changed, tokens, tokens, np.ones_like(tokens)).sum(-1)[0]
 
     depends = np.abs(jacobian(params["embedding"])[:, :LENGTH]).sum(axis=-1) > 0
     np.testing.assert_array_equal(depends, np.tri(LENGTH, dtype=bool))
@@ -104,7 +104,7 @@ def test_packed_rows_equal_unpacked_rows(
     lengths = (5, 4, 3)
     segment_ids = np.repeat([1, 2, 3], lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    packed = full_logits(config, random_params(config), tokens, segment_ids, positions)
+    packed = full_logits(config, random_params(config), tokens, positions, segment_ids)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
@@ -117,7 +117,7 @@ def test_padding_does_not_matter(config: ModelConfig, full_logits: Function) -> 
     tokens = random_tokens(config, 2, LENGTH)
     alone = full_logits(config, random_params(config), tokens[:, :7])
     segment_ids = np.where(np.arange(LENGTH) < 7, 1, 0)[None].repeat(2, axis=0)
-    padded = full_logits(config, random_params(config), tokens, segment_ids)
+    padded = full_logits(config, random_params(config), tokens, segment_ids=segment_ids)
     assert np.isfinite(padded).all()
     np.testing.assert_allclose(padded[:, :7], alone, atol=1e-5, rtol=1e-5)
 
@@ -138,7 +138,7 @@ def value_and_grad(config: ModelConfig, forward: Function) -> tuple[jax.Array, P
     @jax.jit
     @jax.value_and_grad
     def loss(params: Params) -> jax.Array:
-        out = forward(config, params, tokens, np.ones_like(tokens), positions)
+        out = forward(config, params, tokens, positions, np.ones_like(tokens))
         return jax.nn.logsumexp(out, axis=-1).mean()
 
     return loss(random_params(config))
@@ -193,7 +193,7 @@ def test_rows_need_segments_or_a_cache() -> None:
         ({"activation": "relu"}, "activation='relu'"),
         ({"sliding_window": 4}, "sliding_window"),
         ({"windowed_layers": (True,) * 3}, "sliding_window"),
-        ({"windowed_layers": (True,), "sliding_window": 4}, "1 layers"),
+        ({"windowed_layers": (True,), "sliding_window": 4}, "1 values"),
         ({"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, "kind='dynamic'"),
         ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "original_length"),
     ],

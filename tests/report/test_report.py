@@ -235,7 +235,7 @@ def test_a_broken_file_is_named(workdir: Path) -> None:
         write_report(workdir, CONFIG, seed=0)
     # Cut off inside of a character.
     file.write_bytes('{"step": 0}\n{"step": "é'.encode()[:-1])
-    with pytest.raises(UserError, match="metrics.jsonl: the last line is cut off"):
+    with pytest.raises(UserError, match="metrics.jsonl: the last line is incomplete"):
         write_report(workdir, CONFIG, seed=0)
 
 
@@ -248,7 +248,7 @@ def test_evaluations_on_other_questions_are_refused(workdir: Path) -> None:
     path.write_text(
         path.read_text().replace('"num_questions": 4', '"num_questions": 5')
     )
-    with pytest.raises(UserError, match="differ in questions"):
+    with pytest.raises(UserError, match="different numbers of questions"):
         write_report(workdir, CONFIG, seed=0)
 
 

@@ -97,7 +97,7 @@ def test_a_users_own_function(mine: str) -> None:
             "'no_such_module:f' is no .*No module",
         ),
         ({"x": {"function": "math:no_such"}}, "'math:no_such' is no .*no_such"),
-        ({"x": {"function": "math"}}, "'math' is no \"module:function\""),
+        ({"x": {"function": "math"}}, "'math' is not a \"module:function\""),
         ({"x": {"function": "math:exp", "base": 2}}, "'x': got an unexpected .*'base'"),
     ],
 )

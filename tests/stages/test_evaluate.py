@@ -191,8 +191,11 @@ def test_an_incomplete_evaluation_is_not_compared_with(
     samples = other / "samples.jsonl"
     lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
     for text, message in (
-        ("".join(lines[:-4]), "samples.jsonl has 8 rows, but results.json is of 12"),
-        ("".join(lines)[:-9], "samples.jsonl: the last line is cut off. .* --only=par"),
+        ("".join(lines[:-4]), "samples.jsonl has 8 records, but results.json has 12"),
+        (
+            "".join(lines)[:-9],
+            "samples.jsonl: the last line is incomplete. .* --only=par",
+        ),
     ):
         samples.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):

@@ -285,8 +285,11 @@ def test_the_recipe_of_distillation_knows_its_students() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("warmup.sft.step", "config.warmup.sft: unknown key 'step'; known are format"),
-        ("rl.loop.stepz", "config.rl.loop: unknown key 'stepz'; known are steps"),
+        (
+            "warmup.sft.step",
+            "config.warmup.sft: unknown key 'step'; known keys: format",
+        ),
+        ("rl.loop.stepz", "config.rl.loop: unknown key 'stepz'; known keys: steps"),
         ("rl.reward.lamda", "config.rl.reward: unknown key 'lamda'"),
         ("eval_base.mesh.rows", "config.eval_base.mesh: unknown key 'rows'"),
         ("report.pictures", "config.report: unknown key 'pictures'"),

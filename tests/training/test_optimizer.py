@@ -353,7 +353,7 @@ def test_eight_devices_step_as_one_does(tmp_path: Path) -> None:
         ),
         (
             {"name": "adafactor", "state_dtype": "bfloat16"},
-            "adafactor keeps no first moment",
+            "adafactor has no first moment",
         ),
     ],
 )

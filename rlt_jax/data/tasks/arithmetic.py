@@ -1,20 +1,20 @@
-"""The embedded task: a chain of single-digit operations, last digit only.
+"""Synthetic task: a chain of operations on a digit, modulo 10.
 
     question: "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"      solution: "0"
 
-or, in another notation of the same, "From 4: a3 m7 s2 a9 m3 s8. Last digit?"
+The same question in letter notation is "From 4: a3 m7 s2 a9 m3 s8. Last digit?"
 Every operation is a bijection of the digits (+ and - by 1..9, * by 3, 7 or 9), so the
-answer of a chain is uniform and cannot be guessed without its steps. Explanations come
-in kinds:
+answers are uniformly distributed and cannot be guessed without the steps. There are five
+kinds of explanations:
 
     careful   "4+3=7 7*7=9 9-2=7 ..."      one step at a time
     skipping  "4+3*7-2=7 7+9*3-8=0"        three operations at once, hard to check
     restating "it is 0"                    no steps
     wrong     careful, with one wrong step
-    mistaken  careful, by someone who always takes * for +
+    mistaken  careful, with every * taken for +
 
-Train and test questions are disjoint: a chain belongs to "test", in every notation, when
-the checksum of its question in signs is 0 modulo 10.
+Train and test questions are disjoint: a chain belongs to "test", in both notations, if
+the checksum of its question in sign notation is 0 modulo 10.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from rlt_jax.data.templates import Problem, Trace
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 
 KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
 CHAIN_LENGTH = 6
 STEPS_PER_SKIP = 3
-# Notation -> what stands before the start, and for the signs + - *.
+# Notation -> text before the start digit, and symbols for + - *.
 NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
 
@@ -44,14 +44,15 @@ class Chain:
 
     def question(self, notation: str = "signs") -> str:
         """The question as text, in one of `NOTATIONS`."""
-        opening, letters = NOTATIONS[notation]
-        written = dict(zip("+-*", letters, strict=True))
-        steps = " ".join(f"{written[sign]}{x}" for sign, x in self.operations)
+        check_choice("data.notation", notation, NOTATIONS)
+        opening, symbols = NOTATIONS[notation]
+        symbol = dict(zip("+-*", symbols, strict=True))
+        steps = " ".join(f"{symbol[sign]}{x}" for sign, x in self.operations)
         return f"{opening} {self.start}: {steps}. Last digit?"
 
     @property
     def is_test(self) -> bool:
-        """Whether the question is held out from all training."""
+        """Whether the question belongs to the test split."""
         return zlib.crc32(self.question().encode()) % 10 == 0
 
     def results(self) -> list[int]:
@@ -67,7 +68,7 @@ _SIGNS = str.maketrans("asm", "+-*")
 
 
 def apply(value: int, operation: tuple[str, int]) -> int:
-    """One operation on a digit, modulo 10."""
+    """Applies one operation to a digit, modulo 10."""
     sign, operand = operation
     if sign == "+":
         return (value + operand) % 10
@@ -84,66 +85,68 @@ def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
 def explain(
     chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
 ) -> tuple[str, int]:
-    """An explanation of one kind, and the digit it arrives at.
+    """An explanation of the given kind, and its final digit.
 
     Args:
       chain: the problem.
       kind: one of `KINDS`.
-      rng: places the wrong step.
-      known_answer: after a false step the last one is made to reach the true answer, as
-        by someone who was told it; otherwise its error is carried on.
+      rng: generator that chooses the wrong step.
+      known_answer: whether the last step after a wrong one has the true answer, as if the
+        answer were known; otherwise the error propagates to the answer.
     """
     answer = chain.results()[-1]
     if kind == "restating":
         return f"it is {answer}", answer
     if kind in ("wrong", "mistaken"):
-        return _false_steps(chain, kind, rng, known_answer)
+        return _wrong_steps(chain, kind, rng, known_answer)
     size = 1 if kind == "careful" else STEPS_PER_SKIP
-    lines, value = [], chain.start
+    steps, value = [], chain.start
     for i in range(0, len(chain.operations), size):
         group = chain.operations[i : i + size]
-        written = "".join(f"{sign}{operand}" for sign, operand in group)
+        text = "".join(f"{sign}{operand}" for sign, operand in group)
         before = value
         for operation in group:
             value = apply(value, operation)
-        lines.append(f"{before}{written}={value}")
-    return " ".join(lines), answer
+        steps.append(f"{before}{text}={value}")
+    return " ".join(steps), answer
 
 
-def draw_kinds(
+def sample_kinds(
     rng: np.random.Generator,
     kinds: Mapping[str, float],
     known: Sequence[str],
     size: int,
 ) -> np.ndarray:
-    """`size` kinds of explanations, each drawn by its share.
+    """Samples `size` kinds of explanations with the probabilities `kinds`.
 
     Raises:
-      UserError: a kind is not among the known, or the shares do not sum to 1.
+      UserError: an unknown kind, or the probabilities do not sum to 1.
     """
-    shares = list(kinds.values())
-    if set(kinds) - set(known) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        raise UserError(f"kinds {dict(kinds)}: shares of {known} that sum to 1.")
-    return rng.choice(list(kinds), size, p=shares)
+    probs = list(kinds.values())
+    if set(kinds) - set(known) or abs(sum(probs) - 1) > 1e-6 or min(probs) < 0:
+        raise UserError(
+            f"data.kinds={dict(kinds)}: must be probabilities of {', '.join(known)} that "
+            "sum to 1."
+        )
+    return rng.choice(list(kinds), size, p=probs)
 
 
 def kind_of(question: str, explanation: str) -> str:
-    """The kind of an explanation that somebody wrote for a question.
+    """Classifies an explanation of a question.
 
-    "wrong" is one with a step that is false, does not go on from the one before, or is
-    not the question's; then "careful" has all single steps, "skipping" several at once,
-    and "restating" none. "other" are right steps that do not cover the question.
+    "wrong" if a step is false, does not continue the previous step, or is not in the
+    question; otherwise "careful" if every step has one operation, "skipping" if a step
+    has several, "restating" if there are no steps, and "other" if correct steps do not
+    cover the question.
     """
     operations = [
         (sign.translate(_SIGNS), int(operand))
         for sign, operand in re.findall(r" ([+\-*asm])(\d)", question)
     ]
     steps = re.findall(r"(\d)((?:[+\-*]\d)+)=(\d)", explanation)
-    value, done, longest = int(re.search(r"\d", question)[0]), 0, 0
-    for before, written, after in steps:
-        group = [
-            (sign, int(operand)) for sign, operand in re.findall(r"(.)(.)", written)
-        ]
+    value, done, largest = int(re.search(r"\d", question)[0]), 0, 0
+    for before, text, after in steps:
+        group = [(sign, int(operand)) for sign, operand in re.findall(r"(.)(.)", text)]
         if int(before) != value or group != operations[done : done + len(group)]:
             return "wrong"
         for operation in group:
@@ -151,94 +154,103 @@ def kind_of(question: str, explanation: str) -> str:
         if int(after) != value:
             return "wrong"
         done += len(group)
-        longest = max(longest, len(group))
+        largest = max(largest, len(group))
     if not steps:
         return "restating"
     if done < len(operations):
         return "other"
-    return "careful" if longest == 1 else "skipping"
+    return "careful" if largest == 1 else "skipping"
 
 
-def _false_steps(
+def _wrong_steps(
     chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
 ) -> tuple[str, int]:
-    place = int(rng.integers(len(chain.operations) - known_answer))
-    lines, value = [], chain.start
+    wrong = int(rng.integers(len(chain.operations) - known_answer))
+    steps, value = [], chain.start
     for i, operation in enumerate(chain.operations):
         before = value
         if kind == "mistaken":
             value = apply(value, (operation[0].replace("*", "+"), operation[1]))
         else:
             value = apply(value, operation)
-            if i == place:
+            if i == wrong:
                 value = (value + int(rng.integers(1, 10))) % 10
         if known_answer and i == len(chain.operations) - 1:
             value = chain.results()[-1]
-        lines.append(f"{before}{operation[0]}{operation[1]}={value}")
-    return " ".join(lines), value
+        steps.append(f"{before}{operation[0]}{operation[1]}={value}")
+    return " ".join(steps), value
 
 
 def problems(
     split: str, size: int, seed: int, stream: int = 0, notation: str = "signs"
 ) -> list[Problem]:
-    """`size` different problems of the split "train" or "test".
+    """Samples distinct problems.
 
-    Runs of one seed that shall see different problems name different streams.
+    Args:
+      split: "train" or "test".
+      size: number of problems.
+      seed: random seed.
+      stream: number that gives runs with the same seed different problems.
+      notation: one of `NOTATIONS`.
+
+    Raises:
+      UserError: an unknown split or notation.
     """
-    _check_notation(notation)
     chains = _chains(split, size, seed, stream)
     return [_problem(chain, chain.results()[-1], notation) for chain in chains]
 
 
-def traces(
-    split: str,
-    size: int,
-    seed: int,
-    kinds: Mapping[str, float],
-    known_answer: bool,
-    stream: int = 0,
-    drills: int = 0,
-    hinted: bool = False,
-    notation: str = "signs",
-) -> list[Trace]:
-    """`size` different problems with explanations of the kinds in the given shares.
+@dataclasses.dataclass(frozen=True)
+class TraceConfig:
+    """Settings of `traces`.
 
-    Args:
+    Attributes:
       split: "train" or "test".
-      size: number of traces.
-      seed: of chains and kinds.
-      stream: see `problems`.
-      kinds: kind -> share; shares sum to 1.
-      known_answer: see `explain`. Without it, the solution of a trace with a wrong step
-        is the digit that follows from its steps.
-      drills: so many careful traces of one or two operations are added, from which the
-        single steps are learned.
-      hinted: the questions tell the solution, "... Last digit? It is 4."
+      size: number of traces, without drills.
+      seed: random seed.
+      kinds: kind of explanation -> its probability.
+      known_answer: see `explain`. If False, the solution of a trace with a wrong step is
+        the digit that its steps lead to.
+      stream: number that gives runs with the same seed different problems.
+      drills: number of additional careful traces of one or two operations.
+      hinted: whether questions include the solution: "... Last digit? It is 4."
       notation: one of `NOTATIONS`.
     """
-    _check_notation(notation)
-    rng = np.random.default_rng([seed, 1, stream])
-    chosen = draw_kinds(rng, kinds, KINDS, size)
-    chains = _chains(split, size, seed, stream)
+
+    split: str
+    size: int
+    seed: int
+    kinds: Mapping[str, float]
+    known_answer: bool
+    stream: int = 0
+    drills: int = 0
+    hinted: bool = False
+    notation: str = "signs"
+
+
+def traces(config: TraceConfig) -> list[Trace]:
+    """Samples distinct problems with explanations.
+
+    Raises:
+      UserError: an unknown split, notation or kind, or invalid probabilities.
+    """
+    c = config
+    rng = np.random.default_rng([c.seed, 1, c.stream])
+    kinds = sample_kinds(rng, c.kinds, KINDS, c.size)
+    chains = _chains(c.split, c.size, c.seed, c.stream)
     result = []
-    for chain, kind in zip(chains, chosen, strict=True):
-        explanation, digit = explain(chain, str(kind), rng, known_answer)
-        problem = _problem(chain, digit, notation)
-        if hinted:
-            told = f"{problem.question} It is {problem.solution}."
-            problem = problem._replace(question=told)
+    for chain, kind in zip(chains, kinds, strict=True):
+        explanation, digit = explain(chain, str(kind), rng, c.known_answer)
+        problem = _problem(chain, digit, c.notation)
+        if c.hinted:
+            hinted = f"{problem.question} It is {problem.solution}."
+            problem = problem._replace(question=hinted)
         result.append(Trace(problem, explanation))
-    return result + _drills(drills, seed, stream, notation)
-
-
-def _drills(size: int, seed: int, stream: int, notation: str) -> list[Trace]:
-    rng = np.random.default_rng([seed, 2, stream])
-    result = []
-    for _ in range(size):
+    rng = np.random.default_rng([c.seed, 2, c.stream])
+    for _ in range(c.drills):
         chain = sample_chain(rng, int(rng.integers(1, 3)))
-        explanation, _ = explain(chain, "careful", rng, known_answer=False)
-        problem = _problem(chain, chain.results()[-1], notation)
-        result.append(Trace(problem, explanation))
+        explanation, digit = explain(chain, "careful", rng, known_answer=False)
+        result.append(Trace(_problem(chain, digit, c.notation), explanation))
     return result
 
 
@@ -246,14 +258,8 @@ def _problem(chain: Chain, digit: int, notation: str) -> Problem:
     return Problem(chain.question(notation), str(digit), str(digit), grader="exact")
 
 
-def _check_notation(notation: str) -> None:
-    if notation not in NOTATIONS:
-        raise UserError(f"notation {notation!r}: one of {', '.join(NOTATIONS)}.")
-
-
 def _chains(split: str, size: int, seed: int, stream: int) -> Iterator[Chain]:
-    if split not in ("train", "test"):
-        raise UserError(f"split {split!r} of the arithmetic task: train or test.")
+    check_choice("data.split", split, ("train", "test"))
     rng = np.random.default_rng([seed, 0, stream])
     seen: set[Chain] = set()
     while len(seen) < size:

@@ -1,4 +1,4 @@
-"""GPQA in its published layout: a question, its right answer and three wrong ones."""
+"""GPQA as published: questions with one correct and three incorrect answers."""
 
 import itertools
 
@@ -16,27 +16,27 @@ LETTERS = "ABCD"
 def problems(
     path: str, limit: int | None = None, shuffle_seed: int = 0
 ) -> list[Problem]:
-    """Reads questions, their options listed as (A) to (D) in a random order each.
+    """Reads questions with their answers in random order as options (A) to (D).
 
     Args:
       path: `gpqa_diamond.csv` or another file of the data set.
-      limit: read no more questions than this.
-      shuffle_seed: of the order. It is not the run's seed: evaluations with other seeds
-        ask the same questions and can be compared.
+      limit: maximum number of questions to read.
+      shuffle_seed: random seed of the order. It is independent of the run's seed, so that
+        evaluations with different seeds have the same questions.
 
     Raises:
-      UserError: no file, or a row without one of the columns.
+      UserError: no file, or a record without one of the columns.
     """
-    rows = itertools.islice(read_rows(path, SOURCE), limit)
+    records = itertools.islice(read_rows(path, SOURCE), limit)
     return [
-        _problem(where, row, np.random.default_rng([shuffle_seed, n]))
-        for n, (where, row) in enumerate(rows)
+        _problem(where, record, np.random.default_rng([shuffle_seed, n]))
+        for n, (where, record) in enumerate(records)
     ]
 
 
-def _problem(where: str, row: Row, rng: np.random.Generator) -> Problem:
+def _problem(where: str, record: Row, rng: np.random.Generator) -> Problem:
     question, *options = (
-        str(row.get(name) or "").strip() for name in ("Question", *OPTIONS)
+        str(record.get(name) or "").strip() for name in ("Question", *OPTIONS)
     )
     if not question or not all(options):
         raise UserError(f"{where}: needs the columns Question, {', '.join(OPTIONS)}.")

@@ -1,7 +1,7 @@
-"""GSM8K in its published layout: `question`, and `answer` ending in `#### number`.
+"""GSM8K as published: `question`, and `answer` ending in `#### number`.
 
-The worked answer serves as the trace, without its `<<48/2=24>>` marks; the solution is
-its last line with the number marked.
+The text of the answer before `####`, without annotations such as `<<48/2=24>>`, is the
+explanation; the number is the answer, and in a box the solution.
 """
 
 import itertools
@@ -19,17 +19,17 @@ _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
 def traces(path: str, limit: int | None = None) -> list[Trace]:
-    """Reads problems with their worked answers as explanations.
+    """Reads problems with explanations.
 
     Args:
       path: `train.jsonl` or `test.jsonl` of the data set, or its Parquet files.
-      limit: read no more than this many.
+      limit: maximum number of records to read.
 
     Raises:
-      UserError: the file is missing or malformed, or a row has no `####`.
+      UserError: the file is missing or invalid, or a record has no `####`.
     """
-    rows = itertools.islice(read_rows(path, SOURCE), limit)
-    return [_trace(where, row) for where, row in rows]
+    records = itertools.islice(read_rows(path, SOURCE), limit)
+    return [_trace(where, record) for where, record in records]
 
 
 def problems(path: str, limit: int | None = None) -> list[Problem]:
@@ -37,11 +37,11 @@ def problems(path: str, limit: int | None = None) -> list[Problem]:
     return [trace.problem for trace in traces(path, limit)]
 
 
-def _trace(where: str, row: Row) -> Trace:
-    worked, mark, number = str(row.get("answer", "")).rpartition("####")
-    if not mark or "question" not in row:
+def _trace(where: str, record: Row) -> Trace:
+    steps, mark, number = str(record.get("answer", "")).rpartition("####")
+    if not mark or "question" not in record:
         raise UserError(f"{where}: needs a question, and an answer with '#### number'.")
     answer = number.strip().replace(",", "")
     solution = f"The answer is \\boxed{{{answer}}}."
-    explanation = _CALCULATION.sub("", worked).strip()
-    return Trace(Problem(row["question"], solution, answer), explanation)
+    explanation = _CALCULATION.sub("", steps).strip()
+    return Trace(Problem(record["question"], solution, answer), explanation)
