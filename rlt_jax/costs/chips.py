@@ -76,10 +76,7 @@ CHIPS: dict[str, Chip] = {
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = (
-    *("2x2x1", "2x2x2", "2x2x4", "2x4x4"),
-    *("4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-)
+_CUBES = (*("2x2x1", "2x2x2", "2x2x4", "2x4x4"), *("4x4x4", "4x4x8", "4x8x8", "8x8x8"))
 _NODE = ("1", "2", "4", "8")
 _SLICES = {
     **dict.fromkeys(("v5e", "v6e"), _FLAT),

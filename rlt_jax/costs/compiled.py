@@ -129,14 +129,14 @@ def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
 
 def _group_size(program: Program, attributes: str) -> int:
     """Number of devices in a group of a collective."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[([\d,]+)\]", attributes):
-        return int(found[1].split(",")[-1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", attributes):
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[([\d,]+)\]", attributes):
+        return int(match[1].split(",")[-1])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", attributes):
         # Mesh axes 'x', or parts of axes 'x':(1)2, where 2 is the size of the part.
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return program.devices
 

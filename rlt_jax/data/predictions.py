@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlt_jax.data.tables import Row, read_rows
+from rlt_jax.data.tables import Record, read_records
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 
@@ -11,7 +11,7 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
     """Reads the same number of completions for each problem, in the order of the file.
 
     Args:
-      path: files, see `tables.read_rows`; a record has `question` and either
+      path: files, see `tables.read_records`; a record has `question` and either
         `completions`, a list of texts, or `completion`, one text.
       problems: problems with distinct questions; whitespace around a question is ignored.
 
@@ -25,7 +25,7 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
             f"predictions are matched by the question, but the {len(problems)} problems "
             f"have only {len(texts)} distinct questions; remove duplicates."
         )
-    for where, record in read_rows(path):
+    for where, record in read_records(path):
         question = str(record.get("question")).strip()
         if question not in texts:
             raise UserError(
@@ -49,7 +49,7 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
     return list(texts.values())
 
 
-def _completions(where: str, record: Row) -> list[str]:
+def _completions(where: str, record: Record) -> list[str]:
     texts = record.get("completions")
     if texts is None:
         texts = [record.get("completion")]

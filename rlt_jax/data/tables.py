@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 
 from rlt_jax.errors import UserError
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_rows(
+def read_records(
     path: str, source: str = "", columns: Collection[str] | None = None
-) -> Iterator[tuple[str, Row]]:
+) -> Iterator[tuple[str, Record]]:
     """Reads all records of one or more files.
 
     Args:
@@ -122,7 +122,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
             yield where, record
 
 
-def _parquet_records(file: Path, columns: Collection[str] | None) -> Iterator[Row]:
+def _parquet_records(file: Path, columns: Collection[str] | None) -> Iterator[Record]:
     with pq.ParquetFile(file) as table:
         names = table.schema_arrow.names
         # Other columns can be large, or have types that Python cannot represent.

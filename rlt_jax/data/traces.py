@@ -19,19 +19,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlt_jax.data.tables import Row, read_rows, shown
+from rlt_jax.data.tables import Record, read_records, shown
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
 
 COLUMNS = (
-    "question",
-    "prompt",
-    "solution",
-    "reasoning_trace",
-    "answer",
-    "conversations",
-    "completions",
-    "closed",
+    *("question", "prompt", "solution", "reasoning_trace", "answer"),
+    *("conversations", "completions", "closed"),
 )
 _LOG = logging.getLogger("rlt_jax")
 USER = ("user", "human")
@@ -39,40 +33,31 @@ ASSISTANT = ("assistant", "gpt")
 
 
 def read_traces(
-    path: str,
-    template: Template,
-    limit: int | None = None,
-    keep_cut_off: bool = False,
+    path: str, template: Template, limit: int | None = None, keep_cut_off: bool = False
 ) -> list[Trace]:
     """Reads traces, without those that were cut off (`closed` is false).
 
     Args:
-      path: files, see `tables.read_rows`.
+      path: files, see `tables.read_records`.
       template: template whose tags separate the parts of a conversation.
       limit: maximum number of records to read.
       keep_cut_off: whether to keep traces that were cut off.
 
     Raises:
-      UserError: see `tables.read_rows`; or a record has no question, solution or trace.
+      UserError: see `tables.read_records`; or a record has no question, solution or trace.
     """
-    records = list(itertools.islice(read_rows(path, columns=COLUMNS), limit))
-    kept = [
-        (where, record)
-        for where, record in records
-        if keep_cut_off or not _was_cut_off(record)
-    ]
+    records = list(itertools.islice(read_records(path, columns=COLUMNS), limit))
+    kept = [item for item in records if keep_cut_off or not _was_cut_off(item[1])]
     if not kept:
         raise UserError(
             f"{path}: all {len(records)} traces were cut off (`closed` is false). Collect "
             "them with a larger sampling.max_new_tokens, or train on them with "
             "data.keep_cut_off=True."
         )
-    if cut_off := len(records) - len(kept):
+    total = len(records)
+    if cut := total - len(kept):
         _LOG.warning(
-            "%s: skipped %d of %d traces, which were cut off",
-            path,
-            cut_off,
-            len(records),
+            "%s: skipped %d of %d traces, which were cut off", path, cut, total
         )
     return [_trace(where, record, template) for where, record in kept]
 
@@ -85,20 +70,15 @@ def read_problems(
     If a record has an answer but no solution, the answer is used as the solution.
 
     Raises:
-      UserError: see `tables.read_rows`; or a record has no question or solution.
+      UserError: see `tables.read_records`; or a record has no question or solution.
     """
-    records = itertools.islice(read_rows(path, columns=COLUMNS), limit)
-    return [
-        _problem(where, _with_solution(where, record), template)
-        for where, record in records
-    ]
-
-
-def _with_solution(where: str, record: Row) -> Row:
-    answer = _answer(where, record.get("answer"))
-    if record.get("solution") is not None or answer is None:
-        return record
-    return record | {"solution": answer}
+    problems = []
+    for where, record in itertools.islice(read_records(path, columns=COLUMNS), limit):
+        answer = _answer(where, record.get("answer"))
+        if record.get("solution") is None and answer is not None:
+            record = record | {"solution": answer}
+        problems.append(_problem(where, record, template))
+    return problems
 
 
 def read_completions(
@@ -117,7 +97,7 @@ def read_completions(
     Raises:
       UserError: see `read_problems`; or `completions` is not a list of texts.
     """
-    for where, record in read_rows(path, columns=COLUMNS):
+    for where, record in read_records(path, columns=COLUMNS):
         completions = record.get("completions")
         if completions is None:
             trace = _trace(where, record, template)
@@ -136,11 +116,11 @@ def read_completions(
         yield where, _problem(where, record, template), completions
 
 
-def _was_cut_off(record: Row) -> bool:
+def _was_cut_off(record: Record) -> bool:
     return record.get("closed") is False  # written by `collect`
 
 
-def _trace(where: str, record: Row, template: Template) -> Trace:
+def _trace(where: str, record: Record, template: Template) -> Trace:
     if record.get("conversations") is None:
         explanation = _text(where, record, "reasoning_trace")
     else:
@@ -149,7 +129,7 @@ def _trace(where: str, record: Row, template: Template) -> Trace:
     return Trace(_problem(where, record, template), explanation)
 
 
-def _problem(where: str, record: Row, template: Template) -> Problem:
+def _problem(where: str, record: Record, template: Template) -> Problem:
     if record.get("conversations") is None:
         question = _text(where, record, "question", "prompt")
         solution = _text(where, record, "solution")
@@ -199,7 +179,7 @@ def _body(where: str, reply: str, tags: tuple[str, str]) -> str:
     return body
 
 
-def _text(where: str, values: Row, *names: str) -> str:
+def _text(where: str, values: Record, *names: str) -> str:
     """The value of the first of the names that has one."""
     name = next((name for name in names if values.get(name) is not None), None)
     if name is None:

@@ -6,7 +6,7 @@ the other slots, or on the number of steps per dispatch.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from rlt_jax.models.paged_cache import copy_pages
 from rlt_jax.models.transformer import Transformer, hidden_states, logits
 from rlt_jax.types import PagedCache, Params
 
-# Batch sizes for which XLA's matrix products on CPU are bitwise equal row by row.
+# Batch sizes for which XLA's matrix products on CPU are bitwise equal for every slot.
 CPU_TILES = (16, 32)
 
 
@@ -152,18 +152,13 @@ def decode(
         refill.slots,
         slots,
     )
-    B = slots.token.shape[0]
-    tile = min(config.tile, B)
-
-    def tiles(x: jax.Array) -> jax.Array:
-        return x.reshape(B // tile, tile, *x.shape[1:])
+    step_tile = functools.partial(_step, config, params, key)
 
     def step(carry: tuple) -> tuple:
         i, cache, slots, sampled = carry
-        tiled = jax.tree.map(tiles, (slots, refill.table))
-        one_tile = functools.partial(_step, config, params, key)
-        cache, outputs = jax.lax.scan(one_tile, cache, tiled)
-        slots, new = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), outputs)
+        tiled = _split(config.tile, (slots, refill.table))
+        cache, outputs = jax.lax.scan(step_tile, cache, tiled)
+        slots, new = jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), outputs)
         sampled = jax.tree.map(
             lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, i, 0), sampled, new
         )
@@ -176,7 +171,7 @@ def decode(
             num_active = jax.lax.psum(num_active, shards)
         return (carry[0] < config.num_steps) & (num_active > 0)
 
-    shape = (config.num_steps, B)
+    shape = (config.num_steps, len(slots.token))
     empty = Sampled(
         jnp.zeros(shape, jnp.int32),
         jnp.zeros(shape, jnp.float32),
@@ -184,6 +179,16 @@ def decode(
     )
     carry = (jnp.int32(0), cache, slots, empty)
     return jax.lax.while_loop(keep_decoding, step, carry)[1:]
+
+
+def _split(tile: int, tree: Any) -> Any:
+    """Splits the first axis of arrays [B, ...] into tiles."""
+
+    def split(x: jax.Array) -> jax.Array:
+        size = min(tile, len(x))
+        return x.reshape(len(x) // size, size, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
 
 
 def _step(

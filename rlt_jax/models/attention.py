@@ -180,12 +180,8 @@ def _backward(settings: kernels.Settings, saved: tuple, d_out: jax.Array) -> tup
     blocks = jnp.arange(query.shape[1] // C)
     (d_key, d_value), d_query = jax.lax.scan(query_block, (zeros, zeros), blocks)
     d_query = jnp.moveaxis(d_query, 0, 1).reshape(query.shape)
-    return (
-        d_query.astype(query.dtype),
-        d_key.astype(key.dtype),
-        d_value.astype(value.dtype),
-        None,
-    )
+    grads = zip((d_query, d_key, d_value), (query, key, value))
+    return *(grad.astype(x.dtype) for grad, x in grads), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -220,14 +216,12 @@ def _scores(
     if settings.softcap is not None:
         tanh = jnp.tanh(scores / settings.softcap)
         scores, softcap_grad = settings.softcap * tanh, 1 - tanh**2
-    distance = (
-        block_of(tokens.positions, i, C)[:, :, None]
-        - block_of(tokens.positions, j, C)[:, None, :]
-    )
-    same_segment = (
-        block_of(tokens.segment_ids, i, C)[:, :, None]
-        == block_of(tokens.segment_ids, j, C)[:, None, :]
-    )
+
+    def pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return block_of(x, i, C)[:, :, None], block_of(x, j, C)[:, None, :]
+
+    distance = jnp.subtract(*pair(tokens.positions))
+    same_segment = jnp.equal(*pair(tokens.segment_ids))
     # Padding tokens all have position 0, so they attend to their own block only.
     visible = same_segment & (distance >= 0)
     if settings.window is not None:

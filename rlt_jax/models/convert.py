@@ -44,13 +44,8 @@ MAX_SHARD_BYTES = (
     5_000_000_000  # a larger model is split into files of at most this size
 )
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     "merges.txt",
 )
 
@@ -259,11 +254,7 @@ def _device_put_layers(
 
 
 def _write_tensors(
-    path: Path,
-    config: ModelConfig,
-    params: Params,
-    kind: Family,
-    dtype: Any,
+    path: Path, config: ModelConfig, params: Params, kind: Family, dtype: Any
 ) -> None:
     """Writes the weights file by file, so the host holds one file at a time."""
     stored, sizes = _stored_tensors(config, kind), axis_sizes(config)

@@ -23,13 +23,7 @@ PAGES_PER_BLOCK = 4  # of the XLA path
 
 def empty_pages(config: ModelConfig, pages: int, page_size: int) -> PagedCache:
     """A zeroed pool of pages, page 0 included, with an empty page table."""
-    shape = (
-        config.num_kv_heads,
-        config.num_layers,
-        pages,
-        page_size,
-        config.head_dim,
-    )
+    shape = (config.num_kv_heads, config.num_layers, pages, page_size, config.head_dim)
     zeros = jnp.zeros(shape, config.activation_dtype)
     return PagedCache(zeros, zeros, jnp.zeros((0, 0), jnp.int32))
 
@@ -73,55 +67,63 @@ def write(
       value: [B, T, K, H].
     """
     C = cache.keys.shape[3]
-    B, T = positions.shape
     # Positions after the last page of the table are padding.
     inside = positions < cache.table.shape[1] * C
     column = jnp.where(inside, positions // C, 0)
     page = jnp.where(inside, jnp.take_along_axis(cache.table, column, axis=1), 0)
 
-    def by_slices(pool: jax.Array, x: jax.Array, *_: jax.Array) -> jax.Array:
-        # On CPU a scatter copies the whole pool; slices are written in place.
-        n = C if T % C == 0 else 1
-        parts = x.astype(pool.dtype).reshape(B * T // n, n, *x.shape[2:])
-        parts = jnp.moveaxis(parts, 2, 1)[:, :, None, None]  # [i, K, 1, 1, n, H]
-        pages = page.reshape(-1)[::n]
-        offsets = positions.reshape(-1)[::n] % C
-
-        def one(i: jax.Array, pool: jax.Array) -> jax.Array:
-            start = (0, layer, pages[i], offsets[i], 0)
-            return jax.lax.dynamic_update_slice(pool, parts[i], start)
-
-        return jax.lax.fori_loop(0, len(parts), one, pool)
-
-    def by_scatter(
-        pool: jax.Array,
-        x: jax.Array,
-        layer: jax.Array,
-        page: jax.Array,
-        positions: jax.Array,
-    ) -> jax.Array:
-        # With the head as a scatter index, XLA keeps the layout that the kernels read;
-        # with the head in the update window, it would copy the pool in every layer.
-        K, H = x.shape[2:]
-        x = jnp.moveaxis(x, 2, 0).astype(pool.dtype)
-        heads = jnp.arange(K)[:, None, None]
-        if T % C == 0:
-            pages = x.reshape(K, B, T // C, C, H)
-            return pool.at[heads, layer, page[:, ::C]].set(pages)
-        return pool.at[heads, layer, page, positions % C].set(x)
-
-    whole = Spec()
-    specs = (Spec("tensor"), Spec(None, None, "tensor"), whole, whole, whole)
-    scattered = split_by_hand(by_scatter, specs, Spec("tensor"))
+    specs = (Spec("tensor"), Spec(None, None, "tensor"), Spec(), Spec(), Spec())
+    scatter = split_by_hand(_write_scatter, specs, Spec("tensor"))
 
     def store(pool: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(
-            *(pool, x, layer, page, positions), cpu=by_slices, default=scattered
-        )
+        args = (pool, x, layer, positions, page)
+        return jax.lax.platform_dependent(*args, cpu=_write_slices, default=scatter)
 
     return cache._replace(
         keys=store(cache.keys, key), values=store(cache.values, value)
     )
+
+
+def _write_slices(
+    pool: jax.Array,
+    x: jax.Array,
+    layer: jax.Array,
+    positions: jax.Array,
+    page: jax.Array,
+) -> jax.Array:
+    """Writes x [B, T, K, H] in place, where a scatter copies the pool on CPU."""
+    C, (B, T) = pool.shape[3], positions.shape
+    n = C if T % C == 0 else 1
+    parts = x.astype(pool.dtype).reshape(B * T // n, n, *x.shape[2:])
+    parts = jnp.moveaxis(parts, 2, 1)[:, :, None, None]  # [i, K, 1, 1, n, H]
+    pages, offsets = page.reshape(-1)[::n], positions.reshape(-1)[::n] % C
+
+    def one(i: jax.Array, pool: jax.Array) -> jax.Array:
+        start = (0, layer, pages[i], offsets[i], 0)
+        return jax.lax.dynamic_update_slice(pool, parts[i], start)
+
+    return jax.lax.fori_loop(0, len(parts), one, pool)
+
+
+def _write_scatter(
+    pool: jax.Array,
+    x: jax.Array,
+    layer: jax.Array,
+    positions: jax.Array,
+    page: jax.Array,
+) -> jax.Array:
+    """Writes x [B, T, K, H] with a scatter.
+
+    With the head as a scatter index, XLA keeps the layout that the kernels read; with the
+    head in the update window, it would copy the pool in every layer.
+    """
+    C, (B, T, K, H) = pool.shape[3], x.shape
+    x = jnp.moveaxis(x, 2, 0).astype(pool.dtype)
+    heads = jnp.arange(K)[:, None, None]
+    if T % C == 0:
+        pages = x.reshape(K, B, T // C, C, H)
+        return pool.at[heads, layer, page[:, ::C]].set(pages)
+    return pool.at[heads, layer, page, positions % C].set(x)
 
 
 def paged_attention(
@@ -161,8 +163,8 @@ def paged_attention(
     on_tpu = H % 128 == 0 and cache.keys.dtype == jnp.bfloat16
     on_gpu = C.bit_count() == H.bit_count() == 1
 
-    heads, pool, whole = Spec(None, None, "tensor"), Spec("tensor"), Spec()
-    specs = (heads, PagedCache(pool, pool, whole), whole, whole, whole)
+    heads, pool = Spec(None, None, "tensor"), Spec("tensor")
+    specs = (heads, PagedCache(pool, pool, Spec()), Spec(), Spec(), Spec())
 
     def over_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return split_by_hand(functools.partial(kernel, softcap), specs, heads)

@@ -34,7 +34,7 @@ def read_lines(path: Path) -> list[Record]:
         return [*records, json.loads(last)] if last.strip() else records
     except ValueError as error:
         raise UserError(
-            f"{path}: the last line is incomplete. If the stage was interrupted, run the "
+            f"{path}: the last line is cut off. If the stage was interrupted, run the "
             f"same command again; otherwise run it anew with --only={path.parent.name}."
         ) from error
 
@@ -105,6 +105,6 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing. Run the stage {path.parent.name!r} first, or name "
-            "another stage."
+            f"{path} is missing. The stage {path.parent.name!r} writes it: run that "
+            "stage first, or name another one."
         ) from error

@@ -120,7 +120,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 def stream_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a JSON Lines file, without an incomplete last line."""
-    with file.open("rb") as lines:  # bytes: texts may hold other line ends
+    with file.open("rb") as lines:  # bytes: texts may contain other line separators
         for line in lines:
             if line.endswith(b"\n"):
                 yield json.loads(line)

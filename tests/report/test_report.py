@@ -235,7 +235,7 @@ def test_a_broken_file_is_named(workdir: Path) -> None:
         write_report(workdir, CONFIG, seed=0)
     # Cut off inside of a character.
     file.write_bytes('{"step": 0}\n{"step": "é'.encode()[:-1])
-    with pytest.raises(UserError, match="metrics.jsonl: the last line is incomplete"):
+    with pytest.raises(UserError, match="metrics.jsonl: the last line is cut off"):
         write_report(workdir, CONFIG, seed=0)
 
 

@@ -28,7 +28,7 @@ def write(file: Path, *lines: str | dict[str, Any]) -> dict[str, str]:
     ("lines", "expected"),
     [
         (None, ["data.jsonl", "no such file"]),
-        ([], ["data.jsonl", "no rows"]),
+        ([], ["data.jsonl", "no records"]),
         ([GOOD_ROW, "{"], ["data.jsonl, line 2", "not valid JSON"]),
         ([GOOD_ROW, "", "[1]"], ["data.jsonl, line 3", "not an object"]),
         ([{"question": "1+1?", "solution": "2"}], ["line 1", "reasoning_trace"]),

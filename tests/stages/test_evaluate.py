@@ -194,7 +194,7 @@ def test_an_incomplete_evaluation_is_not_compared_with(
         ("".join(lines[:-4]), "samples.jsonl has 8 records, but results.json has 12"),
         (
             "".join(lines)[:-9],
-            "samples.jsonl: the last line is incomplete. .* --only=par",
+            "samples.jsonl: the last line is cut off. .* --only=par",
         ),
     ):
         samples.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from rlt_jax.data.boxes import last_box
-from rlt_jax.data.tables import Row, read_rows
+from rlt_jax.data.tables import Record, read_records
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 
@@ -27,17 +27,17 @@ def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
 
     Args:
       name: one of `SOURCES`.
-      path: files, see `tables.read_rows`.
+      path: files, see `tables.read_records`.
       limit: maximum number of questions to read.
 
     Raises:
       UserError: no file, or a record without question or answer.
     """
-    records = itertools.islice(read_rows(path, SOURCES[name]), limit)
+    records = itertools.islice(read_records(path, SOURCES[name]), limit)
     return [_problem(where, record) for where, record in records]
 
 
-def _problem(where: str, record: Row) -> Problem:
+def _problem(where: str, record: Record) -> Problem:
     values = {key.strip().lower(): value for key, value in record.items() if key}
     question, solution, answer = (
         next(

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from rlt_jax.data.tables import Row, read_rows
+from rlt_jax.data.tables import Record, read_records
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 
@@ -27,14 +27,14 @@ def problems(
     Raises:
       UserError: no file, or a record without one of the columns.
     """
-    records = itertools.islice(read_rows(path, SOURCE), limit)
+    records = itertools.islice(read_records(path, SOURCE), limit)
     return [
         _problem(where, record, np.random.default_rng([shuffle_seed, n]))
         for n, (where, record) in enumerate(records)
     ]
 
 
-def _problem(where: str, record: Row, rng: np.random.Generator) -> Problem:
+def _problem(where: str, record: Record, rng: np.random.Generator) -> Problem:
     question, *options = (
         str(record.get(name) or "").strip() for name in ("Question", *OPTIONS)
     )

@@ -7,7 +7,7 @@ explanation; the number is the answer, and in a box the solution.
 import itertools
 import re
 
-from rlt_jax.data.tables import Row, read_rows
+from rlt_jax.data.tables import Record, read_records
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
 
@@ -28,7 +28,7 @@ def traces(path: str, limit: int | None = None) -> list[Trace]:
     Raises:
       UserError: the file is missing or invalid, or a record has no `####`.
     """
-    records = itertools.islice(read_rows(path, SOURCE), limit)
+    records = itertools.islice(read_records(path, SOURCE), limit)
     return [_trace(where, record) for where, record in records]
 
 
@@ -37,7 +37,7 @@ def problems(path: str, limit: int | None = None) -> list[Problem]:
     return [trace.problem for trace in traces(path, limit)]
 
 
-def _trace(where: str, record: Row) -> Trace:
+def _trace(where: str, record: Record) -> Trace:
     steps, mark, number = str(record.get("answer", "")).rpartition("####")
     if not mark or "question" not in record:
         raise UserError(f"{where}: needs a question, and an answer with '#### number'.")
