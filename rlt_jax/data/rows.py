@@ -65,7 +65,10 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
 
 
 def pack_sequences(
-    sequences: Sequence[np.ndarray], shape: RowShape, num_rows: int | None = None
+    sequences: Sequence[np.ndarray],
+    shape: RowShape,
+    num_rows: int | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Batch, np.ndarray]:
     """Packs sequences into [M, B, T].
 
@@ -76,6 +79,8 @@ def pack_sequences(
       sequences: token ids, [t] each with t <= row_length.
       shape: B and T.
       num_rows: M * B; by default enough for one sequence a row.
+      places: (row, offset) of each sequence, rows used from 0 without a gap; by default
+        those of `first_fit`.
 
     Returns:
       The packed rows, and for each sequence the index of its first token in the flattened
@@ -95,7 +100,7 @@ def pack_sequences(
     tokens = np.zeros((M * B, T), np.int32)
     segment_ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
     segments = [0] * (M * B)  # sequences of each row so far
-    places = first_fit(lengths, T)
+    places = first_fit(lengths, T) if places is None else places
     for sequence, (row, start) in zip(sequences, places, strict=True):
         end = start + len(sequence)
         segments[row] += 1
@@ -292,35 +297,36 @@ class PackedBatches(Iterator[Batch]):
         self._next = state["next"]
 
     def __next__(self) -> Batch:
-        taken, lengths, free = [], [], []
+        capacity, num_rows = self._shape.row_length, self._num_rows
+        taken, lengths, places, used = [], [], [], [0] * num_rows
         while self._next < len(self._stream):
             one = self._stream[self._next]
             length = len(one["tokens"])
-            row = next((i for i, room in enumerate(free) if room >= length), None)
+            row = next((i for i, n in enumerate(used) if n + length <= capacity), None)
             if row is not None:
-                free[row] -= length
-            elif len(free) < self._num_rows:
-                free.append(self._shape.row_length - length)
+                places.append((row, used[row]))
+                used[row] += length
             else:  # in another order there may be room
-                places = first_fit([*lengths, length], self._shape.row_length)
-                if max(row for row, _ in places) >= self._num_rows:
+                reordered = first_fit([*lengths, length], capacity)
+                if max(row for row, _ in reordered) >= num_rows:
                     break
-                free = [self._shape.row_length] * self._num_rows
-                for (row, _), taking in zip(places, [*lengths, length], strict=True):
-                    free[row] -= taking
+                places, used = reordered, [0] * num_rows
+                for (row, _), n in zip(places, [*lengths, length], strict=True):
+                    used[row] += n
             taken.append(one)
             lengths.append(length)
             self._next += 1
         if not taken:
             raise StopIteration
-        return _supervised(taken, self._shape, self._num_rows)
+        sequences = [one["tokens"] for one in taken]
+        packed = pack_sequences(sequences, self._shape, num_rows, places)
+        return _supervised(taken, *packed)
 
 
 def _supervised(
-    records: Sequence[Mapping[str, np.ndarray]], shape: RowShape, num_rows: int
+    records: Sequence[Mapping[str, np.ndarray]], batch: Batch, starts: np.ndarray
 ) -> Batch:
-    """Packs records; the loss is the mean over the tokens that are learned."""
-    batch, starts = pack_sequences([one["tokens"] for one in records], shape, num_rows)
+    """Packed records with loss weights: the mean over the tokens that are learned."""
     learned = np.zeros(batch.tokens.size, bool)
     for start, one in zip(starts, records, strict=True):
         learned[start : start + len(one["tokens"])] = one["loss_mask"]
