@@ -183,7 +183,10 @@ def pack_examples(
         [np.arange(len(places)) for places in sampled],
         shape.row_length,
     )
-    packed = {id(one): _pack_student(shape, one, policy, starts) for one in students}
+    packed = {
+        key: _pack_student(shape, one, policy, starts)
+        for key, one in {id(one): one for one in students}.items()
+    }
     return batch._replace(
         completion=completion,
         closed=closed,
