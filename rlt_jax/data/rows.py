@@ -79,7 +79,8 @@ def pack_sequences(
       sequences: token ids, [t] each with t <= row_length.
       shape: B and T.
       num_rows: M * B; by default enough for one sequence a row.
-      places: row and offset of each sequence; by default those of `first_fit`.
+      places: (row, offset) of each sequence, rows used from 0 without a gap; by default
+        those of `first_fit`.
 
     Returns:
       The packed rows, and for each sequence the index of its first token in the flattened
@@ -182,7 +183,10 @@ def pack_examples(
         [np.arange(len(places)) for places in sampled],
         shape.row_length,
     )
-    packed = {id(one): _pack_student(shape, one, policy, starts) for one in students}
+    packed = {
+        key: _pack_student(shape, one, policy, starts)
+        for key, one in {id(one): one for one in students}.items()
+    }
     return batch._replace(
         completion=completion,
         closed=closed,

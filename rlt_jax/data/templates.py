@@ -112,7 +112,7 @@ class Template:
         The completion continues `teacher_prefix`, so the body starts with `pad`. It ends
         at the first closing tag; without one, all of the completion belongs to it.
 
-            >>> template.explanation_of("3+4=7\\n\\n</explanation>")   # pad "\\n\\n"
+            >>> template.parse_completion("3+4=7\\n\\n</explanation>")   # pad "\\n\\n"
             ("\\n\\n3+4=7\\n\\n", True)
         """
         text, tag, _ = completion.partition(self.explanation_tags[1])

@@ -1,4 +1,4 @@
-"""Rows and spans, token by token."""
+"""Sequences and spans, token by token."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlt_jax.data import examples
-from rlt_jax.data.examples import Row, Span
+from rlt_jax.data.examples import Example, Renderer, Span
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
@@ -32,8 +32,39 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return [tokenizer.decode([token]) for token in ids]
 
 
-def span_pieces(tokenizer: Tokenizer, row: Row, span: Span) -> list[str]:
-    return pieces(tokenizer, row.tokens[span.start : span.end])
+def span_pieces(tokenizer: Tokenizer, example: Example, span: Span) -> list[str]:
+    return pieces(tokenizer, example.tokens[span.start : span.end])
+
+
+def student_example(tokenizer: Tokenizer, template: Template, trace: Trace) -> Example:
+    renderer = Renderer(tokenizer, template, "student")
+    (example,) = examples.student_examples(renderer, [trace])
+    return example
+
+
+def teacher_example(tokenizer: Tokenizer, template: Template, trace: Trace) -> Example:
+    renderer = Renderer(tokenizer, template, "teacher")
+    (example,) = examples.teacher_examples(renderer, [trace])
+    return example
+
+
+def sampled_example(
+    tokenizer: Tokenizer,
+    template: Template,
+    completion: np.ndarray,
+    role: str = "teacher",
+) -> Example:
+    """Of `PROBLEM` and sampled ids."""
+    renderer = Renderer(tokenizer, template, role)
+    decoded = examples.decode_completion(tokenizer, completion)
+    return examples.completion_example(renderer, PROBLEM, completion, *decoded)
+
+
+def text_example(tokenizer: Tokenizer, template: Template, text: str) -> Example:
+    """Of `PROBLEM` and the text of a completion."""
+    renderer = Renderer(tokenizer, template, "teacher")
+    (example,) = examples.text_examples(renderer, [PROBLEM], [text])
+    return example
 
 
 def span_of(*tokens: str) -> Span:
@@ -42,10 +73,12 @@ def span_of(*tokens: str) -> Span:
     return Span(0, len(tokens), offsets.astype(np.int32))
 
 
-def test_student_row_of_the_tiny_template(tokenizer: Tokenizer, tiny: Template) -> None:
-    row = examples.student_row(tokenizer, tiny, TRACE)
+def test_student_example_of_the_tiny_template(
+    tokenizer: Tokenizer, tiny: Template
+) -> None:
+    example = student_example(tokenizer, tiny, TRACE)
     system = ["<|system|>", "Solve", ".", "<|end|>"]
-    assert pieces(tokenizer, row.tokens) == [
+    assert pieces(tokenizer, example.tokens) == [
         *system,
         *CHAT,
         THOUGHT[0],
@@ -54,17 +87,17 @@ def test_student_row_of_the_tiny_template(tokenizer: Tokenizer, tiny: Template) 
         *SOLUTION,
         "<|end|>",
     ]
-    assert (row.explanation.start, row.explanation.end) == (12, 17)
-    assert (row.solution.start, row.solution.end) == (19, 20)
-    np.testing.assert_array_equal(row.loss_mask, np.arange(22) >= 11)
+    assert (example.explanation.start, example.explanation.end) == (12, 17)
+    assert (example.solution.start, example.solution.end) == (19, 20)
+    np.testing.assert_array_equal(example.loss_mask, np.arange(22) >= 11)
 
 
-def test_student_row_of_a_padded_template(
+def test_student_example_of_a_padded_template(
     tokenizer: Tokenizer, padded: Template
 ) -> None:
-    row = examples.student_row(tokenizer, padded, TRACE)
+    example = student_example(tokenizer, padded, TRACE)
     body = ["\n", "\n", *STEPS, "\n", "\n"]
-    assert pieces(tokenizer, row.tokens) == [
+    assert pieces(tokenizer, example.tokens) == [
         *CHAT,
         THOUGHT[0],
         *body,
@@ -74,16 +107,20 @@ def test_student_row_of_a_padded_template(
         *SOLUTION,
         "<|end|>",
     ]
-    assert span_pieces(tokenizer, row, row.explanation) == body
-    assert span_pieces(tokenizer, row, row.solution) == ["7"]
-    np.testing.assert_array_equal(row.explanation.offsets[:, 0], np.arange(9))
-    np.testing.assert_array_equal(row.loss_mask, np.arange(len(row.tokens)) >= 7)
+    assert span_pieces(tokenizer, example, example.explanation) == body
+    assert span_pieces(tokenizer, example, example.solution) == ["7"]
+    np.testing.assert_array_equal(example.explanation.offsets[:, 0], np.arange(9))
+    np.testing.assert_array_equal(
+        example.loss_mask, np.arange(len(example.tokens)) >= 7
+    )
 
 
-def test_teacher_row_of_the_tiny_template(tokenizer: Tokenizer, tiny: Template) -> None:
-    row = examples.teacher_row(tokenizer, tiny, TRACE)
+def test_teacher_example_of_the_tiny_template(
+    tokenizer: Tokenizer, tiny: Template
+) -> None:
+    example = teacher_example(tokenizer, tiny, TRACE)
     system = ["<|system|>", "E", "x", "plain", ".", "<|end|>"]
-    assert pieces(tokenizer, row.tokens) == [
+    assert pieces(tokenizer, example.tokens) == [
         *system,
         *CHAT,
         *SOLUTION,
@@ -92,31 +129,33 @@ def test_teacher_row_of_the_tiny_template(tokenizer: Tokenizer, tiny: Template) 
         EXPLANATION[1],
         "<|end|>",
     ]
-    assert (row.explanation.start, row.explanation.end) == (17, 22)
-    assert not len(row.solution.offsets)
-    np.testing.assert_array_equal(row.loss_mask, np.arange(24) >= 17)
+    assert (example.explanation.start, example.explanation.end) == (17, 22)
+    assert not len(example.solution.offsets)
+    np.testing.assert_array_equal(example.loss_mask, np.arange(24) >= 17)
 
 
-def test_the_pad_belongs_to_prompt_and_explanation_of_a_teacher_row(
+def test_the_pad_belongs_to_prompt_and_explanation_of_a_teacher_example(
     tokenizer: Tokenizer, padded: Template
 ) -> None:
-    row = examples.teacher_row(tokenizer, padded, TRACE)
+    example = teacher_example(tokenizer, padded, TRACE)
     ending = ["\n", "\n", EXPLANATION[1], "<|end|>"]
     opening = [*CHAT, *SOLUTION, "\n", "\n", EXPLANATION[0], "\n", "\n"]
-    assert pieces(tokenizer, row.tokens) == [*opening, *STEPS, *ending]
+    assert pieces(tokenizer, example.tokens) == [*opening, *STEPS, *ending]
     explained = ["\n", "\n", *STEPS, "\n", "\n"]
-    assert span_pieces(tokenizer, row, row.explanation) == explained
-    written = pieces(tokenizer, row.tokens[row.loss_mask])
-    assert written == [*STEPS, *ending]
+    assert span_pieces(tokenizer, example, example.explanation) == explained
+    learned = pieces(tokenizer, example.tokens[example.loss_mask])
+    assert learned == [*STEPS, *ending]
 
 
-def test_rows_say_what_the_template_says(tokenizer: Tokenizer, rlt: Template) -> None:
+def test_examples_are_the_text_of_the_template(
+    tokenizer: Tokenizer, rlt: Template
+) -> None:
     trace = Trace(Problem("Wie groß? 🦉", "x = ½", None), "naïve: <|end_of_thought|>")
-    student = tokenizer.decode(examples.student_row(tokenizer, rlt, trace).tokens)
+    student = tokenizer.decode(student_example(tokenizer, rlt, trace).tokens)
     chat = tokenizer.render(rlt.student_messages(trace.problem.question))
     assert student == chat + rlt.student_turn(trace) + "<|end|>"
-    teacher = tokenizer.decode(examples.teacher_row(tokenizer, rlt, trace).tokens)
-    prompt = examples.teacher_prompt(tokenizer, rlt, trace.problem)
+    teacher = tokenizer.decode(teacher_example(tokenizer, rlt, trace).tokens)
+    prompt, _ = Renderer(tokenizer, rlt, "teacher").prompt(trace.problem)
     assert prompt.endswith(rlt.teacher_prefix(trace.problem))
     ending = "\n\n<|end_of_explanation|><|end|>"
     assert teacher == prompt + trace.explanation + ending
@@ -127,78 +166,104 @@ def test_spans_hold_exactly_their_text(tokenizer: Tokenizer, rlt: Template) -> N
     solution = "<|begin_of_solution|>7<|end_of_solution|>"
     thought = "\n\n7 <|begin_of_solution|>7<|end_of_solution|>"
     trace = Trace(Problem("7", solution), thought)
-    row = examples.student_row(tokenizer, rlt, trace)
-    for span, text in ((row.explanation, thought), (row.solution, solution)):
-        assert "".join(span_pieces(tokenizer, row, span)) == text
+    example = student_example(tokenizer, rlt, trace)
+    for span, text in ((example.explanation, thought), (example.solution, solution)):
+        assert "".join(span_pieces(tokenizer, example, span)) == text
         assert span.offsets[-1, 1] == len(text)
-    row = examples.teacher_row(tokenizer, rlt, trace)
-    assert "".join(span_pieces(tokenizer, row, row.explanation)) == thought
+    example = teacher_example(tokenizer, rlt, trace)
+    assert "".join(span_pieces(tokenizer, example, example.explanation)) == thought
 
 
 def test_empty_texts_have_empty_spans(tokenizer: Tokenizer, tiny: Template) -> None:
     trace = Trace(Problem("3+4?", ""), "")
-    row = examples.student_row(tokenizer, tiny, trace)
-    teacher = examples.teacher_row(tokenizer, tiny, trace)
-    for span in (row.explanation, row.solution, teacher.explanation):
+    example = student_example(tokenizer, tiny, trace)
+    teacher = teacher_example(tokenizer, tiny, trace)
+    for span in (example.explanation, example.solution, teacher.explanation):
         assert span.start == span.end and not len(span.offsets)
 
 
 def test_sampled_ids_are_kept(tokenizer: Tokenizer, tiny: Template) -> None:
-    # Byte by byte, as no encoder would write it, and a tag that is spelt out.
+    # Byte by byte, as no encoder would do it, and a tag that is spelt out.
     spelt = [int(tokenizer.encode(char).ids[0]) for char in "7*3=1"]
     assert len(tokenizer.encode("plain").ids) == 1
     spelt += [int(tokenizer.encode(char).ids[0]) for char in "plain"]
     tag = [int(tokenizer.encode(char).ids[0]) for char in EXPLANATION[1]]
     completion = np.array([*spelt, *tag, tokenizer.eos_id], np.int32)
-    row = examples.sampled_teacher_row(tokenizer, tiny, PROBLEM, completion)
-    prompt = tokenizer.encode(examples.teacher_prompt(tokenizer, tiny, PROBLEM)).ids
-    np.testing.assert_array_equal(row.tokens, [*prompt, *completion])
-    np.testing.assert_array_equal(row.tokens[row.loss_mask], completion)
-    assert span_pieces(tokenizer, row, row.explanation) == [*"7*3=1plain"]
-    trace, closed = examples.trace_of(tokenizer, tiny, PROBLEM, completion)
-    assert (trace.explanation, closed) == ("7*3=1plain", True)
+    example = sampled_example(tokenizer, tiny, completion)
+    _, prompt = Renderer(tokenizer, tiny, "teacher").prompt(PROBLEM)
+    np.testing.assert_array_equal(example.tokens, [*prompt.ids, *completion])
+    np.testing.assert_array_equal(example.tokens[example.loss_mask], completion)
+    assert span_pieces(tokenizer, example, example.explanation) == [*"7*3=1plain"]
+    text, _ = examples.decode_completion(tokenizer, completion)
+    assert tiny.parse_completion(text) == ("7*3=1plain", True)
 
 
-def test_a_canonical_sample_gives_the_canonical_row(
+def test_a_canonical_sample_gives_the_canonical_example(
     tokenizer: Tokenizer, padded: Template
 ) -> None:
     text = "3+4=7\n\n" + EXPLANATION[1]
     completion = tokenizer.encode(text + "<|end|>").ids
-    rows = [
-        examples.sampled_teacher_row(tokenizer, padded, PROBLEM, completion),
-        examples.teacher_row(tokenizer, padded, TRACE),
-        examples.written_teacher_row(tokenizer, padded, PROBLEM, text),
+    made = [
+        sampled_example(tokenizer, padded, completion),
+        teacher_example(tokenizer, padded, TRACE),
+        text_example(tokenizer, padded, text),
     ]
-    for row in rows[1:]:
-        np.testing.assert_array_equal(row.tokens, rows[0].tokens)
-        np.testing.assert_array_equal(row.loss_mask, rows[0].loss_mask)
-        assert row.explanation[:2] == rows[0].explanation[:2]
+    for example in made[1:]:
+        np.testing.assert_array_equal(example.tokens, made[0].tokens)
+        np.testing.assert_array_equal(example.loss_mask, made[0].loss_mask)
+        assert example.explanation[:2] == made[0].explanation[:2]
         np.testing.assert_array_equal(
-            row.explanation.offsets, rows[0].explanation.offsets
+            example.explanation.offsets, made[0].explanation.offsets
         )
 
 
-def test_a_written_row_gets_the_closing_tag_that_it_lacks(
+def test_a_text_without_closing_tag_gets_one(
     tokenizer: Tokenizer, padded: Template
 ) -> None:
-    row = examples.written_teacher_row(tokenizer, padded, PROBLEM, "3+4=7")
-    written = pieces(tokenizer, row.tokens[row.loss_mask])
-    assert written == [*STEPS, EXPLANATION[1], "<|end|>"]
-    assert span_pieces(tokenizer, row, row.explanation) == ["\n", "\n", *STEPS]
+    example = text_example(tokenizer, padded, "3+4=7")
+    learned = pieces(tokenizer, example.tokens[example.loss_mask])
+    assert learned == [*STEPS, EXPLANATION[1], "<|end|>"]
+    assert span_pieces(tokenizer, example, example.explanation) == ["\n", "\n", *STEPS]
 
 
-def test_completion_text_leaves_the_stop_token_out(tokenizer: Tokenizer) -> None:
+def test_a_student_policy_has_sampled_ids_and_no_spans(
+    tokenizer: Tokenizer, tiny: Template
+) -> None:
+    completion = tokenizer.encode("3+4=7<|end|>").ids
+    example = sampled_example(tokenizer, tiny, completion, role="student")
+    prompt = tokenizer.render(tiny.student_messages(PROBLEM.question))
+    expected = [*tokenizer.encode(prompt).ids, *completion]
+    np.testing.assert_array_equal(example.tokens, expected)
+    np.testing.assert_array_equal(example.tokens[example.loss_mask], completion)
+    assert example.explanation == example.solution == examples.EMPTY
+
+
+def test_examples_of_several_problems_keep_their_order(
+    tokenizer: Tokenizer, tiny: Template
+) -> None:
+    problems = [Problem(f"{n}?", str(n)) for n in (1, 2, 1, 3, 2, 1)]
+    traces = [Trace(problem, f"z{n}") for n, problem in enumerate(problems)]
+    for role, make in examples.EXAMPLES.items():
+        renderer = Renderer(tokenizer, tiny, role)
+        together = make(renderer, traces)
+        for example, trace in zip(together, traces, strict=True):
+            (alone,) = make(Renderer(tokenizer, tiny, role), [trace])
+            np.testing.assert_array_equal(example.tokens, alone.tokens)
+            assert trace.explanation in tokenizer.decode(example.tokens)
+
+
+def test_a_decoded_completion_leaves_the_stop_token_out(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("7 is it").ids
-    text, offsets = examples.completion_text(tokenizer, ids)
+    text, offsets = examples.decode_completion(tokenizer, ids)
     assert text == "7 is it" and len(offsets) == len(ids)
     stopped = np.append(ids, tokenizer.eos_id)
-    text, offsets = examples.completion_text(tokenizer, stopped)
+    text, offsets = examples.decode_completion(tokenizer, stopped)
     assert text == "7 is it" and len(offsets) == len(ids) + 1
     np.testing.assert_array_equal(offsets[-1], [7, 7])
     # A stop token in the middle was not one: it is text.
-    text, _ = examples.completion_text(tokenizer, np.append(stopped, ids[0]))
+    text, _ = examples.decode_completion(tokenizer, np.append(stopped, ids[0]))
     assert text == "7 is it<|end|>7"
-    text, offsets = examples.completion_text(tokenizer, np.zeros(0, np.int32))
+    text, offsets = examples.decode_completion(tokenizer, np.zeros(0, np.int32))
     assert text == "" and offsets.shape == (0, 2)
 
 
@@ -220,7 +285,7 @@ def test_only_tokens_wholly_inside_belong_to_a_span() -> None:
         (["ab"], ["a", "b"], [0], [0, 0]),
         (["ab", "cd", "e"], ["a", "b", "c", "d", "e"], [0, 1, 2], [0, 0, 1, 1, 2]),
         (["abc", "d"], ["a", "bcd"], [0, 0], [0, 0]),
-        # The right row's last token reached into the closing tag and fell away.
+        # The right sequence's last token reached into the closing tag and fell away.
         (["a", "b", "c"], ["a", "b"], [0, 1, -1], [0, 1]),
         (["a", "bc"], ["a", "b"], [0, -1], [0, -1]),
         (["a"], [], [-1], []),
@@ -240,7 +305,7 @@ def test_worked_alignments(
 
 def test_a_first_token_without_counterpart_is_left_out() -> None:
     whole = span_of("\n", "\n", "a", "b")
-    # The other row's newlines hang on the opening tag.
+    # The other sequence's newlines are part of a token with the opening tag.
     partial = Span(0, 2, whole.offsets[2:])
     left, right = examples.align(whole, partial)
     np.testing.assert_array_equal(left, [-1, -1, 0, 1])
@@ -265,9 +330,9 @@ def test_alignment_is_common_and_finest() -> None:
         assert texts[0] == texts[1] == dict(enumerate(expected))
 
 
-def test_rows_that_do_not_fit_are_named() -> None:
-    rows = [np.zeros(length, np.int32) for length in (3, 9, 4, 7)]
-    examples.check_lengths(rows, 9, "rows")
-    message = r"my rows: row 1 has 9 tokens, the limit is 5 \(2 of 4 rows"
+def test_sequences_that_do_not_fit_are_named() -> None:
+    sequences = [np.zeros(length, np.int32) for length in (3, 9, 4, 7)]
+    examples.check_lengths(sequences, 9, "sequences")
+    message = r"mine: sequence 1 has 9 tokens, the limit is 5 \(2 of 4 sequences"
     with pytest.raises(UserError, match=message):
-        examples.check_lengths(rows, 5, "my rows")
+        examples.check_lengths(sequences, 5, "mine")

@@ -52,7 +52,7 @@ def test_a_body_is_padded_unless_it_is_already(text: str, body: str) -> None:
 def test_without_pad_a_body_is_the_text() -> None:
     bare = dataclasses.replace(PLAIN, pad="")
     assert bare.body("x") == "x"
-    assert bare.explanation_of("x</e>") == ("x", True)
+    assert bare.parse_completion("x</e>") == ("x", True)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_without_pad_a_body_is_the_text() -> None:
 def test_the_explanation_ends_at_the_first_closing_tag(
     completion: str, body: str, closed: bool
 ) -> None:
-    assert PLAIN.explanation_of(completion) == (body, closed)
+    assert PLAIN.parse_completion(completion) == (body, closed)
 
 
 @pytest.mark.parametrize(

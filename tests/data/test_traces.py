@@ -57,7 +57,7 @@ def test_traces_are_scored_as_a_student_learns_them(file: Path) -> None:
     for row in (chat(), ROW):
         (trace,) = read_traces(write(file, row), TEMPLATE)
         ((_, problem, (completion,)),) = read_completions(str(file), TEMPLATE)
-        body, is_closed = TEMPLATE.explanation_of(completion)
+        body, is_closed = TEMPLATE.parse_completion(completion)
         assert is_closed
         scored = Trace(problem, body)
         assert TEMPLATE.student_turn(scored) == TEMPLATE.student_turn(trace)
@@ -74,7 +74,7 @@ def test_what_was_cut_off_is_not_learned_and_is_scored_as_open(
     with pytest.raises(UserError, match="all 1 traces were cut off "):
         read_traces(other, TEMPLATE)
     completions = [texts[0] for _, _, texts in read_completions(str(file), TEMPLATE)]
-    closed = [TEMPLATE.explanation_of(text)[1] for text in completions]
+    closed = [TEMPLATE.parse_completion(text)[1] for text in completions]
     assert closed == [True, False, True]
 
 

@@ -1,4 +1,4 @@
-"""Sizes that are taken, and those that are refused."""
+"""Sizes that are accepted, and those that are refused."""
 
 import numpy as np
 import pytest
@@ -8,19 +8,18 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import make_engine
 from rlt_jax.inference.layout import (
     EngineConfig,
-    Request,
     check_memory,
     check_requests,
     make_layout,
     prefill_sizes,
 )
+from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
 
-T, LONGEST_ROW = 24, 64
-STOPS = (5, 6, 7)
+T, MAX_LENGTH = 24, 64
 SIZES = EngineConfig(slots=16, page_size=8, steps=4, prefill_chunk=16)
-SAMPLED = SamplingConfig(T)
+SAMPLED = SamplingConfig(T, stop_ids=(5, 6, 7))
 PROMPT = np.arange(40, dtype=np.int32)
 
 
@@ -46,7 +45,7 @@ def test_a_cache_too_small_for_a_request_names_the_size_that_is_not(
 ) -> None:
     def check(cache_tokens: int) -> None:
         sizes = EngineConfig(page_size=8, cache_tokens=cache_tokens)
-        layout = make_layout(model, SAMPLED, sizes, mesh, LONGEST_ROW)
+        layout = make_layout(model, SAMPLED, sizes, mesh, MAX_LENGTH)
         check_requests(layout, [Request(PROMPT, 0, T)])
 
     with pytest.raises(UserError, match="holds 64. Raise engine.cache_tokens to 72"):
@@ -59,7 +58,7 @@ def test_a_cache_too_large_for_the_memory_is_refused(
 ) -> None:
     def make(cache_tokens: int) -> None:
         sizes = EngineConfig(cache_tokens=cache_tokens)
-        engine = make_engine(model, SAMPLED, STOPS, sizes, mesh, LONGEST_ROW)
+        engine = make_engine(model, None, SAMPLED, sizes, mesh, MAX_LENGTH)
         check_memory(model, engine.layout, mesh)
 
     message = r"needs .* GB a device, .* GB are free: at most engine.cache_tokens=\d+"
@@ -72,7 +71,7 @@ def test_a_cache_too_large_for_the_memory_is_refused(
 
 def test_other_sizes_that_cannot_be_are_refused(model: Transformer, mesh: Mesh) -> None:
     with pytest.raises(UserError, match="may have 513 tokens, the model's context is"):
-        make_engine(model, SAMPLED, STOPS, SIZES, mesh, model.config.max_length + 1)
+        make_engine(model, None, SAMPLED, SIZES, mesh, model.config.max_length + 1)
     with pytest.raises(UserError, match="engine.slots=0: at least 1"):
         EngineConfig(slots=0)
     with pytest.raises(UserError, match="prefill_chunk=100 is no multiple of page_si"):

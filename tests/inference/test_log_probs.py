@@ -1,198 +1,73 @@
-"""Log-probabilities against a log-softmax of all logits."""
+"""Log-probabilities of packed sequences, and which of them are computed."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from rlt_jax.data.packing import pack
+from jax.sharding import Mesh
 
-from rlt_jax.inference import log_probs, scoring
-from rlt_jax.inference.log_probs import TokenStats, token_log_probs, token_stats
-from rlt_jax.models.transformer import (
-    Transformer,
-    hidden_states,
-    init_params,
-    logits,
-)
-from rlt_jax.types import Params, TokenSpans
+from rlt_jax.data.rows import RowShape, make_spans, pack_sequences
+from rlt_jax.inference import spans
+from rlt_jax.inference.log_probs import compile_programs, fill, packed_log_probs
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.types import Batch, Params, Spans
 
 V = 40
-ROWS = [np.random.default_rng(n).integers(1, V, n + 4, np.int32) for n in range(6)]
-LINES = np.random.default_rng(9).integers(1, V, (2, 11), np.int32)
+SHAPE = RowShape(micro_batch_size=2, row_length=20)
+SEQUENCES = [np.random.default_rng(n).integers(1, V, n + 4, np.int32) for n in range(6)]
 NaiveLogProbs = Callable[..., np.ndarray]
-
-
-def unpacked(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, segment ids and positions of rows of one segment each."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return tokens, np.ones_like(tokens), positions
 
 
 def close(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equals_the_log_softmax_of_all_logits(
-    model: Transformer,
-    params: Params,
+def compiled(model: Transformer, temperature: float) -> Callable:
+    return jax.jit(lambda p, batch: packed_log_probs(model, temperature, p, batch))
+
+
+def alone(
     naive_log_probs: NaiveLogProbs,
+    model: Transformer,
+    params: Params,
     temperature: float,
-) -> None:
-    ours = token_log_probs(model, params, LINES, temperature)
-    close(ours, naive_log_probs(model, params, LINES, temperature))
-    assert ours.dtype == jnp.float32
-    np.testing.assert_array_equal(ours[:, 0], 0.0)
-    assert (ours[:, 1:] < 0).all()
+) -> list[np.ndarray]:
+    """Log-probs of each sequence by itself."""
+    longest = max(map(len, SEQUENCES))
+    padded = np.stack([np.pad(one, (0, longest - len(one))) for one in SEQUENCES])
+    values = naive_log_probs(model, params, padded, temperature)
+    return [row[: len(one)] for row, one in zip(values, SEQUENCES, strict=True)]
 
 
-def test_a_temperature_of_zero_counts_as_one(
-    model: Transformer, params: Params
-) -> None:
-    np.testing.assert_array_equal(
-        token_log_probs(model, params, LINES, 0.0),
-        token_log_probs(model, params, LINES, 1.0),
-    )
+def spans_of(starts: np.ndarray, first: int, length: int) -> Spans:
+    """The same tokens of every sequence."""
+    segments = [np.arange(length)] * len(starts)
+    return make_spans(starts + first, segments, SHAPE.row_length)
 
 
-def test_entropy_is_that_of_the_distribution_a_token_came_from(
-    model: Transformer,
-    params: Params,
-    full_logits: Callable[..., np.ndarray],
-) -> None:
-    stats = token_stats(model, params, *unpacked(LINES), 0.7)
-    scaled = full_logits(model, params, LINES) / 0.7
-    p = np.exp(scaled) / np.exp(scaled).sum(-1, keepdims=True)
-    close(stats.entropy[:, 1:], -(p * np.log(p)).sum(-1)[:, :-1])
-    np.testing.assert_array_equal(stats.entropy[:, 0], 0.0)
-
-
-def test_chunks_change_neither_values_nor_gradients(
-    model: Transformer, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run() -> tuple[jax.Array, Params]:
-        def weighted(params: Params) -> tuple[jax.Array, jax.Array]:
-            values = token_log_probs(model, params, LINES, 0.7)
-            return (values * jnp.arange(11)).sum(), values
-
-        (_, values), gradients = jax.jit(jax.value_and_grad(weighted, has_aux=True))(
-            params
-        )
-        return values, gradients
-
-    values, gradients = run()
-    for chunk in (1, 4):  # with 4, the last chunk is not full
-        monkeypatch.setattr(log_probs, "LOGITS_PER_CHUNK", chunk * V * len(LINES))
-        chunked_values, chunked_gradients = run()
-        close(chunked_values, values)
-        for ours, whole in zip(
-            jax.tree.leaves(chunked_gradients), jax.tree.leaves(gradients), strict=True
-        ):
-            np.testing.assert_allclose(ours, whole, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradients_are_those_of_a_log_softmax_of_all_logits(
-    model: Transformer, tied: bool, softcap: float | None
-) -> None:
-    config = dataclasses.replace(
-        model.config, tie_embeddings=tied, final_softcap=softcap
-    )
-    model = Transformer(config)
-    params = init_params(config, jax.random.key(1))
-    weights = jax.random.normal(jax.random.key(2), LINES.shape)
-
-    def ours(params: Params) -> jax.Array:
-        stats = token_stats(model, params, *unpacked(LINES), 0.7)
-        return (stats.log_probs * weights).sum()
-
-    def plain(params: Params) -> jax.Array:
-        tokens, segment_ids, positions = map(jnp.asarray, unpacked(LINES))
-        hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
-        found = jax.nn.log_softmax(logits(model, params, hidden) / 0.7)
-        chosen = jnp.take_along_axis(found[:, :-1], tokens[:, 1:, None], axis=-1)
-        return (chosen[..., 0] * weights[:, 1:]).sum()
-
-    for a, b in zip(
-        *(jax.tree.leaves(jax.grad(f)(params)) for f in (ours, plain)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_have_the_dtype_of_the_parameters(
-    model: Transformer, tied: bool, dtype: str
-) -> None:
-    """Whatever that of the activations is."""
-    config = dataclasses.replace(model.config, tie_embeddings=tied, dtype=dtype)
-    model = Transformer(config)
-    exact = init_params(config, jax.random.key(1))
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
-
-    def total(params: Params) -> jax.Array:
-        return token_stats(model, params, *unpacked(LINES)).log_probs.sum()
-
-    fine, coarse = jax.grad(total)(exact), jax.grad(total)(rounded)
-    for a, b in zip(jax.tree.leaves(fine), jax.tree.leaves(coarse), strict=True):
-        assert (a.dtype, b.dtype) == (jnp.float32, jnp.bfloat16)
-        largest = np.abs(np.asarray(a)).max()
-        # Sums of some tens of bfloat16 numbers, 8 bits each.
-        np.testing.assert_allclose(b.astype(jnp.float32), a, atol=0.1 * largest)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_tokens_that_are_not_wanted_change_nothing(
-    model: Transformer,
-    params: Params,
-    monkeypatch: pytest.MonkeyPatch,
-    chunk: int,
-    share: float,
-) -> None:
-    monkeypatch.setattr(log_probs, "LOGITS_PER_CHUNK", chunk * V * len(LINES))
-    mask = np.random.default_rng(3).random(LINES.shape) < share
-
-    def total(params: Params, *wanted: np.ndarray) -> tuple[jax.Array, TokenStats]:
-        stats = token_stats(model, params, *unpacked(LINES), 0.7, *wanted)
-        return jnp.where(mask, stats.log_probs, 0.0).sum(), stats
-
-    (_, ours), gradients = jax.value_and_grad(total, has_aux=True)(params, mask)
-    (_, whole), expected = jax.value_and_grad(total, has_aux=True)(params)
-    for some, every in zip(ours, whole, strict=True):
-        close(some, np.where(mask, every, 0.0))
-    for a, b in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_a_packed_row_has_the_values_of_its_parts(
+def test_packed_sequences_have_the_values_of_each_alone(
     model: Transformer, params: Params, naive_log_probs: NaiveLogProbs
 ) -> None:
-    packed, starts = pack(ROWS, micro_batch_size=2, row_length=20)
+    packed, starts = pack_sequences(SEQUENCES, SHAPE)
     assert packed.num_micro_batches < len(packed.tokens), "nothing was packed"
-    score = jax.jit(lambda p, rows: scoring.score_rows(model, 0.7, p, rows))
+    score = compiled(model, 0.7)
     ours = np.asarray(score(params, packed)).reshape(-1)
-    longest = max(map(len, ROWS))
-    padded = np.stack([np.pad(row, (0, longest - len(row))) for row in ROWS])
-    expected = naive_log_probs(model, params, padded, 0.7)
+    expected = alone(naive_log_probs, model, params, 0.7)
     covered = np.zeros(len(ours), bool)
-    for row, start, values in zip(ROWS, starts, expected, strict=True):
-        place = slice(start, start + len(row))
-        close(ours[place], values[: len(row)])
+    for start, values in zip(starts, expected, strict=True):
+        place = slice(start, start + len(values))
+        close(ours[place], values)
         covered[place] = True
     np.testing.assert_array_equal(ours[~covered], 0.0)
 
 
-def test_micro_batches_that_hold_nothing_are_not_computed(
+def test_empty_micro_batches_are_not_computed(
     model: Transformer, params: Params
 ) -> None:
-    packed, _ = pack(ROWS, micro_batch_size=2, row_length=20)
-    score = jax.jit(lambda p, rows: scoring.score_rows(model, 1.0, p, rows))
+    packed, _ = pack_sequences(SEQUENCES, SHAPE)
+    score = compiled(model, 1.0)
     none = score(params, packed._replace(num_micro_batches=np.int32(0)))
     np.testing.assert_array_equal(none, 0.0)
     one = score(params, packed._replace(num_micro_batches=np.int32(1)))
@@ -200,65 +75,46 @@ def test_micro_batches_that_hold_nothing_are_not_computed(
     np.testing.assert_array_equal(one[0], score(params, packed)[0])
 
 
-def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of everything computed in a jaxpr and in those it calls."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
-
-
-def test_all_logits_are_never_held_at_once(
-    model: Transformer, params: Params, monkeypatch: pytest.MonkeyPatch
+def test_only_tokens_of_spans_have_log_probs(
+    model: Transformer, params: Params
 ) -> None:
-    # Longer than the model is wide, so that the embedding is not taken for logits.
-    tokens = np.ones((1, 33), np.int32)
-
-    def most_logits(chunk: int) -> int:
-        """Positions of the largest array with an axis over the vocabulary."""
-        monkeypatch.setattr(log_probs, "LOGITS_PER_CHUNK", chunk * V)
-
-        def loss(params: Params) -> jax.Array:
-            return token_log_probs(model, params, tokens).sum()
-
-        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr
-        shapes = list(shapes_in(jaxpr))
-        return max(int(np.prod(shape)) // V for shape in shapes if V in shape)
-
-    assert most_logits(33) == 33
-    assert most_logits(20) <= 20
-    assert most_logits(1) <= model.config.embed_dim
+    packed, starts = pack_sequences(SEQUENCES, SHAPE)
+    every = compiled(model, 1.0)(params, packed)
+    one, two = spans_of(starts, 1, 2), spans_of(starts, 3, 1)
+    student = packed._replace(policy_explanation=two)
+    for batch in (
+        packed._replace(explanation=one, solution=two),
+        packed._replace(completion=one, students=(student,)),
+    ):
+        some = compiled(model, 1.0)(params, batch)
+        wanted = spans.on_tokens(packed.tokens.shape, one, two)
+        assert int(wanted.sum()) == 3 * len(SEQUENCES)
+        close(some, jnp.where(wanted, every, 0.0))
 
 
-# The reward's reads and the loss's writes, by hand. Three completions of two, one and
-# no tokens; the middle one's second token is masked out.
-SPANS = TokenSpans(
-    index=np.array([[1, 2], [5, 4], [0, 0]], np.int32),
-    segment=np.array([[0, 0], [1, 0], [0, 0]], np.int32),
-    mask=np.array([[True, True], [True, False], [False, False]]),
-)
+def test_the_batch_is_filled_with_the_log_probs_of_its_models(
+    model: Transformer, params: Params, mesh: Mesh
+) -> None:
+    packed, starts = pack_sequences(SEQUENCES, SHAPE)
+    other = jax.tree.map(lambda x: 0.5 * x, params)
+    span = spans_of(starts, 1, 2)
+    student = packed._replace(explanation=span, policy_explanation=span, solution=span)
+    batch = packed._replace(completion=span, students=(student,))
+    programs = compile_programs(
+        (model, 0.7), [(model, 0.9)], mesh, over_vocabulary=True
+    )
+    filled = fill(programs, batch, params, (other,), reference=other)
 
+    def expected(params: Params, batch: Batch, temperature: float) -> np.ndarray:
+        return compiled(model, temperature)(params, batch)
 
-def test_gather_reads_the_tokens_of_spans() -> None:
-    per_token = np.arange(8.0).reshape(2, 1, 4)
-    gathered = scoring.gather(per_token, SPANS)
-    np.testing.assert_array_equal(gathered, [[1, 2], [5, 0], [0, 0]])
-
-
-def test_segments_add_up() -> None:
-    values = np.array([[1.0, 2.0], [5.0, np.nan], [np.nan, np.nan]])
-    sums = scoring.segment_sums(values, SPANS)
-    np.testing.assert_array_equal(sums, [[3, 0], [0, 5], [0, 0]])
-    np.testing.assert_array_equal(scoring.segment_mask(SPANS), [[1, 0], [0, 1], [0, 0]])
-
-
-def test_scatter_is_the_way_back() -> None:
-    scattered = scoring.scatter(np.array([7, 8, 9], np.float32), SPANS, (2, 1, 4))
-    np.testing.assert_array_equal(scattered.reshape(-1), [0, 7, 7, 0, 0, 8, 0, 0])
-    each = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
-    scattered = scoring.scatter(each, SPANS, (2, 1, 4))
-    np.testing.assert_array_equal(scoring.gather(scattered, SPANS), each * SPANS.mask)
+    close(filled.log_probs, expected(params, batch, 0.7))
+    close(filled.ref_log_probs, expected(other, batch, 0.7))
+    (ours,) = filled.students
+    close(ours.log_probs, expected(other, student, 0.9))
+    divergence = np.asarray(ours.vocabulary_kl)
+    assert (divergence[:, :2] > 0).all() and not divergence[:, 2:].any()
+    again = fill(programs, batch, params, (params,))
+    assert again.ref_log_probs is None
+    unfilled = fill(programs, packed, None, reference={})
+    assert unfilled.log_probs is None and unfilled.ref_log_probs is None

@@ -1,4 +1,4 @@
-"""Slots and pages, against a device that draws lengths and nothing else."""
+"""Slots and pages, with a device that samples known tokens."""
 
 import collections
 from collections.abc import Sequence
@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 
 from rlt_jax.inference.decode import Refill, Sampled
-from rlt_jax.inference.layout import Layout, Request, check_requests
+from rlt_jax.inference.layout import Layout, check_requests
+from rlt_jax.inference.sampler import Request, join
 from rlt_jax.inference.scheduler import Prefill, Scheduler
-from rlt_jax.types import Completion
+from rlt_jax.types import Rollout
 
 STOP = 1
 LAYOUT = Layout(shards=1, slots=4, pages=40, page_size=4, columns=8, steps=3)
 
 
 class Device:
-    """Does what plans say, and complains about pages that it is not given.
+    """Carries out plans, and fails for pages that it was not given.
 
-    Token t of request r is `100 + 10 r + t`, the last one STOP where the request has a
-    length below its longest. Every page remembers which tokens of which row it holds.
+    Token t of request r is `100 + 10 r + t`, the last one STOP where the request's length
+    is below its maximum. Every page records which tokens of which sequence it holds.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Device:
         if t < len(prompt):
             return int(prompt[t])
         n = t - len(prompt)
-        ends = n + 1 == self.lengths[request] < self.requests[request].longest
+        ends = n + 1 == self.lengths[request] < self.requests[request].max_new_tokens
         return STOP if ends else 100 + 10 * request + n
 
     def store(self, shard: int, table: np.ndarray, t: int, token: int) -> None:
@@ -108,13 +109,13 @@ def serve(
     layout: Layout,
     lengths: Sequence[int] | None = None,
     find_stop: object = None,
-) -> tuple[list[tuple[int, Completion]], Device, Scheduler, int]:
-    """What ends, in order, and how often a request was put off."""
+) -> tuple[list[int], Rollout, Device, int]:
+    """The order in which requests end, their completions, and restarts of requests."""
     check_requests(layout, requests)
-    lengths = [r.longest for r in requests] if lengths is None else lengths
+    lengths = [r.max_new_tokens for r in requests] if lengths is None else lengths
     device = Device(requests, layout, lengths)
     scheduler = Scheduler(requests, layout, (STOP,), find_stop)
-    ended, under_way, starts = [], None, 0
+    parts, under_way, starts = [], None, 0
     for _ in range(10_000):
         if not scheduler.unfinished:
             break
@@ -123,13 +124,17 @@ def serve(
         drawn = device.run(prefills, refill)
         pages_add_up(scheduler, layout)
         if under_way is not None:  # results come a dispatch later
-            ended += scheduler.absorb(*under_way)
+            parts.append(scheduler.absorb(*under_way))
         under_way = drawn, owners
     assert not scheduler.unfinished
     pages_add_up(scheduler, layout)
     assert not any(prompt.users for prompt in scheduler._prompts.values())
     assert not scheduler._running() and not scheduler._table.any()
-    return ended, device, scheduler, starts - len(requests)
+    ended = [n for indices, _ in parts for n in indices]
+    assert sorted(ended) == list(range(len(requests)))
+    rollout = join(parts)
+    assert list(rollout.requests) == list(requests)
+    return ended, rollout, device, starts - len(requests)
 
 
 def pages_add_up(scheduler: Scheduler, layout: Layout) -> None:
@@ -143,35 +148,37 @@ def pages_add_up(scheduler: Scheduler, layout: Layout) -> None:
         assert sorted(pages) == list(range(1, layout.pages))
 
 
-def request(n: int, length: int, longest: int, prompt: int | None = None) -> Request:
+def request(
+    n: int, length: int, max_new_tokens: int, prompt: int | None = None
+) -> Request:
     start = 10 * (n if prompt is None else prompt)
-    return Request(np.arange(start, start + length, dtype=np.int32) + 2, n, longest)
+    tokens = np.arange(start, start + length, dtype=np.int32) + 2
+    return Request(tokens, n, max_new_tokens)
 
 
 def expected(requests: Sequence[Request], lengths: Sequence[int], n: int) -> list[int]:
-    r, length = requests[n], min(lengths[n], requests[n].longest)
+    r, length = requests[n], min(lengths[n], requests[n].max_new_tokens)
     tokens = [100 + 10 * r.request_id + t for t in range(length)]
-    return tokens[:-1] + [STOP] if length < r.longest else tokens
+    return tokens[:-1] + [STOP] if length < r.max_new_tokens else tokens
 
 
 def test_every_request_gets_its_tokens() -> None:
     requests = [request(n, 1 + n % 7, 1 + (5 * n) % 11) for n in range(13)]
     lengths = [1 + n % 5 for n in range(13)]
-    ended, _, _, put_off = serve(requests, LAYOUT, lengths)
-    assert sorted(n for n, _ in ended) == list(range(13))
+    _, rollout, _, put_off = serve(requests, LAYOUT, lengths)
     assert put_off == 0
-    for n, completion in ended:
-        assert completion.tokens.tolist() == expected(requests, lengths, n)
-        assert completion.finished == (lengths[n] < requests[n].longest)
-        assert completion.tokens.dtype == np.int32
-        np.testing.assert_allclose(completion.log_probs, completion.tokens / 1000)
+    for n, tokens in enumerate(rollout.tokens):
+        assert tokens.tolist() == expected(requests, lengths, n)
+        assert rollout.finished[n] == (lengths[n] < requests[n].max_new_tokens)
+        assert tokens.dtype == np.int32
+        np.testing.assert_allclose(rollout.log_probs[n], tokens / 1000)
 
 
 def test_a_short_request_makes_room_at_once() -> None:
     # Five requests in four slots: the shortest starts when the next shortest has ended.
-    requests = [request(n, 3, longest) for n, longest in enumerate((20, 2, 20, 20, 4))]
+    requests = [request(n, 3, most) for n, most in enumerate((20, 2, 20, 20, 4))]
     ended, _, _, _ = serve(requests, LAYOUT)
-    assert [n for n, _ in ended] == [4, 1, 0, 2, 3]
+    assert ended == [4, 1, 0, 2, 3]
 
 
 def test_equal_prompts_are_computed_once_and_kept_once() -> None:
@@ -190,7 +197,7 @@ def test_equal_prompts_are_computed_once_and_kept_once() -> None:
     assert refill.source.tolist() == [prefills[n // 4].pages[2] for n in range(8)]
     np.testing.assert_array_equal(refill.target, table[:, 2])
     assert len(scheduler._free[0]) == layout.pages - 1 - 2 * 3 - 8
-    _, device, _, _ = serve(requests, layout)
+    _, _, device, _ = serve(requests, layout)
     assert len(device.prefills) == 2
     assert owners.count(None) == 0
 
@@ -198,9 +205,9 @@ def test_equal_prompts_are_computed_once_and_kept_once() -> None:
 def test_a_prompt_stays_until_its_pages_are_needed() -> None:
     requests = [request(n, 9, 8 - n, prompt=n % 2) for n in range(8)]
     layout = LAYOUT._replace(slots=1, pages=2 * 2 + 3)
-    _, device, _, _ = serve(requests, layout)
+    _, _, device, _ = serve(requests, layout)
     assert len(device.prefills) == 2
-    _, device, _, _ = serve(requests, layout._replace(pages=2 + 3))
+    _, _, device, _ = serve(requests, layout._replace(pages=2 + 3))
     assert len(device.prefills) == 8
 
 
@@ -213,7 +220,7 @@ def test_a_prompt_of_full_pages_needs_no_copy() -> None:
 
 def test_a_prompt_of_one_token_has_nothing_to_compute() -> None:
     requests = [request(n, 1, 5) for n in range(6)]
-    ended, device, _, _ = serve(requests, LAYOUT)
+    ended, _, device, _ = serve(requests, LAYOUT)
     assert not device.prefills and len(ended) == 6
 
 
@@ -234,15 +241,15 @@ def test_the_youngest_is_put_off_and_comes_first_again() -> None:
     assert list(scheduler._queue) == [2, 3]
     ended, _, _, put_off = serve(requests, layout)
     assert put_off >= 2
-    assert [n for n, _ in ended] == [0, 1, 2, 3]
+    assert ended == [0, 1, 2, 3]
 
 
-def test_what_a_request_drew_before_it_was_put_off_is_forgotten() -> None:
+def test_tokens_sampled_before_a_request_was_put_off_are_discarded() -> None:
     layout = LAYOUT._replace(pages=7, steps=4)
     requests = [request(n, 1, 12) for n in range(4)]
-    ended, _, _, _ = serve(requests, layout)
-    for n, completion in ended:
-        assert completion.tokens.tolist() == expected(requests, [12] * 4, n)
+    _, rollout, _, _ = serve(requests, layout)
+    for n, tokens in enumerate(rollout.tokens):
+        assert tokens.tolist() == expected(requests, [12] * 4, n)
 
 
 def test_shards_have_pages_and_prompts_of_their_own() -> None:
@@ -256,18 +263,15 @@ def test_shards_have_pages_and_prompts_of_their_own() -> None:
     assert len(ended) == 4
 
 
-def test_a_stop_text_ends_a_request_though_the_device_goes_on() -> None:
+def test_a_stop_text_ends_a_request_while_the_device_continues() -> None:
     def third(tokens: list[int], new: int) -> int | None:
         return 3 if len(tokens) - new < 3 <= len(tokens) else None
 
-    requests = [request(n, 2, longest) for n, longest in enumerate((20, 2, 3, 20, 20))]
-    ended, _, _, _ = serve(requests, LAYOUT, find_stop=third)
-    for n, completion in ended:
-        assert (
-            len(completion.tokens) == len(completion.log_probs) == (2 if n == 1 else 3)
-        )
-        assert completion.finished == (n != 1)
-    assert len(ended) == 5
+    requests = [request(n, 2, most) for n, most in enumerate((20, 2, 3, 20, 20))]
+    _, rollout, _, _ = serve(requests, LAYOUT, find_stop=third)
+    assert list(map(len, rollout.tokens)) == [3, 2, 3, 3, 3]
+    assert list(map(len, rollout.log_probs)) == [3, 2, 3, 3, 3]
+    assert rollout.finished.tolist() == [True, False, True, True, True]
 
 
 def test_seen_marks_the_prompt() -> None:
@@ -302,13 +306,12 @@ def test_any_requests_in_any_sizes(seed: int) -> None:
         columns=7,
         steps=int(rng.integers(1, 9)),
     )
-    ended, _, _, _ = serve(requests, layout, lengths)
-    assert sorted(n for n, _ in ended) == list(range(count))
-    for n, completion in ended:
-        assert completion.tokens.tolist() == expected(requests, lengths, n)
+    _, rollout, _, _ = serve(requests, layout, lengths)
+    for n, tokens in enumerate(rollout.tokens):
+        assert tokens.tolist() == expected(requests, lengths, n)
 
 
-def test_the_random_requests_are_put_off_now_and_then() -> None:
+def test_the_random_requests_are_put_off_sometimes() -> None:
     layout = LAYOUT._replace(pages=12, slots=6, columns=7)
     rng = np.random.default_rng(0)
     requests = [request(n, *rng.integers(1, (14, 15))) for n in range(20)]

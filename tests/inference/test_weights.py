@@ -7,12 +7,13 @@ import pytest
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
-from rlt_jax.inference.engine import Engine, Request, complete, make_engine
+from rlt_jax.inference.engine import Engine, make_engine
 from rlt_jax.inference.layout import EngineConfig
+from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.types import Completion, Params
+from rlt_jax.types import Params, Rollout
 
 # Kernels hold most of the parameters, as they do in real models.
 MODEL = Transformer(
@@ -22,7 +23,7 @@ PROMPTS = [
     np.random.default_rng(n).integers(1, 40, length, np.int32)
     for n, length in enumerate((3, 20, 7, 1, 12, 5))
 ]
-LONGEST = 12
+MAX_NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +34,14 @@ def wide_params() -> Params:
 
 
 def engine_with(weights: str, mesh: Mesh) -> Engine:
-    sampling = SamplingConfig(LONGEST, temperature=0.0)
+    sampling = SamplingConfig(MAX_NEW_TOKENS, temperature=0.0, stop_ids=(0,))
     config = EngineConfig(slots=4, page_size=8, prefill_chunk=16, weights=weights)
-    return make_engine(MODEL, sampling, (0,), config, mesh, 32)
+    return make_engine(MODEL, None, sampling, config, mesh, 32)
 
 
-def decoded(engine: Engine, params: Params) -> list[Completion]:
-    requests = [Request(prompt, n, LONGEST) for n, prompt in enumerate(PROMPTS)]
-    return [
-        completion
-        for _, completion in sorted(
-            complete(engine, params, requests, jax.random.key(0)), key=lambda x: x[0]
-        )
-    ]
+def decoded(engine: Engine, params: Params) -> Rollout:
+    requests = [Request(prompt, n, MAX_NEW_TOKENS) for n, prompt in enumerate(PROMPTS)]
+    return engine.generate(params, requests, jax.random.key(0))
 
 
 def size(params: Params) -> int:
@@ -53,19 +49,20 @@ def size(params: Params) -> int:
 
 
 @pytest.mark.parametrize(("weights", "atol"), [("bfloat16", 0.1), ("int8", 0.1)])
-def test_rounded_weights_write_nearly_the_same(
+def test_rounded_weights_decode_nearly_the_same(
     weights: str, atol: float, wide_params: Params, mesh: Mesh
 ) -> None:
     exact = decoded(engine_with("model", mesh), wide_params)
     rounded = decoded(engine_with(weights, mesh), wide_params)
     differences, same = [], 0
-    for ours, theirs in zip(rounded, exact, strict=True):
-        shared = min(len(ours.tokens), len(theirs.tokens))
-        unlike = np.append(ours.tokens[:shared] != theirs.tokens[:shared], True)
-        alike = int(unlike.argmax())  # after it the rows are not about the same text
-        same += alike == len(ours.tokens) == len(theirs.tokens)
-        gap = np.abs(ours.log_probs[:alike] - theirs.log_probs[:alike])
-        differences.extend(gap)
+    for ours, theirs, our_log_probs, their_log_probs in zip(
+        rounded.tokens, exact.tokens, rounded.log_probs, exact.log_probs, strict=True
+    ):
+        shared = min(len(ours), len(theirs))
+        unlike = np.append(ours[:shared] != theirs[:shared], True)
+        alike = int(unlike.argmax())  # after it the prefixes differ
+        same += alike == len(ours) == len(theirs)
+        differences.extend(np.abs(our_log_probs[:alike] - their_log_probs[:alike]))
     assert same >= 4  # of 6 completions, token by token
     assert len(differences) > 30
     assert 0 < max(differences) < atol
