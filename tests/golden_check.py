@@ -3,37 +3,41 @@
     python tests/golden_check.py FOLDER
 
 FOLDER holds cases.jsonl, arrays.npz and configs.json; the folder above it holds
-tokenizer/, teacher/ and student/. Prints the worst difference of every quantity and each
-case that is off, and exits with 1 if any is. Cases on which the reference itself fails
-(their class is not "numbers") are compared with what sound spans give.
+tokenizer/, teacher/ and student/. Prints the largest difference of every quantity and
+each case that is off, and exits with 1 if any is. Cases on which the reference itself
+fails (their class is not "numbers") are compared with the numbers for spans that are
+computed from character offsets. Names of configurations do not matter; numbers that a
+case does not have for a configuration are not compared.
 """
 
 import functools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rlt_jax.inference.scoring import score_rows
 
-from rlt_jax.data import examples, scoring
+from rlt_jax.data import examples, rows
+from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlt_jax.inference.log_probs import packed_log_probs
 from rlt_jax.models.convert import read_config, read_params
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.rl.rlt_reward import RLTRewardConfig, reward_tokens, rlt_reward
-from rlt_jax.types import Reward, ScoringBatch
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, ensemble_reward
+from rlt_jax.types import Batch, Reward
 
 TOKEN_ATOL = 5e-4
 REWARD_ATOL, REWARD_RTOL = 1e-3, 1e-4
 
 
 class Differences:
-    """Worst difference per quantity, and the cases that exceed their tolerance."""
+    """Largest difference of each quantity, and the cases that exceed the tolerance."""
 
     def __init__(self) -> None:
         self.worst: dict[str, float] = defaultdict(float)
@@ -47,7 +51,9 @@ class Differences:
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         self.count[what] += 1
         if ours.shape != theirs.shape:
-            self.off.append(f"{case}: {what}: shape {ours.shape}, want {theirs.shape}")
+            self.off.append(
+                f"{case}: {what}: shape {ours.shape}, expected {theirs.shape}"
+            )
             return
         gap = np.abs(ours - theirs)
         self.worst[what] = max(self.worst[what], float(gap.max(initial=0.0)))
@@ -80,18 +86,20 @@ def template_of(inputs: dict[str, str]) -> Template:
     )
 
 
-def rows_of(
+def make_examples(
     tokenizer: Tokenizer, inputs: dict[str, str]
-) -> tuple[examples.Row, examples.Row, bool]:
-    """Student row, teacher row, and whether the explanation is closed."""
+) -> tuple[Example, Example, bool]:
+    """Student and teacher sequence, and whether the explanation is closed."""
     template = template_of(inputs)
     opening, closing = template.solution_tags
     solution = inputs["solutions"].removeprefix(opening).removesuffix(closing)
     problem = Problem(inputs["questions"], solution)
-    body, closed = template.explanation_of(inputs["completion"])
-    student = examples.student_row(tokenizer, template, Trace(problem, body))
-    teacher = examples.written_teacher_row(
-        tokenizer, template, problem, inputs["completion"]
+    body, closed = template.parse_completion(inputs["completion"])
+    (student,) = examples.student_examples(
+        Renderer(tokenizer, template, "student"), [Trace(problem, body)]
+    )
+    (teacher,) = examples.text_examples(
+        Renderer(tokenizer, template, "teacher"), [problem], [inputs["completion"]]
     )
     return student, teacher, closed
 
@@ -123,120 +131,152 @@ def reward_config(reward: dict[str, Any]) -> RLTRewardConfig:
     )
 
 
-def compare_rows(
-    found: Differences,
+def temperatures_of(config: dict[str, Any]) -> tuple[float, float]:
+    """Teacher's and student's temperature in a configuration."""
+    reward = config["reward"]
+    biased = reward["unbias_teacher_log_probs"] is False
+    teacher = 1.0 if biased else config["gen_temperature"]
+    return teacher, reward_config(reward).student_temperature
+
+
+def compare_sequences(
+    differences: Differences,
     case: dict[str, Any],
-    arrays: Any,
-    student: examples.Row,
-    teacher: examples.Row,
+    arrays: Mapping[str, np.ndarray],
+    student: Example,
+    teacher: Example,
 ) -> None:
     """Token ids and spans."""
     name = case["id"]
     prefix = "intended_" if "intended" in case else ""
-    for role, row in (("student", student), ("teacher", teacher)):
+    for role, example in (("student", student), ("teacher", teacher)):
         key = f"{name}/{prefix}{role}_ids"
         key = key if key in arrays else f"{name}/{role}_ids"
-        ids = arrays[key]
-        found.equal(f"{role}_ids", name, row.tokens[: len(ids)], ids[: len(row.tokens)])
+        ids, ours = arrays[key], example.tokens
+        differences.equal(f"{role}_ids", name, ours[: len(ids)], ids[: len(ours)])
     spans = {
         "teacher_thought": teacher.explanation,
         "student_thought": student.explanation,
         "student_solution": student.solution,
     }
-    wanted = case["span" if case["class"] == "numbers" else "span_by_offsets"]
+    expected = case["span" if case["class"] == "numbers" else "span_by_offsets"]
     for key, span in spans.items():
-        found.equal(f"span.{key}", name, span[:2], wanted[key])
+        differences.equal(f"span.{key}", name, span[:2], expected[key])
+
+
+def expected_numbers(
+    case: dict[str, Any], name: str, teacher_term: bool
+) -> dict[str, Any] | None:
+    """The reference's numbers for a case in the configuration `name`, None without any.
+
+    Args:
+      case: a line of cases.jsonl.
+      name: of the configuration.
+      teacher_term: whether the configuration has the teacher's log-probs in the KL.
+    """
+    reliable = case["class"] == "numbers"
+    numbers = case["runs" if reliable else "by_offsets"].get(name)
+    if numbers is None or "raises" in numbers:
+        return None
+    if teacher_term:
+        return numbers
+    if reliable:
+        return numbers | {
+            key: numbers[f"{key}_without_teacher_lp"]
+            for key in ("kl_scores", "kl_reward")
+        }
+    if case["span_by_offsets"]["student_thought"] == [0, 0]:
+        return None  # the reference rewards an empty explanation here
+    return {"reward": numbers["reward"]}  # its terms include the teacher's log-probs
 
 
 def compare_reward(
-    found: Differences, case: dict[str, Any], config: str, reward: Reward, n: int
+    differences: Differences, name: str, numbers: dict[str, Any], reward: Reward, n: int
 ) -> None:
-    """Every reduction, both terms and the reward of one completion."""
-    numbers = case["class"] == "numbers"
-    wanted = case["runs" if numbers else "by_offsets"].get(config)
-    if wanted is None or "raises" in wanted:
-        return
-    if not numbers and not teacher_term_fill_is_sound(case, config):
-        return
-    name = f"{case['id']}/{config}"
-    if config == "no_entropy":
-        if not numbers:  # the terms given there are those with the teacher's
-            close = functools.partial(found.close, atol=REWARD_ATOL, rtol=REWARD_RTOL)
-            close("reward", name, reward.value[n], wanted["reward"])
-            return
-        for key in ("kl_scores", "kl_reward"):
-            wanted = wanted | {key: wanted[f"{key}_without_teacher_lp"]}
-    close = functools.partial(found.close, atol=REWARD_ATOL, rtol=REWARD_RTOL)
+    """Compares reductions, terms and reward of completion n, those that are given."""
+    close = functools.partial(differences.close, atol=REWARD_ATOL, rtol=REWARD_RTOL)
     for kind, key in (("solution", "log_prob_scores"), ("kl", "kl_scores")):
-        for reduction, value in wanted[key].items():
-            close(key, name, reward.terms[f"{kind}_{reduction}"][n], value)
-    close("kl_reward", name, -reward.terms["explanation_kl"][n], wanted["kl_reward"])
-    score = reward.terms["solution_score"][n]
-    close("log_prob_reward", name, score, wanted["log_prob_reward"])
-    truth = wanted.get("reward_f64", wanted["reward"])
-    close("reward", name, reward.value[n], truth)
-
-
-def teacher_term_fill_is_sound(case: dict[str, Any], config: str) -> bool:
-    """The reference rewards an empty explanation when the teacher term is off."""
-    return config != "no_entropy" or case["span_by_offsets"]["student_thought"] != [
-        0,
-        0,
-    ]
+        for reduction, value in numbers.get(key, {}).items():
+            close(key, name, reward[f"{kind}_{reduction}"][n], value)
+    ours = {
+        "kl_reward": -reward["explanation_kl"][n],
+        "log_prob_reward": reward["solution_score"][n],
+    }
+    for key, value in ours.items():
+        if key in numbers:
+            close(key, name, value, numbers[key])
+    expected = numbers.get("reward_f64", numbers["reward"])
+    close("reward", name, reward["value"][n], expected)
 
 
 def log_probs_by_temperature(
-    model_dir: Path, batch: Any, temperatures: set[float]
+    model_dir: Path, batch: Batch, temperatures: set[float]
 ) -> dict[float, jax.Array]:
-    """Per-token log-probs of packed rows under a model at several temperatures."""
+    """Log-probs of all tokens under a model at several temperatures."""
     model = Transformer(read_config(model_dir))
     params = read_params(model_dir, model.config)
+    # Without spans the log-probs of all tokens are computed.
+    batch = Batch(
+        batch.tokens, batch.positions, batch.segment_ids, batch.num_micro_batches
+    )
     return {
-        t: jax.jit(functools.partial(score_rows, model, t))(params, batch)
+        t: jax.jit(functools.partial(packed_log_probs, model, t))(params, batch)
         for t in sorted(temperatures)
     }
 
 
 def compare_tokens(
-    found: Differences,
-    case: dict[str, Any],
-    arrays: Any,
-    role: str,
+    differences: Differences,
+    name: str,
+    arrays: Mapping[str, np.ndarray],
     log_probs: dict[float, jax.Array],
     start: int,
     length: int,
 ) -> None:
-    """Log-probs of every token of a row, at each temperature given."""
-    if case["class"] != "numbers":
-        return
+    """Compares log-probs of a sequence, at each temperature that the arrays have.
+
+    Args:
+      differences: of all comparisons.
+      name: of the arrays, without the temperature.
+      arrays: log-probs of the reference, without the first token of a sequence.
+      log_probs: ours, [M, B, T] at each temperature.
+      start: index of the sequence's first token in the flattened log-probs.
+      length: tokens of the sequence.
+    """
     for temperature, values in log_probs.items():
-        key = f"{case['id']}/{role}_lp/T{temperature:g}"
+        key = f"{name}/T{temperature:g}"
         if key not in arrays:
             continue
         shared = min(len(arrays[key]) + 1, length)  # one may go on after the turn
         ours = np.asarray(values).reshape(-1)[start + 1 : start + shared]
-        wanted = arrays[key][: shared - 1]
-        found.close(f"{role}_lp", key, ours, wanted, TOKEN_ATOL, 0.0)
+        what = name.rpartition("/")[2]
+        differences.close(what, key, ours, arrays[key][: shared - 1], TOKEN_ATOL, 0.0)
 
 
-def reward_of_config(
+def rewards_by_config(
     configs: dict[str, Any],
-    student: dict[float, jax.Array],
+    batch: Batch,
     teacher: dict[float, jax.Array],
-    batch: ScoringBatch,
+    student: dict[float, jax.Array],
 ) -> Iterator[tuple[str, Reward]]:
     """The reward of all cases in every configuration."""
     for name, entry in configs.items():
         config = reward_config(entry["reward"])
-        biased = entry["reward"]["unbias_teacher_log_probs"] is False
-        teacher_temperature = 1.0 if biased else entry["gen_temperature"]
-        tokens = reward_tokens(
-            config,
-            student[config.student_temperature],
-            teacher[teacher_temperature],
-            batch,
+        teacher_temperature, student_temperature = temperatures_of(entry)
+        of_student = batch.students[0]._replace(log_probs=student[student_temperature])
+        filled = batch._replace(
+            log_probs=teacher[teacher_temperature], students=(of_student,)
         )
-        yield name, jax.jit(functools.partial(rlt_reward, config))(tokens, batch.closed)
+        compute = functools.partial(ensemble_reward, config, EnsembleConfig())
+        yield name, jax.device_get(jax.jit(compute)(filled))
+
+
+def pack_cases(made: Sequence[tuple[Example, Example, bool]]) -> Batch:
+    """The teacher's batch of all cases, with that of the student."""
+    students, teachers, closed = zip(*made, strict=True)
+    longest = max(len(one.tokens) for one in (*students, *teachers))
+    shape = RowShape(4, -(-longest // 512) * 512)
+    return rows.pack_examples(shape, teachers, [students], np.array(closed))
 
 
 def check(folder: Path) -> Differences:
@@ -244,38 +284,38 @@ def check(folder: Path) -> Differences:
     with (folder / "cases.jsonl").open(encoding="utf-8") as lines:
         cases = [json.loads(line) for line in lines]
     configs = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
+    with np.load(folder / "arrays.npz") as stored:
+        arrays = dict(stored)
     tokenizer = load_tokenizer(folder.parent / "tokenizer")
-    found = Differences()
-    with np.load(folder / "arrays.npz") as arrays:
-        rows = [rows_of(tokenizer, case["inputs"]) for case in cases]
-        for case, (student, teacher, _) in zip(cases, rows, strict=True):
-            compare_rows(found, case, arrays, student, teacher)
-        longest = max(len(row.tokens) for pair in rows for row in pair[:2])
-        batch = scoring.batch_of_rows(
-            scoring.RowShape(4, -(-longest // 512) * 512),
-            [student for student, _, _ in rows],
-            [teacher for _, teacher, _ in rows],
-            np.array([closed for _, _, closed in rows]),
-        )
-        temperatures = {0.7, 1.0} | {c["gen_temperature"] for c in configs.values()}
-        student = log_probs_by_temperature(
-            folder.parent / "student", batch.student, temperatures
-        )
-        teacher = log_probs_by_temperature(
-            folder.parent / "teacher", batch.teacher, temperatures
-        )
-        for n, (case, pair) in enumerate(zip(cases, rows, strict=True)):
-            for role, row, log_probs in zip(
-                ("student", "teacher"), pair[:2], (student, teacher), strict=True
-            ):
-                packed = getattr(batch, f"{role}_explanation")
-                start = int(packed.index[n, 0]) - row.explanation.start
-                length = len(row.tokens)
-                compare_tokens(found, case, arrays, role, log_probs, start, length)
-        for name, reward in reward_of_config(configs, student, teacher, batch):
-            for n, case in enumerate(cases):
-                compare_reward(found, case, name, reward, n)
-    return found
+    differences = Differences()
+    made = [make_examples(tokenizer, case["inputs"]) for case in cases]
+    batch = pack_cases(made)
+    of_student = batch.students[0]
+    temperatures = {t for config in configs.values() for t in temperatures_of(config)}
+    student, teacher = (
+        log_probs_by_temperature(folder.parent / role, one, temperatures)
+        for role, one in (("student", of_student), ("teacher", batch))
+    )
+    for n, (case, (in_student, in_teacher, _)) in enumerate(
+        zip(cases, made, strict=True)
+    ):
+        compare_sequences(differences, case, arrays, in_student, in_teacher)
+        if case["class"] != "numbers":
+            continue
+        for role, example, log_probs, spans in (
+            ("student", in_student, student, of_student.explanation),
+            ("teacher", in_teacher, teacher, of_student.policy_explanation),
+        ):
+            start = int(spans.start[n]) - example.explanation.start
+            name, length = f"{case['id']}/{role}_lp", len(example.tokens)
+            compare_tokens(differences, name, arrays, log_probs, start, length)
+    for name, reward in rewards_by_config(configs, batch, teacher, student):
+        teacher_term = configs[name]["reward"]["include_teacher_think_entropy"]
+        for n, case in enumerate(cases):
+            numbers = expected_numbers(case, name, teacher_term)
+            if numbers is not None:
+                compare_reward(differences, f"{case['id']}/{name}", numbers, reward, n)
+    return differences
 
 
 def main(argv: list[str]) -> int:
@@ -283,13 +323,13 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print(__doc__)
         return 2
-    found = check(Path(argv[1]))
-    for what, worst in found.worst.items():
-        print(f"{what:24} {found.count[what]:6} compared, worst {worst:.3g}")
-    for line in found.off:
+    differences = check(Path(argv[1]))
+    for what, worst in differences.worst.items():
+        print(f"{what:24} {differences.count[what]:6} compared, worst {worst:.3g}")
+    for line in differences.off:
         print(f"OFF {line}")
-    print(f"{len(found.off)} off")
-    return 1 if found.off else 0
+    print(f"{len(differences.off)} off")
+    return 1 if differences.off else 0
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from rlt_jax.costs.compiled import (
     memory,
 )
 from rlt_jax.costs.flops import forward_flops, params_in_products, train_flops
-from rlt_jax.inference import log_probs
+from rlt_jax.inference import head
 from rlt_jax.models.attention import BLOCK
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.types import Batch
 
 ROWS = 8 * 16 * 4  # bytes of [8, 16] float32 on each device
 
@@ -114,7 +115,7 @@ compiled = made.lower(weights, x, array((), jnp.int32)).compile()
 print(json.dumps(["steps", compiled.as_text()]))
 """
 
-# What libtpu writes: on-chip memory S(1), an all-gather spread over two fusions, another
+# What libtpu prints: on-chip memory S(1), an all-gather spread over two fusions, another
 # one that runs asynchronously elsewhere, an all-reduce of which a slice is kept, and a
 # product with a batch of four as a convolution.
 FUSIONS = """HloModule made, is_scheduled=true, num_partitions=8
@@ -268,11 +269,11 @@ def test_forms_of_tpus() -> None:
 def test_a_program_for_tpus() -> None:
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs that are not there")
     text = texts_of(TPU)["steps"]
-    found = collectives(text, (5,))
+    traffic = collectives(text, (5,))
     kernel = 512 * 1024 * 2
-    assert found["all-gather"] == Traffic(5 * 6 * 4, 5 * 6 * 4 * kernel * 3 / 4)
+    assert traffic["all-gather"] == Traffic(5 * 6 * 4, 5 * 6 * 4 * kernel * 3 / 4)
     # Gradients are summed over fsdp and over data, where a quarter of each is left.
-    reduced = found["all-reduce"].bytes + found["reduce-scatter"].bytes
+    reduced = traffic["all-reduce"].bytes + traffic["reduce-scatter"].bytes
     assert reduced >= 5 * 6 * (2 * kernel * 3 / 4 + 2 * kernel / 4)
     # The weights of a chip are at least read and written once.
     assert hbm_bytes(text, (5,)) >= 2 * 2 * 6 * kernel / 4
@@ -284,11 +285,11 @@ def test_memory_adds_up() -> None:
 
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     size = 256 * 256 * 4
-    found = memory(jax.jit(double).lower(x).compile())
-    assert (found.arguments, found.outputs, found.aliased) == (size, size, 0)
+    whole = memory(jax.jit(double).lower(x).compile())
+    assert (whole.arguments, whole.outputs, whole.aliased) == (size, size, 0)
     donated = memory(jax.jit(double, donate_argnums=0).lower(x).compile())
     assert donated.aliased == size
-    assert found.peak - donated.peak == size
+    assert whole.peak - donated.peak == size
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
@@ -298,15 +299,13 @@ def test_model_flops_are_those_of_the_compiled_products(
     config = ModelConfig(**CONFIG.__dict__ | {"remat": remat})
     model = Transformer(config)
     B, T, chunks = 2, 2 * BLOCK, 4
-    monkeypatch.setattr(
-        log_probs, "LOGITS_PER_CHUNK", B * config.vocab_size * T // chunks
-    )
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", B * config.vocab_size * T // chunks)
 
     def loss(params: dict, tokens: jax.Array) -> jax.Array:
         ones = jnp.ones_like(tokens)
         positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-        stats = log_probs.token_stats(model, params, tokens, ones, positions)
-        return stats.log_probs.sum()
+        batch = Batch(tokens, positions, ones, None)
+        return head.log_probs_and_entropy(model, params, batch)[0].sum()
 
     trip_count = hlo.trip_count
 

@@ -1,4 +1,4 @@
-"""KL estimators, losses and weights: numbers by hand, gradients by another formula."""
+"""Losses of tokens: numbers by hand, gradients by another formula."""
 
 from typing import Any
 
@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlt_jax.data.packing import gather_spans
 
 from rlt_jax.errors import UserError
 from rlt_jax.rl import kl
 from rlt_jax.rl.losses import (
-    LOSSES,
-    LossTokens,
     ObjectiveConfig,
-    counted_completions,
     importance_weights,
+    policy_metrics,
     token_loss,
-    token_weights,
 )
+from rlt_jax.types import Batch
 
 RNG = np.random.default_rng(0)
 LOG_PROBS, REFERENCE, ADVANTAGES = (
@@ -28,62 +25,32 @@ LOG_PROBS, REFERENCE, ADVANTAGES = (
 )
 
 
-def test_estimators_by_hand() -> None:
-    log_ratio = jnp.log(jnp.array([2.0, 0.5, 1.0]))
-    np.testing.assert_allclose(kl.k1(log_ratio), [0.6931472, -0.6931472, 0], atol=1e-6)
-    # (log 2)^2 / 2.
-    np.testing.assert_allclose(kl.k2(log_ratio), [0.2402265, 0.2402265, 0], atol=1e-6)
-    # q/p - 1 - log(q/p) with q/p = 1/2, 2, 1.
-    np.testing.assert_allclose(kl.k3(log_ratio), [0.1931472, 0.3068528, 0], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["k1", "k3"])
-def test_estimators_are_unbiased(name: str) -> None:
-    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
-    divergence = (p * np.log(p / q)).sum()
-    estimates = kl.ESTIMATORS[name](jnp.log(p / q))
-    np.testing.assert_allclose((p * estimates).sum(), divergence, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "of_the_kl"), [("k1", 0.0), ("k2", 1.0)])
-def test_gradients_of_estimators_on_average(name: str, of_the_kl: float) -> None:
-    scores, q = jnp.array([0.3, -0.2, 0.5]), jnp.array([0.2, 0.2, 0.6])
-    p = jax.nn.softmax(scores)
-
-    def divergence(scores: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(scores)
-        return (jnp.exp(log_p) * (log_p - jnp.log(q))).sum()
-
-    def estimate(scores: jax.Array) -> jax.Array:
-        log_ratio = jax.nn.log_softmax(scores) - jnp.log(q)
-        return (p * kl.ESTIMATORS[name](log_ratio)).sum()  # drawn from a fixed p
-
-    expected = of_the_kl * jax.grad(divergence)(scores)
-    np.testing.assert_allclose(jax.grad(estimate)(scores), expected, atol=1e-6)
-
-
-def test_k2_and_k3_are_never_negative() -> None:
-    for estimator in (kl.k2, kl.k3):
-        assert (estimator(jnp.linspace(-10, 10, 101)) >= 0).all()
-
-
-def tokens_of(
+def batch_of(
     advantages: Any,
-    old: Any,
+    log_probs: Any,
     ref: Any = None,
     sampler: Any = None,
-    shares: Any = None,
+    inverse_length: Any = None,
     segment_ids: Any = None,
-) -> LossTokens:
-    """Arrays for `token_loss`; one token to a line unless segments are given."""
-    arrays = (advantages, shares, segment_ids, old, ref, sampler)
-    return LossTokens(*(None if x is None else jnp.asarray(x) for x in arrays))
+) -> Batch:
+    """What `token_loss` reads; `log_probs` are those at the time of the rollout."""
+    fields = {
+        "advantages": advantages,
+        "log_probs": log_probs,
+        "ref_log_probs": ref,
+        "sampler_log_probs": sampler,
+        "inverse_length": inverse_length,
+        "segment_ids": segment_ids,
+    }
+    known = {name: jnp.asarray(x) for name, x in fields.items() if x is not None}
+    known.setdefault("segment_ids", None)
+    return Batch(tokens=None, positions=None, num_micro_batches=None, **known)
 
 
 def test_loss_by_hand() -> None:
     # ratio 1.25; k3 of log(0.5 / 0.25) is 0.5 - 1 + log 2.
-    tokens = tokens_of(2.0, jnp.log(0.4), jnp.log(0.25))
-    loss = token_loss(ObjectiveConfig(beta=0.1), jnp.log(0.5), tokens)
+    batch = batch_of(2.0, jnp.log(0.4), jnp.log(0.25))
+    loss = token_loss(ObjectiveConfig(beta=0.1), jnp.log(0.5), batch)
     np.testing.assert_allclose(loss, -(1.25 * 2 - 0.1 * 0.1931472), rtol=1e-6)
 
 
@@ -91,20 +58,20 @@ def test_loss_by_hand() -> None:
     ("estimator", "divergence"), [("k1", 0.6931472), ("k2", 0.2402265)]
 )
 def test_the_kl_by_the_other_estimators(estimator: str, divergence: float) -> None:
-    tokens = tokens_of(0.0, jnp.log(0.5), jnp.log(0.25))
+    batch = batch_of(0.0, jnp.log(0.5), jnp.log(0.25))
     objective = ObjectiveConfig(beta=0.1, kl_estimator=estimator)
-    loss = token_loss(objective, jnp.log(0.5), tokens)
+    loss = token_loss(objective, jnp.log(0.5), batch)
     np.testing.assert_allclose(loss, 0.1 * divergence, rtol=1e-6)
 
 
 def test_without_beta_there_need_be_no_reference() -> None:
-    loss = token_loss(ObjectiveConfig(beta=0.0), 0.0, tokens_of(3.0, 0.0))
+    loss = token_loss(ObjectiveConfig(beta=0.0), 0.0, batch_of(3.0, 0.0))
     assert loss == -3.0
 
 
 def test_on_policy_the_loss_is_minus_the_advantage_and_the_kl() -> None:
-    tokens = tokens_of(ADVANTAGES, LOG_PROBS, REFERENCE)
-    loss = token_loss(ObjectiveConfig(), LOG_PROBS, tokens)
+    batch = batch_of(ADVANTAGES, LOG_PROBS, REFERENCE)
+    loss = token_loss(ObjectiveConfig(), LOG_PROBS, batch)
     expected = 0.04 * kl.k3(LOG_PROBS - REFERENCE) - ADVANTAGES
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -115,10 +82,10 @@ def test_on_policy_the_gradient_is_that_of_reinforce_and_the_kl(
     beta: float, clip: float | None
 ) -> None:
     objective = ObjectiveConfig(beta=beta, clip_low=clip, clip_high=clip)
-    tokens = tokens_of(ADVANTAGES, LOG_PROBS, REFERENCE)
+    batch = batch_of(ADVANTAGES, LOG_PROBS, REFERENCE)
 
     def loss(log_probs: jax.Array) -> jax.Array:
-        return token_loss(objective, log_probs, tokens).sum()
+        return token_loss(objective, log_probs, batch).sum()
 
     def reinforce(log_probs: jax.Array) -> jax.Array:
         surrogate = -(ADVANTAGES * log_probs)
@@ -132,8 +99,8 @@ def test_on_policy_the_gradient_is_that_of_reinforce_and_the_kl(
 
 def test_a_likelier_token_of_positive_advantage_lowers_the_loss() -> None:
     def loss(log_prob: float, advantage: float) -> jax.Array:
-        tokens = tokens_of(advantage, -2.0)
-        return token_loss(ObjectiveConfig(beta=0.0), log_prob, tokens)
+        batch = batch_of(advantage, -2.0)
+        return token_loss(ObjectiveConfig(beta=0.0), log_prob, batch)
 
     assert loss(-1.5, 1.0) < loss(-2.0, 1.0) < loss(-2.5, 1.0)
     assert loss(-1.5, -1.0) > loss(-2.0, -1.0) > loss(-2.5, -1.0)
@@ -153,9 +120,9 @@ def test_clips_by_hand(
     ratio: float, advantage: float, gain: float, slope: float
 ) -> None:
     objective = ObjectiveConfig(beta=0.0, clip_low=0.2, clip_high=0.28)
-    tokens = tokens_of(advantage, 0.0)
+    batch = batch_of(advantage, 0.0)
     value, gradient = jax.value_and_grad(
-        lambda log_prob: token_loss(objective, log_prob, tokens)
+        lambda log_prob: token_loss(objective, log_prob, batch)
     )(jnp.log(ratio))
     np.testing.assert_allclose(value, -gain, rtol=1e-6)
     np.testing.assert_allclose(gradient, -slope * ratio, rtol=1e-6)
@@ -163,26 +130,26 @@ def test_clips_by_hand(
 
 def test_one_clip_may_be_off() -> None:
     above = ObjectiveConfig(beta=0.0, clip_high=0.2)
-    tokens = tokens_of([1.0, -1.0], [0.0, 0.0])
-    loss = token_loss(above, jnp.log(jnp.array([9.0, 1e-3])), tokens)
+    batch = batch_of([1.0, -1.0], [0.0, 0.0])
+    loss = token_loss(above, jnp.log(jnp.array([9.0, 1e-3])), batch)
     np.testing.assert_allclose(loss, [-1.2, 1e-3], rtol=1e-5)
 
 
-# One line: prompt, two tokens; prompt, one token; padding.
-LINE = {"shares": [0, 0.5, 0.5, 0, 1, 0], "segment_ids": [1, 1, 1, 2, 2, 0]}
+# One row: prompt, two tokens; prompt, one token; padding.
+ROW = {"inverse_length": [0, 0.5, 0.5, 0, 1, 0], "segment_ids": [1, 1, 1, 2, 2, 0]}
 RATIOS = jnp.array([7.0, 2.0, 8.0, 7.0, 0.25, 7.0])
 
 
 def test_the_sequence_ratio_is_the_geometric_mean_of_a_completion() -> None:
     advantages = jnp.array([0, 1.0, 1.0, 0, -1.0, 0])
     objective = ObjectiveConfig(loss="gspo", beta=0.0)
-    tokens = tokens_of(advantages, jnp.zeros(6), **LINE)
-    loss = token_loss(objective, jnp.log(RATIOS), tokens)
+    batch = batch_of(advantages, jnp.zeros(6), **ROW)
+    loss = token_loss(objective, jnp.log(RATIOS), batch)
     np.testing.assert_allclose(loss, [0, -4, -4, 0, 0.25, 0], rtol=1e-6)
     # The gradient of a completion's mean loss is spread evenly over its tokens.
     gradient = jax.grad(
         lambda log_probs: (
-            token_loss(objective, log_probs, tokens) * tokens.shares
+            token_loss(objective, log_probs, batch) * batch.inverse_length
         ).sum()
     )(jnp.log(RATIOS))
     np.testing.assert_allclose(gradient, [0, -2, -2, 0, 0.25, 0], rtol=1e-6)
@@ -190,85 +157,57 @@ def test_the_sequence_ratio_is_the_geometric_mean_of_a_completion() -> None:
 
 def test_sequence_ratios_are_clipped_whole() -> None:
     objective = ObjectiveConfig(loss="gspo", beta=0.0, clip_low=0.1, clip_high=0.5)
-    tokens = tokens_of(jnp.array([0, 1.0, 1.0, 0, -1.0, 0]), jnp.zeros(6), **LINE)
-    loss = token_loss(objective, jnp.log(RATIOS), tokens)
+    batch = batch_of(jnp.array([0, 1.0, 1.0, 0, -1.0, 0]), jnp.zeros(6), **ROW)
+    loss = token_loss(objective, jnp.log(RATIOS), batch)
     np.testing.assert_allclose(loss, [0, -1.5, -1.5, 0, 0.9, 0], rtol=1e-6)
 
 
 def test_importance_weights_by_hand() -> None:
-    tokens = tokens_of(
+    batch = batch_of(
         [1.0, 1.0, -1.0],
         jnp.log(jnp.array([0.3, 0.9, 0.2])),
         sampler=jnp.log(jnp.array([0.4, 0.1, 0.2])),
     )
-    weights = importance_weights(2.0, tokens)
+    weights = importance_weights(2.0, batch)
     np.testing.assert_allclose(weights, [0.75, 2.0, 1.0], rtol=1e-6)
     objective = ObjectiveConfig(beta=0.0, importance_cap=2.0)
-    loss = token_loss(objective, tokens.old_log_probs, tokens)
+    loss = token_loss(objective, batch.log_probs, batch)
     np.testing.assert_allclose(loss, [-0.75, -2.0, 1.0], rtol=1e-6)
 
 
 def test_importance_weights_leave_the_kl_alone() -> None:
-    tokens = tokens_of(0.0, jnp.log(0.5), jnp.log(0.25), sampler=jnp.log(0.1))
+    batch = batch_of(0.0, jnp.log(0.5), jnp.log(0.25), sampler=jnp.log(0.1))
     objective = ObjectiveConfig(beta=1.0, importance_cap=3.0)
-    loss = token_loss(objective, jnp.log(0.5), tokens)
+    loss = token_loss(objective, jnp.log(0.5), batch)
     np.testing.assert_allclose(loss, 0.1931472, rtol=1e-6)
 
 
-# Completions of 2, 1 and 0 tokens at the places 1, 2; 4 of one line of 6.
-SPANS = gather_spans(np.array([1, 4, 0]), [np.arange(n) for n in (2, 1, 0)], 3)
+def test_the_policy_among_the_others() -> None:
+    # Completions of 2 tokens and 1 token; the prompts around them never matter.
+    def log(*values: float) -> jnp.ndarray:
+        return jnp.log(jnp.array([[values]]))
 
-
-@pytest.mark.parametrize(
-    ("loss", "two", "one"),
-    [
-        ("grpo", 1 / 6, 1 / 3),  # mean over tokens, over 3 completions
-        ("gspo", 1 / 6, 1 / 3),
-        ("dapo", 1 / 3, 1 / 3),  # 3 tokens in all
-        ("dr_grpo", 1 / 30, 1 / 30),  # 3 completions of at most 10 tokens
-    ],
-)
-def test_weights_by_hand(loss: str, two: float, one: float) -> None:
-    objective = ObjectiveConfig(loss=loss)
-    everything = jnp.ones(3, bool)
-    weights = token_weights(objective, SPANS, everything, 10, (1, 1, 6))
-    np.testing.assert_allclose(weights, [[[0, two, two, 0, one, 0]]], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("loss", "two"),
-    # DAPO's mean is over the tokens that are left; the others divide as before.
-    [("grpo", 1 / 6), ("gspo", 1 / 6), ("dapo", 1 / 2), ("dr_grpo", 1 / 30)],
-)
-def test_what_is_not_counted_weighs_nothing(loss: str, two: float) -> None:
-    counted = jnp.array([True, False, True])
-    weights = token_weights(ObjectiveConfig(loss=loss), SPANS, counted, 10, (1, 1, 6))
-    np.testing.assert_allclose(weights, [[[0, two, two, 0, 0, 0]]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_weights_of_nothing_at_all_are_finite(loss: str) -> None:
-    weights = token_weights(
-        ObjectiveConfig(loss=loss), SPANS, jnp.zeros(3, bool), 10, (1, 1, 6)
+    batch = batch_of(
+        [[[0, 1.0, 1.0, 0, -1.0, 0]]],
+        log(0.1, 0.1, 0.2, 0.9, 0.4, 1.0),
+        ref=log(0.1, 0.2, 0.4, 0.1, 0.8, 1.0),
+        sampler=log(0.1, 0.05, 0.2, 0.1, 0.8, 1.0),
+        inverse_length=[[[0, 0.5, 0.5, 0, 1.0, 0]]],
+        segment_ids=[[[1, 1, 1, 2, 2, 0]]],
     )
-    np.testing.assert_array_equal(weights, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, [1, 1, 1, 1]),
-        ({"truncated": "mask"}, [1, 0, 1, 0]),
-        ({"skip_equal_groups": True}, [0, 0, 1, 1]),
-        ({"truncated": "mask", "skip_equal_groups": True}, [0, 0, 1, 0]),
-    ],
-)
-def test_which_completions_count(settings: dict, expected: list[int]) -> None:
-    rewards = jnp.array([0.5, 0.5, 0.5, 0.6])
-    finished = jnp.array([True, False, True, False])
-    objective = ObjectiveConfig(**settings)
-    kept = counted_completions(objective, rewards, finished, 2)
-    np.testing.assert_array_equal(kept, np.array(expected, bool))
+    objective = ObjectiveConfig(clip_low=0.2, clip_high=0.2, importance_cap=1.5)
+    metrics = policy_metrics(objective, log(0.9, 0.2, 0.2, 0.1, 0.2, 1.0), batch, 2)
+    expected = {
+        "policy/ratio_mean": ((2 + 1) / 2 + 0.5) / 2,
+        "policy/ratio_max": 2.0,
+        "policy/clip_fraction": (0.5 + 1) / 2,
+        "policy/kl_to_reference": ((np.log(1) + np.log(1 / 2)) / 2 + np.log(1 / 4)) / 2,
+        "policy/sampler_difference": (np.log(2) / 2 + np.log(2)) / 2,
+        "policy/importance_weight_mean": ((1.5 + 1) / 2 + 0.5) / 2,
+    }
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

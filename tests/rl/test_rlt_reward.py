@@ -1,25 +1,32 @@
-"""The reward: by hand, and from real rows against plain NumPy."""
+"""The RLT reward: by hand, and from packed sequences against plain NumPy."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from rlt_jax.data.scoring import RowShape, scoring_batch
-from rlt_jax.inference.scoring import score_rows
 
+from rlt_jax.data.examples import Renderer
+from rlt_jax.data.rows import RowShape, make_spans, pack
 from rlt_jax.data.templates import Problem, Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.inference.log_probs import packed_log_probs
+from rlt_jax.inference.sampler import Request, decode
+from rlt_jax.inference.spans import mask
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import (
     MAPS,
     REDUCTIONS,
+    EnsembleConfig,
     RLTRewardConfig,
-    reward_tokens,
-    rlt_reward,
+    balanced_kl_coef,
+    combine,
+    ensemble_reward,
 )
-from rlt_jax.types import Params, Reward, ScoringBatch, TokenSpans
+from rlt_jax.types import Batch, Params, Reward, Rollout, Spans
 
 WIDTH = 6
 SOLUTION = [-4.0, -1.0, -3.0, -2.0]
@@ -35,16 +42,10 @@ REDUCED = {
 }
 
 
-def spans_of(rows: list[tuple[int, list[int]]]) -> TokenSpans:
-    """First index and segments of the span of each completion."""
-    shape = (len(rows), WIDTH)
-    index, segment = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    mask = np.zeros(shape, bool)
-    for n, (start, segments) in enumerate(rows):
-        index[n, : len(segments)] = start + np.arange(len(segments))
-        segment[n, : len(segments)] = segments
-        mask[n, : len(segments)] = True
-    return TokenSpans(index, segment, mask)
+def spans_of(examples: list[tuple[int, list[int]]]) -> Spans:
+    """Spans from the index of the first token and the segments of each completion."""
+    starts = np.array([start for start, _ in examples])
+    return make_spans(starts, [np.array(ids, int) for _, ids in examples], WIDTH)
 
 
 class Case:
@@ -79,26 +80,30 @@ class Case:
         return self
 
     def reward(self, **settings: object) -> Reward:
-        spans = {name: spans_of(rows) for name, rows in self.spans.items()}
-        batch = ScoringBatch(
-            student=None,
-            teacher=None,
-            student_explanation=spans["student"],
-            teacher_explanation=spans["teacher"],
-            student_solution=spans["solution"],
-            completion=None,
-            closed=np.array(self.closed),
-        )
+        spans = {name: spans_of(examples) for name, examples in self.spans.items()}
 
         def packed(values: list[float]) -> np.ndarray:
-            # Something to hit for indices outside of the masks.
-            return np.array([*values, 99.0], np.float32)[None, None]
+            # Something to hit for indices outside of the spans.
+            return np.array([99.0, *values, 99.0], np.float32)[None, None]
 
-        config = RLTRewardConfig(**settings)
-        reward = jax.jit(
-            lambda s, t, b: rlt_reward(config, reward_tokens(config, s, t, b), b.closed)
+        def shifted(one: Spans) -> Spans:
+            return one._replace(start=one.start + 1)
+
+        no_rows = Batch(None, None, None, None)
+        student = no_rows._replace(
+            explanation=shifted(spans["student"]),
+            policy_explanation=shifted(spans["teacher"]),
+            solution=shifted(spans["solution"]),
+            log_probs=packed(self.student),
         )
-        return jax.device_get(reward(packed(self.student), packed(self.teacher), batch))
+        batch = no_rows._replace(
+            students=(student,),
+            closed=np.array(self.closed),
+            log_probs=packed(self.teacher),
+        )
+        config = RLTRewardConfig(**settings)
+        compute = functools.partial(ensemble_reward, config, EnsembleConfig())
+        return jax.device_get(jax.jit(compute)(batch))
 
 
 def close(ours: object, theirs: object) -> None:
@@ -112,17 +117,17 @@ def test_published_reward_by_hand() -> None:
     case.add([-1.0, -2.0], [-0.5, -0.5], [-3.0, -4.0], closed=False)
     case.add([-0.1], [-0.3], [-0.5])
     reward = case.reward()
-    close(reward.terms["solution_score"], [-3.54, -3.54, -0.505])
-    close(reward.terms["explanation_kl"], [1.015, 1.015, -0.202])
-    close(reward.terms["format_penalty"], [0, -1, 0])
-    close(reward.value, [-3.54 - 3.045, -3.54 - 3.045 - 1, -0.505 + 0.606])
-    close(reward.terms["solution_mean"], [-3.5, -3.5, -0.5])
-    close(reward.terms["solution_min"], [-4, -4, -0.5])
-    close(reward.terms["kl_mean"], [1, 1, -0.2])
-    close(reward.terms["kl_max"], [1.5, 1.5, -0.2])
-    assert not reward.terms["empty_explanation"].any()
-    assert not reward.terms["empty_solution"].any()
-    assert {term.dtype for term in reward.terms.values()} == {np.dtype(np.float32)}
+    close(reward["solution_score"], [-3.54, -3.54, -0.505])
+    close(reward["explanation_kl"], [1.015, 1.015, -0.202])
+    close(reward["format_penalty"], [0, -1, 0])
+    close(reward["value"], [-3.54 - 3.045, -3.54 - 3.045 - 1, -0.505 + 0.606])
+    close(reward["solution_mean"], [-3.5, -3.5, -0.5])
+    close(reward["solution_min"], [-4, -4, -0.5])
+    close(reward["kl_mean"], [1, 1, -0.2])
+    close(reward["kl_max"], [1.5, 1.5, -0.2])
+    assert not reward["empty_explanation"].any()
+    assert not reward["empty_solution"].any()
+    assert {term.dtype for term in reward.values()} == {np.dtype(np.float32)}
 
 
 def test_coefficients_by_hand() -> None:
@@ -134,19 +139,19 @@ def test_coefficients_by_hand() -> None:
         kl_reductions={"sum": 2.0},
         format_penalty=-7.0,
     )
-    close(reward.terms["solution_score"], -3.5 - 1.5)
-    close(reward.terms["explanation_kl"], 4.0)
-    close(reward.value, 2 * -5.0 - 0.1 * 4.0 - 7.0)
+    close(reward["solution_score"], -3.5 - 1.5)
+    close(reward["explanation_kl"], 4.0)
+    close(reward["value"], 2 * -5.0 - 0.1 * 4.0 - 7.0)
     used = {"solution_mean", "solution_max", "kl_sum"}
-    assert used < set(reward.terms) and "kl_mean" not in reward.terms
+    assert used < set(reward) and "kl_mean" not in reward
 
 
 @pytest.mark.parametrize("name", REDUCED)
 def test_reductions_by_hand(name: str) -> None:
     case = Case().add([0.0] * 4, SOLUTION, SOLUTION)
     reward = case.reward(solution_reductions={name: 1.0}, kl_reductions={name: 1.0})
-    close(reward.terms["solution_score"], REDUCED[name])
-    close(reward.terms["explanation_kl"], REDUCED[name])
+    close(reward["solution_score"], REDUCED[name])
+    close(reward["explanation_kl"], REDUCED[name])
 
 
 def test_every_reduction_has_its_number_here() -> None:
@@ -155,7 +160,7 @@ def test_every_reduction_has_its_number_here() -> None:
 
 def test_terms_may_be_left_out_altogether() -> None:
     case = Case().add([-1.0], [-0.5], [-3.0], closed=False)
-    close(case.reward(solution_reductions={}, kl_reductions={}).value, -1.0)
+    close(case.reward(solution_reductions={}, kl_reductions={})["value"], -1.0)
 
 
 @pytest.mark.parametrize(
@@ -165,39 +170,39 @@ def test_maps_by_hand(name: str, value: float) -> None:
     assert set(MAPS) == {"none", "exp", "exp_norm"}
     case = Case().add([0.0], [-2.0], [-2.0])
     reward = case.reward(solution_map=name, kl_map=name)
-    close(reward.terms["solution_mean"], value)
-    close(reward.terms["kl_mean"], value)
+    close(reward["solution_mean"], value)
+    close(reward["kl_mean"], value)
 
 
 def test_clips_act_after_the_map_and_on_one_side() -> None:
     case = Case().add([0.0, 0.0], [-5.0, -1.0], [-5.0, -1.0])
     reward = case.reward(solution_clip=2.0)
-    close(reward.terms["solution_mean"], (-2 - 1) / 2)
-    close(reward.terms["kl_mean"], -3)
+    close(reward["solution_mean"], (-2 - 1) / 2)
+    close(reward["kl_mean"], -3)
     reward = case.reward(kl_clip=-2.0)
-    close(reward.terms["solution_mean"], -3)
-    close(reward.terms["kl_mean"], (-5 - 2) / 2)
+    close(reward["solution_mean"], -3)
+    close(reward["kl_mean"], (-5 - 2) / 2)
     # exp(-5) and exp(-1) are in (0, 1): the lower clip is far, the upper one bites.
     reward = case.reward(
         solution_map="exp", solution_clip=2.0, kl_map="exp", kl_clip=0.1
     )
-    close(reward.terms["solution_mean"], (np.exp(-5) + np.exp(-1)) / 2)
-    close(reward.terms["kl_mean"], (np.exp(-5) + 0.1) / 2)
+    close(reward["solution_mean"], (np.exp(-5) + np.exp(-1)) / 2)
+    close(reward["kl_mean"], (np.exp(-5) + 0.1) / 2)
 
 
 def test_estimators_by_hand() -> None:
     case = Case().add([-1.0, -1.0], [-1.5, 0.0], [-1.0])
-    close(case.reward().terms["kl_mean"], (-0.5 + 1.0) / 2)
+    close(case.reward()["kl_mean"], (-0.5 + 1.0) / 2)
     k3 = [np.exp(0.5) - 1 - 0.5, np.exp(-1.0) - 1 + 1.0]
-    close(case.reward(kl_estimator="k3").terms["kl_mean"], np.mean(k3))
+    close(case.reward(kl_estimator="k3")["kl_mean"], np.mean(k3))
 
 
 def test_without_the_teacher_the_divergence_is_the_surprise() -> None:
     case = Case().add([-1.0, -3.0], [-0.5, -0.5], [-1.0])
     for estimator in ("k1", "k3"):
         reward = case.reward(kl_teacher_term=False, kl_estimator=estimator)
-        close(reward.terms["kl_mean"], 2.0)
-        close(reward.terms["kl_max"], 3.0)
+        close(reward["kl_mean"], 2.0)
+        close(reward["kl_max"], 3.0)
 
 
 def test_a_segment_counts_as_one_token() -> None:
@@ -212,23 +217,23 @@ def test_a_segment_counts_as_one_token() -> None:
     # The student's one token is the teacher's three.
     case.add([-1.0], [-0.5, -0.25, -1.0], [-1.0], teacher_segments=[0, 0, 0])
     reward = case.reward()
-    close(reward.terms["kl_mean"], [(2.25 + 3.0) / 2, -0.75])
-    close(reward.terms["kl_max"], [3.0, -0.75])
+    close(reward["kl_mean"], [(2.25 + 3.0) / 2, -0.75])
+    close(reward["kl_max"], [3.0, -0.75])
 
 
 def test_empty_texts_have_a_finite_penalty() -> None:
     full = ([-1.0], [-1.0], [-2.0])
     case = Case().add([], [], [-2.0]).add([-1.0], [-1.0], []).add(*full)
     reward = case.reward()
-    close(reward.terms["empty_explanation"], [1, 0, 0])
-    close(reward.terms["empty_solution"], [0, 1, 0])
+    close(reward["empty_explanation"], [1, 0, 0])
+    close(reward["empty_solution"], [0, 1, 0])
     # Every reduction counts as 1, and as -1 for the solution.
-    close(reward.terms["explanation_kl"], [1.01, 0, 0])
-    close(reward.terms["solution_score"], [-2.02, -1.01, -2.02])
-    close(reward.value, [-2.02 - 3.03, -1.01, -2.02])
+    close(reward["explanation_kl"], [1.01, 0, 0])
+    close(reward["solution_score"], [-2.02, -1.01, -2.02])
+    close(reward["value"], [-2.02 - 3.03, -1.01, -2.02])
     reward = case.reward(empty_penalty=5.0)
-    close(reward.terms["explanation_kl"], [5.05, 0, 0])
-    close(reward.terms["solution_score"], [-2.02, -5.05, -2.02])
+    close(reward["explanation_kl"], [5.05, 0, 0])
+    close(reward["solution_score"], [-2.02, -5.05, -2.02])
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -239,9 +244,9 @@ def test_no_reduction_of_an_empty_text_is_large(name: str) -> None:
         .reward(solution_reductions={name: 1.0}, kl_reductions={name: 1.0})
     )
     empty = 0.0 if name == "sum" else 1.0
-    close(reward.terms["solution_score"], -empty)
-    close(reward.terms["explanation_kl"], empty)
-    close(reward.value, -empty - 3 * empty - 1)
+    close(reward["solution_score"], -empty)
+    close(reward["explanation_kl"], empty)
+    close(reward["value"], -empty - 3 * empty - 1)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +264,45 @@ def test_unknown_names_are_refused(setting: dict[str, object], message: str) -> 
         RLTRewardConfig(**setting)
 
 
-# Real rows: text in, reward out, against NumPy that knows neither packing nor spans.
+def test_students_combined_by_hand() -> None:
+    rewards = [
+        {"value": np.array([1.0, 4.0]), "kl_mean": np.array([2.0, 0.0])},
+        {"value": np.array([3.0, -4.0]), "kl_mean": np.array([8.0, 1.0])},
+    ]
+    expected = {
+        EnsembleConfig(): {"value": [2, 0], "kl_mean": [5, 0.5]},
+        EnsembleConfig("min"): {"value": [1, -4], "kl_mean": [2, 0]},
+        EnsembleConfig("weights", (3.0, 1.0)): {
+            "value": [1.5, 2],
+            "kl_mean": [3.5, 0.25],
+        },
+    }
+    for config, values in expected.items():
+        combined = combine(config, rewards)
+        assert set(combined) == {"value", "kl_mean", "student_0", "student_1"}
+        for name, value in values.items():
+            close(combined[name], value)
+        for i, reward in enumerate(rewards):
+            close(combined[f"student_{i}"], reward["value"])
+        assert combine(config, rewards[:1]) is rewards[0]
+
+
+def test_bad_ensembles_are_refused() -> None:
+    with pytest.raises(UserError, match="ensemble.combine='sum': one of mean, min"):
+        EnsembleConfig("sum")
+    with pytest.raises(UserError, match="ensemble.weights=.*must be > 0"):
+        EnsembleConfig("weights", (1.0, -1.0))
+    with pytest.raises(UserError, match="1 numbers for 2 students"):
+        EnsembleConfig("weights", (1.0,)).check(2)
+
+
+def test_the_balanced_weight() -> None:
+    assert balanced_kl_coef([-2.0, -4.0], [0.5, -1.0]) == pytest.approx(4.0)
+    with pytest.raises(UserError, match="give a number instead"):
+        balanced_kl_coef([-2.0], [0.0])
+
+
+# Packed sequences: text in, reward out, against NumPy without packing and spans.
 
 LENGTH = 64
 TEACHER_TEMPERATURE = 0.9
@@ -267,13 +310,30 @@ PROBLEMS = [Problem(f"{n}+1?", f"so {n + 1}") for n in range(6)]
 BODIES = ["0+1=1", "it is 2", "", "3+1=4", "plain, it is", "5+1=6 5+1=6"]
 
 
-def completions_of(tokenizer: Tokenizer, template: Template) -> list[np.ndarray]:
+class Run(NamedTuple):
+    """What `pack` reads of a run."""
+
+    row_shape: RowShape
+    renderer: Renderer
+    student_renderers: Sequence[Renderer]
+
+
+def rollout_of(tokenizer: Tokenizer, template: Template) -> Rollout:
     closing = template.explanation_tags[1] + tokenizer.eos
-    completions = [tokenizer.encode(body + closing).ids for body in BODIES]
-    completions[3] = tokenizer.encode(BODIES[3]).ids  # cut off
+    tokens = [tokenizer.encode(body + closing).ids for body in BODIES]
+    tokens[3] = tokenizer.encode(BODIES[3]).ids  # cut off
     spelt = [tokenizer.encode(char).ids for char in BODIES[4]]
-    completions[4] = np.concatenate([*spelt, tokenizer.encode(closing).ids])
-    return completions
+    tokens[4] = np.concatenate([*spelt, tokenizer.encode(closing).ids])
+    rollout = Rollout(
+        requests=[
+            Request(np.zeros(1, np.int32), n, LENGTH, problem)
+            for n, problem in enumerate(PROBLEMS)
+        ],
+        tokens=tokens,
+        log_probs=[np.zeros(len(ids), np.float32) for ids in tokens],
+        finished=np.arange(len(tokens)) != 3,
+    )
+    return decode(rollout, tokenizer)
 
 
 def ends_and_sums(
@@ -289,7 +349,7 @@ def ends_and_sums(
     return {place - start: value for place, value in result.items()}
 
 
-def test_real_rows_against_plain_numpy(
+def test_packed_sequences_against_plain_numpy(
     tokenizer: Tokenizer,
     tiny: Template,
     text_model: Transformer,
@@ -298,23 +358,22 @@ def test_real_rows_against_plain_numpy(
     naive_log_probs: Callable[..., np.ndarray],
 ) -> None:
     config = RLTRewardConfig()
-    completions = completions_of(tokenizer, tiny)
-    batch, _ = scoring_batch(
-        tokenizer, tokenizer, tiny, RowShape(2, LENGTH), PROBLEMS, completions
+    rollout = rollout_of(tokenizer, tiny)
+    run = Run(
+        RowShape(2, LENGTH),
+        Renderer(tokenizer, tiny, "teacher"),
+        [Renderer(tokenizer, tiny, "student")],
     )
-    temperatures = (config.student_temperature, TEACHER_TEMPERATURE)
-    student, teacher = (
-        jax.jit(lambda p, rows, t=t: score_rows(text_model, t, p, rows))(params, rows)
-        for t, params, rows in zip(
-            temperatures,
-            (student_params, teacher_params),
-            (batch.student, batch.teacher),
-            strict=True,
-        )
-    )
-    ours = rlt_reward(
-        config, reward_tokens(config, student, teacher, batch), batch.closed
-    )
+    batch = pack(rollout, run)
+
+    def filled(params: Params, batch: Batch, temperature: float) -> Batch:
+        compute = jax.jit(functools.partial(packed_log_probs, text_model, temperature))
+        return batch._replace(log_probs=compute(params, batch))
+
+    student = filled(student_params, batch.students[0], config.student_temperature)
+    batch = filled(teacher_params, batch, TEACHER_TEMPERATURE)
+    batch = batch._replace(students=(student,))
+    ours = ensemble_reward(config, EnsembleConfig(), batch)
 
     def log_probs(params: Params, ids: np.ndarray, temperature: float) -> np.ndarray:
         row = np.pad(ids, (0, LENGTH - len(ids))).astype(np.int32)[None]
@@ -336,7 +395,7 @@ def test_real_rows_against_plain_numpy(
         prompt = f"<|system|>Explain.<|end|><|user|>{problem.question}<|end|>"
         prompt += f"<|assistant|><|begin_of_solution|>{problem.solution}"
         prompt += "<|end_of_solution|><|begin_of_explanation|>"
-        ids = np.append(tokenizer.encode(prompt).ids, completions[n])
+        ids = np.append(tokenizer.encode(prompt).ids, rollout.tokens[n])
         values = log_probs(teacher_params, ids, TEACHER_TEMPERATURE)
         start = len(prompt)
         by_teacher = ends_and_sums(ids, values, tokenizer, start, start + len(body))
@@ -346,13 +405,11 @@ def test_real_rows_against_plain_numpy(
         kl = divergence.mean() + 0.01 * divergence.max() if body else 1.01
         score = scores.mean() + 0.01 * scores.min()
         closed = n != 3
-        np.testing.assert_allclose(ours.terms["solution_score"][n], score, rtol=1e-4)
-        np.testing.assert_allclose(
-            ours.terms["explanation_kl"][n], kl, rtol=1e-4, atol=1e-4
-        )
+        np.testing.assert_allclose(ours["solution_score"][n], score, rtol=1e-4)
+        np.testing.assert_allclose(ours["explanation_kl"][n], kl, rtol=1e-4, atol=1e-4)
         expected = score - 3 * kl - (not closed)
-        np.testing.assert_allclose(ours.value[n], expected, rtol=1e-4, atol=1e-4)
-    # The spelt-out completion is longer in tokens, and still aligned to the end.
-    spans = (batch.student_explanation, batch.teacher_explanation)
-    assert spans[0].mask[4].sum() < spans[1].mask[4].sum()
+        np.testing.assert_allclose(ours["value"][n], expected, rtol=1e-4, atol=1e-4)
+    # The completion that was spelt out has more tokens, and is aligned up to its end.
+    spans = (student.explanation, student.policy_explanation)
+    assert mask(spans[0])[4].sum() < mask(spans[1])[4].sum()
     assert spans[0].segment[4].max() == spans[1].segment[4].max() > 0

@@ -3,21 +3,21 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from rlt_jax.rl.scorer import StudentsConfig, balanced_kl_coef
 
 import rlt_jax
 from rlt_jax import api
-from rlt_jax.data.templates import Template
-from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlt_jax.api import ScoringConfig
+from rlt_jax.data.templates import Problem, Template
+from rlt_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
+from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.types import Params
 
 PROBLEMS = [
@@ -27,6 +27,7 @@ PROBLEMS = [
 COMPLETIONS = [["3+4=7<|end_of_explanation|>", "it is 7", ""], ["2*3=6 6+9=5", "häß"]]
 
 Role = tuple[Transformer, Params, Tokenizer]
+PER_TOKEN = ScoringConfig(per_token=True)
 
 
 @pytest.fixture
@@ -44,29 +45,29 @@ def student(
 
 
 def rewards(scored: list[list[dict]]) -> np.ndarray:
-    return np.array([row["reward"] for rows in scored for row in rows])
+    return np.array([record["reward"] for records in scored for record in records])
 
 
 def test_shape_order_and_arrays(teacher: Role, student: Role) -> None:
     scored = rlt_jax.score_explanations(
-        PROBLEMS, COMPLETIONS, teacher, [student], "tiny", per_token=True
+        PROBLEMS, COMPLETIONS, teacher, [student], "tiny", PER_TOKEN
     )
-    assert [len(rows) for rows in scored] == [3, 2]
-    row = scored[0][0]
-    assert "".join(row["explanation_tokens"]) == "3+4=7"
-    assert "".join(row["solution_tokens"]) == "7"
-    assert row["terms"]["format_penalty"] == 0.0
+    assert [len(records) for records in scored] == [3, 2]
+    record = scored[0][0]
+    assert "".join(record["explanation_tokens"]) == "3+4=7"
+    assert "".join(record["solution_tokens"]) == "7"
+    assert record["terms"]["format_penalty"] == 0.0
     assert scored[0][1]["terms"]["format_penalty"] == -1.0
     divergence = np.subtract(
-        row["teacher_log_probs_explanation"], row["student_log_probs_explanation"]
+        record["teacher_log_probs_explanation"], record["student_log_probs_explanation"]
     )
-    np.testing.assert_allclose(row["explanation_kl_tokens"], divergence, rtol=1e-5)
-    assert row["terms"]["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-5)
+    np.testing.assert_allclose(record["explanation_kl_tokens"], divergence, rtol=1e-5)
+    assert record["terms"]["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-5)
     assert scored[0][2]["terms"]["empty_explanation"] == 1.0
     assert np.isfinite(rewards(scored)).all()
 
 
-def test_a_completion_counts_alone(
+def test_a_score_does_not_depend_on_the_other_completions(
     monkeypatch: pytest.MonkeyPatch, teacher: Role, student: Role
 ) -> None:
     together = rlt_jax.score_explanations(
@@ -84,36 +85,37 @@ def test_a_completion_counts_alone(
     )
 
 
-def test_assume_closed_forgives_the_closing_tag(teacher: Role, student: Role) -> None:
+def test_assume_closed_takes_back_the_penalty(teacher: Role, student: Role) -> None:
     args = ([PROBLEMS[0]], [["it is 7"]], teacher, [student], "tiny")
-    strict = rlt_jax.score_explanations(*args)
-    kind = rlt_jax.score_explanations(*args, assume_closed=True)
-    np.testing.assert_allclose(rewards(kind), rewards(strict) + 1, rtol=1e-6)
+    penalised = rlt_jax.score_explanations(*args)
+    closed = rlt_jax.score_explanations(*args, ScoringConfig(assume_closed=True))
+    np.testing.assert_allclose(rewards(closed), rewards(penalised) + 1, rtol=1e-6)
 
 
 def test_students_are_combined(teacher: Role, student: Role) -> None:
-    def scored(students: list[Role], combine: StudentsConfig) -> np.ndarray:
+    def scored(students: list[Role], ensemble: EnsembleConfig) -> np.ndarray:
+        scoring = ScoringConfig(ensemble=ensemble)
         return rewards(
             rlt_jax.score_explanations(
-                PROBLEMS, COMPLETIONS, teacher, students, "tiny", combine=combine
+                PROBLEMS, COMPLETIONS, teacher, students, "tiny", scoring
             )
         )
 
-    one = scored([student], StudentsConfig())
-    two = scored([teacher], StudentsConfig())
+    one = scored([student], EnsembleConfig())
+    two = scored([teacher], EnsembleConfig())
     both = [student, teacher]
     np.testing.assert_allclose(
-        scored(both, StudentsConfig()), (one + two) / 2, rtol=1e-5
+        scored(both, EnsembleConfig()), (one + two) / 2, rtol=1e-5
     )
     np.testing.assert_allclose(
-        scored(both, StudentsConfig("min")), np.minimum(one, two), rtol=1e-5
+        scored(both, EnsembleConfig("min")), np.minimum(one, two), rtol=1e-5
     )
-    weighted = StudentsConfig("weights", (0.2, 0.5))
+    weighted = EnsembleConfig("weights", (0.2, 0.5))
     np.testing.assert_allclose(
         scored(both, weighted), (0.2 * one + 0.5 * two) / 0.7, rtol=1e-4, atol=1e-5
     )
     with pytest.raises(UserError, match="1 numbers for 2 students"):
-        scored(both, StudentsConfig("weights", (1.0,)))
+        scored(both, EnsembleConfig("weights", (1.0,)))
 
 
 def test_a_second_tokenizer_changes_segments_and_not_their_sum(
@@ -125,25 +127,35 @@ def test_a_second_tokenizer_changes_segments_and_not_their_sum(
     copy = (*student[:2], load_tokenizer(folder))
     same = [
         rlt_jax.score_explanations(
-            PROBLEMS, COMPLETIONS, teacher, [role], "tiny", per_token=True
+            PROBLEMS, COMPLETIONS, teacher, [role], "tiny", PER_TOKEN
         )
         for role in (student, copy)
     ]
     assert same[0] == same[1]
-    # Spelt byte by byte by the student: fewer cuts in common, the same text.
+    # The student spells the text byte by byte: fewer cuts in common, the same text.
+    body = "2*3=6 and so 6+9=5"
     spelling = Spelling(student[2])
-    (row,) = rlt_jax.score_explanations(
-        [PROBLEMS[1]],
-        [["2*3=6 and so 6+9=5<|end_of_explanation|>"]],
-        teacher,
-        [(*student[:2], spelling)],
-        "tiny",
-        per_token=True,
-    )[0]
-    assert "".join(row["explanation_tokens"]) == "2*3=6 and so 6+9=5"
-    pieces = teacher[2].encode("2*3=6 and so 6+9=5").offsets
-    assert len(row["explanation_tokens"]) == len(pieces)
-    assert max(len(token) for token in row["explanation_tokens"]) > 1
+    plain, spelt = (
+        rlt_jax.score_explanations(
+            [PROBLEMS[1]],
+            [[f"{body}<|end_of_explanation|>"]],
+            teacher,
+            [(*student[:2], tokenizer)],
+            "tiny",
+            PER_TOKEN,
+        )[0][0]
+        for tokenizer in (student[2], spelling)
+    )
+    pieces = teacher[2].encode(body).offsets
+    assert len(spelling.encode(body).ids) > len(pieces)
+    for record in (plain, spelt):
+        assert "".join(record["explanation_tokens"]) == body
+        assert len(record["explanation_tokens"]) == len(pieces)
+    assert max(len(token) for token in spelt["explanation_tokens"]) > 1
+    name = "teacher_log_probs_explanation"
+    np.testing.assert_allclose(spelt[name], plain[name], rtol=1e-4, atol=1e-4)
+    # Each of the student's log-probs is a sum over the letters of a token.
+    assert spelt["terms"]["kl_mean"] != pytest.approx(plain["terms"]["kl_mean"])
 
 
 class Spelling:
@@ -155,7 +167,7 @@ class Spelling:
     def __getattr__(self, name: str) -> object:
         return getattr(self.base, name)
 
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, text: str) -> Encoding:
         ids, offsets = self.base.encode(text)
         new_ids, new_offsets = [], []
         for token, (start, end) in zip(ids, offsets, strict=True):
@@ -167,10 +179,13 @@ class Spelling:
                 parts = self.base.encode(text[place]).ids
                 new_ids.append(parts)
                 new_offsets.append([(place, place + 1)] * len(parts))
-        return (
+        return Encoding(
             np.concatenate(new_ids).astype(np.int32),
             np.concatenate(new_offsets).astype(np.int32),
         )
+
+    def encode_with_prefix(self, prefix: str, texts: Sequence[str]) -> list[Encoding]:
+        return [self.encode(prefix + text) for text in texts]
 
 
 @pytest.mark.parametrize("top_k", [None, 3, 512])
@@ -184,9 +199,10 @@ def test_kl_over_the_vocabulary_by_hand(
     config = RLTRewardConfig(
         kl_estimator="full" if top_k is None else "top_k", kl_top_k=top_k or 1
     )
+    scoring = ScoringConfig(rlt_reward=config, per_token=True)
     problem, text = PROBLEMS[0], "3+4=7<|end_of_explanation|>"
-    (row,) = rlt_jax.score_explanations(
-        [problem], [[text]], teacher, [student], tiny, config, per_token=True
+    (record,) = rlt_jax.score_explanations(
+        [problem], [[text]], teacher, [student], tiny, scoring
     )[0]
 
     def log_softmax(role: Role, prompt: str, temperature: float) -> np.ndarray:
@@ -199,9 +215,9 @@ def test_kl_over_the_vocabulary_by_hand(
 
     chat = student[2].render(tiny.student_messages(problem["question"]))
     q = log_softmax(student, chat + tiny.thought_tags[0], 0.7)
-    explained = api.written(tiny, api.Problem("3+4?", "7"), text, False).trace
-    prompt = teacher[2].render(tiny.teacher_messages(explained.problem))
-    prompt += tiny.teacher_prefix(explained.problem)
+    asked = Problem("3+4?", "7")
+    prompt = teacher[2].render(tiny.teacher_messages(asked))
+    prompt += tiny.teacher_prefix(asked)
     p = log_softmax(teacher, prompt, 0.7)
     if top_k is not None:
         chosen = np.argsort(-p, axis=-1)[:, :top_k]
@@ -210,7 +226,7 @@ def test_kl_over_the_vocabulary_by_hand(
         p, q = (np.column_stack(pair) for pair in zip((p, q), rest, strict=True))
     expected = (np.exp(p) * (p - q)).sum(-1)
     np.testing.assert_allclose(
-        row["explanation_kl_tokens"], expected, rtol=2e-3, atol=2e-4
+        record["explanation_kl_tokens"], expected, rtol=2e-3, atol=2e-4
     )
 
 
@@ -222,12 +238,6 @@ def test_a_nan_names_the_completion(teacher: Role, student: Role) -> None:
         )
 
 
-def test_the_balanced_weight() -> None:
-    assert balanced_kl_coef([-2.0, -4.0], [0.5, -1.0]) == pytest.approx(4.0)
-    with pytest.raises(UserError, match="give a number instead"):
-        balanced_kl_coef([-2.0], [0.0])
-
-
 SCORE_ON = """
 import sys
 import jax
@@ -235,11 +245,11 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 import rlt_jax
 role = (*rlt_jax.load_model("embedded"), rlt_jax.load_tokenizer("embedded"))
 assert jax.device_count() == int(sys.argv[1])
-rows = rlt_jax.score_explanations(
+records = rlt_jax.score_explanations(
     [{"question": "Start at 4: +3 *7. Last digit?", "solution": "9"}],
     [["4+3=7 7*7=9<|end_of_explanation|>", "it is 9"]], role, [role], "tiny",
 )[0]
-print(*(row["reward"] for row in rows))
+print(*(record["reward"] for record in records))
 """
 
 
