@@ -46,20 +46,21 @@ def jax_scorer(model_dir: Path, packed: bool) -> Callable[[list[np.ndarray]], fl
     import functools
 
     import jax
-    from rlt_jax.data.packing import pack
-    from rlt_jax.inference.scoring import score_rows
 
+    from rlt_jax.data.rows import RowShape, pack_sequences
+    from rlt_jax.inference.log_probs import packed_log_probs
     from rlt_jax.models.convert import read_config, read_params
     from rlt_jax.models.transformer import Transformer
 
     model = Transformer(read_config(model_dir))
     params = read_params(model_dir, model.config)
-    score = jax.jit(functools.partial(score_rows, model, TEMPERATURE))
+    score = jax.jit(functools.partial(packed_log_probs, model, TEMPERATURE))
 
     def run(rows: list[np.ndarray]) -> float:
         groups = [rows] if packed else [[row] for row in rows]
-        width = LINE if packed else max(len(row) for row in rows)
-        results = [score(params, pack(group, 1, width)[0]) for group in groups]
+        shape = RowShape(1, LINE if packed else max(len(row) for row in rows))
+        packed_groups = [pack_sequences(group, shape)[0] for group in groups]
+        results = [score(params, batch) for batch in packed_groups]
         return float(sum(np.asarray(result).sum() for result in results))
 
     return run

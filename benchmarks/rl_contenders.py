@@ -23,8 +23,8 @@ from rollout import SHAPE, Ids, others_time, tunix_model
 LEARNING_RATE = 1e-6
 BETA = 0.04
 STEPS = 1000  # more than are ever asked for
-PREPARED = 40  # batches that are drawn; then they come again
-END = SHAPE["vocab_size"]  # an id that no model draws
+PREPARED = 40  # different batches; after them the first one comes again
+END = SHAPE["vocab_size"]  # an id that no model samples
 PACKAGES = {
     "rlt_jax": ("jax", "optax"),
     "trl": ("trl", "transformers", "torch"),
@@ -154,18 +154,17 @@ def rlt_jax_rl(task: Task, clock: Clock) -> None:
     """The programs of stage `rl`, in its order."""
     import jax
     import jax.numpy as jnp
-    from rlt_jax.data.packing import on_spans
-    from rlt_jax.data.scoring import RowShape, sampled_rows
-    from rlt_jax.inference.scoring import score_rows
-    from rlt_jax.rl.policy_update import PolicyBatch
-    from rlt_jax.stages.experience import Writing
-    from rlt_jax.stages.policy_programs import compile_programs
 
+    from rlt_jax.data.examples import EMPTY, Example
+    from rlt_jax.data.rows import RowShape, pack_examples
+    from rlt_jax.inference import log_probs
     from rlt_jax.inference.engine import EngineConfig, make_engine
+    from rlt_jax.inference.sampler import Request
     from rlt_jax.inference.sampling import SamplingConfig
-    from rlt_jax.inference.scheduler import Request
-    from rlt_jax.inference.stored import roll_out
-    from rlt_jax.rl.losses import ObjectiveConfig
+    from rlt_jax.rl import advantages
+    from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
+    from rlt_jax.training import sharding
+    from rlt_jax.training.learner import make_learner
 
     sizes = task.sizes
     count, length = sizes.prompts * sizes.group, sizes.prompt + sizes.new
@@ -173,14 +172,14 @@ def rlt_jax_rl(task: Task, clock: Clock) -> None:
     reference = jax.tree.map(jnp.copy, state.params)
     slots = EngineConfig(slots=count, steps=min(32, sizes.new), prefill_chunk=128)
     sampling = SamplingConfig(sizes.new, temperature=1.0)
-    engine = make_engine(tuning.model, sampling, (), slots, mesh, length)
-    log_probs = jax.jit(functools.partial(score_rows, tuning.model, 1.0))
-    writing = Writing("student", engine, (), None, log_probs, updates=1)
+    engine = make_engine(tuning.model, None, sampling, slots, mesh, length)
+    programs = log_probs.compile_programs((tuning.model, 1.0), [], mesh)
     objective = ObjectiveConfig(beta=BETA)
-    programs = compile_programs(
-        sizes.group, objective, writing, tuning, tx, mesh, shardings
-    )
-    shape = RowShape(task.rows, length)
+    fill = functools.partial(advantages.fill, objective, sizes.group, sizes.new)
+    fill = jax.jit(fill)
+    loss_fn = policy_loss(objective, 1.0, count)
+    learner = make_learner(loss_fn, tuning, tx, mesh, shardings)
+    shape, sampled = RowShape(task.rows, length), np.arange(length) >= sizes.prompt
     prompts, key = task.prompts(), jax.random.key(0)
     for step in range(STEPS):
         clock.next_step()
@@ -189,19 +188,19 @@ def rlt_jax_rl(task: Task, clock: Clock) -> None:
             group = np.repeat(prompts[step % PREPARED], sizes.group, axis=0)
             requests = [Request(p, n, sizes.new) for n, p in enumerate(group)]
             now = jax.random.fold_in(key, step)
-            rollout = roll_out(engine, params, requests, now)
-            completions = [one.tokens for one in rollout]
+            completions = engine.generate(params, requests, now).tokens
         with clock.phase("score"):
-            rows, spans = sampled_rows(shape, list(group), completions)
-            of_reference = programs.reference(reference, rows, spans)
+            examples = [
+                Example(np.concatenate(pair), sampled, EMPTY, EMPTY)
+                for pair in zip(group, completions, strict=True)
+            ]
+            finished = np.zeros(count, bool)
+            batch = pack_examples(shape, examples, [], finished)
+            batch = sharding.put_rows(batch._replace(finished=finished), mesh)
+            batch = log_probs.fill(programs, batch, None, reference=reference)
             rewards = jnp.array([reward(ids.tolist()) for ids in completions])
-            finished = np.array([one.finished for one in rollout])
-            advantages, counted, _ = programs.advantages(rewards, finished)
-            drawn = [one.log_probs for one in rollout]
-            drawn = on_spans(drawn, spans, rows.tokens.shape)
-            jax.block_until_ready((of_reference, advantages))
-        batch = PolicyBatch(rows, spans, advantages, None, of_reference, counted, drawn)
-        state, metrics = programs.update(state, batch)
+            batch = jax.block_until_ready(fill(batch, rewards))
+        state, metrics = learner.update(state, batch)
         check(metrics["optimizer/skipped"] == 0, "an update was skipped")
         jax.block_until_ready(state)
 
@@ -210,23 +209,23 @@ def rlt_jax_sft(task: Task, clock: Clock) -> None:
     """The program of stage `sft`."""
     import jax
 
-    from rlt_jax.stages import sft
+    from rlt_jax.stages.sft import next_token_loss
     from rlt_jax.training import sharding
+    from rlt_jax.training.learner import make_learner
+    from rlt_jax.types import Batch
 
     tuning, tx, mesh, shardings, state = rlt_jax_model(task)
-    update = sft.jit_update(tuning.model, tx, mesh, shardings)
+    learner = make_learner(next_token_loss, tuning, tx, mesh, shardings)
     lines = task.lines()
-    ones = np.ones_like(lines[0])
-    batch = {
-        "segment_ids": ones,
-        "positions": np.cumsum(ones, axis=1) - 1,
-        "loss_mask": ones > 0,
-    }
+    segment_ids = np.ones_like(lines[:1])
+    positions = np.cumsum(segment_ids, axis=-1, dtype=np.int32) - 1
+    learned = (positions > 0).astype(np.float32)
     for step in range(STEPS):
         clock.next_step()
-        batch["tokens"] = lines[step % PREPARED]
-        on_device = jax.device_put(batch, sharding.batch_sharding(mesh))
-        state, metrics = update(state, on_device, tuning.frozen)
+        tokens = lines[step % PREPARED][None]
+        batch = Batch(tokens, positions, segment_ids, np.int32(1))
+        batch = batch._replace(loss_weights=learned / learned.sum())
+        state, metrics = learner.update(state, sharding.put_rows(batch, mesh))
         check(metrics["optimizer/skipped"] == 0, "an update was skipped")
         jax.block_until_ready(state)
 

@@ -59,7 +59,7 @@ def rows_of(workload: str, sizes: Sizes) -> tuple[int, ...]:
 
 
 def tokens_of(workload: str, sizes: Sizes) -> int:
-    """Tokens of a step: those drawn, or those learned."""
+    """Tokens of a step: those sampled, or those learned."""
     if workload == "sft":
         return sizes.lines * sizes.length
     return sizes.prompts * sizes.group * sizes.new
@@ -219,9 +219,9 @@ def shares(
         # Logits of the completions alone are needed.
         whole = model_flops(rows, 0, end, head=False)
         whole += rows * sizes.new * 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
-        drawn = model_flops(rows, sizes.prompt - 1, end - 1)
+        decoded = model_flops(rows, sizes.prompt - 1, end - 1)
         prompts = model_flops(sizes.prompts, 0, sizes.prompt - 1, head=False)
-        flops = {"rollout": prompts + drawn, "score": whole, "update": 3 * whole}
+        flops = {"rollout": prompts + decoded, "score": whole, "update": 3 * whole}
         flops["seconds"] = sum(flops.values())
     parts = {name: f / rate / middle(runs, name) for name, f in flops.items()}
     print(

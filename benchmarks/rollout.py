@@ -68,8 +68,8 @@ COMPARED = 16  # first tokens of a greedy completion
 
 
 class Job(NamedTuple):
-    """A workload, how it is drawn, and rows of a static batch; a short job compiles what
-    the whole one needs and draws a token or two of each completion."""
+    """A workload, how it is sampled, and rows of a static batch; a short job compiles what
+    the whole one needs and samples a token or two of each completion."""
 
     workload: str
     mode: str
@@ -99,9 +99,9 @@ def rlt_jax(model_dir: Path) -> Run:
 
     import jax
 
-    from rlt_jax.inference.engine import EngineConfig, Occupancy, complete, make_engine
+    from rlt_jax.inference.engine import EngineConfig, make_engine
+    from rlt_jax.inference.sampler import Request
     from rlt_jax.inference.sampling import SamplingConfig
-    from rlt_jax.inference.scheduler import Request
     from rlt_jax.models.convert import read_config, read_params
     from rlt_jax.models.transformer import Transformer
     from rlt_jax.training.sharding import MeshConfig, make_mesh
@@ -115,18 +115,17 @@ def rlt_jax(model_dir: Path) -> Run:
         sampling = SamplingConfig(LONGEST[workload], MODES[mode])
         config = EngineConfig(slots=SLOTS)
         longest = PROMPT + LONGEST[workload]
-        return make_engine(model, sampling, (), config, mesh, longest)
+        return make_engine(model, None, sampling, config, mesh, longest)
 
     def run(job: Job) -> tuple[list[np.ndarray], dict[str, Any]]:
         requests = [
             Request(prompt, n, 1 if job.short else length)
             for n, (prompt, length) in enumerate(zip(*requests_of(job), strict=True))
         ]
-        used = Occupancy()
         of_job = engine(job.workload, job.mode)
-        done = dict(complete(of_job, params, requests, jax.random.key(0), used))
-        completions = [done[n].tokens for n in range(len(requests))]
-        return completions, {"used": used.used, "run": used.run}
+        rollout = of_job.generate(params, requests, jax.random.key(0))
+        steps = {"used": rollout.steps_used, "run": rollout.steps_computed}
+        return list(rollout.tokens), steps
 
     return run
 
@@ -159,13 +158,13 @@ def transformers(model_dir: Path) -> Run:
 
     def generate(prompts: np.ndarray, longest: int, job: Job) -> np.ndarray:
         ids = torch.from_numpy(prompts.astype(np.int64))
-        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=2 if job.short else longest,
             use_cache=True,
-            **(drawn if job.mode == "sampled" else {"do_sample": False}),
+            **(options if job.mode == "sampled" else {"do_sample": False}),
         )
         return tokens[:, PROMPT:].numpy()
 
@@ -225,7 +224,7 @@ def tunix(model_dir: Path) -> Run:
         return Sampler(model, Ids(), CacheConfig(cache_size, layers, heads, HEAD_DIM))
 
     def generate(prompts: np.ndarray, longest: int, job: Job) -> np.ndarray:
-        drawn = {"temperature": 1.0, "top_p": 1.0, "seed": 0}
+        options = {"temperature": 1.0, "top_p": 1.0, "seed": 0}
         draw = sampler(PROMPT + LONGEST[job.workload])
         if job.short:  # the programs depend on the longest, the steps are an argument
             start = functools.partial(Sampler.init_sample_state, draw)
@@ -236,7 +235,7 @@ def tunix(model_dir: Path) -> Run:
             prompts.tolist(),
             max_generation_steps=longest,
             max_prompt_length=PROMPT,
-            **(drawn if job.mode == "sampled" else {}),
+            **(options if job.mode == "sampled" else {}),
         )
         vars(draw).pop("init_sample_state", None)
         return np.stack(output.tokens)

@@ -200,7 +200,7 @@ def sft_section(data: Path) -> dict[str, Any]:
         "template": "tiny",
         "data": {"task": "file", "path": str(data)},
         "held_out": None,
-        "sft": {"format": "student", "steps": 1, "batch_size": 1, "row_length": 96},
+        "sft": {"role": "student", "steps": 1, "batch_size": 1, "row_length": 96},
         "lora": {},
         "optimizer": {"learning_rate": 1e-3},
         "mesh": {},

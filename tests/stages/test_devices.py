@@ -126,16 +126,16 @@ def sections(section: Section, tmp_path: Path) -> Sections:
     model = rl["policy"] | {
         "architecture": rl["policy"]["architecture"] | {"num_kv_heads": 2}
     }
-    rl |= {"policy": model, "student": model}
+    rl |= {"policy": model, "students": [model]}
     rl["loop"] |= {"steps": 3, "updates_per_rollout": 2, "sync_every": 1}
     rl["optimizer"] = {"learning_rate": 1e-3}
-    collect |= {"teacher": {"path": "{workdir}/rl"}, "student": model}
+    collect |= {"teacher": {"path": "{workdir}/rl"}, "students": [model]}
     for part in (rl, collect):
         part["rows"] = {"micro_batch_size": 4, "row_length": 128}
     score = {
         "stage": "score",
-        **{name: collect[name] for name in ("teacher", "student", "students")},
-        **{name: collect[name] for name in ("template", "reward")},
+        **{name: collect[name] for name in ("teacher", "students", "ensemble")},
+        **{name: collect[name] for name in ("template", "rlt_reward")},
         "data": {"path": str(tmp_path / "rows.jsonl")},
         "select": {},
         "teacher_temperature": 0.7,

@@ -15,7 +15,7 @@ import pytest
 from rlt_jax.costs import compiled as costs
 from rlt_jax.costs import hlo
 from rlt_jax.errors import UserError
-from rlt_jax.inference import log_probs
+from rlt_jax.inference import head
 from rlt_jax.stages.plan import (
     PlanConfig,
     compile_program,
@@ -58,7 +58,7 @@ def get_config(topology):
     config.warmup = {{
         "stage": "sft",
         "model": trained,
-        "sft": {{"format": "teacher", "steps": 3, "batch_size": 2, "row_length": {ROWS}}},
+        "sft": {{"role": "teacher", "steps": 3, "batch_size": 2, "row_length": {ROWS}}},
         "lora": {{}},
         "optimizer": {{"learning_rate": 1e-3}},
         "mesh": mesh,
@@ -67,12 +67,12 @@ def get_config(topology):
         "stage": "rl",
         "policy": trained | {{"architecture": None, "path": "{{workdir}}/warmup",
                               "tokenizer": ""}},
-        "student": frozen,
-        "students": {{}},
+        "students": (frozen,),
+        "ensemble": {{}},
         "rows": {{"micro_batch_size": 2, "row_length": {ROWS}}},
         "sampling": {{"max_new_tokens": 512}},
         "engine": {{"slots": 64, "steps": 4, "prefill_chunk": 128, "weights": "bfloat16"}},
-        "reward": {{}},
+        "rlt_reward": {{}},
         "objective": {{}},
         "loop": {{"steps": 2, "batch_size": 2, "group_size": 4}},
         "lora": {{}},
@@ -81,7 +81,8 @@ def get_config(topology):
     }}
     config.collect = {{
         **{{key: config.rl[key].to_dict() for key in (
-            "student", "students", "rows", "sampling", "engine", "reward", "mesh")}},
+            "ensemble", "rows", "sampling", "engine", "rlt_reward", "mesh")}},
+        "students": (frozen,),
         "stage": "collect",
         "teacher": frozen | {{"architecture": None, "path": "{{workdir}}/rl",
                              "tokenizer": ""}},
@@ -113,7 +114,7 @@ def compiled(recipe: Path) -> Callable[[str], Any]:
     sections, programs = read_recipe(c, c.topology), {}
     # So few logits at a time that rows have several chunks.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs, "LOGITS_PER_CHUNK", 2**21)
+        patch.setattr(head, "LOGITS_PER_CHUNK", 2**21)
         for name in sections["pipeline"]:
             section = sections[name]
             mesh = slice_mesh(c.topology, section["mesh"])
@@ -145,7 +146,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("warmup", ["update"]),
         pytest.param(
             "rl",
-            ["mix", "update", "reference", "score", "decode", "prefill", "weights"],
+            [
+                "mix",
+                "update",
+                "reward",
+                "student_log_probs",
+                "log_probs",
+                "decode",
+                "prefill",
+                "weights",
+            ],
             marks=pytest.mark.slow,
         ),
     ],
@@ -218,8 +228,9 @@ def test_collection_and_evaluation_are_lowered(recipe: Path) -> None:
         made = PROGRAMS[name](sections[name], sections, mesh, Lengths(64, 64))
         names[name] = [program.name for program in made]
         made[-1].jitted.lower(*made[-1].args)
-    assert names["collect"] == ["weights", "prefill", "decode", "score"]
-    assert names["evaluate"] == ["weights", "prefill", "decode"]
+    rollout = ["weights", "prefill", "decode"]
+    assert names["collect"] == [*rollout, "log_probs", "student_log_probs", "reward"]
+    assert names["evaluate"] == rollout
 
 
 def test_a_recipe_is_given_what_stands_behind_its_file() -> None:
@@ -285,10 +296,11 @@ def gathered(text: str) -> list[hlo.Array]:
 
 
 UPDATES = ("warmup/update", pytest.param("rl/update", marks=pytest.mark.slow))
-FORWARD = ("rl/score", "rl/decode", "rl/prefill")
+LOG_PROBS = ("rl/log_probs", "rl/student_log_probs")
+FORWARD = (*LOG_PROBS, "rl/reward", "rl/decode", "rl/prefill")
 
 
-@pytest.mark.parametrize("name", [*UPDATES, "rl/score"])
+@pytest.mark.parametrize("name", [*UPDATES, *LOG_PROBS])
 def test_no_parameter_is_gathered_whole(
     name: str, compiled: Callable[[str], Any]
 ) -> None:

@@ -20,8 +20,10 @@ from rlt_jax.training.metrics import read_jsonl
 
 Section = Callable[[str], dict[str, Any]]
 RunStage = Callable[[dict[str, Any], Path], Path]
-# Of steps after the checkpoint, the last one half written.
-LEFTOVERS = '{"step": 3, "value": 0}\n{"step": 4, "val'
+# Records of steps after the checkpoint, the last one cut off.
+LEFTOVERS = """{"step": 3, "split": "train", "value": 0}
+{"step": 4, "split": "held_out", "value": 0}
+{"step": 4, "val"""
 
 
 @pytest.fixture

@@ -1,15 +1,23 @@
-"""The RL loop beyond its plainest setting."""
+"""The RL loop beyond its default settings."""
 
+import itertools
 import json
+import logging
 import shutil
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
+from rlt_jax.training import checkpoint
 from rlt_jax.training.checkpoint import find_model
 from rlt_jax.training.metrics import read_jsonl
 
@@ -29,9 +37,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def student_rl(section: Section) -> dict[str, Any]:
     """Correctness RL: no student, no RLT term."""
     rl = section("rl")
-    rl["student"] = None
-    rl["terms"] = {"correctness": {}, "length": {"budget": 2, "weight": 0.1}}
-    rl["loop"]["format"] = "student"
+    rl["students"] = []
+    rl["reward_terms"] = {"correctness": {}, "length": {"budget": 2, "weight": 0.1}}
+    rl["loop"]["role"] = "student"
     return rl
 
 
@@ -39,9 +47,9 @@ def test_several_students_and_a_balanced_kl(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:
     rl = section("rl")
-    rl["student"] = [rl["student"], rl["student"]]
-    rl["students"] = {"combine": "weights", "weights": (3.0, 1.0)}
-    rl["reward"] = {"explanation_kl_coef": "auto"}
+    rl["students"] *= 2
+    rl["ensemble"] = {"combine": "weights", "weights": (3.0, 1.0)}
+    rl["rlt_reward"] = {"explanation_kl_coef": "auto"}
     folder = run_stage(rl, tmp_path)
     result = summary(folder)
     score, divergence = (
@@ -57,7 +65,7 @@ def test_several_students_and_a_balanced_kl(
     assert all(np.isfinite(list(row.values())).all() for row in rows)
 
 
-def test_correctness_rl_needs_no_student(
+def test_correctness_rl_needs_no_students(
     student_rl: dict[str, Any], run_stage: RunStage, tmp_path: Path
 ) -> None:
     student_rl["loop"]["updates_per_rollout"] = 2
@@ -85,7 +93,7 @@ def test_self_teaching_follows_the_policy(
     rl["loop"]["offload"] = False
     name = "reward/solution_score_mean"
     assert [row[name] for row in offloaded] == [row[name] for row in fixed]
-    rl["student"] = None
+    rl["students"] = []
     rl["loop"]["self_teaching"] = True
     own = metrics(run_stage(rl, tmp_path / "own"))
     rl["loop"]["offload"] = True
@@ -102,7 +110,7 @@ def test_adapters_are_trained_on_what_the_merged_policy_writes(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:
     rl = section("rl")
-    rl["student"] = None
+    rl["students"] = []
     rl["loop"]["self_teaching"] = True
     full = metrics(run_stage(rl, tmp_path / "full"))
     rl["lora"] = {"rank": 4}
@@ -157,7 +165,71 @@ def test_the_best_policy_is_a_model_of_its_own(
         assert find_model(str(folder / "best")) == folder / "best"
 
 
-def test_a_run_without_a_sound_step_stops(
+@pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4]), (3, [0, 3, 4])])
+def test_each_held_out_evaluation_runs_once(
+    every: int,
+    steps: list[int],
+    student_rl: dict[str, Any],
+    run_stage: RunStage,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    student_rl["loop"] |= {"steps": 4, "evaluate_every": every}
+    with caplog.at_level(logging.INFO, "rlt_jax"):
+        folder = run_stage(student_rl, tmp_path)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum(text.startswith("held out, ") for text in messages) == len(steps)
+    held_out = student_rl["held_out"]["size"]
+    records = read_jsonl(folder / "samples.jsonl")
+    evaluated = [x["step"] for x in records if x["split"] == "held_out"]
+    assert evaluated == [step for step in steps for _ in range(held_out)]
+    rewards = {
+        row["step"] + 1: row["held_out/reward"]
+        for row in metrics(folder)
+        if "held_out/reward" in row
+    }
+    assert list(rewards) == steps[1:]
+    assert summary(folder)["held_out_reward_last"] == rewards[4]
+
+
+@pytest.mark.parametrize("best_step", [0, 2, 4])
+def test_the_policy_with_the_best_held_out_reward_is_kept(
+    best_step: int,
+    student_rl: dict[str, Any],
+    run_stage: RunStage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mesh: Mesh,
+) -> None:
+    """The rewards are the same for all completions, and largest at one step."""
+    calls = itertools.count()  # an evaluation, 2 steps, an evaluation, ...
+    values = {0: 1.0, 3: 2.0, 6: 3.0}
+    values[3 * best_step // 2] = 4.0
+
+    def reward(problems: Sequence[Problem], *_: Any) -> np.ndarray:
+        return np.full(len(problems), values.get(next(calls), 0.0))
+
+    module = types.SimpleNamespace(reward=reward)
+    monkeypatch.setitem(sys.modules, "user_rewards", module)
+    student_rl["reward_terms"] = {"user": {"function": "user_rewards:reward"}}
+    # Equal rewards have no gradient; the weight decay changes the parameters.
+    student_rl["optimizer"]["weight_decay"] = 0.5
+    student_rl["loop"] |= {"steps": 4, "evaluate_every": 2}
+    folder = run_stage(student_rl, tmp_path)
+    assert next(calls) == 7
+    assert summary(folder)["best"] == 4.0
+    if not best_step:
+        assert not (folder / "best").exists()
+        return
+    best, last = (
+        checkpoint.load(checkpoint.ModelSource(str(path)), mesh, jax.random.key(0))
+        for path in (folder / "best", folder)
+    )
+    same = jax.tree.map(np.array_equal, best.params, last.params)
+    assert all(jax.tree.leaves(same)) == (best_step == 4)
+
+
+def test_a_run_whose_steps_are_all_skipped_stops(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:
     rl = section("rl")
@@ -170,11 +242,15 @@ def test_a_run_without_a_sound_step_stops(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": None}, "the term `rlt` needs a student"),
-        ({"terms": {"correctness": {}}}, "a student needs that term"),
-        ({"terms": {"rltt": {}}}, "reward term 'rltt'"),
-        ({"loop": {"self_teaching": True}}, "set `student` to None"),
-        ({"loop": {"format": "both"}}, "loop.format='both'"),
+        ({"students": ()}, "the term `rlt` needs students"),
+        ({"reward_terms": {"correctness": {}}}, "students need that term"),
+        ({"reward_terms": {"rltt": {}}}, "reward term 'rltt'"),
+        (
+            {"reward_terms": {"value": {"function": "math:sqrt"}}},
+            "reward term 'value': the name of the sum; pick another",
+        ),
+        ({"loop": {"self_teaching": True}}, "set `students` to \\(\\)"),
+        ({"loop": {"role": "both"}}, "loop.role='both'"),
         ({"loop": {"group_size": 1}}, "at least 2"),
     ],
 )

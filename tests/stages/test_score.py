@@ -30,11 +30,11 @@ def config(tmp_path: Path) -> ml_collections.ConfigDict:
             "seed": 0,
             "stage": "score",
             "teacher": {"path": "embedded"},
-            "student": {"path": "embedded"},
-            "students": {},
+            "students": ({"path": "embedded"},),
+            "ensemble": {},
             "template": "tiny",
             "data": {"path": str(data)},
-            "reward": {},
+            "rlt_reward": {},
             "select": {"best_per_question": 1},
             "teacher_temperature": 0.7,
             "batch_size": 4,
@@ -72,7 +72,7 @@ def test_a_run_that_was_cut_off_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config.reward = {"explanation_kl_coef": "auto"}
+    config.rlt_reward = {"explanation_kl_coef": "auto"}
     run_pipeline(config, tmp_path / "whole")
     append = score.append_jsonl
 

@@ -1,4 +1,4 @@
-"""Stage `sft`: what it learns from, what it leaves out, and its held-out loss."""
+"""Stage `sft`: data formats, traces that are too long, held-out loss."""
 
 import json
 import logging
@@ -16,12 +16,14 @@ import pytest
 from jax.sharding import Mesh
 
 from rlt_jax.data import pipeline
-from rlt_jax.data.examples import Row, student_row
+from rlt_jax.data.examples import Example, Renderer, student_examples
+from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.stages import run_pipeline, sft_programs
+from rlt_jax.stages import run_pipeline, sft
+from rlt_jax.training.learner import make_learner
 from rlt_jax.training.lora import LoRAConfig, make_tuning
 from rlt_jax.training.metrics import read_jsonl
 from rlt_jax.training.state import state_shardings
@@ -204,51 +206,47 @@ def test_the_held_out_loss_is_in_its_rows(
 
 
 @pytest.fixture
-def held_out(tokenizer: Tokenizer, tiny: Template) -> list[Row]:
+def held_out(tokenizer: Tokenizer, tiny: Template) -> list[Example]:
     kinds = {"kinds": {"careful": 0.5, "skipping": 0.5}, "known_answer": False}
     data = {"task": "arithmetic", "split": "test", "size": 11} | kinds
     traces = pipeline.load_traces(data, tiny, seed=0)
-    return [student_row(tokenizer, tiny, trace) for trace in traces]
+    return student_examples(Renderer(tokenizer, tiny, "student"), traces)
 
 
-def make_evaluate(
-    rows: list[Row], parts: int, model: Transformer, params: Params, mesh: Mesh
-) -> Callable[[Params], float]:
-    batches = pipeline.all_batches(rows, 4, 100)
-    assert len(batches) > 1
-    assert not all(batch["segment_ids"].any(axis=1).all() for batch in batches)
-    tuning, _ = make_tuning(LoRAConfig(), model, params, mesh, jax.random.key(0))
-    shardings = state_shardings(model, optax.sgd(1.0), mesh)
-    return sft_programs.make_evaluation(batches, tuning, mesh, shardings, parts)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_held_out_loss_is_the_mean_over_all_tokens(
-    parts: int,
-    held_out: list[Row],
+    micro_batches: int,
+    held_out: list[Example],
     text_model: Transformer,
     student_params: Params,
     mesh: Mesh,
     naive_log_probs: LogProbs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    traced, token_stats = [], sft_programs.token_stats
+    traced, log_probs_and_entropy = [], sft.log_probs_and_entropy
 
     def counted(*args: Any, **options: Any) -> Any:
         traced.append(args)
-        return token_stats(*args, **options)
+        return log_probs_and_entropy(*args, **options)
 
-    monkeypatch.setattr(sft_programs, "token_stats", counted)
-    evaluate = make_evaluate(held_out, parts, text_model, student_params, mesh)
-    found = evaluate(student_params)
+    monkeypatch.setattr(sft, "log_probs_and_entropy", counted)
+    batches = pipeline.all_batches(held_out, RowShape(4 // micro_batches, 100), 4)
+    assert len(batches) > 1
+    assert {len(batch.tokens) for batch in batches} == {micro_batches}
+    assert not all(batch.segment_ids.any(axis=-1).all() for batch in batches)
+    low_rank, tx, key = LoRAConfig(), optax.sgd(1.0), jax.random.key(0)
+    tuning, params = make_tuning(low_rank, text_model, student_params, mesh, key)
+    shardings = state_shardings(text_model, tx, mesh)
+    learner = make_learner(sft.next_token_loss, tuning, tx, mesh, shardings)
+    loss = sft.held_out_loss(learner, params, batches, mesh)
     first = len(traced)
-    assert evaluate(student_params) == found
-    assert len(traced) == first == 1  # a program for all batches and all times
+    assert sft.held_out_loss(learner, params, batches, mesh) == loss
+    assert len(traced) == first == 1  # all batches and all calls share one program
     learned = []
-    for row in held_out:
-        log_probs = naive_log_probs(text_model, student_params, row.tokens[None])[0]
-        learned += log_probs[row.loss_mask].tolist()
-    np.testing.assert_allclose(found, -np.mean(learned), rtol=1e-5)
+    for one in held_out:
+        log_probs = naive_log_probs(text_model, student_params, one.tokens[None])[0]
+        learned += log_probs[one.loss_mask].tolist()
+    np.testing.assert_allclose(loss, -np.mean(learned), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
@@ -270,13 +268,13 @@ def test_a_student_of_another_family(
     run_pipeline(ml_collections.ConfigDict(config), tmp_path)
 
     learned = []
-    for trace in pipeline.load_traces(values["held_out"], tiny, seed=0):
-        row = student_row(tokenizer, tiny, trace)
-        tokens = torch.from_numpy(row.tokens.astype(np.int64))
+    traces = pipeline.load_traces(values["held_out"], tiny, seed=0)
+    for one in student_examples(Renderer(tokenizer, tiny, "student"), traces):
+        tokens = torch.from_numpy(one.tokens.astype(np.int64))
         with torch.no_grad():
             logits = theirs(tokens[None]).logits[0, :-1]
         chosen = torch.log_softmax(logits, -1).gather(1, tokens[1:, None])[:, 0]
-        learned += chosen[torch.from_numpy(row.loss_mask[1:])].tolist()
+        learned += chosen[torch.from_numpy(one.loss_mask[1:])].tolist()
     done = summary(tmp_path / "student")
     np.testing.assert_allclose(
         done["held_out_loss_first"], -np.mean(learned), atol=1e-4

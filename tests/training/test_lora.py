@@ -1,4 +1,4 @@
-"""Adapters beside frozen kernels: what they are, what they learn, what they merge to."""
+"""Low-rank adapters: initial values, training, merging, sharding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,23 +14,27 @@ from jax.sharding import Mesh, PartitionSpec
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.stages import sft
+from rlt_jax.stages.sft import next_token_loss
+from rlt_jax.training.learner import make_learner
 from rlt_jax.training.lora import LoRAConfig, Tuning, combine, make_tuning
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.sharding import param_shardings
 from rlt_jax.training.state import new_state, state_shardings
-from rlt_jax.types import Params, TrainState
+from rlt_jax.types import Batch, Params, TrainState
 
 FullLogits = Callable[[Transformer, Params, np.ndarray], np.ndarray]
 KEY = jax.random.key(0)
 ADAM = make_optimizer(OptimizerConfig(1e-2), 5)
 TOKENS = np.random.default_rng(0).integers(1, 40, (2, 9), np.int32)
-BATCH = {
-    "tokens": TOKENS,
-    "segment_ids": np.ones_like(TOKENS),
-    "positions": np.broadcast_to(np.arange(9, dtype=np.int32), TOKENS.shape),
-    "loss_mask": np.ones(TOKENS.shape, bool),
-}
+POSITIONS = np.broadcast_to(np.arange(9, dtype=np.int32), TOKENS.shape)
+LEARNED = (POSITIONS > 0).astype(np.float32)
+BATCH = Batch(
+    tokens=TOKENS[None],
+    positions=POSITIONS[None],
+    segment_ids=np.ones_like(TOKENS[None]),
+    num_micro_batches=np.int32(1),
+    loss_weights=(LEARNED / LEARNED.sum())[None],
+)
 
 
 def filled(adapters: Params) -> Params:
@@ -49,9 +53,9 @@ def train(
     """The state after some steps on one batch, and its loss before the last step."""
     shardings = state_shardings(tuning.model, tx, mesh)
     state = new_state(trained, tx, shardings)
-    update = sft.jit_update(tuning.model, tx, mesh, shardings)
+    learner = make_learner(next_token_loss, tuning, tx, mesh, shardings)
     for _ in range(steps):
-        state, metrics = update(state, BATCH, tuning.frozen)
+        state, metrics = learner.update(state, BATCH)
     return state, float(metrics["sft/loss"])
 
 

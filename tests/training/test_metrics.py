@@ -10,7 +10,7 @@ import pytest
 from rlt_jax.training.metrics import (
     MetricWriter,
     append_jsonl,
-    keep_rows_before,
+    keep_records,
     keep_whole_batches,
     read_jsonl,
     steps,
@@ -107,15 +107,15 @@ def test_a_file_of_one_cut_off_line_is_begun_afresh(file: Path) -> None:
     assert read_jsonl(file) == [{"step": 0}]
 
 
-def test_keep_rows_before(file: Path) -> None:
-    keep_rows_before(file, 3)
+def test_keep_records(file: Path) -> None:
+    keep_records(file, lambda record: record["step"] < 3)
     assert not file.exists()
     append_jsonl(file, [{"step": step} for step in (0, 1, 3, 2, 7)])
     with file.open("a") as lines:
         lines.write('{"step": 1')
-    keep_rows_before(file, 3)
+    keep_records(file, lambda record: record["step"] < 3)
     assert steps_of(file) == [0, 1, 2]
-    keep_rows_before(file, 0)
+    keep_records(file, lambda record: False)
     assert steps_of(file) == []
     assert list(file.parent.iterdir()) == [file], "nothing else is left behind"
 

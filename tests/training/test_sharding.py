@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from rlt_jax.errors import UserError
-from rlt_jax.inference.log_probs import token_log_probs
+from rlt_jax.inference.head import token_log_probs
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params, logical_axes
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -49,7 +49,7 @@ EIGHT_DEVICES = """
 import json, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
-from rlt_jax.inference.log_probs import token_log_probs
+from rlt_jax.inference.head import token_log_probs
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.training.sharding import *
