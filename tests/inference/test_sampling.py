@@ -1,4 +1,4 @@
-"""Which tokens may be drawn, how often they are, and what they are said to cost."""
+"""Which tokens can be sampled, how often they are, and their log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ FILTERED = jax.jit(_filter, static_argnums=1)
 PROBS = (0.4, 0.3, 0.15, 0.1, 0.05)
 
 
-def drawn(
-    logits: np.ndarray, draws: int, seen: tuple[int, ...] = (), **settings: float
+def sample_many(
+    logits: np.ndarray, count: int, seen: tuple[int, ...] = (), **settings: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [draws] and their log-probs, all from the same logits [V]."""
+    """Tokens [count] and their log-probs, all from the same logits [V]."""
     V = len(logits)
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, V))
-    marks = np.zeros((draws, V), bool)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, V))
+    marks = np.zeros((count, V), bool)
     marks[:, list(seen)] = True
-    keys = jax.random.split(jax.random.key(1), draws)
+    keys = jax.random.split(jax.random.key(1), count)
     tokens, log_probs = SAMPLE(rows, keys, SamplingConfig(1, **settings), marks)
     return np.asarray(tokens), np.asarray(log_probs)
 
@@ -43,13 +43,13 @@ def drawn(
         # 0.4, 0.3 and 0.15 of 0.85: two of them reach 0.82, two of all only 0.7.
         ({"top_k": 3, "top_p": 0.8}, 2),
         ({"top_k": 4, "top_p": 0.99, "min_p": 0.3}, 3),
-        # At half the temperature the chances are 0.56, 0.32, 0.08, 0.04 and 0.01.
+        # At half the temperature the probabilities are 0.56, 0.32, 0.08, 0.04 and 0.01.
         ({"temperature": 0.5, "top_p": 0.85}, 2),
         ({"temperature": 0.5, "min_p": 0.2}, 2),
         ({"temperature": 2.0, "min_p": 0.49}, 4),
     ],
 )
-def test_filters_keep_what_a_hand_would(settings: dict[str, float], kept: int) -> None:
+def test_filters_by_hand(settings: dict[str, float], kept: int) -> None:
     config = SamplingConfig(1, **settings)
     order = np.array([3, 0, 4, 1, 2])
     scores = jnp.log(jnp.array(PROBS)[order])[None] / config.temperature
@@ -61,32 +61,32 @@ def test_filters_keep_what_a_hand_would(settings: dict[str, float], kept: int) -
 def test_tokens_as_likely_as_the_last_one_kept_stay(
     settings: dict[str, float],
 ) -> None:
-    tokens, _ = drawn(np.log([0.1, 0.3, 0.3, 0.3]), 100, **settings)
+    tokens, _ = sample_many(np.log([0.1, 0.3, 0.3, 0.3]), 100, **settings)
     assert set(tokens) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_tokens_are_drawn_as_often_as_they_are_likely(temperature: float) -> None:
-    # Three blocks of tokens, one of them with chances all of its own.
+def test_tokens_have_the_frequencies_of_their_probabilities(temperature: float) -> None:
+    # Three blocks of tokens, one of them with higher probabilities.
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 0.5, 300)
     logits[130:140] += 3
     logits[[0, 127, 128, 255, 256, 299]] += 4
     likely = np.exp(logits / temperature)
     likely /= likely.sum()
-    tokens, log_probs = drawn(logits, 40_000, temperature=temperature)
+    tokens, log_probs = sample_many(logits, 40_000, temperature=temperature)
     shares = np.bincount(tokens, minlength=300) / 40_000
-    # Five standard deviations of a share; a token in 300 may be seldom.
+    # Five standard deviations of a share; a token in 300 may be rare.
     deviation = np.sqrt(likely * (1 - likely) / 40_000)
     assert (np.abs(shares - likely) < 5 * deviation + 1e-4).all()
     np.testing.assert_allclose(np.exp(log_probs), likely[tokens], rtol=1e-5)
 
 
-def test_no_token_without_a_chance_is_drawn() -> None:
+def test_no_token_of_probability_zero_is_sampled() -> None:
     # Only the first and the last token of blocks 0 and 2, and nothing else at all.
     logits = np.full(390, -np.inf)
     logits[[0, 127, 256, 389]] = 0.0
-    tokens, log_probs = drawn(logits, 4000)
+    tokens, log_probs = sample_many(logits, 4000)
     assert set(tokens) == {0, 127, 256, 389}
     np.testing.assert_allclose(log_probs, np.log(0.25), rtol=1e-6)
 
@@ -94,30 +94,30 @@ def test_no_token_without_a_chance_is_drawn() -> None:
 def test_filters_leave_the_log_probs_alone() -> None:
     logits = np.log(PROBS)
     settings = {"top_k": 2, "repetition_penalty": 1.5}
-    tokens, log_probs = drawn(logits, 50, seen=(0,), **settings)
+    tokens, log_probs = sample_many(logits, 50, seen=(0,), **settings)
     np.testing.assert_allclose(log_probs, logits[tokens], rtol=1e-5)
 
 
-def test_the_penalty_holds_for_what_was_seen() -> None:
-    # 2 becomes 1 and -1 becomes -2: the chances are as 1, exp(0), exp(-1), exp(-2).
+def test_the_penalty_applies_to_tokens_that_were_seen() -> None:
+    # 2 becomes 1 and -1 becomes -2: the odds are exp(1), exp(0), exp(-1), exp(-2).
     logits = np.array([2.0, 0.0, -1.0, -1.0])
     likely = np.exp([1.0, 0.0, -1.0, -2.0])
     likely /= likely.sum()
-    tokens, _ = drawn(logits, 20_000, seen=(0, 3), repetition_penalty=2.0)
+    tokens, _ = sample_many(logits, 20_000, seen=(0, 3), repetition_penalty=2.0)
     shares = np.bincount(tokens, minlength=4) / 20_000
     np.testing.assert_allclose(shares, likely, atol=0.015)
     greedy = {"temperature": 0, "repetition_penalty": 3.0}
-    assert (drawn([2.0, 1.0, 0.5], 3, seen=(0,), **greedy)[0] == 1).all()
-    assert (drawn([-2.0, -1.0, -4.0], 3, seen=(1,), **greedy)[0] == 0).all()
+    assert (sample_many([2.0, 1.0, 0.5], 3, seen=(0,), **greedy)[0] == 1).all()
+    assert (sample_many([-2.0, -1.0, -4.0], 3, seen=(1,), **greedy)[0] == 0).all()
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
-    tokens, log_probs = drawn(np.log([0.1, 0.4, 0.1, 0.4]), 3, temperature=0)
+    tokens, log_probs = sample_many(np.log([0.1, 0.4, 0.1, 0.4]), 3, temperature=0)
     assert tokens.tolist() == [1, 1, 1]
     np.testing.assert_allclose(np.exp(log_probs), 0.4, rtol=1e-5)
 
 
-def test_a_row_draws_by_its_own_key_and_logits_alone() -> None:
+def test_a_sample_depends_on_its_own_key_and_logits_alone() -> None:
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(0, 1, (6, 200)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 6)
@@ -158,7 +158,7 @@ def test_transformers_keeps_the_same_tokens(settings: dict[str, float]) -> None:
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_transformers_penalises_alike() -> None:
+def test_transformers_has_the_same_penalty() -> None:
     torch = pytest.importorskip("torch")
     processors = pytest.importorskip("transformers.generation.logits_process")
     rng = np.random.default_rng(0)
