@@ -133,15 +133,22 @@ def update(
 
         shapes = jax.eval_shape(gradient, state.params, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total = jax.lax.fori_loop(0, batch.num_micro_batches, add, zeros)
+        (loss, metrics), grads = zeros
+        lowest = {name: x - jnp.inf for name, x in metrics.items() if _is_maximum(name)}
+        start = (loss, metrics | lowest), grads
+        total = jax.lax.fori_loop(0, batch.num_micro_batches, add, start)
         (loss, metrics), grads = total
     state, step_metrics = apply_gradients(state, grads, tx, loss, max_norm)
     return state, metrics | step_metrics
 
 
+def _is_maximum(name: str) -> bool:
+    return name.endswith("_max")
+
+
 def _added(sums: Metrics, metrics: Metrics) -> Metrics:
     return {
-        name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[name], value)
+        name: (jnp.maximum if _is_maximum(name) else jnp.add)(sums[name], value)
         for name, value in metrics.items()
     }
 
