@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from rlt_jax.api import compile_log_probs, jit_rlt_reward
@@ -21,12 +22,16 @@ from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.inference.sampler import Request, Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
-from rlt_jax.rl.rewards import RewardFunction, Term, make_terms, uses_rlt
+from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, hosts, provenance, sharding
 from rlt_jax.training.checkpoint import LoadedModel
-from rlt_jax.types import Reward, Rollout
+from rlt_jax.training.learner import Learner, LossFn, make_learner
+from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
+from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlt_jax.training.state import new_state, state_shardings
+from rlt_jax.types import Reward, Rollout, TrainState
 
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {
@@ -158,9 +163,47 @@ def load_run(
     )
 
 
-def load_terms(config: Mapping[str, Any]) -> tuple[Term, ...]:
-    """The section `reward_terms`."""
-    return make_terms(config["reward_terms"])
+def load_mesh(config: Mapping[str, Any]) -> Mesh:
+    """The mesh of the section `mesh`, over all devices."""
+    return sharding.make_mesh(build(sharding.MeshConfig, config["mesh"], "mesh"))
+
+
+def load_learner(
+    config: Mapping[str, Any],
+    loss_fn: LossFn,
+    loaded: LoadedModel,
+    mesh: Mesh,
+    steps: int,
+    seed: int,
+    max_norm: float | None = None,
+) -> tuple[Learner, Tuning, TrainState]:
+    """The learner of sections `lora` and `optimizer`, and the first train state.
+
+    Args:
+      config: of the stage.
+      loss_fn: loss of a micro-batch.
+      loaded: the model; the state has copies of its parameters.
+      mesh: where everything runs.
+      steps: optimizer steps of the whole stage.
+      seed: of the adapters' initial weights.
+      max_norm: a step with a longer gradient is skipped; None for never.
+    """
+    low_rank = build(LoRAConfig, config["lora"], "lora")
+    key = jax.random.key(seed)
+    tuning, params = make_tuning(low_rank, loaded.model, loaded.params, mesh, key)
+    tx = load_optimizer(config, steps)
+    shardings = state_shardings(tuning.model, tx, mesh)
+    learner = make_learner(loss_fn, tuning, tx, mesh, shardings, max_norm)
+    return learner, tuning, new_state(params, tx, shardings)
+
+
+def load_optimizer(
+    config: Mapping[str, Any], steps: int
+) -> optax.GradientTransformation:
+    """The section `optimizer` for a number of steps."""
+    return make_optimizer(
+        build(OptimizerConfig, config["optimizer"], "optimizer"), steps
+    )
 
 
 def load_row_shape(config: Mapping[str, Any], mesh: Mesh) -> RowShape:
