@@ -5,20 +5,17 @@ made, with every loop counted as often as it turns. `unknown_trips` says how oft
 turn whose end depends on data, see `hlo.total`.
 """
 
+import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rlt_jax.costs.hlo import (
-    Computation,
-    Instruction,
-    Program,
-    fused,
-    inside,
-    parse,
-    total,
-)
+import jax
+
+from rlt_jax.costs import hlo
+from rlt_jax.costs.hlo import Computation, Instruction, Program
 
 
 class Memory(NamedTuple):
@@ -66,15 +63,14 @@ _FREE = {
 }
 
 
-def memory(compiled: Any) -> Memory:
+def memory(compiled: jax.stages.Compiled) -> Memory:
     """Memory of a `jax.stages.Compiled`."""
     sizes = compiled.memory_analysis()
-    arguments, outputs, temporaries, aliased, code = (
-        getattr(sizes, f"{name}_size_in_bytes")
-        for name in ("argument", "output", "temp", "alias", "generated_code")
-    )
+    names = ("argument", "output", "temp", "alias", "generated_code")
+    values = [getattr(sizes, f"{name}_size_in_bytes") for name in names]
+    arguments, outputs, temporaries, aliased, code = values
     peak = arguments + outputs + temporaries - aliased + code
-    return Memory(arguments, outputs, temporaries, aliased, code, peak)
+    return Memory(*values, peak)
 
 
 def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:
@@ -84,19 +80,16 @@ def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]
     twice that part of what an all-reduce reduces, that part of what goes into a
     reduce-scatter or an all-to-all, and all of what a collective-permute is given.
     """
-    program = parse(text)
-    found = total(program, lambda body: _collectives(program, body), unknown_trips)
-    return {
-        kind: Traffic(found[f"{kind} count"], found[f"{kind} bytes"])
-        for kind in _MOVED
-        if found.get(f"{kind} count")
-    }
+    program = hlo.parse(text)
+    own = functools.partial(_collectives, program)
+    found = Counter(hlo.total(program, own, unknown_trips))
+    pairs = {k: Traffic(found[f"{k} count"], found[f"{k} bytes"]) for k in _MOVED}
+    return {kind: traffic for kind, traffic in pairs.items() if traffic.count}
 
 
-def _collectives(program: Program, body: Computation) -> dict[str, float]:
-    costs: dict[str, float] = {}
-    channels = set()
-    for owner, line in inside(program, body):
+def _collectives(program: Program, body: Computation) -> Counter[str]:
+    costs, channels = Counter(), set()
+    for owner, line in hlo.inside(program, body):
         kind = line.opcode.removesuffix("-start")
         if kind not in _MOVED:
             continue
@@ -110,10 +103,8 @@ def _collectives(program: Program, body: Computation) -> dict[str, float]:
         size = sum(owner.instructions[name].bytes for name in line.operands)
         if kind == "all-reduce" and _is_scattered(owner, line):
             kind = "reduce-scatter"
-        moved = _MOVED[kind](size, _group_size(program, line.rest))
-        for what, cost in (("count", 1), ("bytes", moved)):
-            key = f"{kind} {what}"
-            costs[key] = costs.get(key, 0) + cost
+        costs[f"{kind} count"] += 1
+        costs[f"{kind} bytes"] += _MOVED[kind](size, _group_size(program, line.rest))
     return costs
 
 
@@ -147,13 +138,13 @@ def hbm_bytes(text: str, unknown_trips: Sequence[float]) -> float:
     count as the part that they touch, in fusions too. Custom calls, such as Pallas
     kernels, count as if they read every operand once.
     """
-    program = parse(text)
+    program = hlo.parse(text)
 
     def own(body: Computation) -> dict[str, float]:
         lines = body.instructions.values()
         return {"bytes": sum(_touched(program, body, line) for line in lines)}
 
-    return total(program, own, unknown_trips).get("bytes", 0)
+    return hlo.total(program, own, unknown_trips).get("bytes", 0)
 
 
 def _touched(program: Program, body: Computation, line: Instruction) -> float:
@@ -162,11 +153,9 @@ def _touched(program: Program, body: Computation, line: Instruction) -> float:
         return 0
     if line.opcode.endswith("-done"):
         return line.hbm_bytes
-    reads = sum(
-        _read(program, body, line, index)
-        for index in range(len(line.operands))
-        if body.operand(line, index).hbm_bytes
-    )
+    indices = range(len(line.operands))
+    stored = [index for index in indices if body.operand(line, index).hbm_bytes]
+    reads = sum(_read(program, body, line, index) for index in stored)
     if line.opcode.endswith("-start"):
         return reads
     written = zip(line.arrays, _written(program, body, line), strict=True)
@@ -185,7 +174,7 @@ def _read(program: Program, body: Computation, line: Instruction, index: int) ->
         return min(whole, line.arrays[result].bytes)
     if kind == "scatter" and index < len(line.operands) // 2:
         return body.operand(line, -1).bytes
-    if inner := fused(program, line):
+    if inner := hlo.fused(program, line):
         parameters = (x for x in inner.instructions.values() if x.opcode == "parameter")
         name = next(x.name for x in parameters if x.literal == str(index))
         return min(whole, _uses(program, inner, name))
@@ -220,6 +209,6 @@ def _written(program: Program, body: Computation, line: Instruction) -> list[flo
     if line.opcode == "scatter":
         updates = len(line.operands) // 2 + 1
         return [body.instructions[name].bytes for name in line.operands[updates:]]
-    if inner := fused(program, line):
+    if inner := hlo.fused(program, line):
         return _written(program, inner, inner.root)
     return [array.bytes for array in line.arrays]

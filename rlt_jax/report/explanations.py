@@ -39,21 +39,13 @@ def write_explanations(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 def explanation_tokens(row: Mapping[str, Any]) -> list[Token]:
     """Tokens of the explanation, red where the KL is large, blue where negative."""
-    arrays = (
-        "explanation_tokens",
-        "explanation_kl_tokens",
-        "teacher_log_probs_explanation",
-        "student_log_probs_explanation",
+    names = "teacher_log_probs_explanation", "student_log_probs_explanation"
+    columns = (
+        row[name] for name in ("explanation_tokens", "explanation_kl_tokens", *names)
     )
     return [
-        Token(
-            text,
-            _colour(divergence),
-            f"KL {divergence:.3f} = teacher {teacher:.3f} - student {student:.3f}",
-        )
-        for text, divergence, teacher, student in zip(
-            *(row[name] for name in arrays), strict=True
-        )
+        Token(text, _colour(kl), f"KL {kl:.3f} = teacher {t:.3f} - student {s:.3f}")
+        for text, kl, t, s in zip(*columns, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -71,30 +72,20 @@ def accuracy_bars(
     """One bar for each evaluation, with its 95% interval, in percent."""
     heights = [100 * value for value in accuracies.values()]
     spans = [100 * Z_95 * standard_errors[label] for label in accuracies]
-    tops = [height + span for height, span in zip(heights, spans)]
     places = range(len(heights))
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.add_subplot()
     style(axes)
-    axes.bar(places, heights, width=0.5, color=PALE, zorder=2)
     below = [min(height, span) for height, span in zip(heights, spans)]
-    axes.errorbar(
-        places, heights, [below, spans], fmt="none", ecolor=INK, capsize=5, zorder=3
-    )
-    for place, height, span, top in zip(places, heights, spans, tops):
-        axes.annotate(
-            f"{height:.1f} ± {span:.1f}",
-            (place, top),
-            (0, 5),
-            textcoords="offset points",
-            ha="center",
-            color=INK,
-        )
+    errors = {"yerr": [below, spans], "ecolor": INK, "capsize": 5}
+    bars = axes.bar(places, heights, width=0.5, color=PALE, zorder=2, **errors)
+    texts = [f"{height:.1f} ± {span:.1f}" for height, span in zip(heights, spans)]
+    axes.bar_label(bars, texts, padding=5, color=INK)
     wrap = max(90 // len(heights), 8)
     labels = [textwrap.fill(label.replace("_", " "), wrap) for label in accuracies]
     axes.set_xticks(places, labels, parse_math=False, color=INK)
     axes.set_xlim(-0.6, len(heights) - 0.4)
-    axes.set_ylim(0, max(*tops, 1.0) * 1.15)
+    axes.set_ylim(0, 1.15 * max(1.0, *map(sum, zip(heights, spans))))
     axes.set_ylabel("accuracy (%)", color=MUTED)
     return png(figure)
 
@@ -104,31 +95,26 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     steps = [row["step"] for row in present]
     values = [row[name] for row in present]
     style(axes)
-    marker = "o" if len(steps) <= 40 else None  # a lone point has no line to see
+    marker = "o" if len(steps) <= 40 else None  # a line of one point is invisible
     axes.plot(steps, values, color=BLUE, linewidth=1.6, marker=marker, markersize=3)
-    if name.endswith("_mean"):
-        spread = name.removesuffix("_mean") + "_std"
-        band = [row for row in present if row.get(spread) is not None]
+    std = name.removesuffix("_mean") + "_std"
+    band = [row for row in present if row.get(std) is not None]
+    if band and name.endswith("_mean"):
+        x, mean, spread = np.array(
+            [(row["step"], row[name], row[std]) for row in band]
+        ).T
         axes.fill_between(
-            [row["step"] for row in band],
-            [row[name] - row[spread] for row in band],
-            [row[name] + row[spread] for row in band],
-            color=BLUE,
-            alpha=0.15,
-            linewidth=0,
+            x, mean - spread, mean + spread, color=BLUE, alpha=0.15, linewidth=0
         )
-        if band:  # a few far outliers widen it; the line shall stay readable
-            usual = sorted(row[spread] for row in band)[len(band) // 2]
-            axes.set_ylim(min(values) - usual - 0.1, max(values) + usual + 0.1)
+        # A few outliers may have a wide band, but the line must stay readable.
+        usual = np.sort(spread)[len(spread) // 2] + 0.1
+        axes.set_ylim(min(values) - usual, max(values) + usual)
     words = re.split("[/_]", name)
-    axes.set_title(
-        " ".join(words), loc="left", fontsize=10, color=INK, parse_math=False
-    )
+    unit = next((unit for word, unit in UNITS.items() if word in words), "value")
+    title = {"loc": "left", "fontsize": 10, "color": INK, "parse_math": False}
+    axes.set_title(" ".join(words), **title)
     axes.set_xlabel("step", color=MUTED)
-    axes.set_ylabel(
-        next((unit for word, unit in UNITS.items() if word in words), "value"),
-        color=MUTED,
-    )
+    axes.set_ylabel(unit, color=MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.yaxis.set_major_formatter("{x:.6g}")
 

@@ -22,6 +22,7 @@ from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.inference.sampler import Request, Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
+from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
@@ -127,9 +128,6 @@ def load_run(
     check_choice("role", role, examples.ROLES)
     template = load_template(config["template"])
     row_shape = load_row_shape(config, mesh)
-    sampling = build(SamplingConfig, config["sampling"], "sampling")
-    reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
-    ensemble = build(EnsembleConfig, config["ensemble"], "ensemble")
     if uses_rlt(terms) != bool(students) or (students and role != "teacher"):
         raise UserError(
             f"reward_terms are {[term.name for term in terms]}, the role is {role!r} and "
@@ -138,34 +136,45 @@ def load_run(
         )
     # An explanation's closing tag ends a teacher's completion.
     stop = (template.explanation_tags[1],) if role == "teacher" else ()
+    models = [student.model for student in students]
+    programs, rlt = load_reward(config, policy.model, models, mesh)
     return Run(
         role=role,
         policy=policy,
         students=tuple(students),
         template=template,
         row_shape=row_shape,
-        sampling=sampling,
+        sampling=build(SamplingConfig, config["sampling"], "sampling"),
         sampler=load_sampler(policy, config, mesh, row_shape.row_length, stop),
-        rlt_reward=reward,
-        reward=RewardFunction(
-            tuple(terms),
-            template,
-            jit_rlt_reward(reward, ensemble, len(students), mesh) if students else None,
-        ),
-        programs=compile_log_probs(
-            policy.model,
-            [s.model for s in students],
-            sampling.temperature,
-            reward,
-            mesh,
-        ),
+        rlt_reward=build(RLTRewardConfig, config["rlt_reward"], "rlt_reward"),
+        reward=RewardFunction(tuple(terms), template, rlt),
+        programs=programs,
         mesh=mesh,
     )
 
 
-def load_mesh(config: Mapping[str, Any]) -> Mesh:
-    """The mesh of the section `mesh`, over all devices."""
-    return sharding.make_mesh(build(sharding.MeshConfig, config["mesh"], "mesh"))
+def load_reward(
+    config: Mapping[str, Any],
+    policy: Transformer,
+    students: Sequence[Transformer],
+    mesh: Mesh,
+) -> tuple[LogProbPrograms, jax.stages.Wrapped | None]:
+    """Programs for the log-probs, and for the RLT reward where there are students."""
+    reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
+    sampling = build(SamplingConfig, config["sampling"], "sampling")
+    programs = compile_log_probs(policy, students, sampling.temperature, reward, mesh)
+    if not students:
+        return programs, None
+    ensemble = build(EnsembleConfig, config["ensemble"], "ensemble")
+    return programs, jit_rlt_reward(reward, ensemble, len(students), mesh)
+
+
+def load_mesh(
+    config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of the section `mesh`, over some devices or, by default, over all."""
+    sizes = build(sharding.MeshConfig, config["mesh"], "mesh")
+    return sharding.make_mesh(sizes, devices)
 
 
 def load_learner(
