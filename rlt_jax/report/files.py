@@ -26,13 +26,13 @@ def read_lines(path: Path) -> list[Record]:
     """The rows of a JSON Lines file; errors as of `read_json`."""
     *lines, last = _bytes(path).split(b"\n")
     rows = [_parse(line, path) for line in lines if line.strip()]
-    try:
-        return [*rows, json.loads(last)] if last.strip() else rows
-    except ValueError as error:
-        raise UserError(
-            f"{path}: the last line is cut off. Where the stage has not ended, give its "
-            f"command again; else run it afresh, with --only={path.parent.name}."
-        ) from error
+    if last.strip():  # valid where another program wrote it without the last line end
+        message = (
+            "the last line is cut off. Run the stage again; where it has ended, with "
+            f"--only={path.parent.name}"
+        )
+        rows.append(_parse(last, path, message))
+    return rows
 
 
 def read_evaluation(folder: Path) -> list[Record]:
@@ -89,11 +89,11 @@ def _number(value: float | None, digits: int = 5) -> str:
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _parse(text: bytes, path: Path) -> Any:
+def _parse(text: bytes, path: Path, message: str = "not valid JSON") -> Record:
     try:
         return json.loads(text)
     except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"{path}: not valid JSON: {error}.") from error
+        raise UserError(f"{path}: {message}: {error}.") from error
 
 
 def _bytes(path: Path) -> bytes:
@@ -101,6 +101,5 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing. The stage {path.parent.name!r} writes it: run that "
-            "stage first, or name another stage."
+            f"{path} is missing; run the stage {path.parent.name!r}, which writes it."
         ) from error

@@ -19,18 +19,14 @@ WIDTH = 9.9  # inches, of every figure, so that a page scales all of them alike
 INK, MUTED, GRID = "#1f2328", "#59636e", "#dfe3e8"
 BLUE, PALE = "#2563c9", "#8db3ec"
 
-# The unit of a metric by a word of its name; the first word found decides.
+# Unit of a metric -> words of its name; the first unit with a word in the name counts.
 UNITS = {
-    "second": "per second",
-    "seconds": "seconds",
-    "length": "tokens",
-    "tokens": "tokens",
-    "fraction": "fraction",
-    "kl": "nats per token",
-    "entropy": "nats per token",
-    "score": "nats per token",
-    "value": "reward",
-    "penalty": "reward",
+    "per second": {"second"},
+    "seconds": {"seconds"},
+    "tokens": {"length", "tokens"},
+    "fraction": {"fraction"},
+    "nats per token": {"kl", "entropy", "score"},
+    "reward": {"value", "penalty"},
 }
 
 
@@ -110,7 +106,7 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         usual = np.sort(spread)[len(spread) // 2] + 0.1
         axes.set_ylim(min(values) - usual, max(values) + usual)
     words = re.split("[/_]", name)
-    unit = next((unit for word, unit in UNITS.items() if word in words), "value")
+    unit = next((unit for unit, of in UNITS.items() if of & {*words}), "value")
     title = {"loc": "left", "fontsize": 10, "color": INK, "parse_math": False}
     axes.set_title(" ".join(words), **title)
     axes.set_xlabel("step", color=MUTED)

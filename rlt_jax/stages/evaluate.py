@@ -107,16 +107,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     first, size = keep_whole_batches(file, c.batch_size), c.batch_size
     with progress(first, len(asked), workdir.name, unit="sample") as bar:
         if texts:
+            # Of predictions only the texts are known.
+            unknown = Rollout([], [], [], np.zeros(0, bool))
             starts = range(first, len(texts), size)
-            batches = (_without_tokens(texts[n : n + size]) for n in starts)
+            batches = (unknown._replace(texts=texts[n : n + size]) for n in starts)
         else:
             batches = _sample(config, template, asked, workdir, seed, first, bar)
         for rollout in batches:
             count = len(rollout.texts)
             part = asked[first : first + count]
-            hosts.from_first(
-                functools.partial(_append_graded, file, template, c, part, rollout)
-            )
+            graded = functools.partial(_graded, template, c.untagged, part, rollout)
+            hosts.from_first(lambda graded=graded: append_jsonl(file, graded()))
             first += count
             bar.update(count)
             hosts.stop_if_asked()
@@ -200,21 +201,12 @@ def _sample(
     return in_order(stream, config.evaluate.batch_size)
 
 
-def _without_tokens(texts: Sequence[str]) -> Rollout:
-    """A rollout of predictions, of which only the texts are known."""
-    return Rollout([], [], [], np.zeros(0, bool), texts)
-
-
-def _append_graded(
-    file: Path,
-    template: Template,
-    c: EvaluateConfig,
-    problems: Sequence[Problem],
-    rollout: Rollout,
-) -> None:
-    """Grades completions and appends a row for each to `samples.jsonl`."""
+def _graded(
+    template: Template, untagged: str, problems: Sequence[Problem], rollout: Rollout
+) -> list[dict[str, Any]]:
+    """Rows of `samples.jsonl`: completions with their verdicts."""
     extracted = [template.solution_of(text) for text in rollout.texts]
-    if c.untagged == "whole":
+    if untagged == "whole":
         pairs = zip(extracted, rollout.texts, strict=True)
         extracted = [whole if text is None else text for text, whole in pairs]
     verdicts, rows = grade(problems, extracted), []
@@ -236,7 +228,7 @@ def _append_graded(
             row["tokens"] = len(rollout.tokens[n])
             row["truncated"] = not rollout.finished[n]
         rows.append(row)
-    append_jsonl(file, rows)
+    return rows
 
 
 def _write_right(

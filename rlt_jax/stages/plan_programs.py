@@ -113,14 +113,10 @@ def rl_programs(
     programs += _add_resident(readers, state.opt_state, models, trips)
 
     per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
-    filled = batch._replace(
-        students=(),
-        log_probs=per_token if reads > bool(objective.beta) else None,
-        ref_log_probs=per_token if objective.beta else None,
-        advantages=per_token,
-        inverse_length=per_token,
-        loss_weights=per_token,
-    )
+    names = ["advantages", "inverse_length", "loss_weights"]
+    names += ["log_probs"] * (reads > bool(objective.beta))
+    names += ["ref_log_probs"] * bool(objective.beta)
+    filled = batch._replace(students=(), **dict.fromkeys(names, per_token))
     loss_fn = policy_loss(objective, sampling.temperature, E)
     placed = state_shardings(policy.model, tx, mesh)
     limit = objective.skip_gradient_norm
@@ -241,17 +237,13 @@ def _log_probs(
     (E,) = batch.closed.shape
     names = ["", "student_", *(f"student_{i}_" for i in range(1, len(students)))]
     jitted, batches = (compiled.policy, *compiled.students), (batch, *batch.students)
-    programs = [
-        Program(
-            f"{name}log_probs",
-            program,
-            (shape.params, sequences),
-            flops=_flops(forward_flops, shape, E, lengths),
+    programs = []
+    for n, shape in enumerate((policy, *students)):
+        flops, args = (
+            _flops(forward_flops, shape, E, lengths),
+            (shape.params, batches[n]),
         )
-        for name, program, shape, sequences in zip(
-            names, jitted, (policy, *students), batches, strict=False
-        )
-    ]
+        programs.append(Program(f"{names[n]}log_probs", jitted[n], args, flops=flops))
     if reward:
         coef = shapes.per_row(mesh, (), jnp.float32)
         args = (_filled(batch, mesh, compiled.vocabulary_kl != ()), coef)
@@ -263,13 +255,11 @@ def _add_resident(
     programs: Sequence[Program], kept: Any, models: Sequence[Params], trips: tuple
 ) -> list[Program]:
     """The programs with what stays beside their arguments: `kept`, the other models."""
-    return [
-        program._replace(
-            resident=(kept, [x for x in models if x is not program.args[0]]),
-            trips=trips,
-        )
-        for program in programs
-    ]
+    result = []
+    for program in programs:
+        others = [params for params in models if params is not program.args[0]]
+        result.append(program._replace(resident=(kept, others), trips=trips))
+    return result
 
 
 def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:

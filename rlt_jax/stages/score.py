@@ -79,16 +79,13 @@ class Scorer:
     Attributes:
       c: settings of the stage.
       template: system prompts, tags and delimiters.
+      kl_coef: weight of the explanation KL; "auto" until the first batch is scored.
     """
 
-    def __init__(
-        self,
-        c: ScoreConfig,
-        sections: dict[str, Any],
-        reward: RLTRewardConfig,
-        seed: int,
-    ) -> None:
+    def __init__(self, c: ScoreConfig, sections: dict[str, Any], seed: int) -> None:
         self.c, self._seed = c, seed
+        reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
+        self.kl_coef = reward.explanation_kl_coef
         self.template = load_template(sections["template"])
         mesh = setup.load_mesh(sections)
         teacher, *students = setup.load_models(sections, "teacher", mesh, seed)
@@ -103,23 +100,23 @@ class Scorer:
         self._origin = setup.provenance_of(*models, *temperatures)
 
     def score(
-        self, batch: list[TextCompletion], kl_coef: float, per_token: bool = False
+        self, batch: list[TextCompletion], per_token: bool = False
     ) -> list[dict[str, Any]]:
         """Scores of at most `batch_size` completions; see `api.make_scorer`."""
         # A smaller batch is filled up, so that nothing is compiled for its size.
         filled = batch + batch[-1:] * (self.c.batch_size - len(batch))
+        kl_coef = 0.0 if self.kl_coef == "auto" else self.kl_coef
         return self._score(filled, kl_coef, per_token)[: len(batch)]
 
-    def rows(
-        self, batch: list[TextCompletion], kl_coef: float, first: int
-    ) -> list[dict[str, Any]]:
+    def rows(self, batch: list[TextCompletion], first: int) -> list[dict[str, Any]]:
         """Rows for a batch whose first completion has the index `first`."""
-        scored = self.score(batch, kl_coef, self.c.per_token)
-        of_controls = self._controls(batch, kl_coef, first) if self.c.controls else {}
+        scored = self.score(batch, self.c.per_token)
+        of_controls = self._controls(batch, first) if self.c.controls else {}
         rows = []
         for n, completion in enumerate(batch):
             problem, explanation = completion.trace
             (student,) = student_examples(self._renderer, [completion.trace])
+            copied = controls.copied_share(explanation, problem.solution)
             rows.append(
                 {
                     "question": problem.question,
@@ -130,17 +127,15 @@ class Scorer:
                     "closed": completion.closed,
                     **scored[n],
                     **{f"reward_{name}": x[n] for name, x in of_controls.items()},
-                    "copied_share": controls.copied_share(
-                        explanation, problem.solution
-                    ),
+                    "copied_share": copied,
                     "student_tokens": len(student.tokens),
-                    "provenance": self._origin | {"explanation_kl_coef": kl_coef},
+                    "provenance": self._origin | {"explanation_kl_coef": self.kl_coef},
                 }
             )
         return rows
 
     def _controls(
-        self, batch: list[TextCompletion], kl_coef: float, first: int
+        self, batch: list[TextCompletion], first: int
     ) -> dict[str, list[float | None]]:
         """Control -> reward of each completion's control, None where there is none."""
         problems = [completion.trace.problem for completion in batch]
@@ -160,7 +155,7 @@ class Scorer:
             ]
             result[name] = [
                 None if text is None else row["reward"]
-                for text, row in zip(texts, self.score(given, kl_coef), strict=True)
+                for text, row in zip(texts, self.score(given), strict=True)
             ]
         return result
 
@@ -178,20 +173,18 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     values = config.to_dict()
     sections = {name: values.pop(name) for name in PARTS}
     c = build(ScoreConfig, values, "config")
-    reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
     selection = build(SelectionConfig, sections["select"], "select")
-    scorer = Scorer(c, sections, reward, seed)
+    scorer = Scorer(c, sections, seed)
     file = workdir / "scores.jsonl"
     first = keep_whole_batches(file, c.batch_size)
-    kl_coef = reward.explanation_kl_coef
-    if first and kl_coef == "auto":
-        kl_coef = hosts.from_first(
+    if first and scorer.kl_coef == "auto":
+        scorer.kl_coef = hosts.from_first(
             lambda: next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
         )
     path = sections["data"]["path"]
     todo = _completions(path, scorer.template, c.assume_closed)
     todo = itertools.islice(todo, first, None)
-    if not write_scores(scorer, todo, kl_coef, file, first):
+    if not write_scores(scorer, todo, file, first):
         raise UserError(
             f"{path}: there is nothing to score; write one or more texts into the "
             "`completions` of a row, or a `reasoning_trace` instead."
@@ -209,7 +202,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         candidates.append(
             Candidate(row["question"], row["reward"], row["student_tokens"])
         )
-    kl_coef = row["provenance"]["explanation_kl_coef"]
     kept = set(select(selection, candidates))
     for n, row in enumerate(stream_jsonl(file)):
         if n in kept:
@@ -217,29 +209,24 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     order = sorted(range(len(candidates)), key=lambda n: -candidates[n].reward)
     count = c.num_examples
     shown = [n for i, n in enumerate(order) if i < count or i >= len(order) - count]
-    _write_examples(scorer, file, shown, kl_coef, workdir / "report")
+    _write_examples(scorer, file, shown, workdir / "report")
     return {
         "completions": len(candidates),
         "reward": float(np.mean([candidate.reward for candidate in candidates])),
         "selected": len(kept),
-        "explanation_kl_coef": kl_coef,
+        "explanation_kl_coef": scorer.kl_coef,
         "controls": {name: float(np.mean(x)) for name, x in rewards.items() if x},
     }
 
 
 def write_scores(
-    scorer: Scorer,
-    todo: Iterator[TextCompletion],
-    kl_coef: float | str,
-    file: Path,
-    first: int,
+    scorer: Scorer, todo: Iterator[TextCompletion], file: Path, first: int
 ) -> int:
     """Scores completions batch by batch and appends a row for each.
 
     Args:
       scorer: models and settings.
       todo: completions that are left to score.
-      kl_coef: weight of the explanation KL; "auto" computes it from the first batch.
       file: where rows are appended.
       first: number of rows in the file.
 
@@ -249,11 +236,12 @@ def write_scores(
     with progress(first, None, "score", unit="completion") as bar:
         while batch := list(itertools.islice(todo, scorer.c.batch_size)):
             hosts.agree_on_items("the completions of the data", batch)
-            if kl_coef == "auto":
-                kl_coef = balanced_kl_coef(*_sizes(scorer.score(batch, 0.0)))
-            rows = scorer.rows(batch, kl_coef, first)
+            if scorer.kl_coef == "auto":
+                scorer.kl_coef = balanced_kl_coef(*_sizes(scorer.score(batch)))
+            rows = scorer.rows(batch, first)
             if not first:
                 score, divergence = map(np.mean, _sizes(rows))
+                kl_coef = scorer.kl_coef
                 _LOG.info(
                     f"first batch: solution score {score:.4g}, explanation KL "
                     f"{divergence:.4g} times {kl_coef:.4g} = {divergence * kl_coef:.4g}"
@@ -281,9 +269,7 @@ def _completions(
             yield text_completion(template, problem, text, assume_closed)
 
 
-def _write_examples(
-    scorer: Scorer, file: Path, shown: list[int], kl_coef: float, folder: Path
-) -> None:
+def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) -> None:
     """Scores some rows of a file once more, token by token, for the page."""
     rows = dict.fromkeys(shown)
     rows |= {n: row for n, row in enumerate(stream_jsonl(file)) if n in rows}
@@ -299,7 +285,7 @@ def _write_examples(
             )
             for row in part
         ]
-        scored = scorer.score(batch, kl_coef, per_token=True)
+        scored = scorer.score(batch, per_token=True)
         examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
     if hosts.is_first():
         write_explanations(examples, folder)

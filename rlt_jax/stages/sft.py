@@ -8,7 +8,7 @@ solution).
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,12 @@ class SFTConfig:
             )
         if len(self.profile_steps) not in (0, 2):
             raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps}: at least 1.")
         check_choice("sft.role", self.role, examples.ROLES)
         check_choice("sft.overlong", self.overlong, selection.OVERLONG)
-        for name in ("traces_per_question", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"sft.{name}={getattr(self, name)}: at least 0.")
+        minima = {"steps": 1, "traces_per_question": 0, "evaluate_every": 0}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise UserError(f"sft.{name}={getattr(self, name)}: at least {least}.")
 
 
 SECTIONS = {
@@ -129,8 +128,20 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     context = loaded.model.config.max_length
     sources = pipeline.load_sources(config.data, renderer.template, seed)
     made, counts = load_examples(c, sources, renderer, seed, context)
-    args = c, config.held_out, renderer, seed, context
-    held_out, held_out_counts = load_held_out(*args)
+    held_out: list[Batch] = []
+    if config.held_out is not None:
+        traces = pipeline.load_traces(
+            config.held_out, renderer.template, seed, "held_out"
+        )
+        source = pipeline.Source("held_out", 1.0, traces)
+        # All are used: none is replaced by another trace of its question.
+        overlong = "drop" if c.overlong == "shorter" else c.overlong
+        every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
+        (fitting,), more = load_examples(every, [source], renderer, seed, context)
+        held_out = pipeline.all_batches(fitting, c.shape, c.batch_size)
+        counts |= more
+    elif c.evaluate_every:
+        raise UserError("sft.evaluate_every needs traces in the section held_out.")
     weights = [source.weight for source in sources]
     batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
 
@@ -176,7 +187,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                     raise hosts.Stopped
         manager.wait_until_finished()
     losses = hosts.from_first(lambda: _losses(workdir / "metrics.jsonl"))
-    return {"traces": counts | held_out_counts} | losses
+    return {"traces": counts} | losses
 
 
 def next_token_loss(
@@ -237,29 +248,6 @@ def load_examples(
             numbers = ", ".join(f"{n} {key}" for key, n in counts[where].items())
             _LOG.warning(f"{where}: traces longer than {name}={limit}: {numbers}")
     return made, counts
-
-
-def load_held_out(
-    c: SFTConfig,
-    config: Mapping[str, Any] | None,
-    renderer: Renderer,
-    seed: int,
-    context: int,
-) -> tuple[list[Batch], dict[str, dict[str, int]]]:
-    """Batches of the section `held_out`, [] without one; and its numbers of traces.
-
-    All traces are used; none is replaced by another of its question.
-    """
-    if config is None:
-        if c.evaluate_every:
-            raise UserError("sft.evaluate_every needs traces in the section held_out.")
-        return [], {}
-    overlong = "drop" if c.overlong == "shorter" else c.overlong
-    c = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
-    traces = pipeline.load_traces(config, renderer.template, seed, "held_out")
-    source = pipeline.Source("held_out", 1.0, traces)
-    (made,), counts = load_examples(c, [source], renderer, seed, context)
-    return pipeline.all_batches(made, c.shape, c.batch_size), counts
 
 
 def _losses(file: Path) -> dict[str, float]:
