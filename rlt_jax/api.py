@@ -22,6 +22,7 @@ rollout.texts[0], rollout.tokens[0], rollout.log_probs[0], rollout.finished[0]
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,16 +119,16 @@ def generate(
     """
     if not prompts:
         return Rollout([], [], [], np.zeros(0, bool))
-    max_new_tokens: Any = None
     if isinstance(sampling, Mapping):
-        max_new_tokens = sampling["max_new_tokens"]
-        if not isinstance(max_new_tokens, int):
-            sampling = {**sampling, "max_new_tokens": max(max_new_tokens)}
-        sampling = build(SamplingConfig, sampling, "sampling")
-    limits = np.broadcast_to(max_new_tokens or sampling.max_new_tokens, len(prompts))
+        limits = sampling.get("max_new_tokens", 0)
+        longest = {"max_new_tokens": int(np.max(limits))}
+        sampling = build(SamplingConfig, {**sampling, **longest}, "sampling")
+    else:
+        limits = sampling.max_new_tokens
+    limits = np.broadcast_to(limits, len(prompts)).tolist()
     requests = [
-        Request(np.asarray(prompt, np.int32), n, int(limit))
-        for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        Request(np.asarray(prompt, np.int32), n, limits[n])
+        for n, prompt in enumerate(prompts)
     ]
     if sampling.stop and tokenizer is None:
         raise UserError("sampling.stop: texts need a tokenizer.")
@@ -138,9 +139,8 @@ def generate(
     pages = 1 << (-(-max(lengths) // engine.page_size) - 1).bit_length()
     bucket = min(pages * engine.page_size, model.config.max_length)
     sampling = dataclasses.replace(sampling, max_new_tokens=1)  # one program for any
-    max_length = max(bucket, max(lengths))
-    made = _cached_engine(model, tokenizer, sampling, engine, max_length)
-    return made.generate(params, requests, jax.random.key(seed))
+    args = model, tokenizer, sampling, engine, max(bucket, *lengths)
+    return _cached_engine(*args).generate(params, requests, jax.random.key(seed))
 
 
 @functools.lru_cache(maxsize=8)
@@ -218,20 +218,17 @@ def score_explanations(
     scoring = scoring or ScoringConfig()
     if not isinstance(template, Template):
         template = load_template(template)
-    given, sizes = [], []
+    given = []
     for problem, texts in zip(problems, completions, strict=True):
         if not isinstance(problem, Problem):
             problem = Problem(problem["question"], problem["solution"])
-        given += [
-            text_completion(template, problem, text, scoring.assume_closed)
-            for text in texts
-        ]
-        sizes.append(len(texts))
+        for text in texts:
+            args = template, problem, text, scoring.assume_closed
+            given.append(text_completion(*args))
     mesh = sharding.make_mesh(sharding.MeshConfig())
     score = make_scorer(teacher, students, template, scoring, mesh)
-    flat = score(given, per_token=scoring.per_token) if given else []
-    ends = np.cumsum(sizes)
-    return [flat[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    scores = iter(score(given, per_token=scoring.per_token) if given else ())
+    return [list(itertools.islice(scores, len(texts))) for texts in completions]
 
 
 def text_completion(
@@ -260,11 +257,9 @@ def make_scorer(
         teacher[0], models, scoring.teacher_temperature, reward, mesh
     )
     compute = jit_rlt_reward(reward, scoring.ensemble, len(students), mesh)
-    values_of_tokens = sharding.jit(
-        functools.partial(_values_of_tokens, reward),
-        mesh,
-        out_shardings=sharding.replicated(mesh),
-    )
+    of_tokens = functools.partial(_values_of_tokens, reward)
+    replicated = sharding.replicated(mesh)
+    values_of_tokens = sharding.jit(of_tokens, mesh, out_shardings=replicated)
     params = [student[1] for student in students]
     renderers = [Renderer(teacher[2], template, "teacher")]
     renderers += [Renderer(student[2], template, "student") for student in students]
@@ -281,19 +276,17 @@ def make_scorer(
         coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
         rewards = jax.device_get(compute(batch, jnp.float32(coef)))
         check_finite(rewards, [one.trace.problem.question for one in given])
-        tokens = {}
-        if per_token:
-            tokens = jax.device_get(values_of_tokens(batch))
         records = []
         for n in range(len(given)):
             terms = {name: float(values[n]) for name, values in rewards.items()}
-            record = {"reward": terms.pop("value"), "terms": terms}
-            if per_token:
-                example = first_student[n]
-                segments = packed.students[0].explanation.segment[n]
-                arrays = {name: x[n] for name, x in tokens.items()}
-                record |= _arrays(example, given[n].trace, segments, arrays)
-            records.append(record)
+            records.append({"reward": terms.pop("value"), "terms": terms})
+        if per_token:
+            tokens = jax.device_get(values_of_tokens(batch))
+            segments = packed.students[0].explanation.segment
+            for n, record in enumerate(records):
+                arrays = {name: (x[n], mask[n]) for name, (x, mask) in tokens.items()}
+                parts = first_student[n], given[n].trace, segments[n]
+                record |= _arrays(*parts, arrays)
         return records
 
     return score
@@ -365,19 +358,18 @@ def _pack(
     return batch, students[0]
 
 
-def _values_of_tokens(config: RLTRewardConfig, batch: Batch) -> dict[str, jax.Array]:
-    """Values [E, S] of the first student's tokens and segments, and their masks."""
+def _values_of_tokens(
+    config: RLTRewardConfig, batch: Batch
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Values [E, S] of the first student's tokens and segments, with their masks."""
     student = batch.students[0]
     in_teacher, in_student, segments = rlt_reward.explanation_log_probs(batch, student)
     divergence, _ = rlt_reward.explanation_divergence(config, batch, student)
-    solution, in_solution = rlt_reward.solution_log_probs(student)
     return {
-        "student_log_probs_explanation": in_student,
-        "teacher_log_probs_explanation": in_teacher,
-        "explanation_kl_tokens": divergence,
-        "student_log_probs_solution": solution,
-        "explanation_mask": segments,
-        "solution_mask": in_solution,
+        "student_log_probs_explanation": (in_student, segments),
+        "teacher_log_probs_explanation": (in_teacher, segments),
+        "explanation_kl_tokens": (divergence, segments),
+        "student_log_probs_solution": rlt_reward.solution_log_probs(student),
     }
 
 
@@ -385,13 +377,12 @@ def _arrays(
     example: Example,
     trace: Trace,
     segments: np.ndarray,
-    values: dict[str, np.ndarray],
+    values: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, Any]:
     """Texts and values of a completion, one entry a segment or a solution token."""
-    masks = {name: values.pop(f"{name}_mask") for name in ("explanation", "solution")}
     offsets = example.explanation.offsets
-    numbers = segments[: len(offsets)]
-    pieces = [offsets[numbers == i] for i in np.flatnonzero(masks["explanation"])]
+    _, mask = values["explanation_kl_tokens"]
+    pieces = [offsets[segments[: len(offsets)] == i] for i in np.flatnonzero(mask)]
     return {
         "explanation_tokens": [
             trace.explanation[part[:, 0].min() : part[:, 1].max()] for part in pieces
@@ -399,8 +390,5 @@ def _arrays(
         "solution_tokens": [
             trace.problem.solution[start:end] for start, end in example.solution.offsets
         ],
-        **{
-            name: x[masks["solution" if "solution" in name else "explanation"]].tolist()
-            for name, x in values.items()
-        },
+        **{name: x[mask].tolist() for name, (x, mask) in values.items()},
     }

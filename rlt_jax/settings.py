@@ -28,13 +28,12 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
     built = build(owner, values, owner.__name__)
     for field in dataclasses.fields(owner):
         value = getattr(built, field.name)
-        if field.type in (int, float, str, bool):
-            config[field.name] = value
-        elif isinstance(value, Mapping):
-            config[field.name] = dict(value)
-        else:  # fields of several types; the dataclass checks the value
+        if isinstance(value, Mapping):
+            value = dict(value)
+        elif field.type not in (int, float, str, bool):
+            # Fields of several types; the dataclass checks the value.
             config[field.name] = config_dict.placeholder(object)
-            config[field.name] = value
+        config[field.name] = value
     return config
 
 
@@ -53,13 +52,9 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
     owner = owner_of_keys(factory)
-    parameters = inspect.signature(owner).parameters
-    required = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty
-    ]
-    _check_keys(values, parameters, required, where)
+    known = inspect.signature(owner).parameters
+    required = [k for k, x in known.items() if x.default is inspect.Parameter.empty]
+    _check_keys(values, known, required, where)
     return factory(**values) if owner is factory else factory(owner(**values))
 
 
@@ -111,11 +106,8 @@ def _check_keys(
 ) -> None:
     if not isinstance(values, Mapping):
         raise UserError(f"{where} is {values!r}; give it as keys and values.")
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UserError(
-            f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}."
-        )
-    missing = [name for name in required if name not in values]
-    if missing:
+    if unknown := sorted(set(values) - set(known)):
+        names = ", ".join(known)
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {names}.")
+    if missing := [name for name in required if name not in values]:
         raise UserError(f"{where}: the key {missing[0]!r} is missing.")

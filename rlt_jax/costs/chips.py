@@ -34,49 +34,31 @@ class Chip(NamedTuple):
     devices: int
 
 
-def _tpu(
-    name: str,
-    usable: float,
-    tflops: float,
-    gb_per_second: float,
-    interconnect: float,
-    devices: int = 1,
-) -> Chip:
-    """From docs.cloud.google.com/tpu/docs/<name>; memory in GiB, rates in TFLOP and GB."""
-    rates = tflops * 1e12, gb_per_second * 1e9, interconnect * 1e9
-    return Chip(name, int(usable * GIB), *rates, devices)
-
-
-def _gpu(name: str, memory: int, gb_per_second: float) -> Chip:
-    """From www.nvidia.com/en-us/data-center/<name>/, SXM; memory in GB.
-
-    The published 1,979 TFLOP/s are with sparsity; NVLink has 900 GB/s in both directions
-    together.
-    """
-    rates = 1979e12 / 2, gb_per_second * 1e9, 900e9 / 2
-    return Chip(name, int(0.75 * memory * 1e9), *rates, 1)
-
-
-CHIPS: dict[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        # Interconnect: from the published 1.1 PB/s of all-reduce for 4,096 chips; the same
-        # ratio gives the published figures of v5e and v6e. A v4 chip is one device at run
-        # time and two in the topologies of libtpu.
-        _tpu("v4", 15.25, 275, 1200, 1.1e6 / 4096, devices=2),
-        # Published interconnect bandwidths are for both directions together.
-        _tpu("v5e", 15.75, 197, 819, 400 / 2),
-        # The compiler reports 95.74 GiB, more than the published 95.
-        _tpu("v5p", 95.735, 459, 2765, 1200 / 2),
-        _tpu("v6e", 31.25, 918, 1600, 800 / 2),
-        _tpu("tpu7x", 94.75, 2307, 7380, 1200 / 2, devices=2),
-        _gpu("h100", 80, 3350),
-        _gpu("h200", 141, 4800),
-    )
+# Memory that a program can use in GiB, bf16 operations per second in 1e12, HBM and
+# interconnect in 1e9 bytes per second, devices. From docs.cloud.google.com/tpu/docs/<name>
+# and www.nvidia.com/en-us/data-center/<name>/ (SXM).
+_FIGURES = {
+    # Interconnect: from the published 1.1 PB/s of all-reduce for 4,096 chips; the same
+    # ratio gives the published figures of v5e and v6e. A v4 chip is one device at run
+    # time and two in the topologies of libtpu.
+    "v4": (15.25, 275, 1200, 1.1e6 / 4096, 2),
+    # Published interconnect bandwidths are for both directions together.
+    "v5e": (15.75, 197, 819, 400 / 2, 1),
+    # The compiler reports 95.74 GiB, more than the published 95.
+    "v5p": (95.735, 459, 2765, 1200 / 2, 1),
+    "v6e": (31.25, 918, 1600, 800 / 2, 1),
+    "tpu7x": (94.75, 2307, 7380, 1200 / 2, 2),
+    # 1,979 TFLOP/s are with sparsity, which doubles them.
+    "h100": (0.75 * 80e9 / GIB, 1979 / 2, 3350, 900 / 2, 1),
+    "h200": (0.75 * 141e9 / GIB, 1979 / 2, 4800, 900 / 2, 1),
+}
+CHIPS = {
+    name: Chip(name, int(gib * GIB), flops * 1e12, hbm * 1e9, links * 1e9, devices)
+    for name, (gib, flops, hbm, links, devices) in _FIGURES.items()
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = (*("2x2x1", "2x2x2", "2x2x4", "2x4x4"), *("4x4x4", "4x4x8", "4x8x8", "8x8x8"))
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _NODE = ("1", "2", "4", "8")
 _SLICES = {
     **dict.fromkeys(("v5e", "v6e"), _FLAT),

@@ -5,20 +5,17 @@ loop multiplied by its trip count. `unknown_trips` has the trip counts of loops 
 depends on data, see `hlo.total`.
 """
 
+import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rlt_jax.costs.hlo import (
-    Computation,
-    Instruction,
-    Program,
-    fused,
-    inside,
-    parse,
-    total,
-)
+import jax
+
+from rlt_jax.costs import hlo
+from rlt_jax.costs.hlo import Computation, Instruction, Program
 
 
 class Memory(NamedTuple):
@@ -68,15 +65,14 @@ _FREE = {
 }
 
 
-def memory(compiled: Any) -> Memory:
-    """Memory usage of a `jax.stages.Compiled`."""
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """Memory of a `jax.stages.Compiled`."""
     sizes = compiled.memory_analysis()
-    arguments, outputs, temporaries, aliased, code = (
-        getattr(sizes, f"{name}_size_in_bytes")
-        for name in ("argument", "output", "temp", "alias", "generated_code")
-    )
+    names = ("argument", "output", "temp", "alias", "generated_code")
+    values = [getattr(sizes, f"{name}_size_in_bytes") for name in names]
+    arguments, outputs, temporaries, aliased, code = values
     peak = arguments + outputs + temporaries - aliased + code
-    return Memory(arguments, outputs, temporaries, aliased, code, peak)
+    return Memory(*values, peak)
 
 
 def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:
@@ -86,19 +82,16 @@ def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]
     twice that fraction of the operand of an all-reduce, that fraction of the operand of a
     reduce-scatter or an all-to-all, and the whole operand of a collective-permute.
     """
-    program = parse(text)
-    costs = total(program, lambda body: _collectives(program, body), unknown_trips)
-    return {
-        kind: Traffic(costs[f"{kind} count"], costs[f"{kind} bytes"])
-        for kind in _RECEIVED
-        if costs.get(f"{kind} count")
-    }
+    program = hlo.parse(text)
+    own = functools.partial(_collectives, program)
+    found = Counter(hlo.total(program, own, unknown_trips))
+    pairs = {k: Traffic(found[f"{k} count"], found[f"{k} bytes"]) for k in _RECEIVED}
+    return {kind: traffic for kind, traffic in pairs.items() if traffic.count}
 
 
-def _collectives(program: Program, body: Computation) -> dict[str, float]:
-    costs: dict[str, float] = {}
-    channels = set()
-    for owner, line in inside(program, body):
+def _collectives(program: Program, body: Computation) -> Counter[str]:
+    costs, channels = Counter(), set()
+    for owner, line in hlo.inside(program, body):
         kind = line.opcode.removesuffix("-start")
         if kind not in _RECEIVED:
             continue
@@ -112,10 +105,8 @@ def _collectives(program: Program, body: Computation) -> dict[str, float]:
         size = sum(owner.instructions[name].bytes for name in line.operands)
         if kind == "all-reduce" and _is_scattered(owner, line):
             kind = "reduce-scatter"
-        received = _RECEIVED[kind](size, _group_size(program, line.rest))
-        for name, cost in (("count", 1), ("bytes", received)):
-            key = f"{kind} {name}"
-            costs[key] = costs.get(key, 0) + cost
+        costs[f"{kind} count"] += 1
+        costs[f"{kind} bytes"] += _RECEIVED[kind](size, _group_size(program, line.rest))
     return costs
 
 
@@ -149,13 +140,13 @@ def hbm_bytes(text: str, unknown_trips: Sequence[float]) -> float:
     gathers count as the bytes that they access, also in fusions. Custom calls, such as
     Pallas kernels, read every operand once.
     """
-    program = parse(text)
+    program = hlo.parse(text)
 
     def own(body: Computation) -> dict[str, float]:
         lines = body.instructions.values()
         return {"bytes": sum(_accessed(program, body, line) for line in lines)}
 
-    return total(program, own, unknown_trips).get("bytes", 0)
+    return hlo.total(program, own, unknown_trips).get("bytes", 0)
 
 
 def _accessed(program: Program, body: Computation, line: Instruction) -> float:
@@ -164,11 +155,9 @@ def _accessed(program: Program, body: Computation, line: Instruction) -> float:
         return 0
     if line.opcode.endswith("-done"):
         return line.hbm_bytes
-    reads = sum(
-        _read(program, body, line, index)
-        for index in range(len(line.operands))
-        if body.operand(line, index).hbm_bytes
-    )
+    indices = range(len(line.operands))
+    stored = [index for index in indices if body.operand(line, index).hbm_bytes]
+    reads = sum(_read(program, body, line, index) for index in stored)
     if line.opcode.endswith("-start"):
         return reads
     writes = zip(line.arrays, _written(program, body, line), strict=True)
@@ -187,7 +176,7 @@ def _read(program: Program, body: Computation, line: Instruction, index: int) ->
         return min(whole, line.arrays[result].bytes)
     if kind == "scatter" and index < len(line.operands) // 2:
         return body.operand(line, -1).bytes
-    if inner := fused(program, line):
+    if inner := hlo.fused(program, line):
         parameters = (x for x in inner.instructions.values() if x.opcode == "parameter")
         name = next(x.name for x in parameters if x.literal == str(index))
         return min(whole, _uses(program, inner, name))
@@ -222,6 +211,6 @@ def _written(program: Program, body: Computation, line: Instruction) -> list[flo
     if line.opcode == "scatter":
         updates = len(line.operands) // 2 + 1
         return [body.instructions[name].bytes for name in line.operands[updates:]]
-    if inner := fused(program, line):
+    if inner := hlo.fused(program, line):
         return _written(program, inner, inner.root)
     return [array.bytes for array in line.arrays]

@@ -1,15 +1,18 @@
 """Parser for the HLO text of compiled programs, with trip counts of loops."""
 
-import collections
 import functools
 import math
+import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*\n((?:.*\n)*?)\}", re.MULTILINE
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
@@ -97,22 +100,14 @@ class Program(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def parse(text: str) -> Program:
-    """Parses the text of `compiled.as_text()`."""
-    computations, entry, name = {}, "", ""
-    instructions: dict[str, Instruction] = {}
-    root = None
-    for line in text.splitlines():
-        if header := _HEADER.fullmatch(line.rstrip()):
-            name, instructions, root = header[2], {}, None
-            entry = name if header[1] else entry
-        elif line.startswith("}") and name:
-            last = root or next(reversed(instructions.values()))
-            computations[name] = Computation(instructions, last)
-            name = ""
-        elif name and (match := _LINE.fullmatch(line)):
-            instruction = _instruction(match[2], match[3])
-            instructions[instruction.name] = instruction
-            root = instruction if match[1] else root
+    """A program from `compiled.as_text()`."""
+    computations, entry = {}, ""
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        lines = [found for line in body.splitlines() if (found := _LINE.match(line))]
+        instructions = {line[2]: _instruction(line[2], line[3]) for line in lines}
+        roots = [line[2] for line in lines if line[1]] or [lines[-1][2]]
+        computations[name] = Computation(instructions, instructions[roots[0]])
+        entry = name if is_entry else entry
     head = text.partition("\n")[0]
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
     return Program(computations, entry, math.prod(int(count) for count in counts))
@@ -181,24 +176,21 @@ def total(
         around the loop; 1 for deeper loops.
     """
 
-    def visit(name: str, depth: int) -> collections.Counter:
+    def visit(name: str, depth: int) -> Counter[str]:
         computation = program.computations[name]
-        costs = collections.Counter(own(computation))
+        costs = Counter(own(computation))
         for line in computation.instructions.values():
             if line.opcode == "while":
                 count = trip_count(program, computation, line)
-                inner_depth = depth + (count is None)
+                body = visit(line.called("body")[0], depth + (count is None))
                 if count is None:
                     count = trips[depth] if depth < len(trips) else 1
-                for key, cost in visit(line.called("body")[0], inner_depth).items():
-                    costs[key] += count * cost
+                costs.update({key: count * cost for key, cost in body.items()})
             elif line.opcode == "call":
                 costs.update(visit(line.called("to_apply")[0], depth))
             elif line.opcode == "conditional":
-                most: collections.Counter = collections.Counter()
-                for branch in line.called(*_BRANCHES):
-                    most |= visit(branch, depth)
-                costs.update(most)
+                branches = [visit(name, depth) for name in line.called(*_BRANCHES)]
+                costs.update(functools.reduce(operator.or_, branches))
         return costs
 
     return dict(visit(program.entry, 0))
@@ -221,11 +213,10 @@ def trip_count(program: Program, around: Computation, loop: Instruction) -> int 
     position = re.search(r"\bindex=(\d+)", index.rest)
     if end is None or index.opcode != "get-tuple-element" or not position:
         return None
-    start = 0
-    carry = around.operand(loop, 0)
+    carry, start = around.operand(loop, 0), None
     if carry.opcode == "tuple":
-        start = _constant(around, carry.operands[int(position[1])]) or 0
-    return max(0, end - start)
+        start = _constant(around, carry.operands[int(position[1])])
+    return max(0, end - (start or 0))
 
 
 def _constant(computation: Computation, name: str) -> int | None:

@@ -35,5 +35,5 @@ def roofline(
         "memory": hbm_bytes * chip.devices / chip.bandwidth,
         "interconnect": interconnect_bytes * chip.devices / chip.interconnect,
     }
-    bound = max(times, key=lambda name: times[name])
+    bound = max(times, key=times.get)
     return Roofline(times[bound], *times.values(), bound)

@@ -23,36 +23,26 @@ def render(plan: Mapping[str, Any]) -> str:
     """
     programs = plan["programs"]
     fits = "fits" if plan["fits"] else "does not fit"
-    memory = [
-        [p["name"], "yes" if p["fits"] else "NO", *_gigabytes(p["bytes"])]
-        for p in programs
-    ]
-    costs = [
-        [
-            p["name"],
-            _number(p["runs_per_step"]),
-            _amount(p["model_flops"], "FLOP"),
-            _seconds(p["roofline"]["seconds"]) if "roofline" in p else "-",
-            p["roofline"]["bound"] if "roofline" in p else "-",
-            _seconds(p["compile_seconds"]),
-        ]
-        for p in programs
-    ]
-    traffic = [
-        [p["name"], kind, _number(cost["count"]), _amount(cost["bytes"], "B")]
-        for p in programs
-        for kind, cost in p.get("collectives", {}).items()
-    ]
-    names = ("program", "fits", *_BYTES, "free")
+    memory = [("program", "fits", *_BYTES, "free")]
+    costs = [("program", "runs/step", "model", "at best", "bound", "compile")]
+    traffic = [("program", "between devices", "times", "per device")]
+    for p in programs:
+        name, limits = p["name"], p.get("roofline")
+        memory.append((name, "yes" if p["fits"] else "NO", *_gigabytes(p["bytes"])))
+        runs, flops = _number(p["runs_per_step"]), _amount(p["model_flops"], "FLOP")
+        best = (_seconds(limits["seconds"]), limits["bound"]) if limits else ("-", "-")
+        costs.append((name, runs, flops, *best, _seconds(p["compile_seconds"])))
+        for kind, one in p.get("collectives", {}).items():
+            sizes = _number(one["count"]), _amount(one["bytes"], "B")
+            traffic.append((name, kind, *sizes))
     parts = [
         f"{plan['topology']}: {fits}",
-        "GB of memory per device\n" + _table(names, memory),
-        _table(("program", "runs/step", "model", "at best", "bound", "compile"), costs),
+        "GB of memory per device\n" + _table(memory),
+        _table(costs),
+        *([_table(traffic)] if len(traffic) > 1 else []),
+        _recipe(plan["recipe"]),
     ]
-    if traffic:
-        heads = ("program", "between devices", "times", "per device")
-        parts.append(_table(heads, traffic))
-    return "\n\n".join([*parts, _recipe(plan["recipe"])]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
@@ -64,24 +54,17 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
         for name, stage in recipe["stages"].items()
     ]
     lines = [_shorten(text, WIDTH) for text in (line, *stages)]
-    for advice in recipe["advice"]:
-        indents = {"initial_indent": "- ", "subsequent_indent": "  "}
-        lines.append(textwrap.fill(advice, WIDTH, **indents))
+    indents = {"initial_indent": "- ", "subsequent_indent": "  "}
+    lines += [textwrap.fill(advice, WIDTH, **indents) for advice in recipe["advice"]]
     return "\n".join(lines)
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligns the first column to the left and the others to the right."""
-    rows = [[_shorten(cell, 24) for cell in row] for row in (names, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell, the first to the left, others to the right."""
+    rows = [[_shorten(cell, 24) for cell in row] for row in rows]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    form = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def _shorten(text: str, width: int) -> str:

@@ -45,21 +45,13 @@ def write_explanations(records: Sequence[Mapping[str, Any]], folder: Path) -> No
 
 def explanation_tokens(record: Mapping[str, Any]) -> list[Token]:
     """Tokens of the explanation: red if the KL is positive, blue if it is negative."""
-    arrays = (
-        "explanation_tokens",
-        "explanation_kl_tokens",
-        "teacher_log_probs_explanation",
-        "student_log_probs_explanation",
+    names = "teacher_log_probs_explanation", "student_log_probs_explanation"
+    columns = (
+        record[name] for name in ("explanation_tokens", "explanation_kl_tokens", *names)
     )
     return [
-        Token(
-            text,
-            _color(kl),
-            f"KL {kl:.3f} = teacher {teacher:.3f} - student {student:.3f}",
-        )
-        for text, kl, teacher, student in zip(
-            *(record[name] for name in arrays), strict=True
-        )
+        Token(text, _color(kl), f"KL {kl:.3f} = teacher {t:.3f} - student {s:.3f}")
+        for text, kl, t, s in zip(*columns, strict=True)
     ]
 
 

@@ -30,13 +30,13 @@ def read_lines(path: Path) -> list[Record]:
     """
     *lines, last = _bytes(path).split(b"\n")
     records = [_parse(line, path) for line in lines if line.strip()]
-    try:
-        return [*records, json.loads(last)] if last.strip() else records
-    except ValueError as error:
-        raise UserError(
-            f"{path}: the last line is cut off. If the stage was interrupted, run the "
-            f"same command again; otherwise run it anew with --only={path.parent.name}."
-        ) from error
+    if last.strip():  # valid if another program wrote it without the last line end
+        message = (
+            "the last line is cut off. If the stage was interrupted, run the same command "
+            f"again; otherwise run it anew with --only={path.parent.name}"
+        )
+        records.append(_parse(last, path, message))
+    return records
 
 
 def read_evaluation(folder: Path) -> list[Record]:
@@ -93,11 +93,11 @@ def _number(value: float | None, digits: int = 5) -> str:
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _parse(text: bytes, path: Path) -> Any:
+def _parse(text: bytes, path: Path, message: str = "not valid JSON") -> Record:
     try:
         return json.loads(text)
     except ValueError as error:  # invalid JSON or UTF-8
-        raise UserError(f"{path}: not valid JSON: {error}.") from error
+        raise UserError(f"{path}: {message}: {error}.") from error
 
 
 def _bytes(path: Path) -> bytes:
@@ -105,6 +105,5 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing. The stage {path.parent.name!r} writes it: run that "
-            "stage first, or name another one."
+            f"{path} is missing; run the stage {path.parent.name!r}, which writes it."
         ) from error

@@ -9,7 +9,7 @@ and data sets are escaped.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlt_jax.errors import UserError
@@ -50,31 +50,19 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
     """
     teacher = read_json(workdir / config.rl / "done.json")["summary"]
     metrics = read_lines(workdir / config.rl / "metrics.jsonl")
-    traces = {
-        label: read_lines(workdir / folder / "traces.jsonl")
-        for label, folder in config.traces
-    }
-    results = {
-        label: read_json(workdir / folder / "results.json")
-        for label, folder in config.evaluations
-    }
-    answers = {
-        label: read_lines(workdir / folder / "samples.jsonl")
-        for label, folder in config.evaluations
-    }
-    summary = {
-        "teacher_reward_warmup": teacher["held_out_reward_first"],
-        "teacher_reward_warmup_standard_error": teacher[
-            "held_out_reward_standard_error_first"
-        ],
-        "teacher_reward_rl": teacher["held_out_reward_last"],
-        "teacher_reward_rl_standard_error": teacher[
-            "held_out_reward_standard_error_last"
-        ],
-        **_accuracies(results, answers),
-        "seed": seed,
-        **_seconds(workdir),
-    }
+
+    def read_all(read: Callable, stages: Sequence[tuple[str, str]], name: str) -> dict:
+        return {label: read(workdir / folder / name) for label, folder in stages}
+
+    traces = read_all(read_lines, config.traces, "traces.jsonl")
+    results = read_all(read_json, config.evaluations, "results.json")
+    answers = read_all(read_lines, config.evaluations, "samples.jsonl")
+    summary: Record = {}
+    for label, when in (("warmup", "first"), ("rl", "last")):
+        for statistic in ("", "_standard_error"):
+            value = teacher[f"held_out_reward{statistic}_{when}"]
+            summary[f"teacher_reward_{label}{statistic}"] = value
+    summary |= _accuracies(results, answers) | {"seed": seed} | _seconds(workdir)
     write_page(
         workdir / OUT,
         "page.html",
@@ -109,14 +97,11 @@ def _accuracies(
         summary[f"accuracy_{label}_standard_error"] = result["standard_error"]
     if len(results) > 1:
         before, after = list(results)[-2:]
-        comparison = statistics.compare(
-            statistics.accuracy_by_question(answers[after], after),
-            statistics.accuracy_by_question(answers[before], before),
-            (after, before),
-        )
-        for name, value in comparison._asdict().items():
-            key = "accuracy_difference"
-            summary[key if name == "difference" else f"{key}_{name}"] = value
+        a = statistics.accuracy_by_question(answers[after], after)
+        b = statistics.accuracy_by_question(answers[before], before)
+        compared = statistics.compare(a, b, (after, before))._asdict()
+        summary["accuracy_difference"] = compared.pop("difference")
+        summary |= {f"accuracy_difference_{k}": x for k, x in compared.items()}
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
     return summary
 
@@ -137,10 +122,9 @@ def _pictures(
         for group, names in plots.metric_groups(metrics).items()
     }
     if results:
-        pictures["accuracy"] = plots.accuracy_bars(
-            {label: result["accuracy"] for label, result in results.items()},
-            {label: result["standard_error"] for label, result in results.items()},
-        )
+        accuracies = {label: result["accuracy"] for label, result in results.items()}
+        errors = {label: result["standard_error"] for label, result in results.items()}
+        pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
     return pictures
 
 
@@ -155,9 +139,6 @@ def _side_by_side(
         label: {record["question"]: record for record in reversed(sequence)}
         for label, sequence in records.items()
     }
-    if not first:
-        return []
-    sequence = next(iter(records.values()))
-    questions = dict.fromkeys(record["question"] for record in sequence)
+    questions = dict.fromkeys(r["question"] for each in records.values() for r in each)
     shared = [q for q in questions if all(q in by_q for by_q in first.values())]
     return [{label: by_q[q] for label, by_q in first.items()} for q in shared[:count]]

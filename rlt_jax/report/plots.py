@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,18 +19,14 @@ WIDTH = 9.9  # inches; the same for all figures, so that a page scales them equa
 INK, MUTED, GRID = "#1f2328", "#59636e", "#dfe3e8"
 BLUE, PALE = "#2563c9", "#8db3ec"
 
-# Word in the name of a metric -> unit of the metric; the first match is used.
+# Unit of a metric -> words in its name; the first unit with a word in the name is used.
 UNITS = {
-    "second": "per second",
-    "seconds": "seconds",
-    "length": "tokens",
-    "tokens": "tokens",
-    "fraction": "fraction",
-    "kl": "nats per token",
-    "entropy": "nats per token",
-    "score": "nats per token",
-    "value": "reward",
-    "penalty": "reward",
+    "per second": {"second"},
+    "seconds": {"seconds"},
+    "tokens": {"length", "tokens"},
+    "fraction": {"fraction"},
+    "nats per token": {"kl", "entropy", "score"},
+    "reward": {"value", "penalty"},
 }
 
 
@@ -70,31 +67,21 @@ def accuracy_bars(
 ) -> bytes:
     """Plots a bar with a 95% interval for each evaluation, in percent."""
     heights = [100 * value for value in accuracies.values()]
-    errors = [100 * Z_95 * standard_errors[label] for label in accuracies]
-    tops = [height + error for height, error in zip(heights, errors)]
-    positions = range(len(heights))
+    spans = [100 * Z_95 * standard_errors[label] for label in accuracies]
+    places = range(len(heights))
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.add_subplot()
     style(axes)
-    axes.bar(positions, heights, width=0.5, color=PALE, zorder=2)
-    lower = [min(height, error) for height, error in zip(heights, errors)]
-    axes.errorbar(
-        positions, heights, [lower, errors], fmt="none", ecolor=INK, capsize=5, zorder=3
-    )
-    for position, height, error, top in zip(positions, heights, errors, tops):
-        axes.annotate(
-            f"{height:.1f} ± {error:.1f}",
-            (position, top),
-            (0, 5),
-            textcoords="offset points",
-            ha="center",
-            color=INK,
-        )
+    below = [min(height, span) for height, span in zip(heights, spans)]
+    errors = {"yerr": [below, spans], "ecolor": INK, "capsize": 5}
+    bars = axes.bar(places, heights, width=0.5, color=PALE, zorder=2, **errors)
+    texts = [f"{height:.1f} ± {span:.1f}" for height, span in zip(heights, spans)]
+    axes.bar_label(bars, texts, padding=5, color=INK)
     wrap = max(90 // len(heights), 8)
     labels = [textwrap.fill(label.replace("_", " "), wrap) for label in accuracies]
-    axes.set_xticks(positions, labels, parse_math=False, color=INK)
+    axes.set_xticks(places, labels, parse_math=False, color=INK)
     axes.set_xlim(-0.6, len(heights) - 0.4)
-    axes.set_ylim(0, max(*tops, 1.0) * 1.15)
+    axes.set_ylim(0, 1.15 * max(1.0, *map(sum, zip(heights, spans))))
     axes.set_ylabel("accuracy (%)", color=MUTED)
     return png(figure)
 
@@ -104,31 +91,24 @@ def _curve(axes: Axes, records: Sequence[Mapping[str, Any]], name: str) -> None:
     steps = [record["step"] for record in present]
     values = [record[name] for record in present]
     style(axes)
-    marker = "o" if len(steps) <= 40 else None  # a single point has no visible line
+    marker = "o" if len(steps) <= 40 else None  # a line of one point is invisible
     axes.plot(steps, values, color=BLUE, linewidth=1.6, marker=marker, markersize=3)
-    if name.endswith("_mean"):
-        std = name.removesuffix("_mean") + "_std"
-        band = [record for record in present if record.get(std) is not None]
+    std = name.removesuffix("_mean") + "_std"
+    band = [record for record in present if record.get(std) is not None]
+    if band and name.endswith("_mean"):
+        x, mean, spread = np.array([(r["step"], r[name], r[std]) for r in band]).T
         axes.fill_between(
-            [record["step"] for record in band],
-            [record[name] - record[std] for record in band],
-            [record[name] + record[std] for record in band],
-            color=BLUE,
-            alpha=0.15,
-            linewidth=0,
+            x, mean - spread, mean + spread, color=BLUE, alpha=0.15, linewidth=0
         )
-        if band:  # the median, so that outliers of the band do not set the scale
-            median = sorted(record[std] for record in band)[len(band) // 2]
-            axes.set_ylim(min(values) - median - 0.1, max(values) + median + 0.1)
+        # A few outliers may have a wide band, but the line must stay readable.
+        usual = np.sort(spread)[len(spread) // 2] + 0.1
+        axes.set_ylim(min(values) - usual, max(values) + usual)
     words = re.split("[/_]", name)
-    axes.set_title(
-        " ".join(words), loc="left", fontsize=10, color=INK, parse_math=False
-    )
+    unit = next((unit for unit, of in UNITS.items() if of & {*words}), "value")
+    title = {"loc": "left", "fontsize": 10, "color": INK, "parse_math": False}
+    axes.set_title(" ".join(words), **title)
     axes.set_xlabel("step", color=MUTED)
-    axes.set_ylabel(
-        next((unit for word, unit in UNITS.items() if word in words), "value"),
-        color=MUTED,
-    )
+    axes.set_ylabel(unit, color=MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.yaxis.set_major_formatter("{x:.6g}")
 

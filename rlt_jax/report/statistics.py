@@ -1,11 +1,12 @@
 """Statistics of graded samples: pure functions of NumPy arrays, Q questions, n samples."""
 
-import collections
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
+from numpy.typing import ArrayLike
 
 from rlt_jax.errors import UserError
 
@@ -71,7 +72,7 @@ def majority_at_k(
     """
 
     def chance(right: np.ndarray, texts: Sequence[str | None]) -> float:
-        votes = collections.Counter(text for text in texts if text is not None)
+        votes = Counter(text for text in texts if text is not None)
         most = max(votes.values(), default=0)
         first = {text for text, count in votes.items() if count == most}
         winners = {text for text, good in zip(texts, right) if good} & first
@@ -80,7 +81,7 @@ def majority_at_k(
     return np.array([chance(*row) for row in zip(correct, answers, strict=True)])
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> PairedDifference:
+def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     """Compares two values of each question, such as shares of right samples.
 
     Interval and p value are those of the paired t test: they agree with each other and
@@ -114,16 +115,18 @@ def accuracy_by_question(
     Raises:
       UserError: two questions have the same text, which cannot be told apart here.
     """
-    samples = list(samples)
     answers: dict[str, Any] = {}
+    counts, right = Counter(), Counter()
     for row in samples:
-        if answers.setdefault(row["question"], row.get("answer")) != row.get("answer"):
+        question, answer = row["question"], row.get("answer")
+        if answers.setdefault(question, answer) != answer:
             raise UserError(
-                f"{where}: the question {row['question'][:60]!r} has several answers, "
-                f"{answers[row['question']]!r} and {row.get('answer')!r}; evaluations "
-                "are compared by the text of the question, which has to be different."
+                f"{where}: the question {question[:60]!r} has several answers, "
+                f"{answers[question]!r} and {answer!r}; evaluations are compared by the "
+                "text of the question, so give each question a text of its own."
             )
-    counts = collections.Counter(row["question"] for row in samples)
+        counts[question] += 1
+        right[question] += bool(row["correct"])
     if len(set(counts.values())) > 1:
         (most, many), (least, few) = counts.most_common(1)[0], counts.most_common()[-1]
         raise UserError(
@@ -131,7 +134,6 @@ def accuracy_by_question(
             f"{least[:60]!r}. Either the evaluation is not complete: give its command "
             "again; or questions have the same text: leave one of them in the data."
         )
-    right = collections.Counter(row["question"] for row in samples if row["correct"])
     return {question: right[question] / count for question, count in counts.items()}
 
 
@@ -144,10 +146,7 @@ def compare(
       UserError: see `check_same_questions`.
     """
     check_same_questions(a, b, names)
-    return paired_difference(
-        np.array([a[question] for question in a]),
-        np.array([b[question] for question in a]),
-    )
+    return paired_difference(list(a.values()), [b[question] for question in a])
 
 
 def check_same_questions(

@@ -134,8 +134,8 @@ def _run_stage(
         return
     if not (folder / "settings.json").is_file():
         raise UserError(
-            f"{folder}, which process 0 has made, is not visible on this host: --workdir has "
-            "to be in a file system that all hosts share."
+            f"{folder}, which process 0 has made, is not visible on this host: --workdir "
+            "has to be in a file system that all hosts share."
         )
     _LOG.info("stage %s (%s) begins", name, section.stage)
     start = time.monotonic()
@@ -156,16 +156,15 @@ def _run_stage(
 def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     difference = _difference(folder, values)
-    if difference is not None and (renamed := _renamed(_stored_settings(folder))):
-        raise UserError(
-            f"stage {name}: {folder} was made by an earlier version of rlt_jax "
-            f"({renamed[0]} is now called {renamed[1]}). Its models still load; use "
-            f"another --workdir, or --only={name} to run this stage afresh."
-        )
     if difference is not None:
+        how = f"with other settings ({difference})"
+        if renamed := _renamed(_stored_settings(folder)):
+            old, new = renamed
+            how = f"by an earlier version of rlt_jax ({old} is now called {new})"
+            how += ". Its models still load"
         raise UserError(
-            f"stage {name}: {folder} was made with other settings ({difference}). Use "
-            f"another --workdir, or --only={name} to run this stage afresh."
+            f"stage {name}: {folder} was made {how}. Use another --workdir, or "
+            f"--only={name} to run this stage afresh."
         )
     if (folder / "done.json").is_file():
         return True
@@ -194,17 +193,15 @@ def _checked_workdir(workdir: str | Path) -> Path:
     if address is None:
         return Path(workdir)
     scheme, bucket, folder = address.groups()
-    how = "name a folder in one."
-    if scheme == "gs":
-        how = (
-            "mount the bucket on every host, `gcsfuse --implicit-dirs "
-            "--rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
-            f"--metadata-cache-negative-ttl-secs=0 {bucket} DIR`, and name DIR/{folder}; "
-            "launch/tpu_pod.sh and launch/hosts.sh do it by themselves."
-        )
+    mount = (
+        "mount the bucket on every host, `gcsfuse --implicit-dirs "
+        "--rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
+        f"--metadata-cache-negative-ttl-secs=0 {bucket} DIR`, and name DIR/{folder}; "
+        "launch/tpu_pod.sh and launch/hosts.sh do it by themselves."
+    )
     raise UserError(
         f"--workdir={workdir}: a run appends to files and renames folders, which needs a "
-        f"file system; {how}"
+        f"file system; {mount if scheme == 'gs' else 'name a folder in one.'}"
     )
 
 
@@ -212,7 +209,7 @@ def _check_hosts(
     config: ml_collections.ConfigDict, root: Path, only: str | None
 ) -> None:
     """Several processes have to do the same."""
-    values = {f"config.{key}": x for key, x in _flat(config.to_dict()).items()}
+    values = _flat(config.to_dict(), "config")
     flags = {"--workdir": str(root), "--only": only}
     package = Path(__file__).parents[1]
     sources = (file.read_bytes() for file in sorted(package.rglob("*.py")))
@@ -227,27 +224,15 @@ def _settings(
     section: ml_collections.ConfigDict, root: Path, seed: int
 ) -> dict[str, Any]:
     """The section as plain JSON values, `{workdir}` filled in."""
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace("{workdir}", str(root))
-        if isinstance(value, ml_collections.ConfigDict):  # within a tuple
-            value = value.to_dict()
-        if isinstance(value, Mapping):
-            return {key: fill(item) for key, item in value.items()}
-        return (
-            [fill(item) for item in value] if isinstance(value, tuple | list) else value
-        )
-
-    return {"seed": seed, **fill(section.to_dict())}
+    folder = json.dumps(str(root))[1:-1]
+    text = section.to_json().replace("{workdir}", folder)
+    return {"seed": seed, **json.loads(text)}
 
 
 def _difference(folder: Path, values: dict[str, Any]) -> str | None:
     """The first key in which the folder's settings differ from these."""
     before, now = _flat(_stored_settings(folder)), _flat(values)
-    if not before:
-        return None
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys()) if before else ():
         if before.get(key) != now.get(key):
             return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
     return None

@@ -65,7 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    mesh = setup.load_mesh(config)
     teacher, *students = setup.load_models(config, "teacher", mesh, seed)
     terms = (Term(RLT, 1.0, None),)
     run = setup.load_run(config, "teacher", teacher, students, mesh, terms)

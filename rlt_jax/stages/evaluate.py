@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -38,6 +38,7 @@ from rlt_jax.training.metrics import (
     progress,
     read_jsonl,
 )
+from rlt_jax.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +79,6 @@ SECTIONS = {
 }
 
 
-class Sample(NamedTuple):
-    """A completion; of predictions nobody knows more than the text."""
-
-    text: str
-    prompt_tokens: int | None = None
-    tokens: int | None = None
-    truncated: bool | None = None
-
-
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
     """Samples and grades answers; goes on where an earlier run stopped.
 
@@ -104,26 +96,30 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     problems = setup.load_problems(config.data, template, seed)
     check_gradable(problems)
     other = _read_other(c.compare_with, problems)
-    predictions, k = None, c.samples_per_problem
+    texts, k = [], c.samples_per_problem
     if config.predictions:
         predictions = read_predictions(config.predictions, problems)
         hosts.agree_on_items("the predictions", predictions)
+        texts = [text for of_question in predictions for text in of_question]
         k = len(predictions[0])
     asked = [problem for problem in problems for _ in range(k)]
     file = workdir / "samples.jsonl"
-    first = keep_whole_batches(file, c.batch_size)
+    first, size = keep_whole_batches(file, c.batch_size), c.batch_size
     with progress(first, len(asked), workdir.name, unit="sample") as bar:
-        if predictions is None:
-            batches = _sample(config, template, asked, workdir, seed, first, bar)
+        if texts:
+            # Of predictions only the texts are known.
+            unknown = Rollout([], [], [], np.zeros(0, bool))
+            starts = range(first, len(texts), size)
+            batches = (unknown._replace(texts=texts[n : n + size]) for n in starts)
         else:
-            batches = _batches(predictions, first, c.batch_size)
-        for batch in batches:
-            part = asked[first : first + len(batch)]
-            hosts.from_first(
-                functools.partial(_append_graded, file, template, c, part, batch)
-            )
-            first += len(batch)
-            bar.update(len(batch))
+            batches = _sample(config, template, asked, workdir, seed, first, bar)
+        for rollout in batches:
+            count = len(rollout.texts)
+            part = asked[first : first + count]
+            graded = functools.partial(_graded, template, c.untagged, part, rollout)
+            hosts.from_first(lambda graded=graded: append_jsonl(file, graded()))
+            first += count
+            bar.update(count)
             hosts.stop_if_asked()
 
     def write_results() -> dict[str, Any]:
@@ -132,7 +128,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         if c.keep_right:
             results["traces"] = _write_right(workdir / "traces.jsonl", template, rows)
         if other:
-            results["difference"] = _difference(c.compare_with, file, other)
+            ours = statistics.accuracy_by_question(rows, str(file))
+            names = ("this one", c.compare_with)
+            difference = statistics.compare(ours, other, names)._asdict()
+            results["difference"] = {"compared_with": c.compare_with, **difference}
         text = json.dumps(results, indent=1) + "\n"
         (workdir / "results.json").write_text(text, encoding="utf-8")
         return results
@@ -161,17 +160,16 @@ def summarise(rows: Sequence[Mapping[str, Any]], questions: int) -> dict[str, An
         mean, error = statistics.mean_and_error(by_question)
         results |= {name: mean, f"{name}_standard_error": error}
     errors = Counter(row["error"] for row in rows)
-    is_known = all(row["tokens"] is not None for row in rows)
+    lengths = [row["tokens"] for row in rows]
+    has_lengths = None not in lengths  # predictions have none
     return results | {
         "num_questions": questions,
         "samples_per_question": k,
         "unreadable": sum(r["read"] is None and r["error"] is None for r in rows),
         "timed_out": errors["timeout"],
         "crashed": errors["crash"],
-        "truncated": sum(row["truncated"] for row in rows) if is_known else None,
-        "mean_tokens": float(np.mean([r["tokens"] for r in rows]))
-        if is_known
-        else None,
+        "truncated": sum(row["truncated"] for row in rows) if has_lengths else None,
+        "mean_tokens": float(np.mean(lengths)) if has_lengths else None,
     }
 
 
@@ -183,9 +181,9 @@ def _sample(
     seed: int,
     first: int,
     bar: tqdm.tqdm,
-) -> Iterator[list[Sample]]:
-    """Batches of what the model answers, from the one numbered `first` on."""
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+) -> Iterator[Rollout]:
+    """Batches of sampled answers, from the answer with index `first` on."""
+    mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
     loaded = checkpoint.load(source, mesh, jax.random.key(seed))
     renderer = Renderer(loaded.tokenizer, template, "student")
@@ -200,57 +198,37 @@ def _sample(
     file = workdir / "completions.jsonl"
     stored = StoredSampler(engine, file, loaded.tokenizer, bar)
     stream = stored.stream(loaded.params, requests[first:], jax.random.key(seed))
-    for rollout in in_order(stream, config.evaluate.batch_size):
-        yield [
-            Sample(text, len(request.prompt), len(tokens), not finished)
-            for text, request, tokens, finished in zip(
-                rollout.texts,
-                rollout.requests,
-                rollout.tokens,
-                rollout.finished.tolist(),
-                strict=True,
-            )
-        ]
+    return in_order(stream, config.evaluate.batch_size)
 
 
-def _batches(
-    predictions: Sequence[Sequence[str]], first: int, size: int
-) -> Iterator[list[Sample]]:
-    samples = [Sample(text) for texts in predictions for text in texts]
-    for start in range(first, len(samples), size):
-        yield samples[start : start + size]
-
-
-def _append_graded(
-    file: Path,
-    template: Template,
-    c: EvaluateConfig,
-    problems: Sequence[Problem],
-    samples: Sequence[Sample],
-) -> None:
-    extracted = [template.solution_of(sample.text) for sample in samples]
-    if c.untagged == "whole":
-        pairs = zip(extracted, samples, strict=True)
-        extracted = [s.text if text is None else text for text, s in pairs]
-    verdicts = grade(problems, extracted)
-    rows = [
-        {
+def _graded(
+    template: Template, untagged: str, problems: Sequence[Problem], rollout: Rollout
+) -> list[dict[str, Any]]:
+    """Rows of `samples.jsonl`: completions with their verdicts."""
+    extracted = [template.solution_of(text) for text in rollout.texts]
+    if untagged == "whole":
+        pairs = zip(extracted, rollout.texts, strict=True)
+        extracted = [whole if text is None else text for text, whole in pairs]
+    verdicts, rows = grade(problems, extracted), []
+    for n, (problem, verdict) in enumerate(zip(problems, verdicts, strict=True)):
+        row = {
             "question": problem.question,
             "answer": problem.answer,
-            "completion": sample.text,
-            "extracted": text,
+            "completion": rollout.texts[n],
+            "extracted": extracted[n],
             "read": verdict.answer,
             "correct": verdict.correct,
             "error": verdict.error,
-            "prompt_tokens": sample.prompt_tokens,
-            "tokens": sample.tokens,
-            "truncated": sample.truncated,
+            "prompt_tokens": None,
+            "tokens": None,
+            "truncated": None,
         }
-        for problem, sample, text, verdict in zip(
-            problems, samples, extracted, verdicts, strict=True
-        )
-    ]
-    append_jsonl(file, rows)
+        if rollout.tokens:
+            row["prompt_tokens"] = len(rollout.requests[n].prompt)
+            row["tokens"] = len(rollout.tokens[n])
+            row["truncated"] = not rollout.finished[n]
+        rows.append(row)
+    return rows
 
 
 def _write_right(
@@ -275,7 +253,7 @@ def _write_right(
 
 
 def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
-    """Question -> accuracy of another evaluation, none without a path."""
+    """Question -> accuracy of another evaluation; {} without a path."""
     if not path:
         return {}
     questions = {problem.question for problem in problems}
@@ -286,22 +264,12 @@ def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
             "different ones."
         )
     place = Path(path)
-    if (place / "done.json").is_file():
-        rows = read_evaluation(place)
-    elif place.is_file():
-        rows = read_jsonl(place)
-    else:
+    if not place.is_file() and not (place / "done.json").is_file():
         raise UserError(
             f"evaluate.compare_with={path!r}: there is no {place / 'done.json'}; name "
             "the folder of a complete evaluate stage, or its samples.jsonl."
         )
+    rows = read_jsonl(place) if place.is_file() else read_evaluation(place)
     other = statistics.accuracy_by_question(rows, path)
     statistics.check_same_questions(questions, other, ("this one", path))
     return other
-
-
-def _difference(path: str, file: Path, other: Mapping[str, float]) -> dict[str, Any]:
-    """The paired difference of this evaluation minus the other."""
-    ours = statistics.accuracy_by_question(read_jsonl(file), str(file))
-    found = statistics.compare(ours, other, ("this one", path))
-    return {"compared_with": path, **found._asdict()}

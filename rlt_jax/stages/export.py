@@ -11,6 +11,7 @@ import ml_collections
 
 from rlt_jax.models import convert
 from rlt_jax.settings import build
+from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
 
 SECTIONS = {
@@ -27,7 +28,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     Returns:
       The path and the number of parameters.
     """
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
     target = workdir / "model"

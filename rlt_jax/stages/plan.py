@@ -23,11 +23,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from rlt_jax.costs import compiled as costs
-from rlt_jax.costs.chips import Chip, chip_of, num_chips, slices
+from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import UserError
 from rlt_jax.settings import build
+from rlt_jax.stages import setup
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
 from rlt_jax.training import hosts, sharding
@@ -84,36 +85,32 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       UserError: the recipe does not fit, or cannot be planned.
     """
     c = build(PlanConfig, config.plan, "plan")
-    found = plan(c)
-    root = workdir.parent
-    (root / "plan.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = render(found)
-    (root / "plan.txt").write_text(table)
+    result = plan(c)
+    table = render(result)
+    (workdir.parent / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
+    (workdir.parent / "plan.txt").write_text(table)
     print(table)
-    if not found["fits"]:
-        advice = " ".join(found["recipe"]["advice"])
-        raise UserError(f"{c.recipe} does not fit on {found['topology']}. {advice}")
-    return {name: value for name, value in found.items() if name != "programs"}
+    if not result["fits"]:
+        advice = " ".join(result["recipe"]["advice"])
+        raise UserError(f"{c.recipe} does not fit on {result['topology']}. {advice}")
+    return {name: value for name, value in result.items() if name != "programs"}
 
 
 def plan(c: PlanConfig) -> dict[str, Any]:
     """The plan of a slice, or of the smallest of a chip that fits."""
     if ":" in c.topology:
-        return _plan_slice(c, c.topology, read_recipe(c, c.topology))
+        return _plan_slice(c, c.topology)
     tried = []
     for topology in slices(c.topology):
         try:
-            found = _plan_slice(c, topology, read_recipe(c, topology), give_up=True)
-            reason = "" if found["fits"] else found["recipe"]["advice"][0]
-        except UserError as error:  # a mesh that cannot be, on so few chips
-            found, reason = None, str(error)
-        fits = bool(found and found["fits"])
+            result = _plan_slice(c, topology, stop_early=True)
+            fits, reason = result["fits"], "".join(result["recipe"]["advice"][:1])
+        except UserError as error:  # the mesh does not fit so few chips
+            fits, reason = False, str(error)
         tried.append({"topology": topology, "fits": fits, "reason": reason})
-        _LOG.info(
-            "plan: %s %s %s", topology, "fits" if fits else "is too small", reason
-        )
+        _LOG.info("plan: %s, fits: %s. %s", topology, fits, reason)
         if fits:
-            return found | {"searched": tried}
+            return result | {"searched": tried}
     raise UserError(f"{c.recipe} fits on no slice of {c.topology}: {reason}")
 
 
@@ -126,8 +123,8 @@ def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
         raise UserError(
             f"plan.recipe={c.recipe!r}: no config file with get_config ({error})."
         ) from error
-    takes_slice = bool(inspect.signature(get_config).parameters)
     argument = f"{choice}:{topology}" if choice else topology
+    takes_slice = inspect.signature(get_config).parameters
     config = get_config(argument) if takes_slice else get_config()
     for change in c.changes:
         key, _, value = change.partition("=")
@@ -139,11 +136,10 @@ def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
     values = config.to_dict()
     if "stage" in values:
         values = {values["stage"]: values, "pipeline": (values["stage"],)}
-    names = c.stages or [
-        name for name in values["pipeline"] if values[name]["stage"] in PROGRAMS
-    ]
-    if unknown := [name for name in names if name not in values["pipeline"]]:
+    pipeline = values["pipeline"]
+    if unknown := [name for name in c.stages if name not in pipeline]:
         raise UserError(f"plan.stages: the recipe has no stage {unknown[0]!r}.")
+    names = c.stages or [n for n in pipeline if values[n]["stage"] in PROGRAMS]
     return values | {"pipeline": tuple(names)}
 
 
@@ -163,111 +159,37 @@ def slice_mesh(topology: str, section: Mapping[str, Any]) -> Mesh:
             f"{str(error).splitlines()[0]}. Programs for TPU need libtpu (pip install "
             "'rlt_jax[plan]'); GPUs can only be planned by their shapes."
         ) from error
-    sizes = build(sharding.MeshConfig, section, "mesh")
-    return sharding.make_mesh(sizes, described.devices)
+    return setup.load_mesh({"mesh": section}, described.devices)
 
 
 def _plan_slice(
-    c: PlanConfig, topology: str, recipe: dict[str, Any], give_up: bool = False
+    c: PlanConfig, topology: str, stop_early: bool = False
 ) -> dict[str, Any]:
-    """Compiles all programs; `give_up` stops at the first that does not fit."""
-    chip, lengths = chip_of(topology), Lengths(c.prompt_tokens, c.completion_tokens)
-    programs, steps, meshes, stages = [], {}, {}, {}
+    """Compiles all programs; `stop_early` stops at the first that does not fit."""
+    recipe = read_recipe(c, topology)
+    lengths = Lengths(c.prompt_tokens, c.completion_tokens)
+    stages, lowered, programs = {}, [], []
     for name in recipe["pipeline"]:
         section = recipe[name]
         mesh = slice_mesh(topology, section["mesh"])
-        meshes[name] = dict(mesh.shape)
         loop = section.get("loop") or section.get("sft") or {}
-        steps[name] = loop.get("steps", 1)
-        stage = PROGRAMS[section["stage"]]
-        stages[name] = mesh, stage(section, recipe, mesh, lengths)
+        steps = loop.get("steps", 1)
+        stages[name] = {"mesh": dict(mesh.shape), "steps": steps, "step_seconds": 0.0}
+        made = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
+        # The largest programs, which are the first to fail, are the last of a stage.
+        lowered += [(name, program, mesh.size) for program in reversed(made)]
     # Only now, as compiling takes long and settings may be wrong.
-    for name, (mesh, lowered) in stages.items():
-        # The largest are the first to fail.
-        for program in reversed(lowered):
-            hosts.stop_if_asked()
-            programs.append(_assess(c, name, program, chip, mesh))
-            if give_up and not programs[-1]["fits"]:
-                return _found(c, topology, meshes, steps, programs)
-    return _found(c, topology, meshes, steps, programs)
-
-
-def _assess(
-    c: PlanConfig, stage: str, program: Program, chip: Chip, mesh: Mesh
-) -> dict[str, Any]:
-    """Compiles a program and says what it needs on each device."""
-    began = time.monotonic()
-    resident = sharding.device_bytes(program.resident)
-    limit = chip.usable_bytes
-    result = {"stage": stage, "name": f"{stage}/{program.name}"}
-    result |= {"runs_per_step": program.runs, "model_flops": program.flops}
-    arguments = [x for x in jax.tree.leaves(program.args) if hasattr(x, "sharding")]
-    least = resident + sharding.device_bytes(arguments)
-    if least > limit:
-        return result | _too_large(resident, least, limit, began)
-    try:
-        made = compile_program(program)
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(_TOO_MUCH, str(error))
-        if not needed:
-            raise
-        total = float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] + resident
-        return result | _too_large(resident, total, limit, began)
-    text, memory = made.as_text(), costs.memory(made)
-    total = memory.peak + resident
-    moved = costs.collectives(text, program.trips)
-    hbm = program.hbm_bytes or costs.hbm_bytes(text, program.trips)
-    between = sum(traffic.bytes for traffic in moved.values())
-    limits = roofline(chip, program.flops / mesh.size, hbm, between)
-    room = _room(resident, total, limit)
-    _LOG.info("plan: %s compiled, %.0f%% free", result["name"], 100 * room["headroom"])
-    return result | {
-        "fits": room["headroom"] >= c.headroom,
-        "bytes": memory._asdict() | room,
-        "collectives": {kind: one._asdict() for kind, one in moved.items()},
-        "hbm_bytes": hbm,
-        "roofline": limits._asdict(),
-        "compile_seconds": time.monotonic() - began,
-    }
-
-
-def compile_program(program: Program) -> Any:
-    """The program for the devices of its arguments, which need not exist."""
-    with programs_not_kept():
-        return program.jitted.lower(*program.args).compile()
-
-
-def _too_large(resident: int, total: float, limit: int, began: float) -> dict[str, Any]:
-    """A program that was refused: total is the least that it needs."""
-    seconds = time.monotonic() - began
-    room = _room(resident, total, limit)
-    return {"fits": False, "bytes": room, "compile_seconds": seconds}
-
-
-def _room(resident: int, total: float, limit: int) -> dict[str, float]:
-    """Bytes that stay beside a program, those of all, those there are; the free share."""
-    room = {"resident": resident, "total": total, "limit": limit}
-    return room | {"headroom": 1 - total / limit}
-
-
-def _found(
-    c: PlanConfig,
-    topology: str,
-    meshes: Mapping[str, Any],
-    steps: Mapping[str, int],
-    programs: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """The plan, with estimates for the whole recipe and what to change."""
-    seconds = dict.fromkeys(meshes, 0.0)
-    for program in programs:
-        if "roofline" in program:
-            once = program["roofline"]["seconds"] / c.efficiency
-            seconds[program["stage"]] += once * program["runs_per_step"]
-    hours = sum(seconds[name] * steps[name] for name in meshes) / 3600
-    stages = {
-        name: {"mesh": mesh, "steps": steps[name], "step_seconds": seconds[name]}
-        for name, mesh in meshes.items()
-    }
+    for name, program, devices in lowered:
+        hosts.stop_if_asked()
+        result = _assess(c, f"{name}/{program.name}", program, topology, devices)
+        programs.append({"stage": name} | result)
+        if "roofline" in result:
+            seconds = result["roofline"]["seconds"] / c.efficiency
+            stages[name]["step_seconds"] += seconds * program.runs
+        if stop_early and not result["fits"]:
+            break
+    seconds = [stage["step_seconds"] * stage["steps"] for stage in stages.values()]
+    hours = sum(seconds) / 3600
     recipe = {
         "name": c.recipe,
         "stages": stages,
@@ -278,12 +200,63 @@ def _found(
         "efficiency": c.efficiency,
         "advice": [_advice(program) for program in programs if not program["fits"]],
     }
+    fits = all(program["fits"] for program in programs)
+    return {"fits": fits, "topology": topology, "programs": programs, "recipe": recipe}
+
+
+def _assess(
+    c: PlanConfig, name: str, program: Program, topology: str, devices: int
+) -> dict[str, Any]:
+    """Compiles a program and says what it needs on each device."""
+    began, limit = time.monotonic(), chip_of(topology).usable_bytes
+    resident = sharding.device_bytes(program.resident)
+    arguments = [x for x in jax.tree.leaves(program.args) if hasattr(x, "sharding")]
+    total = resident + sharding.device_bytes(arguments)
+    sizes, traffic = {}, {}
+    if total <= limit:
+        try:
+            compiled = compile_program(program)
+            sizes = costs.memory(compiled)._asdict()
+            total = resident + sizes["peak"]
+            traffic = _traffic(program, compiled.as_text(), topology, devices)
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(_TOO_MUCH, str(error))
+            if not needed:
+                raise
+            total = resident + float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]]
+    headroom = 1 - total / limit
+    _LOG.info("plan: %s, %.0f%% free", name, 100 * headroom)
+    sizes |= {"resident": resident, "total": total, "limit": limit}
     return {
-        "fits": all(program["fits"] for program in programs),
-        "topology": topology,
-        "programs": programs,
-        "recipe": recipe,
+        "name": name,
+        "runs_per_step": program.runs,
+        "model_flops": program.flops,
+        "fits": bool(traffic) and headroom >= c.headroom,
+        "bytes": sizes | {"headroom": headroom},
+        **traffic,
+        "compile_seconds": time.monotonic() - began,
     }
+
+
+def _traffic(
+    program: Program, text: str, topology: str, devices: int
+) -> dict[str, Any]:
+    """What a compiled program moves, and the least time that it takes."""
+    moved = costs.collectives(text, program.trips)
+    hbm = program.hbm_bytes or costs.hbm_bytes(text, program.trips)
+    between = sum(traffic.bytes for traffic in moved.values())
+    limits = roofline(chip_of(topology), program.flops / devices, hbm, between)
+    return {
+        "collectives": {kind: one._asdict() for kind, one in moved.items()},
+        "hbm_bytes": hbm,
+        "roofline": limits._asdict(),
+    }
+
+
+def compile_program(program: Program) -> jax.stages.Compiled:
+    """The program for the devices of its arguments, which need not exist."""
+    with programs_not_kept():
+        return program.jitted.lower(*program.args).compile()
 
 
 _REMEDIES = {

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
-from rlt_jax.api import compile_log_probs, jit_rlt_reward
 from rlt_jax.costs.flops import forward_flops, train_flops
 from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill
@@ -18,17 +18,20 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
-from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.stages import plan_shapes as shapes
 from rlt_jax.stages import rl, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
-from rlt_jax.stages.setup import load_row_shape, student_sections
+from rlt_jax.stages.setup import (
+    load_optimizer,
+    load_reward,
+    load_row_shape,
+    student_sections,
+)
 from rlt_jax.training import sharding
 from rlt_jax.training.learner import jit_mix, jit_update
-from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.state import abstract_state, state_shardings
-from rlt_jax.types import Batch
+from rlt_jax.types import Batch, Params
 
 Section = Mapping[str, Any]
 
@@ -49,11 +52,11 @@ class Program(NamedTuple):
     """
 
     name: str
-    jitted: Any
+    jitted: jax.stages.Wrapped
     args: tuple
-    resident: Any
-    runs: float
-    flops: float
+    resident: Any = ()
+    runs: float = 1
+    flops: float = 0
     trips: tuple[int, ...] = ()
     hbm_bytes: float | None = None
 
@@ -78,7 +81,7 @@ def sft_programs(
     trips = -(-c.row_length // C)
     # A single micro-batch needs no loop.
     loops = (trips,) if at_once == c.batch_size else (batch.tokens.shape[0], trips)
-    return [Program("update", update, args, (), 1, flops, loops)]
+    return [Program("update", update, args, flops=flops, trips=loops)]
 
 
 def rl_programs(
@@ -104,25 +107,16 @@ def rl_programs(
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
     reads = (bool(students) or c.updates_per_rollout > 1) + bool(objective.beta)
-    of_models = _log_probs(section, policy, students, batch, mesh, lengths)
-    for name, program in of_models.items():
-        runs = reads if name == "log_probs" else 1
-        own = program.args[0]
-        # What is no argument stays beside: the optimizer state, and the other models.
-        beside = [x for x in (state.params, *others) if x is not own]
-        beside = (state.opt_state, beside)
-        if runs:
-            programs.append(program._replace(runs=runs, resident=beside, trips=trips))
+    first, *rest = _log_probs(section, policy, students, batch, mesh, lengths)
+    readers = [first._replace(runs=reads), *rest] if reads else rest
+    models = (state.params, *others)
+    programs += _add_resident(readers, state.opt_state, models, trips)
 
     per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
-    filled = batch._replace(
-        students=(),
-        log_probs=per_token if reads > bool(objective.beta) else None,
-        ref_log_probs=per_token if objective.beta else None,
-        advantages=per_token,
-        inverse_length=per_token,
-        loss_weights=per_token,
-    )
+    names = ["advantages", "inverse_length", "loss_weights"]
+    names += ["log_probs"] * (reads > bool(objective.beta))
+    names += ["ref_log_probs"] * bool(objective.beta)
+    filled = batch._replace(students=(), **dict.fromkeys(names, per_token))
     loss_fn = policy_loss(objective, sampling.temperature, E)
     placed = state_shardings(policy.model, tx, mesh)
     limit = objective.skip_gradient_norm
@@ -133,7 +127,7 @@ def rl_programs(
     if objective.beta and c.sync_every:
         args = (reference, state.params, c.sync_alpha)
         beside = (state.opt_state, others[:-1])
-        programs.append(Program("mix", jit_mix(), args, beside, 1 / c.sync_every, 0))
+        programs.append(Program("mix", jit_mix(), args, beside, 1 / c.sync_every))
     return programs
 
 
@@ -150,12 +144,9 @@ def collect_programs(
     batch = shapes.rollout_batch(mesh, E, rows, len(students))
     trips = shapes.micro_batches(teacher.model.config, mesh, E, rows, lengths)
     programs = [p._replace(resident=(p.resident, params)) for p in programs]
-    of_models = _log_probs(section, teacher, students, batch, mesh, lengths)
-    for program in of_models.values():
-        beside = [x for x in (teacher.params, *params) if x is not program.args[0]]
-        beside = (weights_and_cache, beside)
-        programs.append(program._replace(resident=beside, trips=trips))
-    return programs
+    readers = _log_probs(section, teacher, students, batch, mesh, lengths)
+    models = (teacher.params, *params)
+    return programs + _add_resident(readers, weights_and_cache, models, trips)
 
 
 def evaluate_programs(
@@ -224,12 +215,11 @@ def _rollout(
     filled = forward_flops(c, layout.shards * size, lengths.prompt / 2, 0)
     drawn = forward_flops(c, B * steps, context, B * steps)
     dispatches = E * lengths.completion / (B * steps)
+    decode_args = draw, params, dispatches, drawn, (steps,), read
     return [
-        Program("weights", engine.to_decode, (params,), (), 1, 0),
+        Program("weights", engine.to_decode, (params,)),
         Program("prefill", engine.prefill, fill, params, parts, filled),
-        Program(
-            "decode", engine.decode, draw, params, dispatches, drawn, (steps,), read
-        ),
+        Program("decode", engine.decode, *decode_args),
     ]
 
 
@@ -240,52 +230,47 @@ def _log_probs(
     batch: Batch,
     mesh: Mesh,
     lengths: Lengths,
-) -> dict[str, Program]:
+) -> list[Program]:
     """Log-probs of the policy and of each student; the reward, which reduces them."""
-    reward = build(RLTRewardConfig, section["rlt_reward"], "rlt_reward")
-    sampling = build(SamplingConfig, section["sampling"], "sampling")
     models = [student.model for student in students]
-    compiled = compile_log_probs(
-        policy.model, models, sampling.temperature, reward, mesh
-    )
+    compiled, reward = load_reward(section, policy.model, models, mesh)
     (E,) = batch.closed.shape
-    programs = {
-        "log_probs": Program(
-            "log_probs",
-            compiled.policy,
-            (policy.params, batch),
-            (),
-            1,
-            _flops(forward_flops, policy, E, lengths),
+    names = ["", "student_", *(f"student_{i}_" for i in range(1, len(students)))]
+    jitted, batches = (compiled.policy, *compiled.students), (batch, *batch.students)
+    programs = []
+    for n, shape in enumerate((policy, *students)):
+        flops, args = (
+            _flops(forward_flops, shape, E, lengths),
+            (shape.params, batches[n]),
         )
-    }
-    names = ["student_log_probs"] + [
-        f"student_{i}_log_probs" for i in range(1, len(students))
-    ]
-    for i, (name, student) in enumerate(zip(names, students, strict=False)):
-        args = (student.params, batch.students[i])
-        flops = _flops(forward_flops, student, E, lengths)
-        programs[name] = Program(name, compiled.students[i], args, (), 1, flops)
-    if students:
-        ensemble = build(EnsembleConfig, section["ensemble"], "ensemble")
-        jitted = jit_rlt_reward(reward, ensemble, len(students), mesh)
+        programs.append(Program(f"{names[n]}log_probs", jitted[n], args, flops=flops))
+    if reward:
         coef = shapes.per_row(mesh, (), jnp.float32)
         args = (_filled(batch, mesh, compiled.vocabulary_kl != ()), coef)
-        programs["reward"] = Program("reward", jitted, args, (), 1, 0)
+        programs.append(Program("reward", reward, args))
     return programs
+
+
+def _add_resident(
+    programs: Sequence[Program], kept: Any, models: Sequence[Params], trips: tuple
+) -> list[Program]:
+    """The programs with what stays beside their arguments: `kept`, the other models."""
+    result = []
+    for program in programs:
+        others = [params for params in models if params is not program.args[0]]
+        result.append(program._replace(resident=(kept, others), trips=trips))
+    return result
 
 
 def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
     """The batch with all log-probs."""
     per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
 
-    def filled(student: Batch) -> Batch:
-        shape = student.explanation.segment.shape
-        divergence = shapes.per_row(mesh, shape, jnp.float32)
-        divergence = divergence if over_vocabulary else None
-        return student._replace(log_probs=per_token, vocabulary_kl=divergence)
-
-    students = tuple(map(filled, batch.students))
+    divergence = None
+    if over_vocabulary:
+        divergence = shapes.per_row(mesh, batch.completion.segment.shape, jnp.float32)
+    filled = {"log_probs": per_token, "vocabulary_kl": divergence}
+    students = tuple(student._replace(**filled) for student in batch.students)
     return batch._replace(log_probs=per_token, students=students)
 
 
@@ -294,12 +279,10 @@ def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
     return [shapes.load_shape(one, recipe, mesh) for one in sections]
 
 
-def _optimizer(section: Section, steps: int) -> Any:
+def _optimizer(section: Section, steps: int) -> optax.GradientTransformation:
     if section["lora"].get("rank"):
         raise UserError("plan: stages with lora.rank > 0 cannot be planned yet.")
-    return make_optimizer(
-        build(OptimizerConfig, section["optimizer"], "optimizer"), steps
-    )
+    return load_optimizer(section, steps)
 
 
 def _flops(

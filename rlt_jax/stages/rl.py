@@ -23,6 +23,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
 from rlt_jax.rl import advantages, rewards
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
+from rlt_jax.rl.rewards import make_terms
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.stages.rl_config import RLConfig
@@ -30,10 +31,9 @@ from rlt_jax.stages.rl_journal import Journal, Weights
 from rlt_jax.stages.setup import Run
 from rlt_jax.training import checkpoint, offload, sharding
 from rlt_jax.training.checkpoint import LoadedModel
-from rlt_jax.training.learner import Learner, make_learner
-from rlt_jax.training.lora import LoRAConfig, make_tuning
-from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from rlt_jax.training.state import new_state, state_shardings
+from rlt_jax.training.learner import Learner
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.types import Batch, Params
 
 _LOG = logging.getLogger("rlt_jax")
@@ -64,34 +64,32 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     """
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    mesh = setup.load_mesh(config)
     policy, *students = load_rl_models(config, c, mesh, seed)
-    terms = setup.load_terms(config)
+    terms = make_terms(config.reward_terms)
     run = setup.load_run(config, c.role, policy, students, mesh, terms)
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed)
     setup.check_fit(run, [*problems, *held_out])
 
     updates = c.steps * c.updates_per_rollout
-    tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), updates)
-    params, key = policy.params, jax.random.key(seed)
-    low_rank = build(LoRAConfig, config.lora, "lora")
-    tuning, trained = make_tuning(low_rank, policy.model, params, mesh, key)
-    shardings = state_shardings(tuning.model, tx, mesh)
     completions = c.batch_size * c.group_size
     loss_fn = policy_loss(objective, run.sampling.temperature, completions)
     limit = objective.skip_gradient_norm
-    learner = make_learner(loss_fn, tuning, tx, mesh, shardings, limit)
+    learner, tuning, state = setup.load_learner(
+        config, loss_fn, policy, mesh, updates, seed, limit
+    )
     weights = Weights(
-        new_state(trained, tx, shardings),
-        _copy(params, c.offload, "reference") if objective.beta else {},
-        _copy(params, c.offload, "student") if c.self_teaching else {},
+        state,
+        _copy(policy.params, c.offload, "reference") if objective.beta else {},
+        _copy(policy.params, c.offload, "student") if c.self_teaching else {},
     )
     run = dataclasses.replace(run, policy=policy._replace(params=None))
-    del params, trained, policy
+    del policy
     checkpoint.describe(workdir, run.policy.model, run.policy.tokenizer)
     _log_sizes(c, run)
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
+    key = jax.random.key(seed)
     journal = Journal(c, run, tuning, held_out[:completions], prompts, key, workdir)
     fill_advantages = jit_advantages(objective, c.group_size, run)
     with journal.open(weights, objective.advantage):
@@ -156,22 +154,18 @@ def jit_advantages(
     objective: ObjectiveConfig, group_size: int, run: Run
 ) -> Callable[[Batch, jax.Array], Batch]:
     """`advantages.fill` compiled for the mesh of a run."""
-    fill = functools.partial(
-        advantages.fill, objective, group_size, run.sampling.max_new_tokens
-    )
+    names = ("advantages", "inverse_length", "loss_weights")
+    limit = run.sampling.max_new_tokens
 
     @functools.partial(sharding.jit, mesh=run.mesh)
-    def new_fields(batch: Batch, values: jax.Array) -> tuple[jax.Array, ...]:
-        filled = fill(batch, values)
-        return filled.advantages, filled.inverse_length, filled.loss_weights
+    def new_fields(batch: Batch, values: jax.Array) -> dict[str, jax.Array]:
+        filled = advantages.fill(objective, group_size, limit, batch, values)
+        return {name: getattr(filled, name) for name in names}
 
     def fill_advantages(batch: Batch, values: jax.Array) -> Batch:
         # The other arrays of the batch stay where they are.
         few = batch._replace(students=(), ref_log_probs=None, log_probs=None)
-        advantage, inverse, weights = new_fields(few, values)
-        return batch._replace(
-            advantages=advantage, inverse_length=inverse, loss_weights=weights
-        )
+        return batch._replace(**new_fields(few, values))
 
     return fill_advantages
 

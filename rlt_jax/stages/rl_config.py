@@ -56,9 +56,9 @@ class RLConfig:
     def __post_init__(self) -> None:
         if len(self.profile_steps) not in (0, 2):
             raise UserError(f"loop.profile_steps={self.profile_steps}: (first, end).")
-        for name in ("steps", "batch_size", "updates_per_rollout", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"loop.{name}={getattr(self, name)}: at least 1.")
-        if self.group_size < 2:
-            raise UserError(f"group_size={self.group_size}: a group needs at least 2.")
+        positive = ("steps", "batch_size", "updates_per_rollout", "max_skipped")
+        minima = dict.fromkeys(positive, 1) | {"group_size": 2}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise UserError(f"loop.{name}={getattr(self, name)}: at least {least}.")
         check_choice("loop.role", self.role, ROLES)

@@ -1,6 +1,8 @@
 """The bookkeeping of stage `rl`: metrics, samples, checkpoints, held-out evaluation."""
 
 import contextlib
+import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from rlt_jax.data import rows
 from rlt_jax.data.templates import Problem
@@ -53,37 +54,31 @@ class Weights(NamedTuple):
     student: Params
 
 
+@dataclasses.dataclass
 class Journal:
     """Metrics, samples and checkpoints of a run; `open` it around the loop.
 
     Attributes:
-      weights: current weights of the run; the loop replaces them.
-      kl_coef: weight of the explanation KL.
-      key: PRNG key of the run.
+      c: settings of the loop.
+      run: models, sampler and reward.
+      tuning: what of the policy is trained.
+      held_out: problems of the evaluations.
       prompts: iterator over indices of problems.
+      key: PRNG key of the run.
+      workdir: folder of the stage.
+      kl_coef: weight of the explanation KL.
+      weights: current weights of the run; the loop replaces them.
     """
 
-    def __init__(
-        self,
-        c: RLConfig,
-        run: Run,
-        tuning: Tuning,
-        held_out: Sequence[Problem],
-        prompts: grain.DatasetIterator,
-        key: jax.Array,
-        workdir: Path,
-    ) -> None:
-        self.key, self.prompts, self.kl_coef = key, prompts, 0.0
-        self.weights: Weights
-        self._c, self._run, self._tuning = c, run, tuning
-        self._held_out, self._workdir = held_out, workdir
-        self._samples = workdir / "samples.jsonl"
-        self._manager: ocp.CheckpointManager
-        self._writer: MetricWriter
-        self._advantage = ""
-        self._first = 0
-        self._results: dict[str, Any] = {}  # in the checkpoint: first, best, last, ...
-        self._times: dict[str, float] = {}
+    c: RLConfig
+    run: Run
+    tuning: Tuning
+    held_out: Sequence[Problem]
+    prompts: grain.DatasetIterator
+    key: jax.Array
+    workdir: Path
+    kl_coef: float | str = 0.0
+    weights: Weights = dataclasses.field(init=False)
 
     @contextlib.contextmanager
     def open(self, weights: Weights, advantage: str) -> Iterator[None]:
@@ -94,27 +89,28 @@ class Journal:
           advantage: name of the advantage function, for metrics.
         """
         self.weights, self._advantage = weights, advantage
-        keep = self._c.keep_checkpoints
-        with checkpoint.open_manager(self._workdir, keep) as self._manager:
+        self._samples = self.workdir / "samples.jsonl"
+        keep = self.c.keep_checkpoints
+        with checkpoint.open_manager(self.workdir, keep) as self._manager:
             self._restore()
-            with MetricWriter(self._workdir, self._first) as self._writer:
+            with MetricWriter(self.workdir, self._first) as self._writer:
                 yield
             self._manager.wait_until_finished()
 
     def policy(self) -> Params:
         """Parameters that the policy samples with."""
-        return self._tuning.merge(self.weights.state.params)
+        return self.tuning.merge(self.weights.state.params)
 
     def students(self) -> tuple[Params, ...]:
         """Parameters of the reward's students."""
-        if self._c.self_teaching:
+        if self.c.self_teaching:
             return (self.weights.student,)
-        return tuple(student.params for student in self._run.students)
+        return tuple(student.params for student in self.run.students)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
-        c = self._c
-        for step in steps(self._first, c.steps, self._workdir, c.profile_steps):
+        c = self.c
+        for step in steps(self._first, c.steps, self.workdir, c.profile_steps):
             self._times = {"": time.monotonic()}
             yield step
 
@@ -137,7 +133,7 @@ class Journal:
           Stopped: the run was asked to stop, and is saved.
           UserError: too many updates in a row were skipped.
         """
-        c, done = self._c, step + 1
+        c, done = self.c, step + 1
         metrics = reward_metrics(reward, self._advantage, c.group_size)
         metrics |= over_updates(updates) | rollout_metrics(rollout)
         metrics |= _overlong(batch) | memory_metrics()
@@ -150,16 +146,13 @@ class Journal:
             self._results["last"] = result
         check_skipped(self._writer.write(step, metrics), c.max_skipped)
         if step % c.sample_every == 0:
-            firsts = slice(0, None, c.group_size)
-            self._append(
-                step, "train", sample_records(self._run, rollout, reward, firsts)
-            )
+            self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
         stop = hosts.stopping()
         if done % c.checkpoint_every == 0 or done == c.steps or stop:
             # The metrics of all steps before a checkpoint are on disk.
             check_skipped(self._writer.flush(), c.max_skipped)
             data = {"prompts": self.prompts.get_state(), "results": self._results}
-            trees = {"params": self.policy()} | _items(self._tuning, self.weights)
+            trees = {"params": self.policy()} | _items(self.tuning, self.weights)
             checkpoint.save(self._manager, done, trees, data)
         if stop:
             raise hosts.Stopped
@@ -175,19 +168,17 @@ class Journal:
     def _phases(self, rollout: Rollout, num_updates: int) -> dict[str, float]:
         sampled = sum(map(len, rollout.tokens))
         tokens = sampled + sum(len(request.prompt) for request in rollout.requests)
-        of_phase = {"rollout": sampled, "score": tokens, "update": tokens * num_updates}
-        (began, *laps), metrics = self._times.values(), {}
-        for (phase, count), end, start in zip(
-            of_phase.items(), laps, [began, *laps], strict=False
-        ):
-            metrics |= phase_metrics(phase, count, end - start)
-        return metrics | {"time/step_seconds": time.monotonic() - began}
+        counts = {"rollout": sampled, "score": tokens, "update": tokens * num_updates}
+        metrics = {}
+        for (_, start), (phase, end) in itertools.pairwise(self._times.items()):
+            metrics |= phase_metrics(phase, counts[phase], end - start)
+        return metrics | {"time/step_seconds": time.monotonic() - self._times[""]}
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out results of the current policy; calls differ by the policy alone."""
-        run, c = self._run, self._c
+        run, c = self.run, self.c
         count = c.batch_size * c.group_size  # as in a step, so that nothing is compiled
-        problems = [self._held_out[i % len(self._held_out)] for i in range(count)]
+        problems = [self.held_out[i % len(self.held_out)] for i in range(count)]
         policy, key = self.policy(), jax.random.fold_in(self.key, _HELD_OUT_KEY)
         rollout = run.sampler.generate(policy, run.requests(problems), key)
         batch = sharding.put_rows(rows.pack(rollout, run), run.mesh)
@@ -198,10 +189,8 @@ class Journal:
             names = ("solution_score", "explanation_kl")
             self.kl_coef = balanced_kl_coef(*(terms[name] for name in names))
         reward = rewards.compute(run.reward, batch, rollout, self.kl_coef)
-        shown = sample_records(
-            run, rollout, reward, slice(min(32, len(self._held_out)))
-        )
-        self._append(step, "held_out", shown)
+        shown = slice(min(32, len(self.held_out)))
+        self._append(step, "held_out", rollout, reward, shown)
         values = jax.device_get(reward)
         values = {"reward": values.pop("value"), **values}
         answered = all(problem.answer is not None for problem in problems)
@@ -211,7 +200,7 @@ class Journal:
             )
         results = {}
         for name, value in values.items():
-            mean, error = mean_and_error(np.asarray(value)[: len(self._held_out)])
+            mean, error = mean_and_error(np.asarray(value)[: len(self.held_out)])
             results |= {name: mean, f"{name}_standard_error": error}
         text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
         _LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
@@ -220,23 +209,28 @@ class Journal:
     def _keep_best(self, step: int, reward: float) -> None:
         if reward > self._results["best"]:
             self._results["best"] = reward
-            folder = self._workdir / "best"
-            checkpoint.save_model(folder, step, self._run.policy, self.policy())
+            folder = self.workdir / "best"
+            checkpoint.save_model(folder, step, self.run.policy, self.policy())
 
-    def _append(self, step: int, split: str, records: list[dict[str, Any]]) -> None:
-        records = [{"step": step, "split": split, **record} for record in records]
-        append_jsonl(self._samples, records)
+    def _append(
+        self, step: int, split: str, rollout: Rollout, reward: Reward, shown: slice
+    ) -> None:
+        """Appends some completions of a rollout to `samples.jsonl`."""
+        records = sample_records(self.run, rollout, reward, shown)
+        rows = [{"step": step, "split": split, **record} for record in records]
+        append_jsonl(self._samples, rows)
 
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
-        template = _items(self._tuning, self.weights)
+        self._first = 0
+        template = _items(self.tuning, self.weights)
         restored = checkpoint.restore_latest(self._manager, template)
         if restored is not None:
             self._first, items, data = restored
             self.prompts.set_state(data["prompts"])
             self._results = data["results"]
             self.weights = Weights(
-                from_items(items, self._tuning.item),
+                from_items(items, self.tuning.item),
                 items.get("reference", {}),
                 items.get("student", {}),
             )
@@ -247,7 +241,7 @@ class Journal:
             lambda x: x["step"] < first + (x["split"] == "held_out" and first > 0),
         )
         if restored is None:
-            self.kl_coef = self._run.rlt_reward.explanation_kl_coef
+            self.kl_coef = self.run.rlt_reward.explanation_kl_coef
             result = self._evaluate(0)
             self._results = {"first": result, "last": result, "best": result["reward"]}
             self._results["kl_coef"] = float(self.kl_coef)

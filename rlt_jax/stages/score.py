@@ -9,9 +9,9 @@ worst, token by token.
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -21,7 +21,7 @@ from rlt_jax.api import ScoringConfig, TextCompletion, text_completion
 from rlt_jax.data import controls
 from rlt_jax.data.examples import Renderer, student_examples
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
-from rlt_jax.data.templates import Problem, Template, Trace, load_template
+from rlt_jax.data.templates import Problem, Template, load_template
 from rlt_jax.data.traces import read_completions
 from rlt_jax.errors import UserError
 from rlt_jax.report.explanations import write_explanations
@@ -73,24 +73,91 @@ PARTS = {
 SECTIONS = PARTS | {field.name: None for field in dataclasses.fields(ScoreConfig)}
 
 
-class Judge(NamedTuple):
-    """Everything that turns completions into output records.
+class Scorer:
+    """The models of the stage; turns completions into rows of `scores.jsonl`.
 
     Attributes:
-      score: see `api.make_scorer`.
-      count_tokens: tokens of a trace's student sequence.
-      template: system prompts, tags and delimiters.
-      origin: provenance of the rewards.
       c: settings of the stage.
-      seed: seed of the controls.
+      template: system prompts, tags and delimiters.
+      kl_coef: weight of the explanation KL; "auto" until the first batch is scored.
     """
 
-    score: Callable[..., list[dict[str, Any]]]
-    count_tokens: Callable[[Trace], int]
-    template: Template
-    origin: dict[str, Any]
-    c: ScoreConfig
-    seed: int
+    def __init__(self, c: ScoreConfig, sections: dict[str, Any], seed: int) -> None:
+        self.c, self._seed = c, seed
+        reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
+        self.kl_coef = reward.explanation_kl_coef
+        self.template = load_template(sections["template"])
+        mesh = setup.load_mesh(sections)
+        teacher, *students = setup.load_models(sections, "teacher", mesh, seed)
+        if not students:
+            raise UserError("students is (): the reward needs one or more.")
+        ensemble = build(EnsembleConfig, sections["ensemble"], "ensemble")
+        scoring = ScoringConfig(reward, ensemble, c.teacher_temperature)
+        models = teacher, students, self.template
+        self._score = api.make_scorer(*models, scoring, mesh)
+        self._renderer = Renderer(students[0].tokenizer, self.template, "student")
+        temperatures = c.teacher_temperature, reward.student_temperature
+        self._origin = setup.provenance_of(*models, *temperatures)
+
+    def score(
+        self, batch: list[TextCompletion], per_token: bool = False
+    ) -> list[dict[str, Any]]:
+        """Scores of at most `batch_size` completions; see `api.make_scorer`."""
+        # A smaller batch is filled up, so that nothing is compiled for its size.
+        filled = batch + batch[-1:] * (self.c.batch_size - len(batch))
+        kl_coef = 0.0 if self.kl_coef == "auto" else self.kl_coef
+        return self._score(filled, kl_coef, per_token)[: len(batch)]
+
+    def rows(self, batch: list[TextCompletion], first: int) -> list[dict[str, Any]]:
+        """Rows for a batch whose first completion has the index `first`."""
+        scored = self.score(batch, self.c.per_token)
+        of_controls = self._controls(batch, first) if self.c.controls else {}
+        rows = []
+        for n, completion in enumerate(batch):
+            problem, explanation = completion.trace
+            (student,) = student_examples(self._renderer, [completion.trace])
+            copied = controls.copied_share(explanation, problem.solution)
+            rows.append(
+                {
+                    "question": problem.question,
+                    "solution": problem.solution,
+                    "answer": problem.answer,
+                    "completion": completion.text,
+                    "reasoning_trace": explanation,
+                    "closed": completion.closed,
+                    **scored[n],
+                    **{f"reward_{name}": x[n] for name, x in of_controls.items()},
+                    "copied_share": copied,
+                    "student_tokens": len(student.tokens),
+                    "provenance": self._origin | {"explanation_kl_coef": self.kl_coef},
+                }
+            )
+        return rows
+
+    def _controls(
+        self, batch: list[TextCompletion], first: int
+    ) -> dict[str, list[float | None]]:
+        """Control -> reward of each completion's control, None where there is none."""
+        problems = [completion.trace.problem for completion in batch]
+        closing = self.template.explanation_tags[1]
+        replaced = controls.controlled(
+            [completion.text for completion in batch],
+            [problem.question for problem in problems],
+            closing,
+            [self._seed, first],
+        )
+        result = {}
+        for name, texts in replaced.items():
+            pairs = zip(problems, texts, strict=True)
+            given = [
+                text_completion(self.template, problem, text or closing, True)
+                for problem, text in pairs
+            ]
+            result[name] = [
+                None if text is None else row["reward"]
+                for text, row in zip(texts, self.score(given), strict=True)
+            ]
+        return result
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
@@ -106,28 +173,27 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     values = config.to_dict()
     sections = {name: values.pop(name) for name in PARTS}
     c = build(ScoreConfig, values, "config")
-    reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
     selection = build(SelectionConfig, sections["select"], "select")
-    judge = _load_judge(c, sections, reward, seed)
+    scorer = Scorer(c, sections, seed)
     file = workdir / "scores.jsonl"
     first = keep_whole_batches(file, c.batch_size)
-    kl_coef = reward.explanation_kl_coef
-    if first and kl_coef == "auto":
-        kl_coef = hosts.from_first(
+    if first and scorer.kl_coef == "auto":
+        scorer.kl_coef = hosts.from_first(
             lambda: next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
         )
-    todo = _completions(sections["data"]["path"], judge.template, c.assume_closed)
+    path = sections["data"]["path"]
+    todo = _completions(path, scorer.template, c.assume_closed)
     todo = itertools.islice(todo, first, None)
-    if not write_scores(judge, todo, kl_coef, file, first):
+    if not write_scores(scorer, todo, file, first):
         raise UserError(
-            f"{sections['data']['path']}: there is nothing to score; write one or more "
-            "texts into the `completions` of a row, or a `reasoning_trace` instead."
+            f"{path}: there is nothing to score; write one or more texts into the "
+            "`completions` of a row, or a `reasoning_trace` instead."
         )
     selected = workdir / "selected.jsonl"
     # From here on all processes read what process 0 has written.
     hosts.from_first(lambda: selected.unlink(missing_ok=True))
 
-    candidates, kl_coef = [], 0.0
+    candidates: list[Candidate] = []
     rewards: dict[str, list[float]] = {name: [] for name in controls.CONTROLS}
     for row in stream_jsonl(file):
         for name, values in rewards.items():
@@ -136,140 +202,63 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
         candidates.append(
             Candidate(row["question"], row["reward"], row["student_tokens"])
         )
-        kl_coef = row["provenance"]["explanation_kl_coef"]
     kept = set(select(selection, candidates))
     for n, row in enumerate(stream_jsonl(file)):
         if n in kept:
             append_jsonl(selected, [row])
-    _write_examples(judge, file, candidates, kl_coef, workdir / "report")
+    order = sorted(range(len(candidates)), key=lambda n: -candidates[n].reward)
+    count = c.num_examples
+    shown = [n for i, n in enumerate(order) if i < count or i >= len(order) - count]
+    _write_examples(scorer, file, shown, workdir / "report")
     return {
         "completions": len(candidates),
         "reward": float(np.mean([candidate.reward for candidate in candidates])),
         "selected": len(kept),
-        "explanation_kl_coef": kl_coef,
+        "explanation_kl_coef": scorer.kl_coef,
         "controls": {name: float(np.mean(x)) for name, x in rewards.items() if x},
     }
 
 
 def write_scores(
-    judge: Judge,
-    todo: Iterator[TextCompletion],
-    kl_coef: float | str,
-    file: Path,
-    first: int,
+    scorer: Scorer, todo: Iterator[TextCompletion], file: Path, first: int
 ) -> int:
-    """Scores traces batch by batch and appends a row for each.
+    """Scores completions batch by batch and appends a row for each.
 
     Args:
-      judge: models and settings.
-      todo: what is left to score.
-      kl_coef: weight of the explanation KL; "auto" is settled on the first batch.
+      scorer: models and settings.
+      todo: completions that are left to score.
       file: where rows are appended.
-      first: how many it holds.
+      first: number of rows in the file.
 
     Returns:
-      How many it holds then.
+      Number of rows in the file at the end.
     """
-    size = judge.c.batch_size
     with progress(first, None, "score", unit="completion") as bar:
-        while batch := _next_batch(todo, size):
-            # A last, smaller batch is filled up: nothing is compiled for its size.
-            padded = batch + batch[-1:] * (size - len(batch))
-            if kl_coef == "auto":
-                terms = [row["terms"] for row in judge.score(padded, 0.0)]
-                kl_coef = balanced_kl_coef(
-                    [t["solution_score"] for t in terms],
-                    [t["explanation_kl"] for t in terms],
-                )
-            rows = _rows(judge, padded, kl_coef, first)[: len(batch)]
+        while batch := list(itertools.islice(todo, scorer.c.batch_size)):
+            hosts.agree_on_items("the completions of the data", batch)
+            if scorer.kl_coef == "auto":
+                scorer.kl_coef = balanced_kl_coef(*_sizes(scorer.score(batch)))
+            rows = scorer.rows(batch, first)
             if not first:
-                _log_sizes(rows, kl_coef)
+                score, divergence = map(np.mean, _sizes(rows))
+                kl_coef = scorer.kl_coef
+                _LOG.info(
+                    f"first batch: solution score {score:.4g}, explanation KL "
+                    f"{divergence:.4g} times {kl_coef:.4g} = {divergence * kl_coef:.4g}"
+                )
             append_jsonl(file, rows)
             first += len(rows)
             bar.update(len(rows))
             hosts.stop_if_asked()
+        # A process whose data ends earlier than that of others is an error.
+        hosts.agree_on_items("the completions of the data", [])
     return first
 
 
-def _next_batch(todo: Iterator[TextCompletion], size: int) -> list[TextCompletion]:
-    """Up to `size` of them, the same on every host."""
-    batch = list(itertools.islice(todo, size))
-    hosts.agree_on_items("the completions of the data", batch)
-    return batch
-
-
-def _rows(
-    judge: Judge, batch: Sequence[TextCompletion], kl_coef: float, first: int
-) -> list[dict[str, Any]]:
-    scored = judge.score(batch, kl_coef, per_token=judge.c.per_token)
-    foreign = _controls(judge, batch, kl_coef, first) if judge.c.controls else {}
-    rows = []
-    for n, completion in enumerate(batch):
-        problem, explanation = completion.trace
-        rows.append(
-            {
-                "question": problem.question,
-                "solution": problem.solution,
-                "answer": problem.answer,
-                "completion": completion.text,
-                "reasoning_trace": explanation,
-                "closed": completion.closed,
-                **scored[n],
-                **{f"reward_{name}": values[n] for name, values in foreign.items()},
-                "copied_share": controls.copied_share(explanation, problem.solution),
-                "student_tokens": judge.count_tokens(completion.trace),
-                "provenance": judge.origin | {"explanation_kl_coef": kl_coef},
-            }
-        )
-    return rows
-
-
-def _controls(
-    judge: Judge, batch: Sequence[TextCompletion], kl_coef: float, first: int
-) -> dict[str, list[float | None]]:
-    """Control -> reward of each completion's control, None where there is none."""
-    problems = [completion.trace.problem for completion in batch]
-    closing = judge.template.explanation_tags[1]
-    replaced = controls.controlled(
-        [completion.text for completion in batch],
-        [problem.question for problem in problems],
-        closing,
-        [judge.seed, first],
-    )
-    result = {}
-    for name, texts in replaced.items():
-        traces = [
-            text_completion(
-                judge.template, problem, text or closing, assume_closed=True
-            )
-            for problem, text in zip(problems, texts, strict=True)
-        ]
-        rewards = [row["reward"] for row in judge.score(traces, kl_coef)]
-        pairs = zip(rewards, texts, strict=True)
-        result[name] = [None if text is None else reward for reward, text in pairs]
-    return result
-
-
-def _load_judge(
-    c: ScoreConfig, sections: dict[str, Any], reward: RLTRewardConfig, seed: int
-) -> Judge:
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, sections["mesh"], "mesh"))
-    template = load_template(sections["template"])
-    teacher, *students = setup.load_models(sections, "teacher", mesh, seed)
-    if not students:
-        raise UserError("students is (): the reward needs one or more.")
-    ensemble = build(EnsembleConfig, sections["ensemble"], "ensemble")
-    scoring = ScoringConfig(reward, ensemble, c.teacher_temperature)
-    temperatures = c.teacher_temperature, reward.student_temperature
-    renderer = Renderer(students[0].tokenizer, template, "student")
-    return Judge(
-        score=api.make_scorer(teacher, students, template, scoring, mesh),
-        count_tokens=lambda trace: len(student_examples(renderer, [trace])[0].tokens),
-        template=template,
-        origin=setup.provenance_of(teacher, students, template, *temperatures),
-        c=c,
-        seed=seed,
-    )
+def _sizes(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """Solution scores and explanation KLs of rows."""
+    names = "solution_score", "explanation_kl"
+    return [[row["terms"][name] for row in rows] for name in names]
 
 
 def _completions(
@@ -280,39 +269,23 @@ def _completions(
             yield text_completion(template, problem, text, assume_closed)
 
 
-def _log_sizes(rows: list[dict[str, Any]], kl_coef: float) -> None:
-    score = np.mean([row["terms"]["solution_score"] for row in rows])
-    divergence = np.mean([row["terms"]["explanation_kl"] for row in rows])
-    _LOG.info(
-        f"first batch: solution score {score:.4g}, explanation KL {divergence:.4g} times "
-        f"{kl_coef:.4g} = {divergence * kl_coef:.4g}"
-    )
-
-
-def _write_examples(
-    judge: Judge, file: Path, candidates: list[Candidate], kl_coef: float, folder: Path
-) -> None:
-    """Scores the best and the worst once more, token by token, for the page."""
-    order = sorted(range(len(candidates)), key=lambda n: -candidates[n].reward)
-    count = judge.c.num_examples
-    shown = list(dict.fromkeys(order[:count] + order[-count:]))
-    wanted = set(shown)
-    rows = {n: row for n, row in enumerate(stream_jsonl(file)) if n in wanted}
-    size = judge.c.batch_size
-    examples = []
-    for start in range(0, len(shown), size):
-        part = [rows[n] for n in shown[start : start + size]]
-        traces = [
+def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) -> None:
+    """Scores some rows of a file once more, token by token, for the page."""
+    rows = dict.fromkeys(shown)
+    rows |= {n: row for n, row in enumerate(stream_jsonl(file)) if n in rows}
+    chosen, examples = list(rows.values()), []
+    for start in range(0, len(chosen), scorer.c.batch_size):
+        part = chosen[start : start + scorer.c.batch_size]
+        batch = [
             text_completion(
-                judge.template,
+                scorer.template,
                 Problem(row["question"], row["solution"]),
                 row["completion"],
                 row["closed"],
             )
             for row in part
         ]
-        traces += traces[-1:] * (size - len(traces))
-        scored = judge.score(traces, kl_coef, per_token=True)[: len(part)]
+        scored = scorer.score(batch, per_token=True)
         examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
     if hosts.is_first():
         write_explanations(examples, folder)

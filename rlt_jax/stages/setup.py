@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from rlt_jax.api import compile_log_probs, jit_rlt_reward
@@ -21,12 +22,18 @@ from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.inference.sampler import Request, Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
-from rlt_jax.rl.rewards import RewardFunction, Term, make_terms, uses_rlt
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
-from rlt_jax.training import checkpoint, hosts, provenance, sharding
+from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.checkpoint import LoadedModel
-from rlt_jax.types import Reward, Rollout
+from rlt_jax.training.learner import Learner, LossFn, make_learner
+from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
+from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_hash
+from rlt_jax.training.state import new_state, state_shardings
+from rlt_jax.types import Reward, Rollout, TrainState
 
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {
@@ -79,13 +86,12 @@ class Run:
     @functools.cached_property
     def student_renderers(self) -> tuple[Renderer, ...]:
         """Render the sequences of the students, one for each different tokenizer."""
-        made: dict[Path, Renderer] = {}
-        for student in self.students:
-            tokenizer = student.tokenizer
-            made.setdefault(
-                tokenizer.path, Renderer(tokenizer, self.template, "student")
-            )
-        return tuple(made[student.tokenizer.path] for student in self.students)
+        tokenizers = {s.tokenizer.path: s.tokenizer for s in self.students}
+        renderers = {
+            path: Renderer(tokenizer, self.template, "student")
+            for path, tokenizer in tokenizers.items()
+        }
+        return tuple(renderers[s.tokenizer.path] for s in self.students)
 
     def requests(self, problems: Sequence[Problem], first: int = 0) -> list[Request]:
         """A request for a completion of every problem; ids count from `first`."""
@@ -122,9 +128,6 @@ def load_run(
     check_choice("role", role, examples.ROLES)
     template = load_template(config["template"])
     row_shape = load_row_shape(config, mesh)
-    sampling = build(SamplingConfig, config["sampling"], "sampling")
-    reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
-    ensemble = build(EnsembleConfig, config["ensemble"], "ensemble")
     if uses_rlt(terms) != bool(students) or (students and role != "teacher"):
         raise UserError(
             f"reward_terms are {[term.name for term in terms]}, the role is {role!r} and "
@@ -133,34 +136,82 @@ def load_run(
         )
     # An explanation's closing tag ends a teacher's completion.
     stop = (template.explanation_tags[1],) if role == "teacher" else ()
+    models = [student.model for student in students]
+    programs, rlt = load_reward(config, policy.model, models, mesh)
     return Run(
         role=role,
         policy=policy,
         students=tuple(students),
         template=template,
         row_shape=row_shape,
-        sampling=sampling,
+        sampling=build(SamplingConfig, config["sampling"], "sampling"),
         sampler=load_sampler(policy, config, mesh, row_shape.row_length, stop),
-        rlt_reward=reward,
-        reward=RewardFunction(
-            tuple(terms),
-            template,
-            jit_rlt_reward(reward, ensemble, len(students), mesh) if students else None,
-        ),
-        programs=compile_log_probs(
-            policy.model,
-            [s.model for s in students],
-            sampling.temperature,
-            reward,
-            mesh,
-        ),
+        rlt_reward=build(RLTRewardConfig, config["rlt_reward"], "rlt_reward"),
+        reward=RewardFunction(tuple(terms), template, rlt),
+        programs=programs,
         mesh=mesh,
     )
 
 
-def load_terms(config: Mapping[str, Any]) -> tuple[Term, ...]:
-    """The section `reward_terms`."""
-    return make_terms(config["reward_terms"])
+def load_reward(
+    config: Mapping[str, Any],
+    policy: Transformer,
+    students: Sequence[Transformer],
+    mesh: Mesh,
+) -> tuple[LogProbPrograms, jax.stages.Wrapped | None]:
+    """Programs for the log-probs, and for the RLT reward where there are students."""
+    reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
+    sampling = build(SamplingConfig, config["sampling"], "sampling")
+    programs = compile_log_probs(policy, students, sampling.temperature, reward, mesh)
+    if not students:
+        return programs, None
+    ensemble = build(EnsembleConfig, config["ensemble"], "ensemble")
+    return programs, jit_rlt_reward(reward, ensemble, len(students), mesh)
+
+
+def load_mesh(
+    config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of the section `mesh`, over some devices or, by default, over all."""
+    sizes = build(sharding.MeshConfig, config["mesh"], "mesh")
+    return sharding.make_mesh(sizes, devices)
+
+
+def load_learner(
+    config: Mapping[str, Any],
+    loss_fn: LossFn,
+    loaded: LoadedModel,
+    mesh: Mesh,
+    steps: int,
+    seed: int,
+    max_norm: float | None = None,
+) -> tuple[Learner, Tuning, TrainState]:
+    """The learner of sections `lora` and `optimizer`, and the first train state.
+
+    Args:
+      config: of the stage.
+      loss_fn: loss of a micro-batch.
+      loaded: the model; the state has copies of its parameters.
+      mesh: where everything runs.
+      steps: optimizer steps of the whole stage.
+      seed: of the adapters' initial weights.
+      max_norm: a step with a longer gradient is skipped; None for never.
+    """
+    low_rank = build(LoRAConfig, config["lora"], "lora")
+    key = jax.random.key(seed)
+    tuning, params = make_tuning(low_rank, loaded.model, loaded.params, mesh, key)
+    tx = load_optimizer(config, steps)
+    shardings = state_shardings(tuning.model, tx, mesh)
+    learner = make_learner(loss_fn, tuning, tx, mesh, shardings, max_norm)
+    return learner, tuning, new_state(params, tx, shardings)
+
+
+def load_optimizer(
+    config: Mapping[str, Any], steps: int
+) -> optax.GradientTransformation:
+    """The section `optimizer` for a number of steps."""
+    c = build(OptimizerConfig, config["optimizer"], "optimizer")
+    return make_optimizer(c, steps)
 
 
 def load_row_shape(config: Mapping[str, Any], mesh: Mesh) -> RowShape:
@@ -179,8 +230,7 @@ def student_sections(section: Any) -> list[Any]:
     """
     if not isinstance(section, list | tuple):
         raise UserError(
-            f"students is {section!r}; give a tuple of models, (model,) for one and () "
-            "for none."
+            f"students is {section!r}; give a tuple of models, () for none."
         )
     return list(section)
 
@@ -189,17 +239,13 @@ def load_models(
     config: Mapping[str, Any], name: str, mesh: Mesh, seed: int
 ) -> list[LoadedModel]:
     """The model of the section `name`, then those of `students`."""
-    sections = {name: config[name]}
-    for i, section in enumerate(student_sections(config["students"])):
-        sections[f"students[{i}]"] = section
-    return [
-        checkpoint.load(
-            build(checkpoint.ModelSource, section, where),
-            mesh,
-            jax.random.fold_in(jax.random.key(seed), n),
-        )
-        for n, (where, section) in enumerate(sections.items())
-    ]
+    students = student_sections(config["students"])
+    names = [name, *(f"students[{i}]" for i in range(len(students)))]
+    models, key = [], jax.random.key(seed)
+    for n, section in enumerate([config[name], *students]):
+        source = build(checkpoint.ModelSource, section, names[n])
+        models.append(checkpoint.load(source, mesh, jax.random.fold_in(key, n)))
+    return models
 
 
 def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
@@ -220,9 +266,9 @@ def load_sampler(
     sampling = build(SamplingConfig, config["sampling"], "sampling")
     sampling = dataclasses.replace(sampling, stop=(*stop, *sampling.stop))
     sizes = build(EngineConfig, config["engine"], "engine")
-    args = (model.model, model.tokenizer, sampling, sizes, mesh, max_length)
-    engine = make_engine(*args)
-    check_memory(model.model, engine.layout, mesh)
+    transformer, _, tokenizer = model
+    engine = make_engine(transformer, tokenizer, sampling, sizes, mesh, max_length)
+    check_memory(transformer, engine.layout, mesh)
     return engine
 
 
@@ -252,14 +298,14 @@ def provenance_of(
     student_temperature: float,
 ) -> dict[str, Any]:
     """What a reward depends on: fingerprints of weights, tokenizers and template."""
+    weights, *students_weights = (weights_hash(m.params) for m in (teacher, *students))
+    tokenizer, *others = (tokenizer_hash(m.tokenizer) for m in (teacher, *students))
     return {
-        "teacher": provenance.weights_hash(teacher.params),
-        "teacher_tokenizer": provenance.tokenizer_hash(teacher.tokenizer),
-        "students": [provenance.weights_hash(s.params) for s in students],
-        "student_tokenizers": [
-            provenance.tokenizer_hash(s.tokenizer) for s in students
-        ],
-        "template": provenance.template_hash(template),
+        "teacher": weights,
+        "teacher_tokenizer": tokenizer,
+        "students": students_weights,
+        "student_tokenizers": others,
+        "template": template_hash(template),
         "teacher_temperature": teacher_temperature,
         "student_temperature": student_temperature,
     }
@@ -273,11 +319,8 @@ def sample_records(
     records = []
     for n in range(len(rollout.requests))[chosen]:
         problem, text = rollout.requests[n].problem, rollout.texts[n]
-        record = {
-            "question": problem.question,
-            "solution": problem.solution,
-            "answer": problem.answer,
-        }
+        record = problem._asdict()
+        del record["grader"]
         if run.role == "teacher":
             explanation, closed = run.template.parse_completion(text)
             record |= {"reasoning_trace": explanation, "closed": closed}

@@ -8,42 +8,31 @@ solution).
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.examples import Example, Renderer
-from rlt_jax.data.rows import PackedBatches, RowShape
+from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
+from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.training.learner import Learner, make_learner
-from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
-from rlt_jax.training.metrics import (
-    MetricWriter,
-    phase_metrics,
-    read_jsonl,
-    steps,
-)
-from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from rlt_jax.training.state import (
-    check_skipped,
-    from_items,
-    new_state,
-    state_shardings,
-    to_items,
-)
-from rlt_jax.types import Batch, Metrics, Params, TrainState
+from rlt_jax.training.learner import Learner
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
+from rlt_jax.training.optimizer import OptimizerConfig
+from rlt_jax.training.state import check_skipped, from_items, to_items
+from rlt_jax.types import Batch, Metrics, Params
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -103,13 +92,12 @@ class SFTConfig:
             )
         if len(self.profile_steps) not in (0, 2):
             raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
-        if self.steps < 1:
-            raise UserError(f"steps={self.steps}: at least 1.")
         check_choice("sft.role", self.role, examples.ROLES)
         check_choice("sft.overlong", self.overlong, selection.OVERLONG)
-        for name in ("traces_per_question", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"sft.{name}={getattr(self, name)}: at least 0.")
+        minima = {"steps": 1, "traces_per_question": 0, "evaluate_every": 0}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise UserError(f"sft.{name}={getattr(self, name)}: at least {least}.")
 
 
 SECTIONS = {
@@ -132,32 +120,42 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
       loss and, where it was evaluated, the first.
     """
     c = build(SFTConfig, config.sft, "sft")
-    mesh = sharding.make_mesh(build(sharding.MeshConfig, config.mesh, "mesh"))
+    mesh = setup.load_mesh(config)
     check_rows(c, mesh)
     source = build(checkpoint.ModelSource, config.model, "model")
-    key = jax.random.key(seed)
-    model, params, tokenizer = checkpoint.load(source, mesh, key)
-    renderer = Renderer(tokenizer, load_template(config.template), c.role)
-    context = model.config.max_length
+    loaded = checkpoint.load(source, mesh, jax.random.key(seed))
+    renderer = Renderer(loaded.tokenizer, load_template(config.template), c.role)
+    context = loaded.model.config.max_length
     sources = pipeline.load_sources(config.data, renderer.template, seed)
     made, counts = load_examples(c, sources, renderer, seed, context)
-    held_out, held_out_counts = load_held_out(
-        c, config.held_out, renderer, seed, context
-    )
-    counts |= held_out_counts
+    held_out: list[Batch] = []
+    if config.held_out is not None:
+        traces = pipeline.load_traces(
+            config.held_out, renderer.template, seed, "held_out"
+        )
+        source = pipeline.Source("held_out", 1.0, traces)
+        # All are used: none is replaced by another trace of its question.
+        overlong = "drop" if c.overlong == "shorter" else c.overlong
+        every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
+        (fitting,), more = load_examples(every, [source], renderer, seed, context)
+        held_out = pipeline.all_batches(fitting, c.shape, c.batch_size)
+        counts |= more
+    elif c.evaluate_every:
+        raise UserError("sft.evaluate_every needs traces in the section held_out.")
     weights = [source.weight for source in sources]
     batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
 
-    low_rank = build(LoRAConfig, config.lora, "lora")
-    tuning, params = make_tuning(low_rank, model, params, mesh, key)
-    tx = make_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), c.steps)
-    shardings = state_shardings(tuning.model, tx, mesh)
-    state = new_state(params, tx, shardings)
-    del params
-    learner = make_learner(next_token_loss, tuning, tx, mesh, shardings)
-    checkpoint.describe(workdir, model, tokenizer)
+    learner, tuning, state = setup.load_learner(
+        config, next_token_loss, loaded, mesh, c.steps, seed
+    )
+    checkpoint.describe(workdir, loaded.model, loaded.tokenizer)
+    del loaded
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        first, state = _restore(manager, tuning, state, batches)
+        first = 0
+        if restored := checkpoint.restore_latest(manager, to_items(state, tuning.item)):
+            first, items, data = restored
+            state = from_items(items, tuning.item)
+            batches.set_state(data["batches"])
         with MetricWriter(workdir, first) as writer:
             began = time.monotonic()
             for step in steps(first, c.steps, workdir, c.profile_steps):
@@ -168,12 +166,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 batch = next(batches)
                 tokens = np.count_nonzero(batch.segment_ids)
                 state, metrics = learner.update(state, sharding.put_rows(batch, mesh))
+                fill = tokens / batch.tokens.size
+                metrics |= {"sft/tokens": tokens, "sft/fill": fill} | first_loss
                 now = time.monotonic()
-                metrics |= {
-                    "sft/tokens": tokens,
-                    "sft/fill": tokens / batch.tokens.size,
-                }
-                metrics |= phase_metrics("step", tokens, now - began) | first_loss
+                metrics |= phase_metrics("step", tokens, now - began)
                 began = now
                 if held_out and c.evaluates_after(done):
                     loss = held_out_loss(learner, state.params, held_out, mesh)
@@ -183,7 +179,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
                 if done % c.checkpoint_every == 0 or done == c.steps or stop:
                     # The metrics of all steps before a checkpoint are on disk.
                     check_skipped(writer.flush(), c.max_skipped)
-                    _save(manager, done, tuning, state, batches)
+                    trees = {"params": tuning.merge(state.params)}
+                    trees |= to_items(state, tuning.item)
+                    data = {"batches": batches.get_state()}
+                    checkpoint.save(manager, done, trees, data)
                 if stop:
                     raise hosts.Stopped
         manager.wait_until_finished()
@@ -246,59 +245,9 @@ def load_examples(
         )
         made.append(used)
         if any(counts[where][name] for name in ("dropped", "replaced", "truncated")):
-            numbers = ", ".join(f"{n} {name}" for name, n in counts[where].items())
-            _LOG.warning(
-                "%s: traces longer than %s=%d: %s", where, name, limit, numbers
-            )
+            numbers = ", ".join(f"{n} {key}" for key, n in counts[where].items())
+            _LOG.warning(f"{where}: traces longer than {name}={limit}: {numbers}")
     return made, counts
-
-
-def load_held_out(
-    c: SFTConfig,
-    config: Mapping[str, Any] | None,
-    renderer: Renderer,
-    seed: int,
-    context: int,
-) -> tuple[list[Batch], dict[str, dict[str, int]]]:
-    """Batches of the section `held_out`, [] without one; and its numbers of traces.
-
-    All traces are used; none is replaced by another of its question.
-    """
-    if config is None:
-        if c.evaluate_every:
-            raise UserError("sft.evaluate_every needs traces in the section held_out.")
-        return [], {}
-    overlong = "drop" if c.overlong == "shorter" else c.overlong
-    c = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
-    traces = pipeline.load_traces(config, renderer.template, seed, "held_out")
-    source = pipeline.Source("held_out", 1.0, traces)
-    (made,), counts = load_examples(c, [source], renderer, seed, context)
-    return pipeline.all_batches(made, c.shape, c.batch_size), counts
-
-
-def _save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    tuning: Tuning,
-    state: TrainState,
-    batches: PackedBatches,
-) -> None:
-    trees = {"params": tuning.merge(state.params)} | to_items(state, tuning.item)
-    checkpoint.save(manager, step, trees, {"batches": batches.get_state()})
-
-
-def _restore(
-    manager: ocp.CheckpointManager,
-    tuning: Tuning,
-    state: TrainState,
-    batches: PackedBatches,
-) -> tuple[int, TrainState]:
-    restored = checkpoint.restore_latest(manager, to_items(state, tuning.item))
-    if restored is None:
-        return 0, state
-    first, trees, data = restored
-    batches.set_state(data["batches"])
-    return first, from_items(trees, tuning.item)
 
 
 def _losses(file: Path) -> dict[str, float]:

@@ -137,10 +137,10 @@ def test_a_users_own_function(mine: str, values_of: Callable[..., np.ndarray]) -
         ({"value": {"function": "math:exp"}}, "'value': the name of the sum; pick"),
         (
             {"x": {"function": "no_such_module:f"}},
-            "'no_such_module:f' is no .*No module",
+            "'no_such_module:f' is not a .*No module",
         ),
-        ({"x": {"function": "math:no_such"}}, "'math:no_such' is no .*no_such"),
-        ({"x": {"function": "math"}}, "'math' is no \"module:function\""),
+        ({"x": {"function": "math:no_such"}}, "'math:no_such' is not a .*no_such"),
+        ({"x": {"function": "math"}}, "'math' is not a \"module:function\""),
         ({"x": {"function": "math:exp", "base": 2}}, "'x': got an unexpected .*'base'"),
     ],
 )
