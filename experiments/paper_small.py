@@ -41,7 +41,7 @@ from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
 
 SEEDS = (0, 1, 2, 3)  # of the published results
-KIND = "rlt_jax.data.tasks.arithmetic:kind_of"
+KIND = "experiments.kinds:kind_of"
 SMALL, LARGE = "embedded_small", "embedded"
 TEMPLATE = "tiny"
 KINDS = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}

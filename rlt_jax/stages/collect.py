@@ -37,7 +37,8 @@ class CollectConfig:
     Attributes:
       batch_size: completions scored at once.
       samples_per_problem: completions of each problem.
-      classify: "module:function" of a function (question, explanation) -> kind, such as `rlt_jax.data.tasks.arithmetic:kind_of`; "" for none.
+      classify: "module:function" of a function (question, explanation) -> kind; "" for
+        none.
     """
 
     batch_size: int

@@ -18,7 +18,6 @@ the checksum of its question in sign notation is 0 modulo 10.
 """
 
 import dataclasses
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -62,9 +61,6 @@ class Chain:
             value = apply(value, operation)
             digits.append(value)
         return digits
-
-
-_SIGNS = str.maketrans("asm", "+-*")
 
 
 def apply(value: int, operation: tuple[str, int]) -> int:
@@ -129,37 +125,6 @@ def sample_kinds(
             "sum to 1."
         )
     return rng.choice(list(kinds), size, p=probs)
-
-
-def kind_of(question: str, explanation: str) -> str:
-    """Classifies an explanation of a question.
-
-    "wrong" if a step is false, does not continue the previous step, or is not in the
-    question; otherwise "careful" if every step has one operation, "skipping" if a step
-    has several, "restating" if there are no steps, and "other" if correct steps do not
-    cover the question.
-    """
-    operations = [
-        (sign.translate(_SIGNS), int(operand))
-        for sign, operand in re.findall(r" ([+\-*asm])(\d)", question)
-    ]
-    steps = re.findall(r"(\d)((?:[+\-*]\d)+)=(\d)", explanation)
-    value, done, largest = int(re.search(r"\d", question)[0]), 0, 0
-    for before, text, after in steps:
-        group = [(sign, int(operand)) for sign, operand in re.findall(r"(.)(.)", text)]
-        if int(before) != value or group != operations[done : done + len(group)]:
-            return "wrong"
-        for operation in group:
-            value = apply(value, operation)
-        if int(after) != value:
-            return "wrong"
-        done += len(group)
-        largest = max(largest, len(group))
-    if not steps:
-        return "restating"
-    if done < len(operations):
-        return "other"
-    return "careful" if largest == 1 else "skipping"
 
 
 def _wrong_steps(
