@@ -79,20 +79,19 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     learner, tuning, state = setup.load_learner(
         config, loss_fn, policy, mesh, updates, seed, limit
     )
-    weights = Weights(
-        state,
-        _copy(policy.params, c.offload, "reference") if objective.beta else {},
-        _copy(policy.params, c.offload, "student") if c.self_teaching else {},
-    )
+    reference = _copy(policy.params, c.offload, "reference") if objective.beta else {}
+    student = _copy(policy.params, c.offload, "student") if c.self_teaching else {}
     run = dataclasses.replace(run, policy=policy._replace(params=None))
-    del policy
     checkpoint.describe(workdir, run.policy.model, run.policy.tokenizer)
     _log_sizes(c, run)
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
     key = jax.random.key(seed)
     journal = Journal(c, run, tuning, held_out[:completions], prompts, key, workdir)
+    journal.weights = Weights(state, reference, student)
+    # The journal alone holds the weights, so that those it replaces are freed.
+    del policy, state, reference, student
     fill_advantages = jit_advantages(objective, c.group_size, run)
-    with journal.open(weights, objective.advantage):
+    with journal.open(objective.advantage):
         train(c, run, learner, fill_advantages, problems, journal)
     return journal.summary()
 
@@ -124,6 +123,7 @@ def train(
         )
         reward = rewards.compute(run.reward, batch, rollout, journal.kl_coef)
         journal.lap("score", batch, reward)
+        del policy  # with adapters a merged copy, which the update does not need
         batch = fill_advantages(batch, reward["value"])
         updates = []
         for _ in range(c.updates_per_rollout):

@@ -81,14 +81,13 @@ class Journal:
     weights: Weights = dataclasses.field(init=False)
 
     @contextlib.contextmanager
-    def open(self, weights: Weights, advantage: str) -> Iterator[None]:
-        """Opens the files of a run, and restores its latest checkpoint.
+    def open(self, advantage: str) -> Iterator[None]:
+        """Opens the files of a run; the latest checkpoint replaces the initial weights.
 
         Args:
-          weights: initial weights; those of a checkpoint replace them.
           advantage: name of the advantage function, for metrics.
         """
-        self.weights, self._advantage = weights, advantage
+        self._advantage = advantage
         self._samples = self.workdir / "samples.jsonl"
         keep = self.c.keep_checkpoints
         with checkpoint.open_manager(self.workdir, keep) as self._manager:
