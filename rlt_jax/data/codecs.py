@@ -93,7 +93,7 @@ class SentencePieceCodec:
         return None if token_id == self._model.unk_id() else token_id
 
     def size(self) -> int:
-        """Number of ids; none is an added token, and there are no gaps."""
+        """Number of ids, which have no gaps; none was added to the file's own."""
         return self._model.get_piece_size()
 
     base_size = id_limit = size
