@@ -14,13 +14,8 @@ import jinja2
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rlt_jax.data.codecs import (
-    Encoding,
-    FastCodec,
-    SentencePieceCodec,
-    concatenate,
-    decode_utf8,
-)
+from rlt_jax.data import codecs
+from rlt_jax.data.codecs import Encoding, FastCodec, SentencePieceCodec
 from rlt_jax.errors import UserError
 
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
@@ -101,7 +96,7 @@ class Tokenizer:
             return self.encode_batch(whole)
         head = self.encode(prefix[:cut])
         tails = self.encode_batch([text[cut:] for text in whole])
-        joined = [concatenate([head, tail], [cut]) for tail in tails]
+        joined = [codecs.concatenate([head, tail], [cut]) for tail in tails]
         first = self.encode(whole[0])
         if all(map(np.array_equal, joined[0], first)):
             return joined
@@ -162,7 +157,9 @@ class Tokenizer:
         ids = np.minimum(ids, len(pieces) - 1)
         ends = np.cumsum(lengths[ids])
         starts = ends - lengths[ids]
-        text, char_of_byte = decode_utf8(b"".join([pieces[i] for i in ids.tolist()]))
+        text, char_of_byte = codecs.decode_utf8(
+            b"".join([pieces[i] for i in ids.tolist()])
+        )
         start = char_of_byte[starts]
         last = char_of_byte[np.maximum(ends - 1, starts)]
         end = np.where(ends > starts, last + 1, start)

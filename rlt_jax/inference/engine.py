@@ -34,13 +34,7 @@ from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.training.sharding import (
-    DECODING_RULES,
-    batch_sharding,
-    decoding_shardings,
-    jit,
-    replicated,
-)
+from rlt_jax.training import sharding
 from rlt_jax.types import PagedCache, Params, Rollout
 
 SHARD_AXES = ("data", "fsdp")
@@ -104,14 +98,10 @@ class Engine(Sampler):
 
     def _take(self, scheduler: Scheduler, drawn: Drawn, owners: list) -> Part:
         """The completions that a dispatch has ended, and how full its slots were."""
-        drawn = jax.device_get(drawn)
-        indices, rollout = scheduler.absorb(drawn, owners)
+        indices, rollout = scheduler.absorb(jax.device_get(drawn), owners)
         if self.tokenizer:
             rollout = decode_texts(rollout, self.tokenizer)
-        used, steps = int(drawn.mask.sum()), int(drawn.mask.any(axis=1).sum())
-        return indices, rollout._replace(
-            steps_used=used, steps_computed=steps * drawn.mask.shape[1]
-        )
+        return indices, rollout
 
 
 def make_engine(
@@ -151,7 +141,13 @@ def make_engine(
     fill = functools.partial(prefill, reader)
     fill = _split(mesh, fill, (whole, pools, *[rows] * 3), pools)
     draw = _split(mesh, steps, (whole, pools, rows, rows, whole), (pools, rows, drawn))
-    on_shards = functools.partial(jit, mesh=mesh, rules=DECODING_RULES)
+    on_shards = functools.partial(
+        sharding.jit, mesh=mesh, rules=sharding.DECODING_RULES
+    )
+    by_slot = sharding.batch_sharding(mesh)
+    empty = functools.partial(_empty, model, layout)
+    # Every host reads all tokens.
+    sampled = (cache, by_slot, sharding.replicated(mesh))
     return Engine(
         layout,
         sampling,
@@ -159,47 +155,40 @@ def make_engine(
         stop_finder(tokenizer, sampling.stop) if tokenizer else None,
         tokenizer,
         prefill_sizes(config),
-        jax.jit(
-            functools.partial(_empty, model, layout),
-            out_shardings=(cache, batch_sharding(mesh)),
-        ),
-        jax.jit(to_decode, out_shardings=decoding_shardings(axes, mesh)),
+        jax.jit(empty, out_shardings=(cache, by_slot)),
+        jax.jit(to_decode, out_shardings=sharding.decoding_shardings(axes, mesh)),
         on_shards(fill, donate_argnums=1, out_shardings=cache),
-        on_shards(
-            draw,
-            donate_argnums=(1, 2),
-            # Every host reads all that is drawn.
-            out_shardings=(cache, batch_sharding(mesh), replicated(mesh)),
-        ),
+        on_shards(draw, donate_argnums=(1, 2), out_shardings=sampled),
     )
 
 
 def cache_shardings(mesh: Mesh) -> PagedCache:
     """Pages are split over data and fsdp, heads over tensor."""
     pool = NamedSharding(mesh, Spec("tensor", None, SHARD_AXES))
-    return PagedCache(pool, pool, replicated(mesh))
+    return PagedCache(pool, pool, sharding.replicated(mesh))
 
 
 def _chunked(
     prefills: list[Prefill], chunks: tuple[int, ...], layout: Layout
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Parts of prompts, one of every shard at a time: table, tokens, start."""
-    waiting: list[dict[int, list]] = [{} for _ in range(layout.shards)]
+    waiting: dict[int, list[list[tuple[Prefill, int]]]] = {
+        size: [[] for _ in range(layout.shards)] for size in chunks
+    }
     for one in prefills:
         start = 0
         while start < len(one.tokens):
             rest = len(one.tokens) - start
             size = next((c for c in chunks if c >= rest), chunks[-1])
-            waiting[one.shard].setdefault(size, []).append((one, start))
+            waiting[size][one.shard].append((one, start))
             start += size
     for size in reversed(chunks):  # a prompt's last part is its smallest
-        queues = [parts.get(size, []) for parts in waiting]
-        for now in itertools.zip_longest(*queues):
+        for parts in itertools.zip_longest(*waiting[size]):
             # A shard without such a part writes to page 0.
             table = np.zeros((layout.shards, layout.columns), np.int32)
             tokens = np.zeros((layout.shards, size), np.int32)
             starts = np.zeros(layout.shards, np.int32)
-            for shard, part in enumerate(now):
+            for shard, part in enumerate(parts):
                 if part:
                     one, starts[shard] = part
                     piece = one.tokens[starts[shard] :][:size]
