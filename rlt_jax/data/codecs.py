@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,10 +42,9 @@ class SentencePieceCodec:
             i: self._model.id_to_piece(i) for i in ids if self._model.is_control(i)
         }
         self.separators = self.added
-        longest_first = sorted(
-            map(re.escape, self.added.values()), key=len, reverse=True
-        )
-        self._control = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        longest_first = sorted(self.added.values(), key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._control = re.compile(f"({pattern})")
 
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of the text; no special tokens are added."""
@@ -61,17 +60,14 @@ class SentencePieceCodec:
 
     def _join(self, parts: list[str], encoded: Iterator[dict]) -> Encoding:
         """Encoding of the text that the parts make; every other part is a control."""
-        ids, offsets, place = [], [], 0
-        for number, part in enumerate(parts):
-            if number % 2:
-                ids.append(np.array([self._model.piece_to_id(part)], np.int32))
-                offsets.append(np.array([[place, place + len(part)]], np.int32))
-            else:
-                encoding = self._to_encoding(next(encoded))
-                ids.append(encoding.ids)
-                offsets.append(encoding.offsets + np.int32(place))
-            place += len(part)
-        return Encoding(np.concatenate(ids), np.concatenate(offsets))
+        encodings = [
+            self._to_encoding(self._encode_control(part) if n % 2 else next(encoded))
+            for n, part in enumerate(parts)
+        ]
+        return concatenate(encodings, map(len, parts))
+
+    def _encode_control(self, piece: str) -> dict:
+        return {"ids": [self._model.piece_to_id(piece)], "offsets": [(0, len(piece))]}
 
     def _to_encoding(self, encoded: dict) -> Encoding:
         ids = np.array(encoded["ids"], np.int32)
@@ -97,16 +93,10 @@ class SentencePieceCodec:
         return None if token_id == self._model.unk_id() else token_id
 
     def size(self) -> int:
-        """Number of ids."""
+        """Number of ids, which have no gaps; none was added to the file's own."""
         return self._model.get_piece_size()
 
-    def base_size(self) -> int:
-        """Number of ids without added tokens."""
-        return self.size()
-
-    def id_limit(self) -> int:
-        """One more than the largest id."""
-        return self.size()
+    base_size = id_limit = size
 
 
 class FastCodec:
@@ -265,32 +255,27 @@ def decode_utf8(data: bytes) -> tuple[str, np.ndarray]:
     """
     try:
         text = data.decode("utf-8")
+        starts = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+        char_of_byte = np.cumsum(starts) - 1
     except UnicodeDecodeError:
         text, widths = _decode_invalid(data)
         char_of_byte = np.repeat(np.arange(len(text)), widths)
-    else:
-        starts = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
-        char_of_byte = np.cumsum(starts) - 1
     return text, np.append(char_of_byte, len(text))
 
 
 def _decode_invalid(data: bytes) -> tuple[str, list[int]]:
     """Text of bytes that are not UTF-8, and the number of bytes of every character."""
     text = data.decode("utf-8", errors="replace")
-    widths = [len(char.encode("utf-8")) for char in text]
-    if sum(widths) == len(data):
-        return text, widths
-    chars, widths, place = [], [], 0
-    while place < len(data):
-        for width in (1, 2, 3, 4):
-            try:
-                char = data[place : place + width].decode("utf-8")
-                break
-            except UnicodeDecodeError:
-                char = ""
-        if not char:
-            char, width = "\ufffd", 1
-        chars.append(char)
-        widths.append(width)
-        place += width
-    return "".join(chars), widths
+    if len(text.encode("utf-8")) != len(data):  # make every invalid byte a character
+        text = data.decode("utf-8", errors="surrogateescape")
+    widths = [len(char.encode("utf-8", errors="surrogateescape")) for char in text]
+    return re.sub("[\udc80-\udcff]", "\ufffd", text), widths
+
+
+def concatenate(parts: Sequence[Encoding], lengths: Iterable[int]) -> Encoding:
+    """Encoding of a text from those of its parts; lengths are in characters."""
+    starts = itertools.accumulate(lengths, initial=0)
+    offsets = [part.offsets + np.int32(start) for part, start in zip(parts, starts)]
+    return Encoding(
+        np.concatenate([part.ids for part in parts]), np.concatenate(offsets)
+    )

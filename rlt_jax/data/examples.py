@@ -90,30 +90,22 @@ class Renderer:
         places: dict[Problem, list[int]] = {}
         for i, problem in enumerate(problems):
             places.setdefault(problem, []).append(i)
-        encoded: list[tuple[str, Encoding]] = [("", Encoding(EMPTY, EMPTY))] * len(
-            turns
-        )
+        encoded: dict[int, tuple[str, Encoding]] = {}
         for problem, indices in places.items():
             text = self.prompt(problem)[0]
             group = [turns[i] for i in indices]
-            for i, encoding in zip(
-                indices, self.tokenizer.encode_with_prefix(text, group), strict=True
-            ):
-                encoded[i] = text, encoding
-        return encoded
+            encodings = self.tokenizer.encode_with_prefix(text, group)
+            encoded |= {i: (text, e) for i, e in zip(indices, encodings, strict=True)}
+        return [encoded[i] for i in range(len(turns))]
 
 
 def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
     """Tokens whose characters lie wholly in [start, end), empty tokens left out."""
-    inside = (
-        (offsets[:, 0] >= start)
-        & (offsets[:, 1] <= end)
-        & (offsets[:, 1] > offsets[:, 0])
-    )
-    places = np.flatnonzero(inside)
-    if not places.size:
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
+    if not inside.size:
         return EMPTY
-    first, last = int(places[0]), int(places[-1]) + 1
+    first, last = int(inside[0]), int(inside[-1]) + 1
     return Span(first, last, offsets[first:last] - start)
 
 
@@ -131,8 +123,6 @@ def align(left: Span, right: Span) -> tuple[np.ndarray, np.ndarray]:
         left  |ab|c|d|    cuts 0 2 3 4     common cuts 0 3 4
         right |a|bc|d|    cuts 0 1 3 4     segments 0 0 1 and 0 0 1
     """
-    if not len(left.offsets) or not len(right.offsets):
-        return _no_segment(left), _no_segment(right)
     if np.array_equal(left.offsets, right.offsets):
         same = np.arange(len(left.offsets), dtype=np.int32)
         return same, same
@@ -140,12 +130,8 @@ def align(left: Span, right: Span) -> tuple[np.ndarray, np.ndarray]:
     return _segments(left.offsets, cuts), _segments(right.offsets, cuts)
 
 
-def _no_segment(span: Span) -> np.ndarray:
-    return np.full(len(span.offsets), -1, np.int32)
-
-
 def _cuts(offsets: np.ndarray) -> np.ndarray:
-    return np.append(offsets[:, 0], offsets[-1, 1])
+    return np.append(offsets[:, 0], offsets[-1:, 1])
 
 
 def _segments(offsets: np.ndarray, cuts: np.ndarray) -> np.ndarray:
@@ -165,21 +151,15 @@ def student_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
         [trace.problem for trace in traces], [turn + tokenizer.eos for turn in turns]
     )
     examples = []
-    for trace, turn, (prompt, (tokens, offsets)) in zip(
-        traces, turns, encoded, strict=True
-    ):
-        thought = len(prompt) + len(template.thought_tags[0])
-        solution_end = len(prompt) + len(turn) - len(template.solution_tags[1])
-        solution = solution_end - len(trace.problem.solution)
-        thought_end = thought + len(template.body(trace.explanation))
-        examples.append(
-            Example(
-                tokens,
-                offsets[:, 0] >= len(prompt),
-                find_span(offsets, thought, thought_end),
-                find_span(offsets, solution, solution_end),
-            )
-        )
+    for trace, turn, one in zip(traces, turns, encoded, strict=True):
+        prompt, (tokens, offsets) = one
+        start = len(prompt) + len(template.thought_tags[0])
+        end = start + len(template.body(trace.explanation))
+        thought = find_span(offsets, start, end)
+        end = len(prompt) + len(turn) - len(template.solution_tags[1])
+        solution = find_span(offsets, end - len(trace.problem.solution), end)
+        loss_mask = offsets[:, 0] >= len(prompt)
+        examples.append(Example(tokens, loss_mask, thought, solution))
     return examples
 
 
@@ -195,10 +175,8 @@ def teacher_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     for trace in traces:
         body = template.body(trace.explanation)[len(template.pad) :]
         tokens = tokenizer.encode(body + ending).ids
-        text, offsets = decode_completion(tokenizer, tokens)
-        examples.append(
-            completion_example(renderer, trace.problem, tokens, text, offsets)
-        )
+        decoded = decode_completion(tokenizer, tokens)
+        examples.append(completion_example(renderer, trace.problem, tokens, *decoded))
     return examples
 
 
@@ -235,9 +213,8 @@ def completion_example(
     body, _ = renderer.template.parse_completion(text)
     offsets = np.concatenate([prompt_offsets, offsets + np.int32(len(prompt))])
     start = len(prompt) - len(renderer.template.pad)
-    return Example(
-        tokens, loss_mask, find_span(offsets, start, start + len(body)), EMPTY
-    )
+    explanation = find_span(offsets, start, start + len(body))
+    return Example(tokens, loss_mask, explanation, EMPTY)
 
 
 def text_examples(
@@ -254,19 +231,13 @@ def text_examples(
         text + ("" if closed else template.explanation_tags[1]) + tokenizer.eos
         for text, (_, closed) in zip(completions, parsed, strict=True)
     ]
+    encoded = renderer.encode(problems, turns)
     examples = []
-    for (body, _), (prompt, (tokens, offsets)) in zip(
-        parsed, renderer.encode(problems, turns), strict=True
-    ):
+    for (body, _), (prompt, (tokens, offsets)) in zip(parsed, encoded, strict=True):
         start = len(prompt) - len(template.pad)
-        examples.append(
-            Example(
-                tokens,
-                offsets[:, 0] >= len(prompt),
-                find_span(offsets, start, start + len(body)),
-                EMPTY,
-            )
-        )
+        explanation = find_span(offsets, start, start + len(body))
+        loss_mask = offsets[:, 0] >= len(prompt)
+        examples.append(Example(tokens, loss_mask, explanation, EMPTY))
     return examples
 
 
@@ -293,11 +264,10 @@ def check_lengths(sequences: Sequence[np.ndarray], limit: int, what: str) -> Non
     Raises:
       UserError: with the number of the first such sequence and its length.
     """
-    for number, tokens in enumerate(sequences):
-        if len(tokens) > limit:
-            count = sum(len(other) > limit for other in sequences)
-            raise UserError(
-                f"{what}: sequence {number} has {len(tokens)} tokens, the limit is "
-                f"{limit} ({count} of {len(sequences)} sequences are longer). Raise the "
-                "limit or drop the sequence."
-            )
+    longer = [n for n, tokens in enumerate(sequences) if len(tokens) > limit]
+    if longer:
+        raise UserError(
+            f"{what}: sequence {longer[0]} has {len(sequences[longer[0]])} tokens, the "
+            f"limit is {limit} ({len(longer)} of {len(sequences)} sequences are longer). "
+            "Raise the limit or drop the sequence."
+        )

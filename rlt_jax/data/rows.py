@@ -135,11 +135,10 @@ def pack(rollout: Rollout, run: Renderers) -> Batch:
     """
     template = run.renderer.template
     problems = [request.problem for request in rollout.requests]
+    columns = problems, rollout.tokens, rollout.texts, rollout.offsets
     policy = [
-        examples.completion_example(run.renderer, *one)
-        for one in zip(
-            problems, rollout.tokens, rollout.texts, rollout.offsets, strict=True
-        )
+        examples.completion_example(run.renderer, *completion)
+        for completion in zip(*columns, strict=True)
     ]
     parsed = [template.parse_completion(text) for text in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
@@ -157,7 +156,9 @@ def pack(rollout: Rollout, run: Renderers) -> Batch:
             for student, (_, overlong) in zip(batch.students, students, strict=True)
         ),
         finished=np.asarray(rollout.finished),
-        sampler_log_probs=_lay_out(rollout.log_probs, batch.completion, batch.tokens),
+        sampler_log_probs=_lay_out(
+            rollout.log_probs, batch.completion.start, batch.tokens.shape
+        ),
     )
 
 
@@ -177,18 +178,14 @@ def pack_examples(
       closed: [E] bool, whether the explanation's closing tag is there.
     """
     batch, starts = pack_sequences([one.tokens for one in policy], shape)
-    sampled = [np.flatnonzero(one.loss_mask) for one in policy]
-    completion = make_spans(
-        starts + [int(places[0]) if len(places) else 0 for places in sampled],
-        [np.arange(len(places)) for places in sampled],
-        shape.row_length,
-    )
+    first = [one.loss_mask.argmax() for one in policy]
+    sampled = [np.arange(one.loss_mask.sum()) for one in policy]
     packed = {
         key: _pack_student(shape, one, policy, starts)
         for key, one in {id(one): one for one in students}.items()
     }
     return batch._replace(
-        completion=completion,
+        completion=make_spans(starts + first, sampled, shape.row_length),
         closed=closed,
         students=tuple(packed[id(one)] for one in students),
     )
@@ -202,30 +199,23 @@ def _pack_student(
 ) -> Batch:
     """A student's batch; `policy_starts` are the policy's sequences in its own batch."""
     batch, starts = pack_sequences([one.tokens for one in student], shape)
-    pairs = [
-        examples.align(s.explanation, p.explanation)
-        for s, p in zip(student, policy, strict=True)
-    ]
+    explanation = [one.explanation for one in student]
+    in_policy = [one.explanation for one in policy]
+    solution = [one.solution for one in student]
+    aligned = list(map(examples.align, explanation, in_policy))
+    ours, theirs = [s for s, _ in aligned], [p for _, p in aligned]
+    in_solution = [np.arange(len(span.offsets)) for span in solution]
 
-    def spans(starts: np.ndarray, first: list[int], segments: list) -> Spans:
-        return make_spans(starts + first, segments, shape.row_length)
+    def pack_spans(
+        starts: np.ndarray, spans: list[examples.Span], segments: list[np.ndarray]
+    ) -> Spans:
+        first = starts + [span.start for span in spans]
+        return make_spans(first, segments, shape.row_length)
 
-    explanation = spans(
-        starts, [one.explanation.start for one in student], [ours for ours, _ in pairs]
-    )
-    in_policy = spans(
-        policy_starts,
-        [one.explanation.start for one in policy],
-        [theirs for _, theirs in pairs],
-    )
-    lengths = [one.solution.end - one.solution.start for one in student]
-    solution = spans(
-        starts, [one.solution.start for one in student], list(map(np.arange, lengths))
-    )
     return batch._replace(
-        explanation=explanation,
-        policy_explanation=in_policy,
-        solution=solution,
+        explanation=pack_spans(starts, explanation, ours),
+        policy_explanation=pack_spans(policy_starts, in_policy, theirs),
+        solution=pack_spans(starts, solution, in_solution),
     )
 
 
@@ -264,13 +254,13 @@ def make_spans(starts: np.ndarray, segments: Sequence[np.ndarray], width: int) -
 
 
 def _lay_out(
-    values: Sequence[np.ndarray], spans: Spans, like: np.ndarray
+    values: Sequence[np.ndarray], starts: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Values [t] of each example on the tokens of its span: float32, else 0."""
-    flat = np.zeros(like.shape, np.float32).reshape(-1)
-    for start, of_example in zip(spans.start, values, strict=True):
+    """Values [t] of each example from its start on: float32, elsewhere 0."""
+    flat = np.zeros(np.prod(shape), np.float32)
+    for start, of_example in zip(starts, values, strict=True):
         flat[start : start + len(of_example)] = of_example
-    return flat.reshape(like.shape)
+    return flat.reshape(shape)
 
 
 class PackedBatches(Iterator[Batch]):
@@ -335,10 +325,8 @@ def _supervised(
     """Packs records; the loss is the mean over the tokens that are learned."""
     tokens = [one["tokens"] for one in records]
     batch, starts = pack_sequences(tokens, shape, num_rows, places)
-    learned = np.zeros(batch.tokens.size, bool)
-    for start, one in zip(starts, records, strict=True):
-        learned[start : start + len(one["tokens"])] = one["loss_mask"]
+    masks = [one["loss_mask"] for one in records]
     # Nothing predicts the first token of a sequence.
-    learned = learned.reshape(batch.tokens.shape) & (batch.positions > 0)
-    weights = learned / np.float32(max(learned.sum(), 1))
-    return batch._replace(loss_weights=weights.astype(np.float32))
+    learned = _lay_out(masks, starts, batch.tokens.shape) * (batch.positions > 0)
+    total = np.float32(max(np.count_nonzero(learned), 1))
+    return batch._replace(loss_weights=learned / total)

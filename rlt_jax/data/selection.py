@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,14 +49,9 @@ def select(config: SelectionConfig, candidates: Sequence[Candidate]) -> list[int
         kept = [i for i in kept if candidates[i].tokens <= config.max_tokens]
     kept.sort(key=lambda i: -candidates[i].reward)
     if config.best_per_question:
-        taken: dict[str, int] = defaultdict(int)
-        best = []
-        for i in kept:
-            question = candidates[i].question
-            taken[question] += 1
-            if taken[question] <= config.best_per_question:
-                best.append(i)
-        kept = best
+        ranks: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        limit = config.best_per_question
+        kept = [i for i in kept if next(ranks[candidates[i].question]) < limit]
     count = max(1, round(config.top_fraction * len(kept))) if kept else 0
     return sorted(kept[:count])
 
@@ -137,10 +132,9 @@ def fit_examples(
     """
     if overlong == "error":
         check_lengths([one.tokens for one in made], limit, what)
+    fits = [len(one.tokens) <= limit for one in made]
     if overlong == "truncate":
         fits = [bool(one.loss_mask[1:limit].any()) for one in made]
-    else:
-        fits = [len(one.tokens) <= limit for one in made]
     refill = overlong == "shorter"
     chosen, counts = choose(questions, fits, per_question, refill, seed)
     if not chosen:
@@ -148,15 +142,11 @@ def fit_examples(
             f"{what}: none of {len(made)} traces is left, as overlong={overlong!r} "
             f"leaves out what does not fit into {limit} tokens. Raise the limit."
         )
-
-    def cut(one: Example) -> Example:
-        return Example(one.tokens[:limit], one.loss_mask[:limit], EMPTY, EMPTY)
-
-    long = [len(made[i].tokens) > limit for i in chosen]
-    used = [
-        cut(made[i]) if is_long else made[i]
-        for i, is_long in zip(chosen, long, strict=True)
-    ]
-    numbers = {"read": len(made), "used": len(used), "truncated": sum(long)}
-    names = ("dropped", "replaced", "surplus")
-    return used, numbers | {name: counts[name] for name in names}
+    used = [made[i] for i in chosen]
+    for i, one in enumerate(used):
+        if len(one.tokens) > limit:
+            used[i] = Example(one.tokens[:limit], one.loss_mask[:limit], EMPTY, EMPTY)
+            counts["truncated"] += 1
+    counts |= {"read": len(made), "used": len(used)}
+    names = ("read", "used", "truncated", "dropped", "replaced", "surplus")
+    return used, {name: counts[name] for name in names}

@@ -73,8 +73,7 @@ class Template:
             tags = getattr(self, name)
             if len(tags) != 2 or not all(isinstance(t, str) and t for t in tags):
                 raise UserError(
-                    f"template: {name} is {tags!r}; give two non-empty strings, the "
-                    "opening and the closing tag."
+                    f"template: {name} is {tags!r}; give an opening and a closing tag."
                 )
             object.__setattr__(self, name, tuple(tags))
 
@@ -86,7 +85,7 @@ class Template:
 
     def solution(self, problem: Problem) -> str:
         """The solution of the problem with its tags."""
-        return _tagged(self.solution_tags, problem.solution)
+        return problem.solution.join(self.solution_tags)
 
     def teacher_messages(self, problem: Problem) -> list[dict[str, str]]:
         """Chat messages of the teacher before its turn."""
@@ -103,7 +102,7 @@ class Template:
 
     def student_turn(self, trace: Trace) -> str:
         """The student's whole turn: tagged thought, delimiter, tagged solution."""
-        thought = _tagged(self.thought_tags, self.body(trace.explanation))
+        thought = self.body(trace.explanation).join(self.thought_tags)
         return thought + self.delimiter + self.solution(trace.problem)
 
     def parse_completion(self, completion: str) -> tuple[str, bool]:
@@ -139,13 +138,12 @@ def load_template(name: str) -> Template:
     Raises:
       UserError: no such file, not JSON, or a field is missing or unknown.
     """
-    path = ASSETS / f"{name}.json"
+    shipped = {path.stem: path for path in sorted(ASSETS.glob("*.json"))}
+    path = shipped.get(name, Path(name))
     if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in ASSETS.glob("*.json")))
         raise UserError(
-            f"template {name!r} is neither a file nor one of the shipped ({shipped})."
+            f"template {name!r} is neither a file nor one of the shipped "
+            f"({', '.join(shipped)})."
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -153,15 +151,11 @@ def load_template(name: str) -> Template:
         raise UserError(f"template {path}: not valid JSON: {error}") from error
     wanted = {field.name for field in dataclasses.fields(Template)}
     if not isinstance(fields, dict) or set(fields) != wanted:
+        found = sorted(fields) if isinstance(fields, dict) else fields
         raise UserError(
-            f"template {path}: the fields must be exactly {sorted(wanted)}, "
-            f"found {sorted(fields) if isinstance(fields, dict) else type(fields)}."
+            f"template {path}: the fields must be exactly {sorted(wanted)}, not {found}."
         )
     return Template(**fields)
-
-
-def _tagged(tags: tuple[str, str], body: str) -> str:
-    return tags[0] + body + tags[1]
 
 
 def _chat(system: str, question: str) -> list[dict[str, str]]:

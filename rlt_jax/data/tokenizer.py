@@ -14,7 +14,8 @@ import jinja2
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rlt_jax.data.codecs import Encoding, FastCodec, SentencePieceCodec, decode_utf8
+from rlt_jax.data import codecs
+from rlt_jax.data.codecs import Encoding, FastCodec, SentencePieceCodec
 from rlt_jax.errors import UserError
 
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
@@ -43,11 +44,9 @@ class Tokenizer:
         self._codec = codec
         self.vocab_size = codec.size()
         self.base_vocab_size = codec.base_size()
-        self.eos = _token_text(config.get("eos_token"))
-        self._special = {
-            name: _token_text(config.get(name))
-            for name in ("bos_token", "eos_token", "pad_token")
-        }
+        names = ("bos_token", "eos_token", "pad_token")
+        self._special = {name: _token_text(config.get(name)) for name in names}
+        self.eos = self._special["eos_token"]
         self.eos_id = codec.token_id(self.eos)
         if self.eos_id is None:
             raise UserError(
@@ -58,9 +57,8 @@ class Tokenizer:
         template = config.get("chat_template")
         if not template:
             raise UserError(
-                f"tokenizer {path}: neither tokenizer_config.json nor a file "
-                "chat_template.jinja has a chat template; add the one the model was "
-                "trained with."
+                f"tokenizer {path}: neither tokenizer_config.json nor chat_template.jinja "
+                "has a chat template; add the one the model was trained with."
             )
         self._chat_template = _compile(template)
 
@@ -98,7 +96,7 @@ class Tokenizer:
             return self.encode_batch(whole)
         head = self.encode(prefix[:cut])
         tails = self.encode_batch([text[cut:] for text in whole])
-        joined = [_join(head, tail, cut) for tail in tails]
+        joined = [codecs.concatenate([head, tail], [cut]) for tail in tails]
         first = self.encode(whole[0])
         if all(map(np.array_equal, joined[0], first)):
             return joined
@@ -126,7 +124,8 @@ class Tokenizer:
             start, end = offsets[i].tolist()
             # The model may also use such an id for an unknown character.
             is_separator = text[start:end] == separators[int(ids[i])]
-            if is_separator and not self._ends_inside_added(text[:end]):
+            # More text must not complete an added token that begins before the cut.
+            if is_separator and not text[:end].endswith(self._added_beginnings):
                 return end
         return 0
 
@@ -158,7 +157,9 @@ class Tokenizer:
         ids = np.minimum(ids, len(pieces) - 1)
         ends = np.cumsum(lengths[ids])
         starts = ends - lengths[ids]
-        text, char_of_byte = decode_utf8(b"".join([pieces[i] for i in ids.tolist()]))
+        text, char_of_byte = codecs.decode_utf8(
+            b"".join([pieces[i] for i in ids.tolist()])
+        )
         start = char_of_byte[starts]
         last = char_of_byte[np.maximum(ends - 1, starts)]
         end = np.where(ends > starts, last + 1, start)
@@ -178,19 +179,10 @@ class Tokenizer:
         return pieces, np.array([len(piece) for piece in pieces], np.int64)
 
     @functools.cached_property
-    def _added_beginnings(self) -> set[str]:
+    def _added_beginnings(self) -> tuple[str, ...]:
         """Every proper prefix of every added token."""
-        return {
-            content[:length]
-            for content in self._codec.added.values()
-            for length in range(1, len(content))
-        }
-
-    def _ends_inside_added(self, text: str) -> bool:
-        """Whether more text could complete an added token that begins in this text."""
-        longest = max(map(len, self._codec.added.values()))
-        endings = (text[-length:] for length in range(1, longest))
-        return any(ending in self._added_beginnings for ending in endings)
+        added = self._codec.added.values()
+        return tuple({text[:n] for text in added for n in range(1, len(text))})
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -210,7 +202,10 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if (path / "chat_template.jinja").is_file():
         text = (path / "chat_template.jinja").read_text(encoding="utf-8")
         config["chat_template"] = text
-    stop_ids = _generation_stop_ids(path / "generation_config.json")
+    generation_file = path / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    stop_ids = generation.get("eos_token_id")
+    stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
     if (path / "tokenizer.json").is_file():
         codec = FastCodec(path / "tokenizer.json")
     elif (path / "tokenizer.model").is_file():
@@ -229,24 +224,6 @@ def _read_json(file: Path) -> dict:
         raise UserError(f"{file}: not valid JSON: {error}") from error
 
 
-def _generation_stop_ids(file: Path) -> list[int]:
-    """eos_token_id of a generation_config.json: an id, a list of ids, or absent."""
-    if not file.is_file():
-        return []
-    stop_ids = _read_json(file).get("eos_token_id")
-    if stop_ids is None:
-        return []
-    return stop_ids if isinstance(stop_ids, list) else [stop_ids]
-
-
-def _join(head: Encoding, tail: Encoding, head_length: int) -> Encoding:
-    """Encoding of a text from those of its parts; the length is in characters."""
-    offsets = tail.offsets + np.int32(head_length)
-    return Encoding(
-        np.concatenate([head.ids, tail.ids]), np.concatenate([head.offsets, offsets])
-    )
-
-
 def _token_text(token: str | dict | None) -> str:
     return token["content"] if isinstance(token, dict) else token or ""
 
@@ -261,9 +238,8 @@ def _compile(template: str | list[dict[str, str]]) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise UserError(f"chat template: {message}")
 
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().astimezone().strftime(form)
+    def strftime_now(format: str) -> str:
+        return datetime.datetime.now().astimezone().strftime(format)
 
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment.from_string(template)
+    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(template, globals=functions)

@@ -41,13 +41,7 @@ from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.training.sharding import (
-    DECODING_RULES,
-    batch_sharding,
-    decoding_shardings,
-    jit,
-    replicated,
-)
+from rlt_jax.training import sharding
 from rlt_jax.types import PagedCache, Params, Rollout
 
 SHARD_AXES = ("data", "fsdp")
@@ -111,14 +105,10 @@ class Engine(Sampler):
 
     def _take(self, scheduler: Scheduler, sampled: Sampled, owners: list) -> Part:
         """The completions that a dispatch has ended, and how full its slots were."""
-        sampled = jax.device_get(sampled)
-        indices, rollout = scheduler.absorb(sampled, owners)
+        indices, rollout = scheduler.absorb(jax.device_get(sampled), owners)
         if self.tokenizer:
             rollout = decode_texts(rollout, self.tokenizer)
-        used, steps = int(sampled.mask.sum()), int(sampled.mask.any(axis=1).sum())
-        return indices, rollout._replace(
-            steps_used=used, steps_computed=steps * sampled.mask.shape[1]
-        )
+        return indices, rollout
 
 
 def make_engine(
@@ -161,7 +151,13 @@ def make_engine(
     draw = _split(
         mesh, steps, (whole, pools, rows, rows, whole), (pools, rows, sampled)
     )
-    on_shards = functools.partial(jit, mesh=mesh, rules=DECODING_RULES)
+    on_shards = functools.partial(
+        sharding.jit, mesh=mesh, rules=sharding.DECODING_RULES
+    )
+    by_slot = sharding.batch_sharding(mesh)
+    empty = functools.partial(_empty, model, layout)
+    # Every host reads all tokens.
+    outputs = (cache, by_slot, sharding.replicated(mesh))
     return Engine(
         layout,
         sampling,
@@ -169,47 +165,40 @@ def make_engine(
         stop_finder(tokenizer, sampling.stop) if tokenizer else None,
         tokenizer,
         prefill_sizes(config),
-        jax.jit(
-            functools.partial(_empty, model, layout),
-            out_shardings=(cache, batch_sharding(mesh)),
-        ),
-        jax.jit(to_decode, out_shardings=decoding_shardings(axes, mesh)),
+        jax.jit(empty, out_shardings=(cache, by_slot)),
+        jax.jit(to_decode, out_shardings=sharding.decoding_shardings(axes, mesh)),
         on_shards(fill, donate_argnums=1, out_shardings=cache),
-        on_shards(
-            draw,
-            donate_argnums=(1, 2),
-            # Every host reads all that is sampled.
-            out_shardings=(cache, batch_sharding(mesh), replicated(mesh)),
-        ),
+        on_shards(draw, donate_argnums=(1, 2), out_shardings=outputs),
     )
 
 
 def cache_shardings(mesh: Mesh) -> PagedCache:
     """Pages are split over data and fsdp, heads over tensor."""
     pool = NamedSharding(mesh, Spec("tensor", None, SHARD_AXES))
-    return PagedCache(pool, pool, replicated(mesh))
+    return PagedCache(pool, pool, sharding.replicated(mesh))
 
 
 def _chunked(
     prefills: list[Prefill], chunks: tuple[int, ...], layout: Layout
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Parts of prompts, one of every shard at a time: table, tokens, start."""
-    waiting: list[dict[int, list]] = [{} for _ in range(layout.shards)]
+    waiting: dict[int, list[list[tuple[Prefill, int]]]] = {
+        size: [[] for _ in range(layout.shards)] for size in chunks
+    }
     for one in prefills:
         start = 0
         while start < len(one.tokens):
             rest = len(one.tokens) - start
             size = next((c for c in chunks if c >= rest), chunks[-1])
-            waiting[one.shard].setdefault(size, []).append((one, start))
+            waiting[size][one.shard].append((one, start))
             start += size
     for size in reversed(chunks):  # a prompt's last part is its smallest
-        queues = [parts.get(size, []) for parts in waiting]
-        for now in itertools.zip_longest(*queues):
+        for parts in itertools.zip_longest(*waiting[size]):
             # A shard without such a part writes to page 0.
             table = np.zeros((layout.shards, layout.columns), np.int32)
             tokens = np.zeros((layout.shards, size), np.int32)
             starts = np.zeros(layout.shards, np.int32)
-            for shard, part in enumerate(now):
+            for shard, part in enumerate(parts):
                 if part:
                     one, starts[shard] = part
                     piece = one.tokens[starts[shard] :][:size]

@@ -43,10 +43,8 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name}={getattr(self, name)}: at least 1.")
         if self.prefill_chunk % self.page_size:
-            raise UserError(
-                f"engine.prefill_chunk={self.prefill_chunk} is no multiple of "
-                f"page_size={self.page_size}."
-            )
+            sizes = f"{self.prefill_chunk} is no multiple of page_size={self.page_size}"
+            raise UserError(f"engine.prefill_chunk={sizes}.")
         check_choice("engine.weights", self.weights, ("model", "bfloat16", "int8"))
 
 
@@ -82,9 +80,8 @@ def make_layout(
     """Sizes on this mesh; see `make_engine`."""
     if max_length > model.config.max_length:
         raise UserError(
-            f"a prompt with its completion may have {max_length} tokens, the model's "
-            f"context is {model.config.max_length}: shorten sampling.max_new_tokens or "
-            "the prompts."
+            f"prompt and completion may have {max_length} tokens, the model's context is "
+            f"{model.config.max_length}: shorten sampling.max_new_tokens or the prompts."
         )
     shards = num_groups(mesh)
     if config.slots % shards:
@@ -96,13 +93,11 @@ def make_layout(
         tile = CPU_TILES[0] if slots <= CPU_TILES[0] else CPU_TILES[1]
         slots = -(-slots // tile) * tile
     columns = -(-max_length // C)
-    if config.cache_tokens is None:
-        pages = 1 + slots * (columns + 1)
-    else:
-        pages = 1 + config.cache_tokens // (C * shards)
-    penalised = sampling.repetition_penalty != 1
-    seen = model.config.vocab_size if penalised else 0
-    return Layout(shards, slots, pages, C, columns, config.steps, seen)
+    pages = slots * (columns + 1)
+    if config.cache_tokens is not None:
+        pages = config.cache_tokens // (C * shards)
+    seen = model.config.vocab_size if sampling.repetition_penalty != 1 else 0
+    return Layout(shards, slots, 1 + pages, C, columns, config.steps, seen)
 
 
 def on_cpu(mesh: Mesh) -> bool:
@@ -121,12 +116,11 @@ def check_memory(model: Transformer, layout: Layout, mesh: Mesh) -> None:
         stats = device.memory_stats()
         free = stats["bytes_limit"] - stats["bytes_in_use"]
     if layout.pages * a_page > free:
-        fit = free // a_page * layout.page_size * layout.shards
+        tokens = layout.shards * layout.page_size
         raise UserError(
-            f"the cache of {layout.shards * layout.pages * layout.page_size} tokens needs "
-            f"{layout.pages * a_page / 1e9:.2f} GB a device, {free / 1e9:.2f} GB are "
-            f"free: at most engine.cache_tokens={fit} fit, "
-            f"or fewer engine.slots."
+            f"the cache of {layout.pages * tokens} tokens needs "
+            f"{layout.pages * a_page / 1e9:.2f} GB a device, {free / 1e9:.2f} GB are free: "
+            f"at most engine.cache_tokens={free // a_page * tokens}, or fewer engine.slots."
         )
 
 
@@ -147,25 +141,19 @@ def check_requests(layout: Layout, requests: Sequence[Request]) -> None:
     """
     C = layout.page_size
     for n, request in enumerate(requests):
-        T = len(request.prompt)
+        T, new = len(request.prompt), request.max_new_tokens
         if not T:
             raise UserError(f"prompt {n} is empty.")
-        if request.max_new_tokens < 1:
+        if new < 1:
+            raise UserError(f"prompt {n}: max_new_tokens={new}: at least 1.")
+        what = f"prompt {n} has {T} tokens, with its completion up to {T + new}"
+        limit = layout.columns * C
+        if T + new > limit:
+            raise UserError(f"{what}; the engine was made for rows of {limit}.")
+        stored, limit = T - 1, layout.pages - 1
+        need = -(-stored // C) - stored // C + -(-(stored + new) // C)
+        if need > limit:
             raise UserError(
-                f"prompt {n}: max_new_tokens={request.max_new_tokens}: at least 1."
-            )
-        rows = f"prompt {n} has {T} tokens, with its completion up to "
-        rows += f"{T + request.max_new_tokens}"
-        if T + request.max_new_tokens > layout.columns * C:
-            raise UserError(
-                f"{rows}; the engine was made for rows of {layout.columns * C}."
-            )
-        stored = T - 1
-        need = (
-            -(-stored // C) - stored // C + -(-(stored + request.max_new_tokens) // C)
-        )
-        if need > layout.pages - 1:
-            raise UserError(
-                f"{rows}; the cache of a device group holds {(layout.pages - 1) * C}. "
+                f"{what}; the cache of a device group holds {limit * C}. "
                 f"Raise engine.cache_tokens to {need * C * layout.shards}."
             )

@@ -13,6 +13,8 @@ from rlt_jax.types import Params, Rollout
 
 Part = tuple[Sequence[int], Rollout]  # indices of requests, and their completions
 
+_LISTS = ("requests", "tokens", "log_probs", "texts", "offsets")
+
 
 class Request(NamedTuple):
     """A completion to sample.
@@ -65,28 +67,18 @@ def join(parts: Iterable[Part]) -> Rollout:
     for indices, rollout in parts:
         numbers += indices
         rollouts.append(rollout)
-    order = np.argsort(numbers)
-
-    def merged(name: str) -> list:
-        values = [x for rollout in rollouts for x in getattr(rollout, name)]
-        return [values[i] for i in order] if values else []
-
-    return Rollout(
-        requests=merged("requests"),
-        tokens=merged("tokens"),
-        log_probs=merged("log_probs"),
-        finished=np.array(merged("finished"), bool),
-        texts=merged("texts"),
-        offsets=merged("offsets"),
+    merged = Rollout(
+        **{name: [x for r in rollouts for x in getattr(r, name)] for name in _LISTS},
+        finished=np.array([x for r in rollouts for x in r.finished], bool),
         steps_used=sum(rollout.steps_used for rollout in rollouts),
         steps_computed=sum(rollout.steps_computed for rollout in rollouts),
     )
+    return take(merged, np.argsort(numbers))
 
 
 def take(rollout: Rollout, chosen: Sequence[int]) -> Rollout:
     """Some completions of a rollout, in the order of the indices."""
-    fields = ("requests", "tokens", "log_probs", "texts", "offsets")
-    values = {name: getattr(rollout, name) for name in fields}
+    values = {name: getattr(rollout, name) for name in _LISTS}
     return rollout._replace(
         finished=rollout.finished[list(chosen)],
         **{name: [x[i] for i in chosen] if x else x for name, x in values.items()},

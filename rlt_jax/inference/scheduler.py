@@ -67,17 +67,14 @@ class Scheduler:
         stop_ids: Sequence[int],
         find_stop: StopFinder | None = None,
     ) -> None:
-        self._requests = requests
-        self._layout = layout
-        self._stops = frozenset(stop_ids)
-        self._find_stop = find_stop
+        self._requests, self._layout = requests, layout
+        self._stops, self._find_stop = frozenset(stop_ids), find_stop
         order = sorted(range(len(requests)), key=lambda n: -requests[n].max_new_tokens)
         self._queue = collections.deque(order)
         rows = layout.shards * layout.slots
         self._slots: list[_Running | None] = [None] * rows
-        self._free = [
-            list(range(layout.pages - 1, 0, -1)) for _ in range(layout.shards)
-        ]
+        pages = range(layout.pages - 1, 0, -1)
+        self._free = [list(pages) for _ in range(layout.shards)]
         self._prompts: dict[tuple[int, bytes], _Prompt] = {}
         self._table = np.zeros((rows, layout.columns), np.int32)
         self._admitted = 0
@@ -100,15 +97,14 @@ class Scheduler:
                 put_off += self._grow(b)
         replaced = np.array([running is None for running in self._slots])
         prefills: list[Prefill] = []
-        copies: list[tuple[int, int, int]] = []
-        numbers = (np.zeros(B, np.int32) for _ in range(5))
         seen = np.zeros((B, self._layout.seen_size), bool)
-        fresh = Slots(*numbers, np.zeros(B, bool), seen)
+        slots = Slots(*np.zeros((5, B), np.int32), np.zeros(B, bool), seen)
+        copies = *np.zeros((2, B), np.int32), np.zeros(self._layout.shards, np.int32)
+        refill = Refill(replaced, slots, self._table, *copies)
         for b in np.flatnonzero(replaced):
             if self._queue and not put_off:
-                self._admit(int(b), prefills, copies, fresh)
-        refill = Refill(replaced, fresh, self._table.copy(), *self._copies(copies))
-        return prefills, refill, list(self._slots)
+                self._admit(int(b), prefills, refill)
+        return prefills, refill._replace(table=self._table.copy()), list(self._slots)
 
     def absorb(self, sampled: Sampled, owners: Sequence[_Running | None]) -> Part:
         """Takes the tokens of a dispatch; returns the completions that have ended."""
@@ -133,6 +129,8 @@ class Scheduler:
             tokens=[np.array(running.tokens, np.int32) for running in done],
             log_probs=[np.array(running.log_probs, np.float32) for running in done],
             finished=np.array([running.finished for running in done], bool),
+            steps_used=int(sampled.mask.sum()),
+            steps_computed=int(sampled.mask.any(axis=1).sum()) * sampled.mask.shape[1],
         )
 
     def _running(self) -> list[int]:
@@ -140,9 +138,8 @@ class Scheduler:
 
     def _ends(self, running: _Running, new: int) -> bool:
         """Whether a completion has ended; cuts it after a stop text."""
-        tokens, keep = running.tokens, None
-        if self._find_stop and new:
-            keep = self._find_stop(tokens, new)
+        tokens = running.tokens
+        keep = self._find_stop(tokens, new) if self._find_stop and new else None
         if keep is not None:
             del running.tokens[keep:], running.log_probs[keep:]
         at_stop_id = bool(tokens) and tokens[-1] in self._stops
@@ -150,13 +147,7 @@ class Scheduler:
         maximum = self._requests[running.index].max_new_tokens
         return running.finished or len(tokens) >= maximum
 
-    def _admit(
-        self,
-        b: int,
-        prefills: list[Prefill],
-        copies: list[tuple[int, int, int]],
-        fresh: Slots,
-    ) -> None:
+    def _admit(self, b: int, prefills: list[Prefill], refill: Refill) -> None:
         """Gives slot b the next request if there are pages for its first steps."""
         layout, index = self._layout, self._queue[0]
         request, shard = self._requests[index], b // layout.slots
@@ -179,10 +170,13 @@ class Scheduler:
         prompt.users += 1
         pages = [free.pop() for _ in range(own)]
         if stored % C:
-            copies.append((shard, prompt.pages[-1], pages[0]))
+            n = shard * layout.slots + refill.copies[shard]
+            refill.source[n], refill.target[n] = prompt.pages[-1], pages[0]
+            refill.copies[shard] += 1
         self._slots[b] = _Running(index, shard, prompt, self._admitted, pages, first)
         self._admitted += 1
         self._table[b] = self._row(prompt.pages[: stored // C] + pages)
+        fresh = refill.slots
         fresh.token[b] = request.prompt[-1]
         fresh.position[b] = stored
         fresh.max_new_tokens[b] = request.max_new_tokens
@@ -200,19 +194,18 @@ class Scheduler:
         shared = (len(request.prompt) - 1) // layout.page_size
         put_off = []
         while shared + len(running.pages) < -(-running.reserved // layout.page_size):
-            if not self._make_room(running.shard, 1):
-                mates = [
-                    i for i in self._running() if self._slots[i].shard == running.shard
-                ]
-                youngest = max(mates, key=lambda i: self._slots[i].age)
-                self._queue.appendleft(self._slots[youngest].index)
-                self._release(youngest)
-                put_off.append(youngest)
-                if youngest == b:
-                    break
+            if self._make_room(running.shard, 1):
+                page = self._free[running.shard].pop()
+                self._table[b, shared + len(running.pages)] = page
+                running.pages.append(page)
                 continue
-            running.pages.append(self._free[running.shard].pop())
-            self._table[b, shared + len(running.pages) - 1] = running.pages[-1]
+            mates = [i for i in self._running() if i // layout.slots == running.shard]
+            youngest = max(mates, key=lambda i: self._slots[i].age)
+            self._queue.appendleft(self._slots[youngest].index)
+            self._release(youngest)
+            put_off.append(youngest)
+            if youngest == b:
+                break
         return put_off
 
     def _release(self, b: int) -> None:
@@ -239,15 +232,3 @@ class Scheduler:
 
     def _row(self, pages: list[int]) -> np.ndarray:
         return np.pad(np.array(pages, np.int32), (0, self._layout.columns - len(pages)))
-
-    def _copies(
-        self, copies: list[tuple[int, int, int]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shape = (self._layout.shards, self._layout.slots)
-        source, target = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        counts = np.zeros(self._layout.shards, np.int32)
-        for shard, old, new in copies:
-            source[shard, counts[shard]] = old
-            target[shard, counts[shard]] = new
-            counts[shard] += 1
-        return source.reshape(-1), target.reshape(-1), counts

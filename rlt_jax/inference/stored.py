@@ -83,8 +83,7 @@ class StoredSampler(Sampler):
             if record["prompt"] != _fingerprint(requests[n]):
                 raise UserError(
                     f"{self.file}: request {record['request']} has another prompt than "
-                    "this run; the file was made with other settings. Remove it or name "
-                    "another."
+                    "this run, so the settings differ. Remove the file or name another."
                 )
             found[n] = record
         rollout = Rollout(
@@ -93,23 +92,18 @@ class StoredSampler(Sampler):
             log_probs=[np.array(x["log_probs"], np.float32) for x in found.values()],
             finished=np.array([x["finished"] for x in found.values()], bool),
         )
-        return list(found), decode(
-            rollout, self.tokenizer
-        ) if self.tokenizer else rollout
+        if self.tokenizer:
+            rollout = decode(rollout, self.tokenizer)
+        return list(found), rollout
 
     def _records_now(self) -> list[dict[str, Any]]:
         """What the file holds, in every process; process 0 is about to append to it."""
 
-        def count() -> int:
-            if not self.file.is_file():
-                return 0
-            with self.file.open("rb") as lines:
-                return sum(line.endswith(b"\n") for line in lines)
-
-        number = hosts.from_first(count)
-        records = []
-        if number:
-            records = list(itertools.islice(stream_jsonl(self.file), number))
+        number = hosts.from_first(
+            lambda: self.file.read_bytes().count(b"\n") if self.file.is_file() else 0
+        )
+        stream = stream_jsonl(self.file) if number else ()
+        records = list(itertools.islice(stream, number))
         hosts.agree_on_items(f"the records of {self.file}", records)
         return records
 
