@@ -259,11 +259,7 @@ def _device_put_layers(
 
 
 def _write_tensors(
-    path: Path,
-    config: ModelConfig,
-    params: Params,
-    kind: Family,
-    dtype: Any,
+    path: Path, config: ModelConfig, params: Params, kind: Family, dtype: Any
 ) -> None:
     """Writes the weights file by file, so the host holds one file at a time."""
     stored, sizes = _stored_tensors(config, kind), axis_sizes(config)

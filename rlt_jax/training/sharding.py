@@ -11,13 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import (
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
