@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from rlt_jax.models import attention_kernels as kernels
+from rlt_jax.models.attention_kernels import Settings, pad
+from rlt_jax.types import Array
 
 MASKED = -1e30  # finite, so that fully masked rows do not become NaN
 BLOCK = 64  # tokens; twice as fast on CPU as one block for rows of 256
@@ -28,21 +30,21 @@ class Tokens(NamedTuple):
       windowed: [] bool, whether the layer has a sliding window.
     """
 
-    positions: jax.Array
-    segment_ids: jax.Array
-    windowed: jax.Array
+    positions: Array
+    segment_ids: Array
+    windowed: Array
 
 
 def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Array,
+    key: Array,
+    value: Array,
     tokens: Tokens,
     *,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
-) -> jax.Array:
+) -> Array:
     """Causal grouped-query attention within segments, with a float32 softmax.
 
     Args:
@@ -58,7 +60,7 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
-    settings = kernels.Settings(scale, softcap, window)
+    settings = Settings(scale, softcap, window)
     tpu = cuda = xla = functools.partial(_blockwise, settings)
     if kernels.tpu_takes(query):
         tpu = _kernel(kernels.tpu_attention, settings, query)
@@ -71,60 +73,48 @@ def attention(
 
 
 def _kernel(
-    kernel: kernels.Kernel, settings: kernels.Settings, query: jax.Array
-) -> Callable[[jax.Array, jax.Array, jax.Array, Tokens], jax.Array]:
+    kernel: kernels.Kernel, settings: Settings, query: Array
+) -> Callable[[Array, Array, Array, Tokens], Array]:
     kernel = functools.partial(kernel, settings=settings)
     sharded = kernels.on_each_device(kernel, query)
     return lambda q, k, v, tokens: sharded(q, k, v, tokens.segment_ids, tokens.windowed)
 
 
 def _blockwise(
-    settings: kernels.Settings,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    tokens: Tokens,
-) -> jax.Array:
+    settings: Settings, query: Array, key: Array, value: Array, tokens: Tokens
+) -> Array:
     B, T, N, H = query.shape
     K = key.shape[2]
     query = query.reshape(B, T, K, N // K, H) * settings.scale
     arrays = (query, key, value, tokens.positions, tokens.segment_ids)
-    *arrays, positions, segment_ids = (kernels.pad(x, min(BLOCK, T)) for x in arrays)
+    *arrays, positions, segment_ids = (pad(x, min(BLOCK, T)) for x in arrays)
     padded = Tokens(positions, segment_ids, tokens.windowed)
     return _attend(settings, *arrays, padded)[:, :T].reshape(B, T, N, H)
 
 
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+def soft_cap(x: Array, cap: float) -> Array:
     """Limits values smoothly to (-cap, cap)."""
     return cap * jnp.tanh(x / cap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    settings: kernels.Settings,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    tokens: Tokens,
-) -> jax.Array:
+    settings: Settings, query: Array, key: Array, value: Array, tokens: Tokens
+) -> Array:
     return _forward(settings, query, key, value, tokens)[0]
 
 
 def _forward(
-    settings: kernels.Settings,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    tokens: Tokens,
-) -> tuple[jax.Array, tuple]:
+    settings: Settings, query: Array, key: Array, value: Array, tokens: Tokens
+) -> tuple[Array, tuple]:
     B, T, K, G, H = query.shape
     C = min(BLOCK, T)
     first = _first_blocks(settings, tokens)
 
-    def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def query_block(i: Array) -> tuple[Array, Array]:
         q = _heads_first(block_of(query, i, C))
 
-        def key_block(j: jax.Array, carry: tuple) -> tuple:
+        def key_block(j: Array, carry: tuple) -> tuple:
             total, norm, max_score = carry
             scores, _ = _scores(settings, q, block_of(key, j, C), tokens, i, j)
             new_max = jnp.maximum(max_score, scores.max(-1))
@@ -149,18 +139,18 @@ def _forward(
     return out, (query, key, value, tokens, out, logsumexp)
 
 
-def _backward(settings: kernels.Settings, saved: tuple, d_out: jax.Array) -> tuple:
+def _backward(settings: Settings, saved: tuple, d_out: Array) -> tuple:
     query, key, value, tokens, out, logsumexp = saved
     C = min(BLOCK, query.shape[1])
     first = _first_blocks(settings, tokens)
     deltas = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
-    def query_block(carry: tuple, i: jax.Array) -> tuple:
+    def query_block(carry: tuple, i: Array) -> tuple:
         q = _heads_first(block_of(query, i, C))
         d_o = _heads_first(block_of(d_out, i, C)).astype(jnp.float32)
         delta = jnp.moveaxis(block_of(deltas, i, C), 1, -1)
 
-        def key_block(j: jax.Array, carry: tuple) -> tuple:
+        def key_block(j: Array, carry: tuple) -> tuple:
             d_q, d_key, d_value = carry
             k, v = block_of(key, j, C), block_of(value, j, C)
             scores, softcap_grad = _scores(settings, q, k, tokens, i, j)
@@ -187,7 +177,7 @@ def _backward(settings: kernels.Settings, saved: tuple, d_out: jax.Array) -> tup
 _attend.defvjp(_forward, _backward)
 
 
-def _first_blocks(settings: kernels.Settings, tokens: Tokens) -> jax.Array:
+def _first_blocks(settings: Settings, tokens: Tokens) -> Array:
     """For each block of queries, the first block of keys that any query attends to."""
     distance = tokens.positions
     if settings.window is not None:
@@ -200,19 +190,14 @@ def _first_blocks(settings: kernels.Settings, tokens: Tokens) -> jax.Array:
 
 
 def _scores(
-    settings: kernels.Settings,
-    query: jax.Array,
-    key: jax.Array,
-    tokens: Tokens,
-    i: jax.Array,
-    j: jax.Array,
-) -> tuple[jax.Array, jax.Array | float]:
+    settings: Settings, query: Array, key: Array, tokens: Tokens, i: Array, j: Array
+) -> tuple[Array, Array | float]:
     """Masked scores [B, K, G, C, C] of one block, and the gradient of the soft cap."""
     C = query.shape[-2]
     scores = jnp.einsum(
         "BKGTH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32
     )
-    softcap_grad: jax.Array | float = 1.0
+    softcap_grad: Array | float = 1.0
     if settings.softcap is not None:
         tanh = jnp.tanh(scores / settings.softcap)
         scores, softcap_grad = settings.softcap * tanh, 1 - tanh**2
@@ -229,19 +214,19 @@ def _scores(
     return jnp.where(visible[:, None, None], scores, MASKED), softcap_grad
 
 
-def block_of(x: jax.Array, block: jax.Array, size: int) -> jax.Array:
+def block_of(x: Array, block: Array, size: int) -> Array:
     """Slice of one block of tokens: [B, T, ...] -> [B, C, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis=1)
 
 
-def _add_at(x: jax.Array, block: jax.Array, update: jax.Array) -> jax.Array:
+def _add_at(x: Array, block: Array, update: Array) -> Array:
     size = update.shape[1]
     return jax.lax.dynamic_update_slice_in_dim(
         x, block_of(x, block, size) + update, block * size, axis=1
     )
 
 
-def _weighted_sum(weights: jax.Array, value: jax.Array) -> jax.Array:
+def _weighted_sum(weights: Array, value: Array) -> Array:
     return jnp.einsum(
         "BKGTS,BSKH->BKGTH",
         weights.astype(value.dtype),
@@ -250,11 +235,11 @@ def _weighted_sum(weights: jax.Array, value: jax.Array) -> jax.Array:
     )
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
+def _heads_first(x: Array) -> Array:
     """[B, C, K, G, H] -> [B, K, G, C, H]."""
     return jnp.moveaxis(x, 1, 3)
 
 
-def _tokens_first(x: jax.Array) -> jax.Array:
+def _tokens_first(x: Array) -> Array:
     """[B, K, G, C, H] -> [B, C, K, G, H]."""
     return jnp.moveaxis(x, 3, 1)

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
-Kernel = Callable[..., jax.Array]
+from rlt_jax.types import Array
+
+Kernel = Callable[..., Array]
 
 # Block sizes in tokens: MaxText's settings under XLA's default memory limits.
 TPU_BLOCKS = (1024, 512, 256)  # TPU_TILE where none of these is suitable
@@ -32,14 +34,14 @@ class Settings(NamedTuple):
     window: int | None = None
 
 
-def tpu_takes(query: jax.Array) -> bool:
+def tpu_takes(query: Array) -> bool:
     """Whether `tpu_attention` supports the dtype and head dimension."""
     H = query.shape[-1]
     supported = 32 <= H <= 256 and H % 16 == 0  # 512 does not fit in VMEM
     return supported and query.dtype in (jnp.bfloat16, jnp.float32)
 
 
-def gpu_takes(query: jax.Array, settings: Settings) -> bool:
+def gpu_takes(query: Array, settings: Settings) -> bool:
     """Whether `gpu_attention` supports the dtype, the head dimension and the settings."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     plain = settings.softcap is settings.window is None
@@ -47,14 +49,14 @@ def gpu_takes(query: jax.Array, settings: Settings) -> bool:
 
 
 def tpu_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
-    windowed: jax.Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    windowed: Array,
     settings: Settings,
     interpret: bool = False,
-) -> jax.Array:
+) -> Array:
     """Splash attention; see `attention.attention` for shapes.
 
     With `interpret` the kernel runs, slowly, on any backend.
@@ -79,7 +81,7 @@ def tpu_attention(
         block_kv_dq=at_once,
     )
 
-    def attend(mask: splash.Mask, *operands: jax.Array) -> jax.Array:
+    def attend(mask: splash.Mask, *operands: Array) -> Array:
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * N),
             block_sizes=blocks,
@@ -111,14 +113,14 @@ def tpu_block(length: int, token_bytes: int) -> int:
 
 
 def gpu_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
-    _: jax.Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    _: Array,
     settings: Settings,
     interpret: bool = False,
-) -> jax.Array:
+) -> Array:
     """Flash attention in Triton; see `attention.attention` for shapes."""
     from jax.experimental.pallas.ops.gpu import attention as kernel  # not on CPU
 
@@ -132,7 +134,7 @@ def gpu_attention(
     return kernel.mha(q, k, v, ids, *options)[:, :T]
 
 
-def on_each_device(kernel: Kernel, query: jax.Array) -> Kernel:
+def on_each_device(kernel: Kernel, query: Array) -> Kernel:
     """Runs the kernel on each device's rows and heads: the compiler cannot shard it.
 
     Rows are replicated when the mesh does not divide their number.
@@ -167,6 +169,6 @@ def _auto_axes() -> set[str]:
     return {name for name in mesh.axis_names if name not in mesh.manual_axes}
 
 
-def pad(x: jax.Array, block: int) -> jax.Array:
+def pad(x: Array, block: int) -> Array:
     """Pads axis 1 with zeros, the segment of padding, to a multiple of `block`."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)])

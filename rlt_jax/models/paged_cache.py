@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 from rlt_jax.models.attention import MASKED, soft_cap
 from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.types import PagedCache
+from rlt_jax.types import Array, PagedCache
 
 TPU_PAGES_PER_BLOCK = 8
 PAGES_PER_BLOCK = 4  # of the XLA path
@@ -35,12 +35,12 @@ def page_bytes(config: ModelConfig, page_size: int) -> int:
 
 
 def copy_pages(
-    cache: PagedCache, source: jax.Array, target: jax.Array, count: jax.Array
+    cache: PagedCache, source: Array, target: Array, count: Array
 ) -> PagedCache:
     """Copies the first `count` pages of `source` [B] to the pages `target` [B]."""
 
-    def copy(i: jax.Array, cache: PagedCache) -> PagedCache:
-        def one(pool: jax.Array) -> jax.Array:
+    def copy(i: Array, cache: PagedCache) -> PagedCache:
+        def one(pool: Array) -> Array:
             page = jax.lax.dynamic_slice_in_dim(pool, source[i], 1, axis=2)
             return jax.lax.dynamic_update_slice_in_dim(pool, page, target[i], axis=2)
 
@@ -50,11 +50,7 @@ def copy_pages(
 
 
 def write(
-    cache: PagedCache,
-    layer: jax.Array,
-    positions: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    cache: PagedCache, layer: Array, positions: Array, key: Array, value: Array
 ) -> PagedCache:
     """Writes keys and values to the pages of their rows.
 
@@ -75,7 +71,7 @@ def write(
     specs = (Spec("tensor"), Spec(None, None, "tensor"), Spec(), Spec(), Spec())
     scatter = split_by_hand(_write_scatter, specs, Spec("tensor"))
 
-    def store(pool: jax.Array, x: jax.Array) -> jax.Array:
+    def store(pool: Array, x: Array) -> Array:
         args = (pool, x, layer, positions, page)
         return jax.lax.platform_dependent(*args, cpu=_write_slices, default=scatter)
 
@@ -85,12 +81,8 @@ def write(
 
 
 def _write_slices(
-    pool: jax.Array,
-    x: jax.Array,
-    layer: jax.Array,
-    positions: jax.Array,
-    page: jax.Array,
-) -> jax.Array:
+    pool: Array, x: Array, layer: Array, positions: Array, page: Array
+) -> Array:
     """Writes x [B, T, K, H] in place, where a scatter copies the pool on CPU."""
     C, (B, T) = pool.shape[3], positions.shape
     n = C if T % C == 0 else 1
@@ -98,7 +90,7 @@ def _write_slices(
     parts = jnp.moveaxis(parts, 2, 1)[:, :, None, None]  # [i, K, 1, 1, n, H]
     pages, offsets = page.reshape(-1)[::n], positions.reshape(-1)[::n] % C
 
-    def one(i: jax.Array, pool: jax.Array) -> jax.Array:
+    def one(i: Array, pool: Array) -> Array:
         start = (0, layer, pages[i], offsets[i], 0)
         return jax.lax.dynamic_update_slice(pool, parts[i], start)
 
@@ -106,12 +98,8 @@ def _write_slices(
 
 
 def _write_scatter(
-    pool: jax.Array,
-    x: jax.Array,
-    layer: jax.Array,
-    positions: jax.Array,
-    page: jax.Array,
-) -> jax.Array:
+    pool: Array, x: Array, layer: Array, positions: Array, page: Array
+) -> Array:
     """Writes x [B, T, K, H] with a scatter.
 
     With the head as a scatter index, XLA keeps the layout that the kernels read; with the
@@ -127,15 +115,15 @@ def _write_scatter(
 
 
 def paged_attention(
-    query: jax.Array,
+    query: Array,
     cache: PagedCache,
-    layer: jax.Array,
-    positions: jax.Array,
-    windowed: jax.Array,
+    layer: Array,
+    positions: Array,
+    windowed: Array,
     *,
     softcap: float | None = None,
     window: int | None = None,
-) -> jax.Array:
+) -> Array:
     """Causal attention of queries to the cached keys and values of their rows.
 
     With one query per row and no window, TPU and GPU use the paged kernels that ship with
@@ -166,7 +154,7 @@ def paged_attention(
     heads, pool = Spec(None, None, "tensor"), Spec("tensor")
     specs = (heads, PagedCache(pool, pool, Spec()), Spec(), Spec(), Spec())
 
-    def over_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def over_heads(kernel: Callable[..., Array]) -> Callable[..., Array]:
         return split_by_hand(functools.partial(kernel, softcap), specs, heads)
 
     return jax.lax.platform_dependent(
@@ -178,14 +166,14 @@ def paged_attention(
 
 
 def _pagewise(
-    query: jax.Array,
+    query: Array,
     cache: PagedCache,
-    layer: jax.Array,
-    positions: jax.Array,
-    windowed: jax.Array,
+    layer: Array,
+    positions: Array,
+    windowed: Array,
     softcap: float | None,
     window: int | None,
-) -> jax.Array:
+) -> Array:
     """Online softmax over the pages, up to the last one that any row uses.
 
     A page that a row does not use has weights of exactly 0, so it changes no bit.
@@ -198,7 +186,7 @@ def _pagewise(
     table = jnp.pad(cache.table, ((0, 0), (0, -cache.table.shape[1] % block)))
     C = C * block
 
-    def page_block(j: jax.Array, carry: tuple) -> tuple:
+    def page_block(j: Array, carry: tuple) -> tuple:
         total, norm, max_score = carry
         pages = jax.lax.dynamic_slice_in_dim(table, j * block, block, axis=1)
         key, value = (
@@ -241,12 +229,12 @@ def _pagewise(
 
 def _tpu_kernel(
     softcap: float | None,
-    query: jax.Array,
+    query: Array,
     cache: PagedCache,
-    layer: jax.Array,
-    positions: jax.Array,
-    _: jax.Array,
-) -> jax.Array:
+    layer: Array,
+    positions: Array,
+    _: Array,
+) -> Array:
     from jax.experimental.pallas.ops.tpu import paged_attention as kernel  # not on CPU
 
     block = TPU_PAGES_PER_BLOCK
@@ -265,12 +253,12 @@ def _tpu_kernel(
 
 def _gpu_kernel(
     softcap: float | None,
-    query: jax.Array,
+    query: Array,
     cache: PagedCache,
-    layer: jax.Array,
-    positions: jax.Array,
-    _: jax.Array,
-) -> jax.Array:
+    layer: Array,
+    positions: Array,
+    _: Array,
+) -> Array:
     from jax.experimental.pallas.ops.gpu import paged_attention as kernel  # not on CPU
 
     splits = 16  # of the pages of a row; each split reads 1, 2, 4 or 8 at a time
@@ -290,8 +278,8 @@ def _gpu_kernel(
 
 
 def _all_layers(
-    cache: PagedCache, layer: jax.Array, columns: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    cache: PagedCache, layer: Array, columns: int
+) -> tuple[Array, Array, Array]:
     """Page table and pools with layers and pages in one axis, so nothing is sliced.
 
     The columns of the table are padded to a multiple of `columns`.

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax.models.config import ModelConfig, RopeScaling
+from rlt_jax.types import Array
 
 
 class Rope(NamedTuple):
@@ -18,11 +18,11 @@ class Rope(NamedTuple):
       amplitude: [] float32, factor on the rotated head.
     """
 
-    frequency: jax.Array | np.ndarray
-    amplitude: jax.Array | np.ndarray
+    frequency: Array | np.ndarray
+    amplitude: Array | np.ndarray
 
 
-def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
+def rotate(x: Array, positions: Array, rope: Rope) -> Array:
     """Rotates pairs of head dimensions by angles proportional to the position.
 
     The first half of the head is paired with the second half, as in Llama and Qwen.

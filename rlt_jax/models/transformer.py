@@ -17,7 +17,7 @@ from rlt_jax.models.attention import Tokens, attention, soft_cap
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.paged_cache import paged_attention, write
 from rlt_jax.models.rope import Rope, layer_ropes, rotate
-from rlt_jax.types import PagedCache, Params
+from rlt_jax.types import Array, PagedCache, Params
 
 Axes = tuple[str | None, ...]
 
@@ -33,8 +33,8 @@ class Layer(NamedTuple):
       rope: rotary frequencies.
     """
 
-    index: jax.Array
-    windowed: jax.Array
+    index: Array
+    windowed: Array
     rope: Rope
 
 
@@ -49,11 +49,11 @@ def _kernel_init(axes: Axes, fan_in: int) -> Any:
     return nn.with_logical_partitioning(init, axes)
 
 
-def _constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def _constrain(x: Array, *axes: str | None) -> Array:
     return nn.with_logical_constraint(x, axes)
 
 
-def _all_lengths(x: jax.Array) -> jax.Array:
+def _all_lengths(x: Array) -> Array:
     """Activations [B, T, D] that are not sharded over the length and the width."""
     return _constrain(x, "batch", None, None)
 
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
     axis_name: str = "embed"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         init = nn.with_logical_partitioning(init, (self.axis_name,))
         scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
         return (y * (scale + 1.0 if self.plus_one else scale)).astype(x.dtype)
 
 
-def _dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+def _dot(x: Array, kernel: Array, contracted: int) -> Array:
     """Contracts the last `contracted` axes of x with the first ones of the kernel."""
     axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
     return jax.lax.dot_general(x, kernel, (axes, ((), ())))
@@ -87,8 +87,8 @@ _product = jax.custom_vjp(_dot, nondiff_argnums=(2,))
 
 
 def _product_backward(
-    contracted: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    contracted: int, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - contracted))
     outs = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, kernel.ndim))
@@ -108,7 +108,7 @@ class Projection(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         init = _kernel_init(self.axes, math.prod(self.in_shape))
         kernel = self.param("kernel", init, self.in_shape + self.out_shape)
         product = _dot if self._uses_qwix(kernel) else _product
@@ -127,9 +127,7 @@ class Projection(nn.Module):
         Then the product has to use the functions of JAX that qwix intercepts.
         """
         adapted = set(self.variables["params"]) - {"kernel", "bias"}
-        return bool(adapted or self.is_initializing()) or not isinstance(
-            kernel, jax.Array
-        )
+        return bool(adapted or self.is_initializing()) or not isinstance(kernel, Array)
 
 
 class Attention(nn.Module):
@@ -140,12 +138,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Array,
         kv_cache: PagedCache | None,
         layer: Layer,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-    ) -> tuple[jax.Array, PagedCache | None]:
+        positions: Array,
+        segment_ids: Array | None,
+    ) -> tuple[Array, PagedCache | None]:
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         q_axes = ("embed", "heads", "head_dim")
@@ -181,7 +179,7 @@ class MLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         c = self.config
         D, F, bias = c.embed_dim, c.mlp_dim, c.mlp_bias
         gate = Projection((D,), (F,), ("embed", "mlp"), bias, name="gate")(x)
@@ -198,11 +196,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, PagedCache | None],
+        carry: tuple[Array, PagedCache | None],
         layer: Layer,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-    ) -> tuple[tuple[jax.Array, PagedCache | None], None]:
+        positions: Array,
+        segment_ids: Array | None,
+    ) -> tuple[tuple[Array, PagedCache | None], None]:
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
@@ -260,11 +258,11 @@ class Transformer(nn.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None = None,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array | None = None,
         kv_cache: PagedCache | None = None,
-    ) -> tuple[jax.Array, PagedCache | None]:
+    ) -> tuple[Array, PagedCache | None]:
         """Computes the hidden states after the final norm.
 
         Without a cache, rows may be packed: attention is causal within segments. With a
@@ -292,18 +290,18 @@ class Transformer(nn.Module):
         )
         return _all_lengths(self.final_norm(x)), kv_cache
 
-    def head(self, hidden: jax.Array) -> jax.Array:
+    def head(self, hidden: Array) -> Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
         kernel = self.embedding if self.config.tie_embeddings else self.output
         return head_logits(self.config, kernel, hidden)
 
 
-def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
+def head_kernel(config: ModelConfig, params: Params) -> Array:
     """The parameter of the output head: the embedding [V, D] if tied, else [D, V]."""
     return params["embedding" if config.tie_embeddings else "output"]
 
 
-def head_logits(config: ModelConfig, kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+def head_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
     """Hidden states [..., D] -> float32 logits [..., V]."""
     kernel = (kernel.T if config.tie_embeddings else kernel).astype(hidden.dtype)
     logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
@@ -311,7 +309,7 @@ def head_logits(config: ModelConfig, kernel: jax.Array, hidden: jax.Array) -> ja
     return logits if cap is None else soft_cap(logits, cap)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
+def init_params(config: ModelConfig, key: Array) -> Params:
     """Random parameters in float32, plain arrays without axis names."""
     return nn.meta.unbox(boxed_params(Transformer(config), key))
 
@@ -322,7 +320,7 @@ def logical_axes(config: ModelConfig) -> Any:
     return nn.get_partition_spec(boxed)
 
 
-def boxed_params(model: Transformer, key: jax.Array) -> Any:
+def boxed_params(model: Transformer, key: Array) -> Any:
     """Random parameters, boxed with their logical axis names."""
     row = jnp.zeros((1, 2), jnp.int32)
     variables = model.init(key, row, row, row)
@@ -332,15 +330,15 @@ def boxed_params(model: Transformer, key: jax.Array) -> Any:
 def hidden_states(
     model: Transformer,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array | None = None,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array | None = None,
     kv_cache: PagedCache | None = None,
-) -> tuple[jax.Array, PagedCache | None]:
+) -> tuple[Array, PagedCache | None]:
     """`Transformer.__call__` as a pure function of parameters and inputs."""
     return model.apply({"params": params}, tokens, positions, segment_ids, kv_cache)
 
 
-def logits(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
+def logits(model: Transformer, params: Params, hidden: Array) -> Array:
     """`Transformer.head` as a pure function: [..., D] -> float32 [..., V]."""
     return model.apply({"params": params}, hidden, method=Transformer.head)
