@@ -155,13 +155,15 @@ def _run_stage(
 
 def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
-    difference = _difference(folder, values)
-    if difference is not None:
+    how = ""
+    if renamed := _renamed(_stored_settings(folder)):
+        how = (
+            "by an earlier version of rlt_jax ({} is now called {}). Its models still "
+        )
+        how = how.format(*renamed) + "load"
+    elif difference := _difference(folder, values):
         how = f"with other settings ({difference})"
-        if renamed := _renamed(_stored_settings(folder)):
-            old, new = renamed
-            how = f"by an earlier version of rlt_jax ({old} is now called {new})"
-            how += ". Its models still load"
+    if how:
         raise UserError(
             f"stage {name}: {folder} was made {how}. Use another --workdir, or "
             f"--only={name} to run this stage afresh."

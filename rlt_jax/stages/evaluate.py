@@ -80,13 +80,13 @@ SECTIONS = {
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
-    """Samples and grades answers; goes on where an earlier run stopped.
+    """Samples and grades answers; continues where an earlier run stopped.
 
     Args:
       config: sections `model`, `template`, `data`, `sampling`, `engine`, `evaluate`,
         `mesh`; and `predictions`, a file of completions, with which no model is loaded.
       workdir: folder of the stage.
-      seed: of the sampling.
+      seed: seed of the sampling.
 
     Returns:
       What `results.json` holds, see `summarise`.
@@ -187,13 +187,13 @@ def _sample(
     source = build(checkpoint.ModelSource, config.model, "model")
     loaded = checkpoint.load(source, mesh, jax.random.key(seed))
     renderer = Renderer(loaded.tokenizer, template, "student")
-    longest = config.sampling.max_new_tokens
-    requests = setup.requests_of(renderer, asked, longest)
-    prompts = [request.prompt for request in requests]
-    room = loaded.model.config.max_length - longest
+    limit = config.sampling.max_new_tokens
+    requests = setup.requests_of(renderer, asked, limit)
+    prompts = [renderer.prompt(problem)[1].ids for problem in dict.fromkeys(asked)]
+    room = loaded.model.config.max_length - limit
     what = "question (model max_length - sampling.max_new_tokens)"
     examples.check_lengths(prompts, room, what)
-    max_length = max(map(len, prompts)) + longest
+    max_length = max(map(len, prompts)) + limit
     engine = setup.load_sampler(loaded, config, mesh, max_length)
     file = workdir / "completions.jsonl"
     stored = StoredSampler(engine, file, loaded.tokenizer, bar)

@@ -18,7 +18,8 @@ from optax.contrib import MuonDimensionNumbers
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.stages import sft
+from rlt_jax.stages.sft import next_token_loss
+from rlt_jax.training.learner import jit_update
 from rlt_jax.training.optimizer import (
     OPTIMIZERS,
     OptimizerConfig,
@@ -32,7 +33,7 @@ from rlt_jax.training.state import (
     new_state,
     state_shardings,
 )
-from rlt_jax.types import Params, TrainState
+from rlt_jax.types import Batch, Params, TrainState
 
 # Wide enough that adafactor has something to factor.
 WIDE = ModelConfig(
@@ -54,23 +55,23 @@ jax.config.update("jax_num_cpu_devices", devices)
 jax.config.update("jax_disable_most_optimizations", True)
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.stages import sft
+from rlt_jax.stages.sft import next_token_loss
+from rlt_jax.training.learner import jit_update
 from rlt_jax.training.lora import LoRAConfig, make_tuning
 from rlt_jax.training.optimizer import *
 from rlt_jax.training.sharding import *
 from rlt_jax.training.state import *
+from rlt_jax.types import Batch
 
 sizes = MeshConfig(2, 2, 2) if devices == 8 else MeshConfig()
 mesh, key = make_mesh(sizes), jax.random.key(0)
 model = Transformer(ModelConfig(40, 128, 2, 4, 2, 8, 128, 32))
 tokens = np.random.default_rng(0).integers(1, 40, (8, 9), np.int32)
-batch = {
-    "tokens": tokens,
-    "segment_ids": np.ones_like(tokens),
-    "positions": np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape),
-    "loss_mask": np.ones(tokens.shape, bool),
-}
-batch = jax.device_put(batch, batch_sharding(mesh))
+positions = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
+weights = ((positions > 0) / (positions > 0).sum()).astype(np.float32)
+batch = Batch(tokens, positions, np.ones_like(tokens), None, loss_weights=weights)
+batch = jax.tree.map(lambda x: x[None], batch)._replace(num_micro_batches=np.int32(1))
+batch = put_rows(batch, mesh)
 init = jax.jit(
     lambda: init_params(model.config, key), out_shardings=param_shardings(model, mesh)
 )
@@ -80,7 +81,7 @@ for name, rank in (*((name, 0) for name in OPTIMIZERS), ("adamw", 4), ("muon", 4
     tx = make_optimizer(OptimizerConfig(3e-3, name=name), 3)
     shardings = state_shardings(tuning.model, tx, mesh)
     state = new_state(trained, tx, shardings)
-    update = sft.jit_update(tuning.model, tx, mesh, shardings)
+    update = jit_update(next_token_loss, tuning.model, tx, mesh, shardings)
     found = []
     for _ in range(3):
         state, metrics = update(state, batch, tuning.frozen)
@@ -369,17 +370,20 @@ def test_micro_batches_add_up_to_the_batch(
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 12, 6)[:, None]
     places = np.broadcast_to(np.arange(12), (6, 12))
-    batch = {
-        "tokens": rng.integers(1, 40, (6, 12)),
-        "segment_ids": (places < lengths).astype(np.int32),
-        "positions": places * (places < lengths),
-        "loss_mask": (places < lengths) & (rng.random((6, 12)) < 0.7),
-    }
+    learned = (places < lengths) & (rng.random((6, 12)) < 0.7) & (places > 0)
+    rows = (
+        rng.integers(1, 40, (6, 12)),
+        places * (places < lengths),
+        (places < lengths).astype(np.int32),
+        (learned / learned.sum()).astype(np.float32),
+    )
     tx = optax.sgd(1.0)
     shardings = state_shardings(model, tx, mesh)
     found = []
     for parts in (1, 2, 3, 6):
-        update = sft.jit_update(model, tx, mesh, shardings, parts)
+        *ids, weights = (x.reshape(parts, -1, 12) for x in rows)
+        batch = Batch(*ids, np.int32(parts), loss_weights=weights)
+        update = jit_update(next_token_loss, model, tx, mesh, shardings)
         found.append(update(new_state(params, tx, shardings), batch, None))
     for state, metrics in found[1:]:
         np.testing.assert_allclose(
