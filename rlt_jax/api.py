@@ -49,7 +49,7 @@ from rlt_jax.rl import rlt_reward
 from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Batch, Params, Reward, Rollout
+from rlt_jax.types import Array, Batch, Params, Reward, Rollout
 
 __all__ = [
     "ScoringConfig",
@@ -311,7 +311,7 @@ def compile_log_probs(
 
 def jit_rlt_reward(
     reward: RLTRewardConfig, ensemble: EnsembleConfig, num_students: int, mesh: Mesh
-) -> Callable[[Batch, jax.Array], Reward]:
+) -> Callable[[Batch, Array], Reward]:
     """Compiles (batch with log-probs, KL weight) -> reward on a mesh.
 
     Raises:
@@ -360,7 +360,7 @@ def _pack(
 
 def _values_of_tokens(
     config: RLTRewardConfig, batch: Batch
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> dict[str, tuple[Array, Array]]:
     """Values [E, S] of the first student's tokens and segments, with their masks."""
     student = batch.students[0]
     in_teacher, in_student, segments = rlt_reward.explanation_log_probs(batch, student)

@@ -8,7 +8,7 @@ of a row, S length of a span, L layers, K key/value heads, H head dim, M micro-b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 
 Array = jax.Array
 Params = Any  # a pytree of arrays
+Record = dict[str, Any]  # a line of a JSONL file, or the content of a JSON file
+Section = Mapping[str, Any]  # settings of one part of a config
 Reward = dict[str, Array]  # name -> [E] float32; "value" is the reward, the rest terms
 Metrics = dict[str, Array]  # "area/name" -> scalar on the device
 

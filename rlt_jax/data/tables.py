@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlt_jax.errors import UserError
-
-Record = dict[str, Any]
+from rlt_jax.types import Record
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rlt_jax.inference.sampling import SamplingConfig, sample
 from rlt_jax.models.paged_cache import copy_pages
 from rlt_jax.models.transformer import Transformer, hidden_states, logits
-from rlt_jax.types import PagedCache, Params
+from rlt_jax.types import Array, PagedCache, Params
 
 # Batch sizes for which XLA's matrix products on CPU are bitwise equal for every slot.
 CPU_TILES = (16, 32)
@@ -53,13 +53,13 @@ class Slots(NamedTuple):
         penalty.
     """
 
-    token: jax.Array
-    position: jax.Array
-    num_sampled: jax.Array
-    max_new_tokens: jax.Array
-    request: jax.Array
-    active: jax.Array
-    seen: jax.Array
+    token: Array
+    position: Array
+    num_sampled: Array
+    max_new_tokens: Array
+    request: Array
+    active: Array
+    seen: Array
 
 
 class Refill(NamedTuple):
@@ -74,12 +74,12 @@ class Refill(NamedTuple):
       copies: [1] int32, number of pages to copy.
     """
 
-    replaced: jax.Array
+    replaced: Array
     slots: Slots
-    table: jax.Array
-    source: jax.Array
-    target: jax.Array
-    copies: jax.Array
+    table: Array
+    source: Array
+    target: Array
+    copies: Array
 
 
 class Sampled(NamedTuple):
@@ -91,18 +91,18 @@ class Sampled(NamedTuple):
       mask: [n, B] bool, False where a slot was inactive.
     """
 
-    tokens: jax.Array
-    log_probs: jax.Array
-    mask: jax.Array
+    tokens: Array
+    log_probs: Array
+    mask: Array
 
 
 def prefill(
     model: Transformer,
     params: Params,
     cache: PagedCache,
-    table: jax.Array,
-    tokens: jax.Array,
-    start: jax.Array,
+    table: Array,
+    tokens: Array,
+    start: Array,
 ) -> PagedCache:
     """Writes the keys and values of a chunk of each prompt; no logits are computed.
 
@@ -127,7 +127,7 @@ def decode(
     cache: PagedCache,
     slots: Slots,
     refill: Refill,
-    key: jax.Array,
+    key: Array,
 ) -> tuple[PagedCache, Slots, Sampled]:
     """Refills slots, then samples up to `num_steps` tokens in every active slot.
 
@@ -164,7 +164,7 @@ def decode(
         )
         return i + 1, cache, slots, sampled
 
-    def keep_decoding(carry: tuple) -> jax.Array:
+    def keep_decoding(carry: tuple) -> Array:
         num_active = carry[2].active.sum()
         # All shards take the same number of steps: a step may contain collectives.
         if shards := jax.sharding.get_abstract_mesh().manual_axes:
@@ -184,7 +184,7 @@ def decode(
 def _split(tile: int, tree: Any) -> Any:
     """Splits the first axis of arrays [B, ...] into tiles."""
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Array) -> Array:
         size = min(tile, len(x))
         return x.reshape(len(x) // size, size, *x.shape[1:])
 
@@ -194,9 +194,9 @@ def _split(tile: int, tree: Any) -> Any:
 def _step(
     config: DecodeConfig,
     params: Params,
-    key: jax.Array,
+    key: Array,
     cache: PagedCache,
-    tile: tuple[Slots, jax.Array],
+    tile: tuple[Slots, Array],
 ) -> tuple[PagedCache, tuple[Slots, Sampled]]:
     """Samples one token in every active slot of a tile of slots."""
     slots, table = tile

@@ -42,7 +42,7 @@ from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
-from rlt_jax.types import PagedCache, Params, Rollout
+from rlt_jax.types import Array, PagedCache, Params, Rollout
 
 SHARD_AXES = ("data", "fsdp")
 
@@ -76,7 +76,7 @@ class Engine(Sampler):
     decode: Callable[..., tuple[PagedCache, Slots, Sampled]]
 
     def generate(
-        self, params: Params, requests: Sequence[Request], key: jax.Array
+        self, params: Params, requests: Sequence[Request], key: Array
     ) -> Rollout:
         """See `Sampler.generate`.
 
@@ -86,7 +86,7 @@ class Engine(Sampler):
         return join(self.stream(params, requests, key))
 
     def stream(
-        self, params: Params, requests: Sequence[Request], key: jax.Array
+        self, params: Params, requests: Sequence[Request], key: Array
     ) -> Iterator[Part]:
         """The completions that each dispatch has ended."""
         check_requests(self.layout, requests)

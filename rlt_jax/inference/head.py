@@ -23,7 +23,7 @@ from rlt_jax.models.transformer import (
     head_logits,
     hidden_states,
 )
-from rlt_jax.types import Batch, Params
+from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
 
@@ -33,8 +33,8 @@ def log_probs_and_entropy(
     params: Params,
     batch: Batch,
     temperature: float = 1.0,
-    wanted: jax.Array | bool = True,
-) -> tuple[jax.Array, jax.Array]:
+    wanted: Array | bool = True,
+) -> tuple[Array, Array]:
     """Log-probability of every token given those before it, and the entropy there.
 
     The head runs over chunks of the length, and again in the backward pass, so memory
@@ -71,7 +71,7 @@ def log_probs_and_entropy(
     states = pad(_permuted(hidden, order, back), C)
     stats = _chunked(settings, kernel, states, pad(targets, C), last)
 
-    def about_token(x: jax.Array) -> jax.Array:
+    def about_token(x: Array) -> Array:
         x = jnp.take_along_axis(x[:, :T], back, axis=1)
         return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
 
@@ -87,7 +87,7 @@ def chunk_length(B: int, T: int, V: int, devices: int) -> int:
 
 
 @jax.custom_vjp
-def _permuted(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+def _permuted(x: Array, order: Array, back: Array) -> Array:
     """Rows [B, T, D] in another order; the gradient is put back, not scattered."""
     return jnp.take_along_axis(x, order[..., None], axis=1)
 
@@ -102,12 +102,8 @@ _Settings = tuple[ModelConfig, float, int]  # model, temperature, states in a ch
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-    settings: _Settings,
-    kernel: jax.Array,
-    hidden: jax.Array,
-    targets: jax.Array,
-    last: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    settings: _Settings, kernel: Array, hidden: Array, targets: Array, last: Array
+) -> tuple[Array, Array]:
     """Log-probs and entropy [B, S] of targets [B, S] after states [B, S, D].
 
     Chunks from `last` on are not computed, and 0.
@@ -116,15 +112,11 @@ def _chunked(
 
 
 def _forward(
-    settings: _Settings,
-    kernel: jax.Array,
-    hidden: jax.Array,
-    targets: jax.Array,
-    last: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    settings: _Settings, kernel: Array, hidden: Array, targets: Array, last: Array
+) -> tuple[tuple[Array, Array], tuple]:
     config, temperature, C = settings
 
-    def one_chunk(i: jax.Array, found: tuple) -> tuple:
+    def one_chunk(i: Array, found: tuple) -> tuple:
         scores = head_logits(config, kernel, block_of(hidden, i, C)) / temperature
         normaliser = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.where(_hits(scores, block_of(targets, i, C)), scores, 0.0).sum(-1)
@@ -147,7 +139,7 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
     kernel, hidden, targets, last, normaliser = saved
     d_log_probs, _ = gradients
 
-    def one_chunk(i: jax.Array, found: tuple) -> tuple:
+    def one_chunk(i: Array, found: tuple) -> tuple:
         d_kernel, d_hidden = found
         h = block_of(hidden, i, C)
         logits = head_logits(config, kernel, h)
@@ -173,14 +165,14 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
 _chunked.defvjp(_forward, _backward)
 
 
-def _hits(scores: jax.Array, targets: jax.Array) -> jax.Array:
+def _hits(scores: Array, targets: Array) -> Array:
     """[B, C, V] bool, True at the target: read without gather, so V may be split."""
     return jnp.arange(scores.shape[-1]) == targets[..., None]
 
 
 def token_log_probs(
-    model: Transformer, params: Params, tokens: jax.Array, temperature: float = 1.0
-) -> jax.Array:
+    model: Transformer, params: Params, tokens: Array, temperature: float = 1.0
+) -> Array:
     """Log-probabilities of unpacked rows, one sequence each.
 
     Args:

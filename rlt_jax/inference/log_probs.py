@@ -13,7 +13,7 @@ from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.inference.vocabulary_kl import vocabulary_kl
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import offload, sharding
-from rlt_jax.types import Batch, Params
+from rlt_jax.types import Array, Batch, Params
 
 
 class LogProbPrograms(NamedTuple):
@@ -27,9 +27,9 @@ class LogProbPrograms(NamedTuple):
         for each student; () where the estimator needs no whole distributions.
     """
 
-    policy: Callable[[Params, Batch], jax.Array]
-    students: tuple[Callable[[Params, Batch], jax.Array], ...] = ()
-    vocabulary_kl: tuple[Callable[[Params, Params, Batch, Batch], jax.Array], ...] = ()
+    policy: Callable[[Params, Batch], Array]
+    students: tuple[Callable[[Params, Batch], Array], ...] = ()
+    vocabulary_kl: tuple[Callable[[Params, Params, Batch, Batch], Array], ...] = ()
 
 
 def compile_programs(
@@ -50,7 +50,7 @@ def compile_programs(
     """
 
     def per_token(model: Transformer, temperature: float) -> Callable:
-        def program(params: Params, batch: Batch) -> jax.Array:
+        def program(params: Params, batch: Batch) -> Array:
             return packed_log_probs(model, temperature, params, batch)
 
         return sharding.jit(
@@ -102,7 +102,7 @@ def fill(
 
 def packed_log_probs(
     model: Transformer, temperature: float, params: Params, batch: Batch
-) -> jax.Array:
+) -> Array:
     """Log-probs of the tokens in the spans of a batch; of all tokens without spans.
 
     Args:
@@ -123,7 +123,7 @@ def packed_log_probs(
     else:
         wanted = jnp.ones(shape, bool)
 
-    def one(m: jax.Array, log_probs: jax.Array) -> jax.Array:
+    def one(m: Array, log_probs: Array) -> Array:
         part = batch.micro_batch(m)
         found, _ = log_probs_and_entropy(model, params, part, temperature, wanted[m])
         return log_probs.at[m].set(found)

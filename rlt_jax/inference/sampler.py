@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from rlt_jax.data.examples import decode_completion
 from rlt_jax.data.templates import Problem
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Array, Params, Rollout
 
 Part = tuple[Sequence[int], Rollout]  # indices of requests, and their completions
 
@@ -36,7 +35,7 @@ class Sampler(Protocol):
     """A sampling backend; `Engine` is the one that ships."""
 
     def generate(
-        self, params: Params, requests: Sequence[Request], key: jax.Array
+        self, params: Params, requests: Sequence[Request], key: Array
     ) -> Rollout:
         """Samples a completion of every request, in the order of the requests.
 
@@ -47,7 +46,7 @@ class Sampler(Protocol):
         """
 
     def stream(
-        self, params: Params, requests: Sequence[Request], key: jax.Array
+        self, params: Params, requests: Sequence[Request], key: Array
     ) -> Iterator[Part]:
         """The same in parts, each as soon as it is complete; here all in one part."""
         yield range(len(requests)), self.generate(params, requests, key)

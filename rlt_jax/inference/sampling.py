@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlt_jax.errors import UserError
+from rlt_jax.types import Array
 
 _BLOCK = 128  # tokens per block: a block is sampled first, then a token in it
 
@@ -59,8 +60,8 @@ class SamplingConfig:
 
 
 def sample(
-    logits: jax.Array, keys: jax.Array, config: SamplingConfig, seen: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    logits: Array, keys: Array, config: SamplingConfig, seen: Array
+) -> tuple[Array, Array]:
     """Samples one token per row.
 
     Args:
@@ -92,7 +93,7 @@ def sample(
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
-def _filter(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+def _filter(logits: Array, config: SamplingConfig) -> Array:
     """Logits [B, V] with those of the tokens that the filters drop set to -inf."""
     if config.top_k:
         cutoff = _threshold(logits, lambda kept: kept.sum(-1) >= config.top_k)
@@ -100,7 +101,7 @@ def _filter(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     if config.top_p < 1:
         probs = jax.nn.softmax(logits, axis=-1)
 
-        def reaches_top_p(kept: jax.Array) -> jax.Array:
+        def reaches_top_p(kept: Array) -> Array:
             return jnp.where(kept, probs, 0.0).sum(-1) >= config.top_p
 
         cutoff = _threshold(logits, reaches_top_p)
@@ -111,9 +112,7 @@ def _filter(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     return logits
 
 
-def _threshold(
-    logits: jax.Array, is_enough: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def _threshold(logits: Array, is_enough: Callable[[Array], Array]) -> Array:
     """The largest threshold [B, 1] such that the tokens at or above it are enough.
 
     Bisection takes one pass over the logits per bit and no sorting.
@@ -133,7 +132,7 @@ def _threshold(
     return jnp.where(top_is_enough, top, low)
 
 
-def _categorical(logits: jax.Array, keys: jax.Array) -> jax.Array:
+def _categorical(logits: Array, keys: Array) -> Array:
     """Samples a token [B] from softmax(logits): first its block, then the token.
 
     Takes two uniform numbers per row, where the Gumbel trick takes one per token.
@@ -147,7 +146,7 @@ def _categorical(logits: jax.Array, keys: jax.Array) -> jax.Array:
     return block * _BLOCK + _inverse_cdf(in_block, uniform[:, 1])
 
 
-def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+def _inverse_cdf(weights: Array, uniform: Array) -> Array:
     """Index [B] with probability proportional to weights [B, n]; its weight is > 0."""
     cdf = jnp.cumsum(weights, axis=-1)
     reached = (cdf > uniform[:, None] * cdf[:, -1:]) & (weights > 0)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
@@ -17,7 +16,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.sampler import Part, Request, Sampler, decode, join
 from rlt_jax.training import hosts
 from rlt_jax.training.metrics import append_jsonl, stream_jsonl
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Array, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +39,13 @@ class StoredSampler(Sampler):
     bar: tqdm.tqdm | None = None
 
     def generate(
-        self, params: Params, requests: Sequence[Request], key: jax.Array
+        self, params: Params, requests: Sequence[Request], key: Array
     ) -> Rollout:
         """See `Sampler.generate`; errors as in `stream`."""
         return join(self.stream(params, requests, key))
 
     def stream(
-        self, params: Params, requests: Sequence[Request], key: jax.Array
+        self, params: Params, requests: Sequence[Request], key: Array
     ) -> Iterator[Part]:
         """First the completions that the file holds, then the others as they end.
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from rlt_jax.inference import spans
 from rlt_jax.inference.head import LOGITS_PER_CHUNK
 from rlt_jax.models.transformer import Transformer, hidden_states, logits
-from rlt_jax.types import Batch, Params, Spans
+from rlt_jax.types import Array, Batch, Params, Spans
 
 
 def vocabulary_kl(
@@ -17,7 +17,7 @@ def vocabulary_kl(
     student_params: Params,
     policy_batch: Batch,
     student_batch: Batch,
-) -> jax.Array:
+) -> Array:
     """KL(policy || student) of the distributions that explanation tokens come from.
 
     The explanations must have the same tokens in both batches, so policy and student
@@ -45,12 +45,12 @@ def vocabulary_kl(
     E, S = span.segment.shape
     C = max(1, min(E * S, LOGITS_PER_CHUNK // policy[0].config.vocab_size))
 
-    def chunks(x: jax.Array) -> jax.Array:
+    def chunks(x: Array) -> Array:
         flat = x.reshape(E * S, -1)
         padded = jnp.pad(flat, ((0, -(E * S) % C), (0, 0)))
         return padded.reshape(-1, C, flat.shape[-1])
 
-    def one_chunk(states: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def one_chunk(states: tuple[Array, Array]) -> Array:
         p = _log_softmax(policy, policy_params, states[0])
         q = _log_softmax(student, student_params, states[1])
         if top_k is not None:
@@ -65,14 +65,14 @@ def vocabulary_kl(
 
 def _span_states(
     model: Transformer, params: Params, batch: Batch, span: Spans
-) -> jax.Array:
+) -> Array:
     """Hidden states that predict the span's tokens, [E, S, D]."""
     B, T = batch.tokens.shape[1:]
     E, S = span.segment.shape
     # The state before a token is the one that predicts it.
     before = span.start[:, None] + jnp.arange(S) - 1
 
-    def one(m: jax.Array, states: jax.Array) -> jax.Array:
+    def one(m: Array, states: Array) -> Array:
         part = batch.micro_batch(m)
         hidden, _ = hidden_states(
             model, params, part.tokens, part.positions, part.segment_ids
@@ -86,14 +86,14 @@ def _span_states(
 
 
 def _log_softmax(
-    model: tuple[Transformer, float], params: Params, states: jax.Array
-) -> jax.Array:
+    model: tuple[Transformer, float], params: Params, states: Array
+) -> Array:
     transformer, temperature = model
     scores = logits(transformer, params, states)
     return jax.nn.log_softmax(scores / (temperature or 1.0))
 
 
-def _with_rest(log_probs: jax.Array) -> jax.Array:
+def _with_rest(log_probs: Array) -> Array:
     """Appends the log-probability of everything else, at least 1e-30."""
     rest = jnp.maximum(1 - jnp.exp(log_probs).sum(-1, keepdims=True), 1e-30)
     return jnp.concatenate([log_probs, jnp.log(rest)], axis=-1)

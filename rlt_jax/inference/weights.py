@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlt_jax.models.transformer import Transformer, boxed_params, logical_axes
-from rlt_jax.types import Params
+from rlt_jax.types import Array, Params
 
 DecodeWeights = tuple[Transformer, Callable[[Params], Params], Any]
 
@@ -36,7 +36,7 @@ def _int8(model: Transformer) -> DecodeWeights:
     quantized = qwix.quantize_model(model, qwix.PtqProvider([rule]))
     boxed = jax.eval_shape(lambda: boxed_params(quantized, jax.random.key(0)))
 
-    def convert(target: Any, x: jax.Array) -> Any:
+    def convert(target: Any, x: Array) -> Any:
         if isinstance(target, nn.Partitioned):
             return x
         # qwix's axes are those of one layer; x is stacked on L.

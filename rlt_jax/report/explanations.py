@@ -1,11 +1,12 @@
 """A page of explanations whose tokens are colored by their reward."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlt_jax.report.files import write_page
+from rlt_jax.types import Section
 
 MAX_NATS = 4.0  # value with the most intense color
 
@@ -24,7 +25,7 @@ class Token(NamedTuple):
     title: str
 
 
-def write_explanations(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def write_explanations(records: Sequence[Section], folder: Path) -> None:
     """Writes `index.html` with the completions in the given order.
 
     Args:
@@ -43,7 +44,7 @@ def write_explanations(records: Sequence[Mapping[str, Any]], folder: Path) -> No
     write_page(folder, "explanations.html", {}, items=items)
 
 
-def explanation_tokens(record: Mapping[str, Any]) -> list[Token]:
+def explanation_tokens(record: Section) -> list[Token]:
     """Tokens of the explanation: red if the KL is positive, blue if it is negative."""
     names = "teacher_log_probs_explanation", "student_log_probs_explanation"
     columns = (
@@ -55,7 +56,7 @@ def explanation_tokens(record: Mapping[str, Any]) -> list[Token]:
     ]
 
 
-def solution_tokens(record: Mapping[str, Any]) -> list[Token]:
+def solution_tokens(record: Section) -> list[Token]:
     """Tokens of the solution: red if the student gives them a low probability."""
     log_probs = record["student_log_probs_solution"]
     return [

@@ -9,8 +9,7 @@ from typing import Any
 import jinja2
 
 from rlt_jax.errors import UserError
-
-Record = dict[str, Any]
+from rlt_jax.types import Record
 
 
 def read_json(path: Path) -> Record:

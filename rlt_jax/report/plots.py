@@ -7,12 +7,13 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from rlt_jax.types import Section
 
 Z_95 = 1.96  # half width of a 95% interval in standard errors
 WIDTH = 9.9  # inches; the same for all figures, so that a page scales them equally
@@ -30,7 +31,7 @@ UNITS = {
 }
 
 
-def metric_groups(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def metric_groups(records: Sequence[Section]) -> dict[str, list[str]]:
     """Groups metrics into figures: the reward, its terms, then the other areas.
 
     If a metric has a `_mean`, its `_std` is the band of that curve and has no panel of
@@ -52,7 +53,7 @@ def metric_groups(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {group: members for group, members in groups.items() if members}
 
 
-def metric_curves(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+def metric_curves(records: Sequence[Section], names: Sequence[str]) -> bytes:
     """Plots each metric over the steps in a panel of its own, at most three per line."""
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
@@ -86,7 +87,7 @@ def accuracy_bars(
     return png(figure)
 
 
-def _curve(axes: Axes, records: Sequence[Mapping[str, Any]], name: str) -> None:
+def _curve(axes: Axes, records: Sequence[Section], name: str) -> None:
     present = [record for record in records if record.get(name) is not None]
     steps = [record["step"] for record in present]
     values = [record[name] for record in present]

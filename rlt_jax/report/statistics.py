@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike
 
 from rlt_jax.errors import UserError
+from rlt_jax.types import Record, Section
 
 
 class PairedDifference(NamedTuple):
@@ -103,9 +104,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
 
 
-def accuracy_by_question(
-    samples: Iterable[Mapping[str, Any]], where: str
-) -> dict[str, float]:
+def accuracy_by_question(samples: Iterable[Section], where: str) -> dict[str, float]:
     """Question -> share of right samples.
 
     Args:
@@ -115,7 +114,7 @@ def accuracy_by_question(
     Raises:
       UserError: two questions have the same text, which cannot be told apart here.
     """
-    answers: dict[str, Any] = {}
+    answers: Record = {}
     counts, right = Counter(), Counter()
     for row in samples:
         question, answer = row["question"], row.get("answer")

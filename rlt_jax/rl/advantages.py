@@ -1,12 +1,11 @@
 """Advantages and loss weights, filled into a batch."""
 
-import jax
 import jax.numpy as jnp
 
 from rlt_jax.inference import spans
 from rlt_jax.rl.baselines import ADVANTAGES, has_signal
 from rlt_jax.rl.losses import LOSSES, ObjectiveConfig
-from rlt_jax.types import Batch
+from rlt_jax.types import Array, Batch
 
 
 def fill(
@@ -14,7 +13,7 @@ def fill(
     group_size: int,
     max_new_tokens: int,
     batch: Batch,
-    rewards: jax.Array,
+    rewards: Array,
 ) -> Batch:
     """The batch with advantages, inverse lengths and loss weights of its tokens.
 
@@ -32,7 +31,7 @@ def fill(
     weight = LOSSES[objective.loss].weight(lengths, kept, max_new_tokens)
     advantages = ADVANTAGES[objective.advantage](rewards, group_size)
 
-    def on_tokens(values: jax.Array) -> jax.Array:
+    def on_tokens(values: Array) -> Array:
         return spans.scatter(values, completion, shape)
 
     return batch._replace(
@@ -43,8 +42,8 @@ def fill(
 
 
 def completion_mask(
-    objective: ObjectiveConfig, rewards: jax.Array, finished: jax.Array, group_size: int
-) -> jax.Array:
+    objective: ObjectiveConfig, rewards: Array, finished: Array, group_size: int
+) -> Array:
     """Which completions have a gradient: [E] bool from rewards [E] and finished [E].
 
     DAPO (arXiv 2503.14476, sections 3.2 and 3.4) has both filters, for groups that are

@@ -6,21 +6,22 @@ their gradients too: that of k1 is 0 on average, that of k2 is the gradient of K
 on average, that of k3 is bounded where p is the likelier.
 """
 
-import jax
 import jax.numpy as jnp
 
+from rlt_jax.types import Array
 
-def k1(log_ratio: jax.Array) -> jax.Array:
+
+def k1(log_ratio: Array) -> Array:
     """Unbiased, may be negative: log p - log q."""
     return log_ratio
 
 
-def k2(log_ratio: jax.Array) -> jax.Array:
+def k2(log_ratio: Array) -> Array:
     """Biased but never negative and of low variance: (log p - log q)^2 / 2."""
     return log_ratio**2 / 2
 
 
-def k3(log_ratio: jax.Array) -> jax.Array:
+def k3(log_ratio: Array) -> Array:
     """Unbiased and never negative: q/p - 1 - log(q/p)."""
     return jnp.exp(-log_ratio) - 1 + log_ratio
 

@@ -17,21 +17,21 @@ from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import kl
 from rlt_jax.rl.baselines import ADVANTAGES
 from rlt_jax.training.learner import LossFn
-from rlt_jax.types import Batch, Metrics, Params
+from rlt_jax.types import Array, Batch, Metrics, Params
 
 
-def token_ratio(log_ratio: jax.Array, batch: Batch) -> jax.Array:
+def token_ratio(log_ratio: Array, batch: Batch) -> Array:
     """p / p_old of each token (PPO, arXiv 1707.06347, section 3)."""
     return jnp.exp(log_ratio)
 
 
-def sequence_ratio(log_ratio: jax.Array, batch: Batch) -> jax.Array:
+def sequence_ratio(log_ratio: Array, batch: Batch) -> Array:
     """exp(mean of log(p / p_old) over the completion), on all tokens of its sequence.
 
     GSPO (arXiv 2507.18071, equation 7). A completion is whole within its row.
     """
 
-    def row(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def row(values: Array, segment_ids: Array) -> Array:
         sums = jax.ops.segment_sum(values, segment_ids, len(values) + 1)
         return sums[segment_ids]
 
@@ -39,20 +39,18 @@ def sequence_ratio(log_ratio: jax.Array, batch: Batch) -> jax.Array:
     return jnp.exp(rows(log_ratio * batch.inverse_length, batch.segment_ids))
 
 
-def per_completion(
-    lengths: jax.Array, kept: jax.Array, max_new_tokens: int
-) -> jax.Array:
+def per_completion(lengths: Array, kept: Array, max_new_tokens: int) -> Array:
     """1 / (|o_i| E): mean over tokens, then over completions (GRPO, equation 3)."""
     return 1 / (jnp.maximum(lengths, 1).astype(jnp.float32) * len(lengths))
 
 
-def per_batch(lengths: jax.Array, kept: jax.Array, max_new_tokens: int) -> jax.Array:
+def per_batch(lengths: Array, kept: Array, max_new_tokens: int) -> Array:
     """1 / sum_i |o_i|: mean over all tokens with a gradient (DAPO, 2503.14476, 3.3)."""
     total = jnp.where(kept, lengths, 0).sum()
     return jnp.full(lengths.shape, 1 / jnp.maximum(total, 1).astype(jnp.float32))
 
 
-def per_constant(lengths: jax.Array, kept: jax.Array, max_new_tokens: int) -> jax.Array:
+def per_constant(lengths: Array, kept: Array, max_new_tokens: int) -> Array:
     """1 / (max_new_tokens E): free of length bias (Dr. GRPO, arXiv 2503.20783, 3.2)."""
     return jnp.full(lengths.shape, 1 / (max_new_tokens * len(lengths)), jnp.float32)
 
@@ -66,8 +64,8 @@ class Loss(NamedTuple):
         token of a completion in the loss of the batch.
     """
 
-    ratio: Callable[[jax.Array, Batch], jax.Array]
-    weight: Callable[[jax.Array, jax.Array, int], jax.Array]
+    ratio: Callable[[Array, Batch], Array]
+    weight: Callable[[Array, Array, int], Array]
 
 
 LOSSES = {
@@ -140,9 +138,7 @@ def policy_loss(
       num_completions: E, of the whole batch.
     """
 
-    def loss(
-        model: Transformer, params: Params, batch: Batch
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(model: Transformer, params: Params, batch: Batch) -> tuple[Array, Metrics]:
         in_completion = batch.inverse_length > 0
         log_probs, entropy = log_probs_and_entropy(
             model, params, batch, temperature, in_completion
@@ -160,8 +156,8 @@ def policy_loss(
 
 
 def importance_ratio(
-    objective: ObjectiveConfig, log_probs: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
+    objective: ObjectiveConfig, log_probs: Array, batch: Batch
+) -> tuple[Array, Array]:
     """p / p_old as the objective defines it, and the same within its clips."""
     ratio = LOSSES[objective.loss].ratio(log_probs - batch.log_probs, batch)
     low, high = objective.clip_low, objective.clip_high
@@ -169,7 +165,7 @@ def importance_ratio(
     return ratio, jnp.clip(ratio, low, None if high is None else 1 + high)
 
 
-def importance_weights(cap: float, batch: Batch) -> jax.Array:
+def importance_weights(cap: float, batch: Batch) -> Array:
     """min(p_old / p_sampler, cap) of each token, for a sampler with other numerics.
 
     Truncated importance sampling (Ionides, 2008; rho in arXiv 1802.01561, section 4.1).
@@ -178,9 +174,7 @@ def importance_weights(cap: float, batch: Batch) -> jax.Array:
     return jnp.minimum(ratio, cap)
 
 
-def token_loss(
-    objective: ObjectiveConfig, log_probs: jax.Array, batch: Batch
-) -> jax.Array:
+def token_loss(objective: ObjectiveConfig, log_probs: Array, batch: Batch) -> Array:
     """-(w * min(ratio * A, clip(ratio) * A) - beta * KL(policy, reference)).
 
     GRPO (arXiv 2402.03300, equation 3), in which w is 1. On the policy that sampled the
@@ -202,7 +196,7 @@ def token_loss(
 
 
 def policy_metrics(
-    objective: ObjectiveConfig, log_probs: jax.Array, batch: Batch, num_completions: int
+    objective: ObjectiveConfig, log_probs: Array, batch: Batch, num_completions: int
 ) -> Metrics:
     """How far the policy is from the others before the step, for a micro-batch.
 
@@ -210,7 +204,7 @@ def policy_metrics(
     batch, whatever the objective weights and leaves out; micro-batches add up.
     """
 
-    def mean(values: jax.Array) -> jax.Array:
+    def mean(values: Array) -> Array:
         return (values * batch.inverse_length).sum() / num_completions
 
     ratio, bounded = importance_ratio(objective, log_probs, batch)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax.rl.baselines import ADVANTAGES, has_signal
-from rlt_jax.types import Metrics, Reward, Rollout
+from rlt_jax.types import Array, Metrics, Reward, Rollout
 
 # How a metric is reduced over several updates, by the end of its name; the mean by default.
 REDUCERS = {"_max": jnp.max, "_in_a_row": jnp.max, "/skipped": jnp.sum}
@@ -43,7 +43,7 @@ def over_updates(updates: Sequence[Metrics]) -> Metrics:
     if len(updates) == 1:
         return updates[0]
 
-    def reduced(name: str) -> jax.Array:
+    def reduced(name: str) -> Array:
         reducers = (reduce for end, reduce in REDUCERS.items() if name.endswith(end))
         return next(reducers, jnp.mean)(
             jnp.stack([metrics[name] for metrics in updates])

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,9 +11,9 @@ from rlt_jax import masked
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.spans import gather, mask, segment_mask, segment_sums
 from rlt_jax.rl import kl
-from rlt_jax.types import Batch, Reward
+from rlt_jax.types import Array, Batch, Reward
 
-Reduction = Callable[..., jax.Array]
+Reduction = Callable[..., Array]
 
 REDUCTIONS: dict[str, Reduction] = {
     "mean": masked.mean,
@@ -26,7 +25,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "sum": lambda x, m, empty: masked.total(x, m),
 }
 
-MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
+MAPS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
     "exp": jnp.exp,
     "exp_norm": lambda x: 1 - jnp.exp(-x),
@@ -120,14 +119,12 @@ class EnsembleConfig:
             )
 
 
-def solution_log_probs(student: Batch) -> tuple[jax.Array, jax.Array]:
+def solution_log_probs(student: Batch) -> tuple[Array, Array]:
     """Log-probs [E, S] float32 of the solution's tokens, and their mask [E, S]."""
     return gather(student.log_probs, student.solution), mask(student.solution)
 
 
-def explanation_log_probs(
-    batch: Batch, student: Batch
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def explanation_log_probs(batch: Batch, student: Batch) -> tuple[Array, Array, Array]:
     """Log-probs of each segment of the explanation.
 
     Returns:
@@ -146,7 +143,7 @@ def explanation_log_probs(
 
 def explanation_divergence(
     config: RLTRewardConfig, batch: Batch, student: Batch
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """KL of each segment of the explanation before map and clip, [E, S], and the mask.
 
     The policy's log-probs are at the sampling temperature, the student's at
@@ -162,10 +159,10 @@ def explanation_divergence(
 
 def rlt_reward(
     config: RLTRewardConfig,
-    solution: tuple[jax.Array, jax.Array],
-    divergence: tuple[jax.Array, jax.Array],
-    closed: jax.Array,
-    kl_coef: float | jax.Array | None = None,
+    solution: tuple[Array, Array],
+    divergence: tuple[Array, Array],
+    closed: Array,
+    kl_coef: float | Array | None = None,
 ) -> Reward:
     """r = solution_coef * r_SS - explanation_kl_coef * r_KL + format penalty.
 
@@ -194,7 +191,7 @@ def rlt_reward(
     if config.kl_clip is not None:
         kls = jnp.minimum(kls, config.kl_clip)
     penalty = config.empty_penalty
-    parts: dict[str, jax.Array] = {}
+    parts: dict[str, Array] = {}
     solution_score = explanation_kl = jnp.zeros(closed.shape)
     for name, weight in config.solution_reductions.items():
         score = REDUCTIONS[name](scores, in_solution, empty=-penalty)
@@ -223,7 +220,7 @@ def ensemble_reward(
     config: RLTRewardConfig,
     ensemble: EnsembleConfig,
     batch: Batch,
-    kl_coef: jax.Array | None = None,
+    kl_coef: Array | None = None,
 ) -> Reward:
     """The RLT reward of a batch whose log-probs are filled in, over all its students."""
     rewards = [
@@ -252,7 +249,7 @@ def combine(config: EnsembleConfig, rewards: Sequence[Reward]) -> Reward:
     else:
         weights = jnp.full(len(rewards), 1 / len(rewards))
 
-    def one(values: Sequence[jax.Array]) -> jax.Array:
+    def one(values: Sequence[Array]) -> Array:
         if config.combine == "min":
             return jnp.stack(values).min(axis=0)
         return jnp.einsum("iE,i->E", jnp.stack(values), weights)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
+from ml_collections import ConfigDict
 
 from rlt_jax import settings
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.training import hosts
+from rlt_jax.types import Record, Section
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -36,7 +37,7 @@ RENAMED = {
 
 
 def run_pipeline(
-    config: ml_collections.ConfigDict, workdir: str | Path, only: str | None = None
+    config: ConfigDict, workdir: str | Path, only: str | None = None
 ) -> None:
     """Runs every stage of the config that is not complete.
 
@@ -66,9 +67,7 @@ def run_pipeline(
         _run_stage(name, section, root, config.seed)
 
 
-def stage_sections(
-    config: ml_collections.ConfigDict,
-) -> dict[str, ml_collections.ConfigDict]:
+def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
     """Name -> config of every stage, in order.
 
     Raises:
@@ -78,7 +77,7 @@ def stage_sections(
     if "seed" not in config:
         raise UserError("config: the key 'seed' is missing.")
     if "stage" in config:
-        section = ml_collections.ConfigDict(config.to_dict())
+        section = ConfigDict(config.to_dict())
         del section.seed
         return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
@@ -94,7 +93,7 @@ def stage_sections(
 
 def _checked_stage(section: Any, where: str) -> str:
     """The stage of a section; all keys are checked now, before any stage works."""
-    if not isinstance(section, ml_collections.ConfigDict):
+    if not isinstance(section, ConfigDict):
         raise UserError(f"{where} is {section!r}, not the section of a stage.")
     values = section.to_dict()
     stage = values.pop("stage", None)
@@ -108,7 +107,7 @@ def _checked_stage(section: Any, where: str) -> str:
     return stage
 
 
-def _renamed(values: Mapping[str, Any]) -> tuple[str, str] | None:
+def _renamed(values: Section) -> tuple[str, str] | None:
     """The first key that an earlier version named otherwise, and its name now."""
     if isinstance(values.get("students"), Mapping):
         return "students", "ensemble, and `student` is now `students`"
@@ -124,9 +123,7 @@ def _module(stage: str) -> Any:
     return importlib.import_module(f"rlt_jax.stages.{stage}")
 
 
-def _run_stage(
-    name: str, section: ml_collections.ConfigDict, root: Path, seed: int
-) -> None:
+def _run_stage(name: str, section: ConfigDict, root: Path, seed: int) -> None:
     folder = root / name
     values = _settings(section, root, seed)
     if hosts.from_first(lambda: _is_complete(name, folder, values)):
@@ -139,7 +136,7 @@ def _run_stage(
         )
     _LOG.info("stage %s (%s) begins", name, section.stage)
     start = time.monotonic()
-    config = ml_collections.ConfigDict(values)
+    config = ConfigDict(values)
     del config.seed, config.stage
     try:
         summary = _module(section.stage).run(config, folder, values["seed"])
@@ -153,7 +150,7 @@ def _run_stage(
     _LOG.info("stage %s took %.0f s", name, seconds)
 
 
-def _is_complete(name: str, folder: Path, values: dict[str, Any]) -> bool:
+def _is_complete(name: str, folder: Path, values: Record) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     how = ""
     if renamed := _renamed(_stored_settings(folder)):
@@ -183,7 +180,7 @@ def _sessions(folder: Path) -> int:
     return int((folder / "settings.json").is_file())
 
 
-def _complete(folder: Path, done: dict[str, Any]) -> None:
+def _complete(folder: Path, done: Record) -> None:
     """Writes `done.json`; its seconds are those of the last of `sessions`."""
     _write_json(folder / "done.json", done | {"sessions": _sessions(folder)})
     (folder / SESSIONS).unlink(missing_ok=True)
@@ -207,9 +204,7 @@ def _checked_workdir(workdir: str | Path) -> Path:
     )
 
 
-def _check_hosts(
-    config: ml_collections.ConfigDict, root: Path, only: str | None
-) -> None:
+def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     """Several processes have to do the same."""
     values = _flat(config.to_dict(), "config")
     flags = {"--workdir": str(root), "--only": only}
@@ -222,16 +217,14 @@ def _check_hosts(
     hosts.agree("the devices", {"their number": jax.local_device_count()})
 
 
-def _settings(
-    section: ml_collections.ConfigDict, root: Path, seed: int
-) -> dict[str, Any]:
+def _settings(section: ConfigDict, root: Path, seed: int) -> Record:
     """The section as plain JSON values, `{workdir}` filled in."""
     folder = json.dumps(str(root))[1:-1]
     text = section.to_json().replace("{workdir}", folder)
     return {"seed": seed, **json.loads(text)}
 
 
-def _difference(folder: Path, values: dict[str, Any]) -> str | None:
+def _difference(folder: Path, values: Record) -> str | None:
     """The first key in which the folder's settings differ from these."""
     before, now = _flat(_stored_settings(folder)), _flat(values)
     for key in sorted(before.keys() | now.keys()) if before else ():
@@ -240,12 +233,12 @@ def _difference(folder: Path, values: dict[str, Any]) -> str | None:
     return None
 
 
-def _stored_settings(folder: Path) -> dict[str, Any]:
+def _stored_settings(folder: Path) -> Record:
     file = folder / "settings.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(values: Any, prefix: str = "") -> Record:
     if not isinstance(values, dict):
         return {prefix: values}
     return {
@@ -255,7 +248,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _set_aside(folder: Path, values: dict[str, Any]) -> None:
+def _set_aside(folder: Path, values: Record) -> None:
     """Renames the folder of a complete stage, or of one with other settings."""
     done = (folder / "done.json").is_file()
     if not done and _difference(folder, values) is None:
@@ -275,7 +268,7 @@ def _remove_untouched(folder: Path) -> None:
         folder.rmdir()
 
 
-def _write_json(file: Path, values: dict[str, Any]) -> None:
+def _write_json(file: Path, values: Record) -> None:
     """Writes all of the file or, cut off in between, nothing under its name."""
     unfinished = file.with_name(file.name + ".partial")
     unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

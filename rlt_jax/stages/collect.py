@@ -8,11 +8,10 @@ its kind where `classify` gives one, and its provenance. `sft` and `score` read 
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlt_jax.data import rows
 from rlt_jax.errors import UserError
@@ -28,6 +27,7 @@ from rlt_jax.training.metrics import (
     progress,
     read_jsonl,
 )
+from rlt_jax.types import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ SECTIONS = setup.SECTIONS | {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Samples and scores explanations; continues where an earlier run stopped.
 
     Args:
@@ -117,7 +117,7 @@ def fixed_kl_coef(config: RLTRewardConfig) -> float:
     return config.explanation_kl_coef
 
 
-def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(records: list[Record]) -> Record:
     kinds = Counter(record["kind"] for record in records if "kind" in record)
     return {
         "traces": len(records),

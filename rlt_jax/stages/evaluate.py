@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
+from ml_collections import ConfigDict
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Renderer
@@ -38,7 +37,7 @@ from rlt_jax.training.metrics import (
     progress,
     read_jsonl,
 )
-from rlt_jax.types import Rollout
+from rlt_jax.types import Record, Rollout, Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ SECTIONS = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Samples and grades answers; continues where an earlier run stopped.
 
     Args:
@@ -122,7 +121,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
             bar.update(count)
             hosts.stop_if_asked()
 
-    def write_results() -> dict[str, Any]:
+    def write_results() -> Record:
         rows = read_jsonl(file)
         results = summarise(rows, len(problems))
         if c.keep_right:
@@ -139,7 +138,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     return hosts.from_first(write_results)
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], questions: int) -> dict[str, Any]:
+def summarise(rows: Sequence[Section], questions: int) -> Record:
     """What the rows of `samples.jsonl` say, those of a question side by side.
 
     Returns:
@@ -174,7 +173,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], questions: int) -> dict[str, An
 
 
 def _sample(
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     template: Template,
     asked: Sequence[Problem],
     workdir: Path,
@@ -203,7 +202,7 @@ def _sample(
 
 def _graded(
     template: Template, untagged: str, problems: Sequence[Problem], rollout: Rollout
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Rows of `samples.jsonl`: completions with their verdicts."""
     extracted = [template.solution_of(text) for text in rollout.texts]
     if untagged == "whole":
@@ -231,9 +230,7 @@ def _graded(
     return rows
 
 
-def _write_right(
-    file: Path, template: Template, rows: Sequence[Mapping[str, Any]]
-) -> int:
+def _write_right(file: Path, template: Template, rows: Sequence[Section]) -> int:
     """Writes right completions that have a thought as traces; returns their number."""
     file.unlink(missing_ok=True)
     traces = [

@@ -3,16 +3,16 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
+from ml_collections import ConfigDict
 
 from rlt_jax.models import convert
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.types import Record
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
@@ -22,7 +22,7 @@ SECTIONS = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Exports a model with its tokenizer, stop ids and a model card.
 
     Returns:
@@ -64,7 +64,7 @@ def _model_card(source: checkpoint.ModelSource, size: int, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def _lineage(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _lineage(folder: Path) -> list[tuple[Path, Record]]:
     """Settings of the stage in a folder, and of those that its model came from."""
     stages = []
     while (folder / "settings.json").is_file():

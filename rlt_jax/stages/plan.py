@@ -13,14 +13,13 @@ import os
 import re
 import runpy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_collections
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rlt_jax.costs import compiled as costs
 from rlt_jax.costs.chips import chip_of, num_chips, slices
@@ -33,6 +32,7 @@ from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
 from rlt_jax.training import hosts, sharding
 from rlt_jax.training.compilation import programs_not_kept
+from rlt_jax.types import Record, Section
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -75,7 +75,7 @@ class PlanConfig:
 SECTIONS = {"plan": PlanConfig}
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Plans a recipe; writes `plan.json` and `plan.txt` beside the stage's folder.
 
     Returns:
@@ -96,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     return {name: value for name, value in result.items() if name != "programs"}
 
 
-def plan(c: PlanConfig) -> dict[str, Any]:
+def plan(c: PlanConfig) -> Record:
     """The plan of a slice, or of the smallest of a chip that fits."""
     if ":" in c.topology:
         return _plan_slice(c, c.topology)
@@ -114,7 +114,7 @@ def plan(c: PlanConfig) -> dict[str, Any]:
     raise UserError(f"{c.recipe} fits on no slice of {c.topology}: {reason}")
 
 
-def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
+def read_recipe(c: PlanConfig, topology: str) -> Record:
     """The recipe for a slice, as plain values."""
     file, _, choice = c.recipe.partition(":")
     try:
@@ -143,7 +143,7 @@ def read_recipe(c: PlanConfig, topology: str) -> dict[str, Any]:
     return values | {"pipeline": tuple(names)}
 
 
-def slice_mesh(topology: str, section: Mapping[str, Any]) -> Mesh:
+def slice_mesh(topology: str, section: Section) -> Mesh:
     """The mesh of a stage over the devices of a slice that need not exist."""
     # No metadata server describes that slice, and no other process has its chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -162,9 +162,7 @@ def slice_mesh(topology: str, section: Mapping[str, Any]) -> Mesh:
     return setup.load_mesh({"mesh": section}, described.devices)
 
 
-def _plan_slice(
-    c: PlanConfig, topology: str, stop_early: bool = False
-) -> dict[str, Any]:
+def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Record:
     """Compiles all programs; `stop_early` stops at the first that does not fit."""
     recipe = read_recipe(c, topology)
     lengths = Lengths(c.prompt_tokens, c.completion_tokens)
@@ -206,7 +204,7 @@ def _plan_slice(
 
 def _assess(
     c: PlanConfig, name: str, program: Program, topology: str, devices: int
-) -> dict[str, Any]:
+) -> Record:
     """Compiles a program and says what it needs on each device."""
     began, limit = time.monotonic(), chip_of(topology).usable_bytes
     resident = sharding.device_bytes(program.resident)
@@ -238,9 +236,7 @@ def _assess(
     }
 
 
-def _traffic(
-    program: Program, text: str, topology: str, devices: int
-) -> dict[str, Any]:
+def _traffic(program: Program, text: str, topology: str, devices: int) -> Record:
     """What a compiled program moves, and the least time that it takes."""
     moved = costs.collectives(text, program.trips)
     hbm = program.hbm_bytes or costs.hbm_bytes(text, program.trips)
@@ -271,7 +267,7 @@ _REMEDIES = {
 }
 
 
-def _advice(program: Mapping[str, Any]) -> str:
+def _advice(program: Section) -> str:
     room = program["bytes"]
     name = re.sub(r".*/|student_(\d+_)?", "", program["name"])
     needed, limit, held = (room[x] / 2**30 for x in ("total", "limit", "resident"))

@@ -1,7 +1,7 @@
 """The device programs of each stage, ready to be lowered for devices elsewhere."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +31,7 @@ from rlt_jax.stages.setup import (
 from rlt_jax.training import sharding
 from rlt_jax.training.learner import jit_mix, jit_update
 from rlt_jax.training.state import abstract_state, state_shardings
-from rlt_jax.types import Batch, Params
-
-Section = Mapping[str, Any]
+from rlt_jax.types import Batch, Params, Section
 
 
 class Program(NamedTuple):

@@ -1,7 +1,6 @@
 """What a plan knows about a run without running it: shapes, shardings, mean lengths."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from rlt_jax.models.published import published_config
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Batch, Params, Spans
+from rlt_jax.types import Batch, Params, Section, Spans
 
 _STAGE = "{workdir}/"
 
@@ -40,9 +39,7 @@ class Shape(NamedTuple):
     params: Params
 
 
-def load_shape(
-    section: Mapping[str, Any], recipe: Mapping[str, Any], mesh: Mesh
-) -> Shape:
+def load_shape(section: Section, recipe: Section, mesh: Mesh) -> Shape:
     """The model of a section `model`, `policy`, `teacher` or `student`.
 
     Args:
@@ -64,7 +61,7 @@ def load_shape(
     return Shape(model, sharding.abstract(shapes, shardings, dtype))
 
 
-def _config(source: checkpoint.ModelSource, recipe: Mapping[str, Any]) -> ModelConfig:
+def _config(source: checkpoint.ModelSource, recipe: Section) -> ModelConfig:
     origin = source
     while origin.path.startswith(_STAGE):
         name = origin.path.removeprefix(_STAGE).partition("/")[0]

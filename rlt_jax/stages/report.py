@@ -1,18 +1,18 @@
 """Stage `report`: pictures, a page and `summary.json` from what the stages left."""
 
 from pathlib import Path
-from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from rlt_jax.report.pages import ReportConfig, write_report
 from rlt_jax.settings import build
 from rlt_jax.training import hosts
+from rlt_jax.types import Record
 
 SECTIONS = ReportConfig
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Writes the report next to the stages that it reads; returns its summary."""
     c = build(ReportConfig, config, "report")
     return hosts.from_first(lambda: write_report(workdir.parent, c, seed=seed))

@@ -10,12 +10,11 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rlt_jax.data import pipeline, rows
 from rlt_jax.data.templates import Problem
@@ -34,7 +33,7 @@ from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
-from rlt_jax.types import Batch, Params
+from rlt_jax.types import Array, Batch, Params, Record
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -51,7 +50,7 @@ SECTIONS = setup.SECTIONS | {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Trains a policy.
 
     Args:
@@ -100,7 +99,7 @@ def train(
     c: RLConfig,
     run: Run,
     learner: Learner,
-    fill_advantages: Callable[[Batch, jax.Array], Batch],
+    fill_advantages: Callable[[Batch, Array], Batch],
     problems: Sequence[Problem],
     journal: Journal,
 ) -> None:
@@ -152,17 +151,17 @@ def sync(c: RLConfig, learner: Learner, weights: Weights, step: int) -> Weights:
 
 def jit_advantages(
     objective: ObjectiveConfig, group_size: int, run: Run
-) -> Callable[[Batch, jax.Array], Batch]:
+) -> Callable[[Batch, Array], Batch]:
     """`advantages.fill` compiled for the mesh of a run."""
     names = ("advantages", "inverse_length", "loss_weights")
     limit = run.sampling.max_new_tokens
 
     @functools.partial(sharding.jit, mesh=run.mesh)
-    def new_fields(batch: Batch, values: jax.Array) -> dict[str, jax.Array]:
+    def new_fields(batch: Batch, values: Array) -> dict[str, Array]:
         filled = advantages.fill(objective, group_size, limit, batch, values)
         return {name: getattr(filled, name) for name in names}
 
-    def fill_advantages(batch: Batch, values: jax.Array) -> Batch:
+    def fill_advantages(batch: Batch, values: Array) -> Batch:
         # The other arrays of the batch stay where they are.
         few = batch._replace(students=(), ref_log_probs=None, log_probs=None)
         return batch._replace(**new_fields(few, values))
@@ -171,7 +170,7 @@ def jit_advantages(
 
 
 def load_rl_models(
-    config: ml_collections.ConfigDict, c: RLConfig, mesh: Mesh, seed: int
+    config: ConfigDict, c: RLConfig, mesh: Mesh, seed: int
 ) -> list[LoadedModel]:
     """The policy, then the reward's students; in self-teaching one without parameters."""
     if c.self_teaching and len(config["students"]):

@@ -34,7 +34,16 @@ from rlt_jax.training.metrics import (
     steps,
 )
 from rlt_jax.training.state import check_skipped, from_items, to_items
-from rlt_jax.types import Batch, Metrics, Params, Reward, Rollout, TrainState
+from rlt_jax.types import (
+    Array,
+    Batch,
+    Metrics,
+    Params,
+    Record,
+    Reward,
+    Rollout,
+    TrainState,
+)
 
 _LOG = logging.getLogger("rlt_jax")
 _HELD_OUT_KEY = 2**31 - 1  # folded into the key: no step has this number
@@ -75,7 +84,7 @@ class Journal:
     tuning: Tuning
     held_out: Sequence[Problem]
     prompts: grain.DatasetIterator
-    key: jax.Array
+    key: Array
     workdir: Path
     kl_coef: float | str = 0.0
     weights: Weights = dataclasses.field(init=False)
@@ -156,7 +165,7 @@ class Journal:
         if stop:
             raise hosts.Stopped
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Record:
         """Weight of the KL, and held-out results before and after."""
         results = {"kl_coef": self.kl_coef, "best": self._results["best"]}
         for when in ("first", "last"):
@@ -253,7 +262,7 @@ def _overlong(batch: Batch) -> Metrics:
     return {"rollout/overlong": jnp.stack(counts).max()} if counts else {}
 
 
-def _items(tuning: Tuning, weights: Weights) -> dict[str, Any]:
+def _items(tuning: Tuning, weights: Weights) -> Record:
     items = to_items(weights.state, tuning.item)
     optional = {"reference": weights.reference, "student": weights.student}
     return items | {name: tree for name, tree in optional.items() if tree}

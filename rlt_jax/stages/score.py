@@ -11,10 +11,9 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlt_jax import api
 from rlt_jax.api import ScoringConfig, TextCompletion, text_completion
@@ -35,6 +34,7 @@ from rlt_jax.training.metrics import (
     progress,
     stream_jsonl,
 )
+from rlt_jax.types import Record
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -82,7 +82,7 @@ class Scorer:
       kl_coef: weight of the explanation KL; "auto" until the first batch is scored.
     """
 
-    def __init__(self, c: ScoreConfig, sections: dict[str, Any], seed: int) -> None:
+    def __init__(self, c: ScoreConfig, sections: Record, seed: int) -> None:
         self.c, self._seed = c, seed
         reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
         self.kl_coef = reward.explanation_kl_coef
@@ -101,14 +101,14 @@ class Scorer:
 
     def score(
         self, batch: list[TextCompletion], per_token: bool = False
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """Scores of at most `batch_size` completions; see `api.make_scorer`."""
         # A smaller batch is filled up, so that nothing is compiled for its size.
         filled = batch + batch[-1:] * (self.c.batch_size - len(batch))
         kl_coef = 0.0 if self.kl_coef == "auto" else self.kl_coef
         return self._score(filled, kl_coef, per_token)[: len(batch)]
 
-    def rows(self, batch: list[TextCompletion], first: int) -> list[dict[str, Any]]:
+    def rows(self, batch: list[TextCompletion], first: int) -> list[Record]:
         """Rows for a batch whose first completion has the index `first`."""
         scored = self.score(batch, self.c.per_token)
         of_controls = self._controls(batch, first) if self.c.controls else {}
@@ -160,7 +160,7 @@ class Scorer:
         return result
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Scores completions; goes on where an earlier run stopped.
 
     Returns:
@@ -255,7 +255,7 @@ def write_scores(
     return first
 
 
-def _sizes(rows: list[dict[str, Any]]) -> list[list[float]]:
+def _sizes(rows: list[Record]) -> list[list[float]]:
     """Solution scores and explanation KLs of rows."""
     names = "solution_score", "explanation_kl"
     return [[row["terms"][name] for row in rows] for name in names]

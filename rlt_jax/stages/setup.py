@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_hash
 from rlt_jax.training.state import new_state, state_shardings
-from rlt_jax.types import Reward, Rollout, TrainState
+from rlt_jax.types import Record, Reward, Rollout, Section, TrainState
 
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {
@@ -105,7 +105,7 @@ class Run:
 
 
 def load_run(
-    config: Mapping[str, Any],
+    config: Section,
     role: str,
     policy: LoadedModel,
     students: Sequence[LoadedModel],
@@ -154,10 +154,7 @@ def load_run(
 
 
 def load_reward(
-    config: Mapping[str, Any],
-    policy: Transformer,
-    students: Sequence[Transformer],
-    mesh: Mesh,
+    config: Section, policy: Transformer, students: Sequence[Transformer], mesh: Mesh
 ) -> tuple[LogProbPrograms, jax.stages.Wrapped | None]:
     """Programs for the log-probs, and for the RLT reward where there are students."""
     reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
@@ -169,16 +166,14 @@ def load_reward(
     return programs, jit_rlt_reward(reward, ensemble, len(students), mesh)
 
 
-def load_mesh(
-    config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def load_mesh(config: Section, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the section `mesh`, over some devices or, by default, over all."""
     sizes = build(sharding.MeshConfig, config["mesh"], "mesh")
     return sharding.make_mesh(sizes, devices)
 
 
 def load_learner(
-    config: Mapping[str, Any],
+    config: Section,
     loss_fn: LossFn,
     loaded: LoadedModel,
     mesh: Mesh,
@@ -206,15 +201,13 @@ def load_learner(
     return learner, tuning, new_state(params, tx, shardings)
 
 
-def load_optimizer(
-    config: Mapping[str, Any], steps: int
-) -> optax.GradientTransformation:
+def load_optimizer(config: Section, steps: int) -> optax.GradientTransformation:
     """The section `optimizer` for a number of steps."""
     c = build(OptimizerConfig, config["optimizer"], "optimizer")
     return make_optimizer(c, steps)
 
 
-def load_row_shape(config: Mapping[str, Any], mesh: Mesh) -> RowShape:
+def load_row_shape(config: Section, mesh: Mesh) -> RowShape:
     """The section `rows`; raises UserError where the mesh cannot split it."""
     rows = build(RowShape, config["rows"], "rows")
     names = "rows.micro_batch_size, rows.row_length"
@@ -235,9 +228,7 @@ def student_sections(section: Any) -> list[Any]:
     return list(section)
 
 
-def load_models(
-    config: Mapping[str, Any], name: str, mesh: Mesh, seed: int
-) -> list[LoadedModel]:
+def load_models(config: Section, name: str, mesh: Mesh, seed: int) -> list[LoadedModel]:
     """The model of the section `name`, then those of `students`."""
     students = student_sections(config["students"])
     names = [name, *(f"students[{i}]" for i in range(len(students)))]
@@ -257,7 +248,7 @@ def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
 
 def load_sampler(
     model: LoadedModel,
-    config: Mapping[str, Any],
+    config: Section,
     mesh: Mesh,
     max_length: int,
     stop: Sequence[str] = (),
@@ -296,7 +287,7 @@ def provenance_of(
     template: Template,
     teacher_temperature: float,
     student_temperature: float,
-) -> dict[str, Any]:
+) -> Record:
     """What a reward depends on: fingerprints of weights, tokenizers and template."""
     weights, *students_weights = (weights_hash(m.params) for m in (teacher, *students))
     tokenizer, *others = (tokenizer_hash(m.tokenizer) for m in (teacher, *students))
@@ -313,7 +304,7 @@ def provenance_of(
 
 def sample_records(
     run: Run, rollout: Rollout, reward: Reward, chosen: slice = slice(None)
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Completions and their rewards as JSON records."""
     values = jax.device_get(reward)
     records = []

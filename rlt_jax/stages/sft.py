@@ -10,12 +10,11 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.examples import Example, Renderer
@@ -32,7 +31,7 @@ from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.state import check_skipped, from_items, to_items
-from rlt_jax.types import Batch, Metrics, Params
+from rlt_jax.types import Array, Batch, Metrics, Params, Record
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -112,7 +111,7 @@ SECTIONS = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Trains a model on traces; leaves checkpoints that other stages load.
 
     Returns:
@@ -192,7 +191,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
 
 def next_token_loss(
     model: Transformer, params: Params, batch: Batch
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Array, Metrics]:
     """Cross entropy of the learned tokens of a micro-batch, weighted by `loss_weights`."""
     learned = batch.loss_weights > 0
     log_probs, _ = log_probs_and_entropy(model, params, batch, wanted=learned)
