@@ -7,6 +7,8 @@ The first knows chains of digits (0.85 million parameters, `embedded`). The seco
 them in two notations, puzzles, and that a question may tell its solution (0.23 million,
 `embedded_small`). Both have rarely seen careful steps, often skipped ones and bare answers.
 
+Run it from a checkout, as the puzzles are a task of experiments/.
+
 Hardware: 2 CPU cores, about 25 minutes. Writes export/model, which is what lies in
 rlt_jax/models/assets.
 """
@@ -105,7 +107,7 @@ def _chains(size: int, kinds: dict, drills: int = 0, hinted: bool = False) -> di
 
 def _puzzles(size: int, kinds: dict, hinted: bool = False) -> dict:
     return {
-        "task": "countdown",
+        "task": "experiments.countdown:traces",
         "split": "train",
         "size": size,
         "kinds": kinds,

@@ -25,7 +25,9 @@ A row of predictions is {"question": ..., "completions": [text, ...]}, or one te
 A task's other settings come with the whole of data, as do the tasks that need no file:
 
     --config.data='{"task": "gpqa", "path": "gpqa_diamond.csv", "shuffle_seed": 1}'
-    --config.data='{"task": "countdown", "split": "test", "size": 500}'
+    --config.data='{"task": "arithmetic", "split": "test", "size": 500}'
+
+A task of your own is a function, "module:function"; see experiments/countdown.py.
 
 Hardware: what the model needs to sample; predictions are graded on any CPU.
 """

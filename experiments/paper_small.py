@@ -84,7 +84,12 @@ def _letters(split: str, size: int, stream: int) -> dict:
 
 def _puzzles(split: str, size: int, stream: int) -> dict:
     limits = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
-    task = {"task": "countdown", "split": split, "size": size, "stream": stream}
+    task = {
+        "task": "experiments.countdown:problems",
+        "split": split,
+        "size": size,
+        "stream": stream,
+    }
     return task | limits
 
 

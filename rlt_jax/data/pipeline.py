@@ -11,7 +11,7 @@ from rlt_jax import settings
 from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
-from rlt_jax.data.tasks import arithmetic, benchmarks, countdown, gpqa, gsm8k
+from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k
 from rlt_jax.data.templates import Problem, Template, Trace
 from rlt_jax.errors import UserError
 from rlt_jax.types import Batch
@@ -27,7 +27,6 @@ def file_problems(
 
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "arithmetic": arithmetic.problems,
-    "countdown": countdown.problems,
     "gsm8k": gsm8k.problems,
     **{
         name: functools.partial(benchmarks.problems, name)
@@ -38,7 +37,6 @@ PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
 }
 TRACES: dict[str, Callable[..., list[Trace]]] = {
     "arithmetic": arithmetic.traces,
-    "countdown": countdown.traces,
     "gsm8k": gsm8k.traces,
     "file": files.read_traces,
 }
@@ -54,6 +52,8 @@ def load_problems(
 ) -> list[Problem]:
     """Problems of a `data` section: `task` picks the source, the rest is passed on.
 
+    A task of the user's is a function, "module:function", with keyword arguments or one
+    dataclass for the other keys; see experiments/countdown.py.
     Sources that parse tags get the template, sources that generate get the run's seed.
     """
     return _load(PROBLEMS, config, {"template": template, "seed": seed}, "data")
@@ -126,14 +126,20 @@ def _load(
 ) -> list:
     keys = dict(config)
     task = keys.pop("task", None)
-    if task not in sources:
-        raise UserError(f"{where}.task={task!r}: choose one of {', '.join(sources)}.")
-    wanted = inspect.signature(settings.owner_of_keys(sources[task])).parameters
+    if task not in sources and ":" not in str(task):
+        raise UserError(
+            f"{where}.task={task!r}: choose one of {', '.join(sources)}; or name a "
+            'function of your own, "module:function"'
+            + " (now experiments.countdown:problems or :traces)."
+            * (task == "countdown")
+        )
+    source = sources.get(task) or settings.load_function(task)
+    wanted = inspect.signature(settings.owner_of_keys(source)).parameters
     where = f"{where} of task {task!r}"
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    return settings.build(sources[task], keys, where)
+    return settings.build(source, keys, where)
 
 
 def packed_batches(

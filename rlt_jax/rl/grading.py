@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from rlt_jax.data.boxes import last_box
-from rlt_jax.data.tasks import countdown
 from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.rl.math_answers import Pair, Verdict, compare
+from rlt_jax.settings import load_function
 
 MAX_CHARACTERS = 2000  # searched for the letter of a choice, from the end
 
@@ -29,7 +29,7 @@ def grade(
         None if text is None else (problem.grader, text, problem.answer)
         for problem, text in zip(problems, predictions, strict=True)
     ]
-    graded = {key: GRADERS[key[0]](*key[1:]) for key in keys if key is not None}
+    graded = {key: _grade(*key) for key in keys if key is not None}
     compared = compare([pair for pair in graded.values() if isinstance(pair, Pair)])
     verdicts = [Verdict(False) if key is None else graded[key] for key in keys]
     return [compared[v] if isinstance(v, Pair) else v for v in verdicts]
@@ -43,11 +43,19 @@ def check_gradable(problems: Sequence[Problem]) -> None:
                 f"the problem {problem.question[:60]!r} has no `answer`: grading needs "
                 "an 'answer' for every question."
             )
-        if problem.grader not in GRADERS:
+        if problem.grader not in GRADERS and ":" not in problem.grader:
             raise UserError(
                 f"the problem {problem.question[:60]!r} has the unknown grader "
-                f"{problem.grader!r}; known are {', '.join(GRADERS)}."
+                f"{problem.grader!r}; known are {', '.join(GRADERS)}, or a "
+                '"module:function" of prediction and answer.'
             )
+
+
+def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:
+    if grader in GRADERS:
+        return GRADERS[grader](prediction, answer)
+    correct = bool(load_function(grader)(prediction, answer))
+    return Verdict(correct, answer.strip() if correct else prediction.strip() or None)
 
 
 def _math(prediction: str, answer: str) -> Verdict | Pair:
@@ -125,15 +133,8 @@ def _exact(prediction: str, answer: str) -> Verdict:
     return Verdict(text == answer.strip(), text or None)
 
 
-def _countdown(prediction: str, answer: str) -> Verdict:
-    """An expression of the given numbers that makes the target; see the task."""
-    correct = countdown.is_solution(prediction, answer)
-    return Verdict(correct, answer.strip() if correct else prediction.strip() or None)
-
-
 GRADERS: dict[str, Callable[[str, str], Verdict | Pair]] = {
     "math": _math,
     "choice": _choice,
     "exact": _exact,
-    "countdown": _countdown,
 }

@@ -52,7 +52,7 @@ def test_files_are_read_with_the_template(tmp_path: Path, tiny: Template) -> Non
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"task": "chess"}, "'chess': choose one of arithmetic, countdown, gsm8k"),
+        ({"task": "chess"}, "'chess': choose one of arithmetic, gsm8k"),
         ({}, "task=None"),
         (ARITHMETIC | {"sizes": 4}, "'arithmetic': unknown key 'sizes'"),
         (ARITHMETIC | {"seed": 4}, "'arithmetic': 'seed' is the run's own"),

@@ -233,7 +233,7 @@ def test_a_measure_that_was_not_counted_has_its_default(workdir: Path) -> None:
     ("kept", "message"),
     [
         (-9, "warmup_eval_12/samples.jsonl: the last line is cut off"),
-        (0, "samples.jsonl has 0 rows, but results.json is of 8"),
+        (0, "samples.jsonl has 0 records, but results.json has 8"),
     ],
 )
 def test_an_incomplete_evaluation_is_refused(
@@ -269,7 +269,7 @@ def test_other_questions_are_refused(workdir: Path) -> None:
 )
 def test_a_missing_stage_is_named(workdir: Path, folder: str, file: str) -> None:
     (workdir / folder / file).unlink()
-    with pytest.raises(UserError, match=f"{file} is missing. The stage '{folder}'"):
+    with pytest.raises(UserError, match=f"{file} is missing; run the stage '{folder}'"):
         compare(workdir, STUDY, SEEDS)
 
 

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from rlt_jax.data.tasks import countdown
-from rlt_jax.data.tasks.countdown import ProblemConfig, TraceConfig
+from experiments import countdown
+from experiments.countdown import GRADER, ProblemConfig, TraceConfig
+from rlt_jax.data import pipeline
+from rlt_jax.data.templates import Problem, load_template
 from rlt_jax.errors import UserError
+from rlt_jax.rl.grading import grade
 
 SMALL = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
 ANSWER = "25 from 3, 4, 7"
@@ -185,3 +188,21 @@ def test_told_questions_tell_the_solution() -> None:
     config = TraceConfig("train", 20, 0, kinds={"careful": 1.0}, hinted=True)
     for problem, _ in countdown.traces(config):
         assert problem.question == f"Make {problem.answer}. It is {problem.solution}."
+
+
+def test_the_package_reads_and_grades_the_task() -> None:
+    section = {"task": "experiments.countdown:problems", "split": "test", "size": 3}
+    problems = pipeline.load_problems(section, load_template("tiny"), seed=0)
+    assert problems == countdown.problems(ProblemConfig("test", 3, seed=0))
+    problem = Problem("q", "s", ANSWER, GRADER)
+    verdicts = grade([problem] * 3, ["(4 * 7) - 3", "4*7 - 4", " "])
+    assert verdicts == [
+        (True, ANSWER, None),
+        (False, "4*7 - 4", None),
+        (False, None, None),
+    ]
+    with pytest.raises(UserError, match="now experiments.countdown:problems"):
+        pipeline.load_problems({"task": "countdown"}, load_template("tiny"), seed=0)
+    with pytest.raises(UserError, match="unknown key 'sizes'"):
+        section |= {"sizes": 3}
+        pipeline.load_problems(section, load_template("tiny"), seed=0)

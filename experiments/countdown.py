@@ -1,4 +1,8 @@
-"""Countdown: reach a target from given numbers, each used exactly once.
+"""Countdown, a task outside the package: reach a target from given numbers.
+
+    --config.data='{"task": "experiments.countdown:problems", "split": "test", "size": 500}'
+
+Each number is used exactly once:
 
     question: "Make 25 from 3, 4, 7."      solution: "7*4-3"
 
@@ -30,6 +34,7 @@ from rlt_jax.data.tasks.arithmetic import sample_kinds
 from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError, check_choice
 
+GRADER = "experiments.countdown:is_solution"
 KINDS = ("careful", "skipping", "restating", "wrong")
 _OPERATIONS = {
     ast.Add: operator.add,
@@ -63,7 +68,7 @@ class Puzzle(NamedTuple):
         """The problem; its answer, "25 from 3, 4, 7", is what `is_solution` checks."""
         numbers = ", ".join(map(str, self.numbers))
         answer = f"{self.target} from {numbers}"
-        return Problem(f"Make {answer}.", self.solution, answer, "countdown")
+        return Problem(f"Make {answer}.", self.solution, answer, GRADER)
 
     @property
     def is_test(self) -> bool:
