@@ -20,13 +20,7 @@ from rlt_jax.rl.rewards import RLT, Term
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.settings import build, load_function
 from rlt_jax.stages import setup
-from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.training.metrics import (
-    append_jsonl,
-    keep_whole_batches,
-    progress,
-    read_jsonl,
-)
+from rlt_jax.training import checkpoint, hosts, metrics, sharding
 from rlt_jax.types import Record
 
 
@@ -79,10 +73,10 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
     file = workdir / "traces.jsonl"
-    first = keep_whole_batches(file, c.batch_size)
+    first = metrics.keep_whole_batches(file, c.batch_size)
     requests, key = run.requests(asked[first:], first), jax.random.key(seed)
     params = [student.params for student in students]
-    with progress(first, len(asked), workdir.name, unit="trace") as bar:
+    with metrics.progress(first, len(asked), workdir.name, unit="trace") as bar:
         source = run.stored(workdir / "completions.jsonl", bar=bar)
         stream = source.stream(teacher.params, requests, key)
         for rollout in sampler.in_order(stream, c.batch_size):
@@ -101,10 +95,10 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
                 if classify:
                     explanation = record["reasoning_trace"]
                     record["kind"] = classify(record["question"], explanation)
-            append_jsonl(file, records)
+            metrics.append_jsonl(file, records)
             bar.update(count)
             hosts.stop_if_asked()
-    return hosts.from_first(lambda: _summary(read_jsonl(file)))
+    return hosts.from_first(lambda: _summary(metrics.read_jsonl(file)))
 
 
 def fixed_kl_coef(config: RLTRewardConfig) -> float:

@@ -30,13 +30,7 @@ from rlt_jax.report.files import read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
-from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.training.metrics import (
-    append_jsonl,
-    keep_whole_batches,
-    progress,
-    read_jsonl,
-)
+from rlt_jax.training import checkpoint, hosts, metrics, sharding
 from rlt_jax.types import Record, Rollout, Section
 
 
@@ -103,8 +97,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         k = len(predictions[0])
     asked = [problem for problem in problems for _ in range(k)]
     file = workdir / "samples.jsonl"
-    first, size = keep_whole_batches(file, c.batch_size), c.batch_size
-    with progress(first, len(asked), workdir.name, unit="sample") as bar:
+    first, size = metrics.keep_whole_batches(file, c.batch_size), c.batch_size
+    with metrics.progress(first, len(asked), workdir.name, unit="sample") as bar:
         if texts:
             # Of predictions only the texts are known.
             unknown = Rollout([], [], [], np.zeros(0, bool))
@@ -116,13 +110,13 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             count = len(rollout.texts)
             part = asked[first : first + count]
             graded = functools.partial(_graded, template, c.untagged, part, rollout)
-            hosts.from_first(lambda graded=graded: append_jsonl(file, graded()))
+            hosts.from_first(lambda graded=graded: metrics.append_jsonl(file, graded()))
             first += count
             bar.update(count)
             hosts.stop_if_asked()
 
     def write_results() -> Record:
-        rows = read_jsonl(file)
+        rows = metrics.read_jsonl(file)
         results = summarise(rows, len(problems))
         if c.keep_right:
             results["traces"] = _write_right(workdir / "traces.jsonl", template, rows)
@@ -245,7 +239,7 @@ def _write_right(file: Path, template: Template, rows: Sequence[Section]) -> int
         and (thought := template.thought_of(row["completion"])) is not None
         and (solution := template.solution_of(row["completion"])) is not None
     ]
-    append_jsonl(file, traces)
+    metrics.append_jsonl(file, traces)
     return len(traces)
 
 
@@ -266,7 +260,7 @@ def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
             f"evaluate.compare_with={path!r}: there is no {place / 'done.json'}; name "
             "the folder of a complete evaluate stage, or its samples.jsonl."
         )
-    rows = read_jsonl(place) if place.is_file() else read_evaluation(place)
+    rows = metrics.read_jsonl(place) if place.is_file() else read_evaluation(place)
     other = statistics.accuracy_by_question(rows, path)
     statistics.check_same_questions(questions, other, ("this one", path))
     return other

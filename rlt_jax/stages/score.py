@@ -27,13 +27,7 @@ from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
-from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.training.metrics import (
-    append_jsonl,
-    keep_whole_batches,
-    progress,
-    stream_jsonl,
-)
+from rlt_jax.training import checkpoint, hosts, metrics, sharding
 from rlt_jax.types import Record
 
 _LOG = logging.getLogger("rlt_jax")
@@ -176,10 +170,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     selection = build(SelectionConfig, sections["select"], "select")
     scorer = Scorer(c, sections, seed)
     file = workdir / "scores.jsonl"
-    first = keep_whole_batches(file, c.batch_size)
+    first = metrics.keep_whole_batches(file, c.batch_size)
     if first and scorer.kl_coef == "auto":
         scorer.kl_coef = hosts.from_first(
-            lambda: next(stream_jsonl(file))["provenance"]["explanation_kl_coef"]
+            lambda: next(metrics.stream_jsonl(file))["provenance"][
+                "explanation_kl_coef"
+            ]
         )
     path = sections["data"]["path"]
     todo = _completions(path, scorer.template, c.assume_closed)
@@ -195,7 +191,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
 
     candidates: list[Candidate] = []
     rewards: dict[str, list[float]] = {name: [] for name in controls.CONTROLS}
-    for row in stream_jsonl(file):
+    for row in metrics.stream_jsonl(file):
         for name, values in rewards.items():
             if row.get(f"reward_{name}") is not None:
                 values.append(row[f"reward_{name}"])
@@ -203,9 +199,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             Candidate(row["question"], row["reward"], row["student_tokens"])
         )
     kept = set(select(selection, candidates))
-    for n, row in enumerate(stream_jsonl(file)):
+    for n, row in enumerate(metrics.stream_jsonl(file)):
         if n in kept:
-            append_jsonl(selected, [row])
+            metrics.append_jsonl(selected, [row])
     order = sorted(range(len(candidates)), key=lambda n: -candidates[n].reward)
     count = c.num_examples
     shown = [n for i, n in enumerate(order) if i < count or i >= len(order) - count]
@@ -233,7 +229,7 @@ def write_scores(
     Returns:
       Number of rows in the file at the end.
     """
-    with progress(first, None, "score", unit="completion") as bar:
+    with metrics.progress(first, None, "score", unit="completion") as bar:
         while batch := list(itertools.islice(todo, scorer.c.batch_size)):
             hosts.agree_on_items("the completions of the data", batch)
             if scorer.kl_coef == "auto":
@@ -246,7 +242,7 @@ def write_scores(
                     f"first batch: solution score {score:.4g}, explanation KL "
                     f"{divergence:.4g} times {kl_coef:.4g} = {divergence * kl_coef:.4g}"
                 )
-            append_jsonl(file, rows)
+            metrics.append_jsonl(file, rows)
             first += len(rows)
             bar.update(len(rows))
             hosts.stop_if_asked()
@@ -272,7 +268,7 @@ def _completions(
 def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) -> None:
     """Scores some rows of a file once more, token by token, for the page."""
     rows = dict.fromkeys(shown)
-    rows |= {n: row for n, row in enumerate(stream_jsonl(file)) if n in rows}
+    rows |= {n: row for n, row in enumerate(metrics.stream_jsonl(file)) if n in rows}
     chosen, examples = list(rows.values()), []
     for start in range(0, len(chosen), scorer.c.batch_size):
         part = chosen[start : start + scorer.c.batch_size]

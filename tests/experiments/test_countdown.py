@@ -177,7 +177,7 @@ def test_values_of_a_chosen_puzzle() -> None:
         "Make 25 from 3, 4, 7.",
         "7*4-3",
         ANSWER,
-        "countdown",
+        GRADER,
     )
     assert countdown.explain(puzzle, "careful", rng) == "7*4=28 28-3=25"
     assert countdown.explain(puzzle, "skipping", rng) == "7*4-3=25"
