@@ -97,6 +97,39 @@ def soft_cap(x: Array, cap: float) -> Array:
     return cap * jnp.tanh(x / cap)
 
 
+class OnlineSoftmax(NamedTuple):
+    """A softmax-weighted sum of values, accumulated block by block.
+
+    Attributes:
+      total: [..., T, H] float32, sum of exp(score - max_score) * value.
+      norm: [..., T] float32, sum of exp(score - max_score).
+      max_score: [..., T] float32.
+    """
+
+    total: Array
+    norm: Array
+    max_score: Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> "OnlineSoftmax":
+        """The state before the first block, for a result of the given shape."""
+        zeros = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
+        return cls(*zeros, jnp.full(shape[:-1], MASKED, jnp.float32))
+
+    def add(self, scores: Array, value: Array, equation: str) -> "OnlineSoftmax":
+        """Adds a block of keys: scores [..., T, S], and values summed by `equation`."""
+        new_max = jnp.maximum(self.max_score, scores.max(-1))
+        weights = jnp.exp(scores - new_max[..., None])
+        correction = jnp.exp(self.max_score - new_max)
+        new = _weighted_sum(weights, value, equation)
+        total = self.total * correction[..., None] + new
+        return OnlineSoftmax(total, self.norm * correction + weights.sum(-1), new_max)
+
+    def mean(self) -> Array:
+        """The weighted mean of the values, [..., T, H] float32."""
+        return self.total / self.norm[..., None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     settings: Settings, query: Array, key: Array, value: Array, tokens: Tokens
@@ -112,27 +145,16 @@ def _forward(
     first = _first_blocks(settings, tokens)
 
     def query_block(i: Array) -> tuple[Array, Array]:
-        q = _heads_first(block_of(query, i, C))
+        q = jnp.moveaxis(block_of(query, i, C), 1, 3)
 
-        def key_block(j: Array, carry: tuple) -> tuple:
-            total, norm, max_score = carry
+        def key_block(j: Array, state: OnlineSoftmax) -> OnlineSoftmax:
             scores, _ = _scores(settings, q, block_of(key, j, C), tokens, i, j)
-            new_max = jnp.maximum(max_score, scores.max(-1))
-            weights = jnp.exp(scores - new_max[..., None])
-            correction = jnp.exp(max_score - new_max)
-            new = _weighted_sum(weights, block_of(value, j, C))
-            total = total * correction[..., None] + new
-            return total, norm * correction + weights.sum(-1), new_max
+            return state.add(scores, block_of(value, j, C), "BKGTS,BSKH->BKGTH")
 
-        shape = (B, K, G, C)
-        empty = (
-            jnp.zeros((*shape, H), jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.full(shape, MASKED, jnp.float32),
-        )
-        total, norm, max_score = jax.lax.fori_loop(first[i], i + 1, key_block, empty)
-        out = (total / norm[..., None]).astype(query.dtype)
-        return _tokens_first(out), max_score + jnp.log(norm)
+        state = OnlineSoftmax.empty((B, K, G, C, H))
+        state = jax.lax.fori_loop(first[i], i + 1, key_block, state)
+        out = jnp.moveaxis(state.mean().astype(query.dtype), 3, 1)
+        return out, state.max_score + jnp.log(state.norm)
 
     out, logsumexp = jax.lax.map(query_block, jnp.arange(T // C))
     out = jnp.moveaxis(out, 0, 1).reshape(query.shape)
@@ -146,8 +168,8 @@ def _backward(settings: Settings, saved: tuple, d_out: Array) -> tuple:
     deltas = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def query_block(carry: tuple, i: Array) -> tuple:
-        q = _heads_first(block_of(query, i, C))
-        d_o = _heads_first(block_of(d_out, i, C)).astype(jnp.float32)
+        q = jnp.moveaxis(block_of(query, i, C), 1, 3)
+        d_o = jnp.moveaxis(block_of(d_out, i, C), 1, 3).astype(jnp.float32)
         delta = jnp.moveaxis(block_of(deltas, i, C), 1, -1)
 
         def key_block(j: Array, carry: tuple) -> tuple:
@@ -157,21 +179,21 @@ def _backward(settings: Settings, saved: tuple, d_out: Array) -> tuple:
             weights = jnp.exp(scores - logsumexp[i][..., None])
             d_weights = jnp.einsum("BKGTH,BSKH->BKGTS", d_o, v.astype(jnp.float32))
             d_scores = weights * (d_weights - delta[..., None]) * softcap_grad
-            d_q += _weighted_sum(d_scores, k)
+            d_q += _weighted_sum(d_scores, k, "BKGTS,BSKH->BKGTH")
             d_v = jnp.einsum("BKGTS,BKGTH->BSKH", weights, d_o)
             d_k = jnp.einsum("BKGTS,BKGTH->BSKH", d_scores, q.astype(jnp.float32))
             return d_q, _add_at(d_key, j, d_k), _add_at(d_value, j, d_v)
 
         d_q = jnp.zeros(q.shape, jnp.float32)
         d_q, *carry = jax.lax.fori_loop(first[i], i + 1, key_block, (d_q, *carry))
-        return tuple(carry), _tokens_first(d_q)
+        return tuple(carry), jnp.moveaxis(d_q, 3, 1)
 
     zeros = jnp.zeros(key.shape, jnp.float32)
     blocks = jnp.arange(query.shape[1] // C)
     (d_key, d_value), d_query = jax.lax.scan(query_block, (zeros, zeros), blocks)
     d_query = jnp.moveaxis(d_query, 0, 1).reshape(query.shape)
-    grads = zip((d_query, d_key, d_value), (query, key, value))
-    return *(grad.astype(x.dtype) for grad, x in grads), None
+    pairs = ((d_query, query), (d_key, key), (d_value, value))
+    return *(gradient.astype(x.dtype) for gradient, x in pairs), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -201,16 +223,14 @@ def _scores(
     if settings.softcap is not None:
         tanh = jnp.tanh(scores / settings.softcap)
         scores, softcap_grad = settings.softcap * tanh, 1 - tanh**2
-
-    def pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return block_of(x, i, C)[:, :, None], block_of(x, j, C)[:, None, :]
-
-    distance = jnp.subtract(*pair(tokens.positions))
-    same_segment = jnp.equal(*pair(tokens.segment_ids))
+    positions, segment_ids, windowed = tokens
+    distance = block_of(positions, i, C)[..., None] - block_of(positions, j, C)[:, None]
+    ids = block_of(segment_ids, i, C)[..., None]
+    same_segment = ids == block_of(segment_ids, j, C)[:, None]
     # Padding tokens all have position 0, so they attend to their own block only.
     visible = same_segment & (distance >= 0)
     if settings.window is not None:
-        visible &= (distance < settings.window) | ~tokens.windowed
+        visible &= (distance < settings.window) | ~windowed
     return jnp.where(visible[:, None, None], scores, MASKED), softcap_grad
 
 
@@ -226,20 +246,6 @@ def _add_at(x: Array, block: Array, update: Array) -> Array:
     )
 
 
-def _weighted_sum(weights: Array, value: Array) -> Array:
-    return jnp.einsum(
-        "BKGTS,BSKH->BKGTH",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _heads_first(x: Array) -> Array:
-    """[B, C, K, G, H] -> [B, K, G, C, H]."""
-    return jnp.moveaxis(x, 1, 3)
-
-
-def _tokens_first(x: Array) -> Array:
-    """[B, K, G, C, H] -> [B, C, K, G, H]."""
-    return jnp.moveaxis(x, 3, 1)
+def _weighted_sum(weights: Array, value: Array, equation: str) -> Array:
+    weights = weights.astype(value.dtype)
+    return jnp.einsum(equation, weights, value, preferred_element_type=jnp.float32)

@@ -70,21 +70,14 @@ def tpu_attention(
     ids = pad(segment_ids, block)
     shape = (q.shape[2], q.shape[2])
     at_once = min(block, TPU_KEYS_AT_ONCE)
-    blocks = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=at_once,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=at_once,
-        block_q_dq=block,
-        block_kv_dq=at_once,
-    )
+    whole = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq")
+    parts = ("block_kv_compute", "block_kv_dkv_compute", "block_kv_dq")
+    sizes = dict.fromkeys(whole, block) | dict.fromkeys(parts, at_once)
 
     def attend(mask: splash.Mask, *operands: Array) -> Array:
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * N),
-            block_sizes=blocks,
+            block_sizes=splash.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=settings.softcap,

@@ -129,8 +129,8 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim}: must be even for RoPE.")
         if len(self.windowed_layers) not in (0, self.num_layers):
             raise UserError(
-                f"windowed_layers has {len(self.windowed_layers)} values, but "
-                f"num_layers={self.num_layers}; give one for each layer."
+                f"windowed_layers has {len(self.windowed_layers)} values; give one for "
+                f"each of num_layers={self.num_layers}."
             )
         if any(self.windowed_layers) != bool(self.sliding_window):
             raise UserError("set sliding_window and windowed_layers together.")

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,19 @@ from rlt_jax.models import weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
 from rlt_jax.models.families import FAMILIES, Family, family
-from rlt_jax.models.layouts import (
-    Index,
-    Tensor,
-    axis_sizes,
-    read_part,
-    stored_shape,
-    to_stored,
-)
+from rlt_jax.models.layouts import Index, axis_sizes, read_part, stored_shape, to_stored
 from rlt_jax.models.transformer import init_params
 from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.types import Params
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-MAX_SHARD_BYTES = (
-    5_000_000_000  # a larger model is split into files of at most this size
-)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+MAX_SHARD_BYTES = 5_000_000_000  # larger models are split into files of this size
+TOKENIZER_FILES = (  # glob patterns
+    "*token*.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "vocab.json",
     "merges.txt",
 )
 
@@ -110,15 +103,15 @@ def read_params(
     else:
         shardings = traverse_util.flatten_dict(shardings, sep="/")
     sizes = axis_sizes(config)
-    expected = {
-        stored_name: stored_shape(tensor, sizes)
-        for stored_name, (tensor, _, _) in _stored_tensors(config, kind).items()
-    }
-    params = {}
     stored = weight_files.find_tensors(path, kind)
     # Some files have a tied head in addition to the embedding.
     optional = {kind.tensors["output"].name}
+    expected = {
+        stored_name: stored_shape(kind.tensors[name], sizes)
+        for stored_name, (name, _) in _stored_names(config, kind).items()
+    }
     weight_files.check_tensors(path, stored, expected, optional)
+    params = {}
     for name, shape in shapes.items():
         tensor = kind.tensors[name]
         reads = [
@@ -174,7 +167,9 @@ def write_model(
             copy_tokenizer(Path(tokenizer_dir), unfinished)
         if (unfinished / GENERATION).is_file():
             generation = read_json(unfinished / GENERATION)
-        stops = sorted({*map(int, stop_ids), *_stop_ids(generation)})
+        ids = generation.get("eos_token_id")  # None, an id or a list
+        ids = [] if ids is None else np.ravel(ids).tolist()
+        stops = sorted({*map(int, stop_ids), *ids})
         generation["eos_token_id"] = content["eos_token_id"] = stops or None
         write_json(unfinished / GENERATION, generation)
         write_json(unfinished / CONFIG, content)
@@ -184,22 +179,16 @@ def write_model(
     multihost_utils.sync_global_devices(f"write_model {path}")
 
 
-class _Stored(NamedTuple):
-    """The parameter, and the layer of a stacked one, that a stored tensor belongs to."""
-
-    tensor: Tensor
-    leaf: str
-    layer: int | None
-
-
-def _stored_tensors(config: ModelConfig, kind: Family) -> dict[str, _Stored]:
-    """Stored name -> parameter and layer, in the order of the layers."""
-    tensors = {}
+def _stored_names(
+    config: ModelConfig, kind: Family
+) -> dict[str, tuple[str, int | None]]:
+    """Stored name -> parameter and its layer if stacked, in the order of the layers."""
+    stored = {}
     for leaf in _shapes(config):
         tensor = kind.tensors[leaf]
         for layer, name in enumerate(tensor.names(config.num_layers)):
-            tensors[name] = _Stored(tensor, leaf, layer if tensor.stacked else None)
-    return dict(sorted(tensors.items(), key=lambda item: item[1].layer or 0))
+            stored[name] = leaf, layer if tensor.stacked else None
+    return dict(sorted(stored.items(), key=lambda item: item[1][1] or 0))
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -236,20 +225,18 @@ def _device_put_layers(
     layer_sharding = sharding
     if isinstance(sharding, NamedSharding):
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     put = jax.jit(
         # In place; `stack.at[i].set` is a scatter, for which XLA copies the array on CPU.
-        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(
-            stack, layer, i, axis=0
-        ),
+        jax.lax.dynamic_update_index_in_dim,
+        static_argnums=3,
         donate_argnums=0,
         out_shardings=sharding,
     )
-    stack = zeros()
+    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     for i, read in enumerate(reads):
         layer = _device_put(shape[1:], layer_sharding, dtype, read)
         # Frees the host's copy of this layer before the next one is read.
-        stack = jax.block_until_ready(put(stack, layer, i))
+        stack = jax.block_until_ready(put(stack, layer, i, 0))
     return stack
 
 
@@ -257,11 +244,12 @@ def _write_tensors(
     path: Path, config: ModelConfig, params: Params, kind: Family, dtype: Any
 ) -> None:
     """Writes the weights file by file, so the host holds one file at a time."""
-    stored, sizes = _stored_tensors(config, kind), axis_sizes(config)
+    stored, sizes = _stored_names(config, kind), axis_sizes(config)
     leaves = traverse_util.flatten_dict(params, sep="/")
+    itemsize = jnp.dtype(dtype).itemsize
     num_bytes = {
-        name: math.prod(stored_shape(item.tensor, sizes)) * jnp.dtype(dtype).itemsize
-        for name, item in stored.items()
+        name: math.prod(stored_shape(kind.tensors[leaf], sizes)) * itemsize
+        for name, (leaf, _) in stored.items()
     }
     plan = split_state_dict_into_shards_factory(
         num_bytes,
@@ -273,10 +261,10 @@ def _write_tensors(
     for file, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
-            tensor, leaf, layer = stored[name]
+            leaf, layer = stored[name]
             value = _to_host(leaves[leaf] if layer is None else leaves[leaf][layer])
             if is_writer:
-                tensors[name] = to_stored(value, tensor, sizes, dtype)
+                tensors[name] = to_stored(value, kind.tensors[leaf], sizes, dtype)
         if is_writer:
             save_file(tensors, path / file, metadata={"format": "pt"})
             shutil.copymode(path / CONFIG, path / file)  # save_file sets mode 600
@@ -291,16 +279,9 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _stop_ids(generation: dict[str, Any]) -> list[int]:
-    ids = generation.get("eos_token_id")
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
-
-
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the files of a tokenizer and generation_config.json, where they exist."""
     # By name: the directory of the tokenizer may also have the weights of the model.
-    for name in (*TOKENIZER_FILES, GENERATION):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for pattern in (*TOKENIZER_FILES, GENERATION):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)

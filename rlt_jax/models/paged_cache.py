@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
-from rlt_jax.models.attention import MASKED, soft_cap
+from rlt_jax.models.attention import MASKED, OnlineSoftmax, soft_cap
 from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import Array, PagedCache
@@ -186,13 +186,10 @@ def _pagewise(
     table = jnp.pad(cache.table, ((0, 0), (0, -cache.table.shape[1] % block)))
     C = C * block
 
-    def page_block(j: Array, carry: tuple) -> tuple:
-        total, norm, max_score = carry
+    def page_block(j: Array, state: OnlineSoftmax) -> OnlineSoftmax:
         pages = jax.lax.dynamic_slice_in_dim(table, j * block, block, axis=1)
-        key, value = (
-            pool[:, layer, pages].reshape(K, B, C, H)
-            for pool in (cache.keys, cache.values)
-        )
+        pools = (cache.keys, cache.values)
+        key, value = (x[:, layer, pages].reshape(K, B, C, H) for x in pools)
         scores = jnp.einsum(
             "KBGTH,KBSH->KBGTS", query, key, preferred_element_type=jnp.float32
         )
@@ -203,27 +200,12 @@ def _pagewise(
         if window is not None:
             visible &= (distance < window) | ~windowed
         scores = jnp.where(visible[:, None], scores, MASKED)
-        new_max = jnp.maximum(max_score, scores.max(-1))
-        weights = jnp.exp(scores - new_max[..., None])
-        correction = jnp.exp(max_score - new_max)
-        new = jnp.einsum(
-            "KBGTS,KBSH->KBGTH",
-            weights.astype(value.dtype),
-            value,
-            preferred_element_type=jnp.float32,
-        )
-        total = total * correction[..., None] + new
-        return total, norm * correction + weights.sum(-1), new_max
+        return state.add(scores, value, "KBGTS,KBSH->KBGTH")
 
-    shape = query.shape[:-1]
-    empty = (
-        jnp.zeros(query.shape, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.full(shape, MASKED, jnp.float32),
-    )
     num_blocks = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
-    total, norm, _ = jax.lax.fori_loop(0, num_blocks, page_block, empty)
-    out = (total / norm[..., None]).astype(query.dtype)
+    state = OnlineSoftmax.empty(query.shape)
+    state = jax.lax.fori_loop(0, num_blocks, page_block, state)
+    out = state.mean().astype(query.dtype)
     return out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 

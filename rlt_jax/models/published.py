@@ -1,9 +1,9 @@
 """Configurations of published models, for plans without a download of the model."""
 
+import dataclasses
 from typing import Any
 
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.config_json import config_from_json
 
 # D, F, L, N, K, V.
 _QWEN2_5 = {
@@ -34,19 +34,17 @@ def published_config(name: str, **overrides: Any) -> ModelConfig | None:
         return None
     size = PUBLISHED[name]
     D, F, L, N, K, V = _QWEN2_5[size]
-    content = {
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": D,
-        "intermediate_size": F,
-        "max_position_embeddings": 32_768,
-        "num_attention_heads": N,
-        "num_hidden_layers": L,
-        "num_key_value_heads": K,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "tie_word_embeddings": size in ("0.5B", "1.5B", "3B"),
-        "use_sliding_window": False,
-        "vocab_size": V,
-    }
-    return ModelConfig(**{**vars(config_from_json(content)), **overrides})
+    config = ModelConfig(
+        vocab_size=V,
+        embed_dim=D,
+        num_layers=L,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=D // N,
+        mlp_dim=F,
+        max_length=32_768,
+        rope_theta=1_000_000.0,
+        tie_embeddings=size in ("0.5B", "1.5B", "3B"),
+        qkv_bias=True,
+    )
+    return dataclasses.replace(config, **overrides)

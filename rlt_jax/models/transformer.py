@@ -115,9 +115,8 @@ class Projection(nn.Module):
         kernel = jnp.asarray(kernel, x.dtype)
         y = product(x, kernel, len(self.in_shape)).astype(x.dtype)
         if self.use_bias:
-            init = nn.with_logical_partitioning(
-                nn.initializers.zeros, self.axes[len(self.in_shape) :]
-            )
+            axes = self.axes[len(self.in_shape) :]
+            init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
             y = y + self.param("bias", init, self.out_shape).astype(x.dtype)
         return y
 
@@ -157,9 +156,8 @@ class Attention(nn.Module):
         query = rotate(query, positions, layer.rope)
         key = rotate(key, positions, layer.rope)
         query = _constrain(query, "batch", None, "heads", "head_dim")
-        key, value = (
-            _constrain(x, "batch", None, "kv_heads", "head_dim") for x in (key, value)
-        )
+        key = _constrain(key, "batch", None, "kv_heads", "head_dim")
+        value = _constrain(value, "batch", None, "kv_heads", "head_dim")
         scale = (c.query_scale_dim or H) ** -0.5
         limits = {"softcap": c.attention_softcap, "window": c.sliding_window}
         if kv_cache is None:
@@ -204,13 +202,9 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
-        y, kv_cache = Attention(c, name="attention")(
-            _all_lengths(norm(name="attention_norm")(x)),
-            kv_cache,
-            layer,
-            positions,
-            segment_ids,
-        )
+        y = _all_lengths(norm(name="attention_norm")(x))
+        args = (y, kv_cache, layer, positions, segment_ids)
+        y, kv_cache = Attention(c, name="attention")(*args)
         x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
         y = MLP(c, name="mlp")(_all_lengths(norm(name="mlp_norm")(x)))
         x = x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)
@@ -220,10 +214,9 @@ class Block(nn.Module):
 def _remat(block: Any, policy: str) -> Any:
     if policy == "none":
         return block
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return nn.remat(
-        block, policy=saved if policy == "dots" else None, prevent_cse=False
-    )
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    saved = dots if policy == "dots" else None
+    return nn.remat(block, policy=saved, prevent_cse=False)
 
 
 class Transformer(nn.Module):
@@ -233,13 +226,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embedding = self.param(
-            "embedding",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(stddev=0.02), ("vocab", "embed")
-            ),
-            (c.vocab_size, c.embed_dim),
-        )
+        init = nn.initializers.normal(stddev=0.02)
+        init = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim))
         self.layers = nn.scan(
             _remat(Block, c.remat),
             variable_axes={"params": 0},
@@ -250,11 +239,8 @@ class Transformer(nn.Module):
         )(c)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_plus_one)
         if not c.tie_embeddings:
-            self.output = self.param(
-                "output",
-                _kernel_init(("embed", "vocab"), c.embed_dim),
-                (c.embed_dim, c.vocab_size),
-            )
+            init = _kernel_init(("embed", "vocab"), c.embed_dim)
+            self.output = self.param("output", init, (c.embed_dim, c.vocab_size))
 
     def __call__(
         self,
@@ -285,9 +271,8 @@ class Transformer(nn.Module):
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
         x = _constrain(x, "batch", "length", "embed")
-        (x, kv_cache), _ = self.layers(
-            (x, kv_cache), _layers(c), positions, segment_ids
-        )
+        carry = (x, kv_cache)
+        (x, kv_cache), _ = self.layers(carry, _layers(c), positions, segment_ids)
         return _all_lengths(self.final_norm(x)), kv_cache
 
     def head(self, hidden: Array) -> Array:

@@ -52,14 +52,12 @@ def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
     stored = {}
     for file in files:
         with _open(path, file) as opened:
-            names = opened.keys()
-            for name in names:
-                family_name = _family_name(name, kind)
-                if family_name is not None:
-                    tensor = opened.get_slice(name)
-                    stored[family_name] = StoredTensor(
-                        path / file, name, tensor.get_shape(), tensor.get_dtype()
-                    )
+            for name in list(opened.keys()):
+                tensor = opened.get_slice(name)
+                stored[_family_name(name, kind)] = StoredTensor(
+                    path / file, name, tensor.get_shape(), tensor.get_dtype()
+                )
+    stored.pop(None, None)  # tensors that are not read
     return stored
 
 
@@ -89,16 +87,13 @@ def check_tensors(
                 f"{problem} tensors: {', '.join(names[:3])}{', ...' if names[3:] else ''}."
             )
     for name, shape in expected.items():
+        what = None
         if stored[name].shape != shape:
-            raise UserError(
-                f"model {path}: {name} has shape {stored[name].shape}, but config.json "
-                f"requires {shape}."
-            )
-        if stored[name].dtype not in FLOATS:
-            raise UserError(
-                f"model {path}: {name} has dtype {stored[name].dtype}; supported are "
-                f"{', '.join(FLOATS)}."
-            )
+            what = f"shape {stored[name].shape}, but config.json requires {shape}"
+        elif stored[name].dtype not in FLOATS:
+            what = f"dtype {stored[name].dtype}; supported are {', '.join(FLOATS)}"
+        if what:
+            raise UserError(f"model {path}: {name} has {what}.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -120,13 +115,12 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def _open(path: Path, file: str) -> safe_open:
     try:
         return safe_open(path / file, "numpy")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, SafetensorError) as error:
+        what = f"damaged or truncated ({error})"
+        if isinstance(error, FileNotFoundError):
+            what = "missing"
         raise UserError(
-            f"model {path}: {file} is missing, but {INDEX} lists it; download it again."
-        ) from error
-    except SafetensorError as error:
-        raise UserError(
-            f"model {path}: {file} is damaged or truncated ({error}); download it again."
+            f"model {path}: {file} is {what}; download it again."
         ) from error
 
 
