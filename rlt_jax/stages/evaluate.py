@@ -189,7 +189,8 @@ def _sample(
     renderer = Renderer(loaded.tokenizer, template, "student")
     longest = config.sampling.max_new_tokens
     requests = setup.requests_of(renderer, asked, longest)
-    prompts = [request.prompt for request in requests]
+    k = config.evaluate.samples_per_problem
+    prompts = [request.prompt for request in requests[::k]]
     room = loaded.model.config.max_length - longest
     what = "question (model max_length - sampling.max_new_tokens)"
     examples.check_lengths(prompts, room, what)

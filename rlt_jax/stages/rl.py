@@ -71,6 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed)
     setup.check_fit(run, [*problems, *held_out])
+    prompts = pipeline.problem_batches(problems, c.batch_size, seed)
 
     updates = c.steps * c.updates_per_rollout
     completions = c.batch_size * c.group_size
@@ -84,7 +85,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, seed: int) -> dict[str
     run = dataclasses.replace(run, policy=policy._replace(params=None))
     checkpoint.describe(workdir, run.policy.model, run.policy.tokenizer)
     _log_sizes(c, run)
-    prompts = pipeline.problem_batches(problems, c.batch_size, seed)
     key = jax.random.key(seed)
     journal = Journal(c, run, tuning, held_out[:completions], prompts, key, workdir)
     journal.weights = Weights(state, reference, student)

@@ -35,7 +35,7 @@ def write(file: Path, *lines: str | dict[str, Any]) -> dict[str, str]:
         ([{"solution": "2", "reasoning_trace": ""}], ["line 1", "question"]),
         (
             [GOOD_ROW | {"question": LONG}],
-            ["sft.row_length", "row 0 has", "the limit is 128"],
+            ["sft.row_length", "sequence 0 has", "the limit is 128"],
         ),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_question_longer_than_the_context(
     values = section(stage) | {"data": write(tmp_path / "data.jsonl", *rows)}
     with pytest.raises(UserError) as error:
         run_stage(values, tmp_path / "run")
-    assert str(error.value).startswith(f"{what}: row 1 has ")
+    assert str(error.value).startswith(f"{what}: sequence 1 has ")
     assert f"the limit is {limit} (1 of " in str(error.value)
     assert list((tmp_path / "run").iterdir()) == []
 
