@@ -244,7 +244,7 @@ def _stored_settings(folder: Path) -> dict[str, Any]:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or (prefix and not values):
         return {prefix: values}
     return {
         key: leaf
