@@ -239,7 +239,7 @@ def _stored_settings(folder: Path) -> Record:
 
 
 def _flat(values: Any, prefix: str = "") -> Record:
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or (prefix and not values):
         return {prefix: values}
     return {
         key: leaf

@@ -182,7 +182,8 @@ def _sample(
     renderer = Renderer(loaded.tokenizer, template, "student")
     limit = config.sampling.max_new_tokens
     requests = setup.requests_of(renderer, asked, limit)
-    prompts = [renderer.prompt(problem)[1].ids for problem in dict.fromkeys(asked)]
+    k = config.evaluate.samples_per_problem
+    prompts = [request.prompt for request in requests[::k]]
     room = loaded.model.config.max_length - limit
     what = "question (model max_length - sampling.max_new_tokens)"
     examples.check_lengths(prompts, room, what)

@@ -176,6 +176,22 @@ def test_changed_settings_are_refused_with_the_first_difference(
     }
 
 
+@pytest.mark.parametrize("terms", [{"copy": {}}, {"rlt": {}, "copy": {}}, {}])
+def test_keys_without_settings_of_their_own_are_compared(
+    terms: dict[str, Any],
+    stage: Stage,
+    config: ml_collections.ConfigDict,
+    tmp_path: Path,
+) -> None:
+    config.b.options.terms = {"rlt": {}}
+    run_pipeline(config, tmp_path)
+    changed = config.to_dict()
+    changed["b"]["options"]["terms"] = terms
+    with pytest.raises(UserError, match=r"settings \(options.terms"):
+        run_pipeline(ml_collections.ConfigDict(changed), tmp_path)
+    assert stage.ran == ["a", "b"]
+
+
 def test_a_section_may_have_its_own_seed(stage: Stage, tmp_path: Path) -> None:
     config = config_of(a=section_of() | {"seed": 3}, b=section_of())
     run_pipeline(config, tmp_path)

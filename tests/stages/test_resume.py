@@ -82,6 +82,37 @@ def test_training_resumes_bit_for_bit(
         assert (resumed / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_held_out_records_survive_a_resume(
+    every: int,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    killed: Path,
+) -> None:
+    """Those of the step of the checkpoint too; later ones are written again."""
+    settings = section("rl")
+    settings["loop"]["evaluate_every"] = every
+    whole = run_stage(settings, tmp_path / "whole")
+    before = held_out_steps(killed / "part")
+    assert before == [step for step in (0, every) for _ in range(3)]
+    with (killed / "part" / "samples.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write(LEFTOVERS)
+    resumed = run_stage(settings, killed)
+    steps = {2: (0, 2, 4, 5), 3: (0, 3, 5)}[every]
+    expected = [step for step in steps for _ in range(3)]
+    assert held_out_steps(resumed) == held_out_steps(whole) == expected
+    samples = [folder / "samples.jsonl" for folder in (resumed, whole)]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
+    assert metric_rows(resumed) == metric_rows(whole)
+    assert summary(resumed) == summary(whole)
+
+
+def held_out_steps(folder: Path) -> list[int]:
+    records = read_jsonl(folder / "samples.jsonl")
+    return [record["step"] for record in records if record["split"] == "held_out"]
+
+
 @pytest.mark.parametrize("stage", ["sft", "rl", "collect", "evaluate"])
 def test_a_run_that_was_asked_to_stop_goes_on(
     stage: str,
