@@ -100,8 +100,9 @@ def load_sources(
         if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise UserError(f"{where}.share={weight!r}: a number from 0.")
         if weight:
-            traces = load_traces(keys, template, seed, where)
-            loaded.append(Source(where, weight, traces))
+            loaded.append(
+                Source(where, weight, load_traces(keys, template, seed, where))
+            )
     if not loaded:
         raise UserError("data.sources: none has a share above 0.")
     return loaded
@@ -109,13 +110,13 @@ def load_sources(
 
 def _mix_sections(task: str, sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Name and section of each source of a mix, sorted by name."""
-    sections = {"data.sources": sources}
+    sections = [("data.sources", sources)]
     if isinstance(sources, Mapping):
-        sections = {f"data.sources.{name}": sources[name] for name in sorted(sources)}
-    for where, section in sections.items():
+        sections = [(f"data.sources.{name}", sources[name]) for name in sorted(sources)]
+    for where, section in sections:
         if not isinstance(section, Mapping):
             raise UserError(f"{where} is {section!r}; give it as keys and values.")
-    return list(sections.items())
+    return sections
 
 
 def _load(
@@ -161,13 +162,10 @@ def packed_batches(
       num_rows: rows of a batch.
       seed: seed of the shuffles.
     """
-    datasets = [
-        _stream(made).seed(seed + n).shuffle().repeat()
-        for n, made in enumerate(sources)
-    ]
-    mixed = datasets[0]
-    if len(datasets) > 1:
-        mixed = grain.MapDataset.mix(datasets, weights=weights)
+    streams = [_stream(s).seed(seed + n).shuffle() for n, s in enumerate(sources)]
+    mixed, *others = [stream.repeat() for stream in streams]
+    if others:
+        mixed = grain.MapDataset.mix([mixed, *others], weights=weights)
     return PackedBatches(mixed, shape, num_rows)
 
 
@@ -186,11 +184,10 @@ def problem_batches(
     problems: Sequence[Problem], batch_size: int, seed: int
 ) -> grain.DatasetIterator:
     """Endless shuffled lists of `batch_size` indices of problems, int64 arrays."""
-    if len(problems) < batch_size:
-        raise UserError(
-            f"batch_size={batch_size} prompts, but only {len(problems)} problems."
-        )
-    dataset = grain.MapDataset.range(len(problems)).seed(seed).shuffle().repeat()
+    count = len(problems)
+    if count < batch_size:
+        raise UserError(f"batch_size={batch_size} prompts, but only {count} problems.")
+    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
     # The remainder of an endless data set is computed in floats, which overflow.
     batches = dataset.batch(batch_size, drop_remainder=True)
     return iter(batches.to_iter_dataset(_IN_MEMORY))

@@ -34,7 +34,7 @@ from rlt_jax.inference.layout import (
     on_cpu,
     prefill_sizes,
 )
-from rlt_jax.inference.sampler import Part, Request, Sampler, join
+from rlt_jax.inference.sampler import Part, Request, Sampler
 from rlt_jax.inference.sampler import decode as decode_texts
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Prefill, Scheduler
@@ -42,7 +42,7 @@ from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
-from rlt_jax.types import Array, PagedCache, Params, Rollout
+from rlt_jax.types import Array, PagedCache, Params
 
 SHARD_AXES = ("data", "fsdp")
 
@@ -75,20 +75,14 @@ class Engine(Sampler):
     prefill: Callable[..., PagedCache]
     decode: Callable[..., tuple[PagedCache, Slots, Sampled]]
 
-    def generate(
+    def stream(
         self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Rollout:
-        """See `Sampler.generate`.
+    ) -> Iterator[Part]:
+        """The completions that each dispatch has ended.
 
         Raises:
           UserError: a request is empty or too long.
         """
-        return join(self.stream(params, requests, key))
-
-    def stream(
-        self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Iterator[Part]:
-        """The completions that each dispatch has ended."""
         check_requests(self.layout, requests)
         params = self.to_decode(params)
         cache, slots = self.new_cache()

@@ -107,13 +107,12 @@ def on_cpu(mesh: Mesh) -> bool:
 
 def check_memory(model: Transformer, layout: Layout, mesh: Mesh) -> None:
     """Refuses a cache that the devices have no room for, before it is made."""
-    device = mesh.local_devices[0]
     a_page = page_bytes(model.config, layout.page_size) // mesh.shape["tensor"]
     if on_cpu(mesh):  # all devices share the memory of the machine
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         a_page *= len(mesh.local_devices)
     else:
-        stats = device.memory_stats()
+        stats = mesh.local_devices[0].memory_stats()
         free = stats["bytes_limit"] - stats["bytes_in_use"]
     if layout.pages * a_page > free:
         tokens = layout.shards * layout.page_size

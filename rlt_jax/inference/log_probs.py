@@ -50,12 +50,10 @@ def compile_programs(
     """
 
     def per_token(model: Transformer, temperature: float) -> Callable:
-        def program(params: Params, batch: Batch) -> Array:
-            return packed_log_probs(model, temperature, params, batch)
+        program = functools.partial(packed_log_probs, model, temperature)
 
-        return sharding.jit(
-            program, mesh, out_shardings=sharding.batch_sharding(mesh, 1)
-        )
+        shardings = sharding.batch_sharding(mesh, 1)
+        return sharding.jit(program, mesh, out_shardings=shardings)
 
     def divergence(student: tuple[Transformer, float]) -> Callable:
         program = functools.partial(vocabulary_kl, policy, student, top_k)
@@ -118,10 +116,10 @@ def packed_log_probs(
     shape = batch.tokens.shape
     others = [student.policy_explanation for student in batch.students]
     wanted_spans = [batch.completion, batch.explanation, batch.solution, *others]
-    if any(one is not None for one in wanted_spans):
-        wanted = spans.on_tokens(shape, *wanted_spans)
-    else:
-        wanted = jnp.ones(shape, bool)
+    has_spans = any(one is not None for one in wanted_spans)
+    wanted = (
+        spans.on_tokens(shape, *wanted_spans) if has_spans else jnp.ones(shape, bool)
+    )
 
     def one(m: Array, log_probs: Array) -> Array:
         part = batch.micro_batch(m)

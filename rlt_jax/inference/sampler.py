@@ -32,7 +32,10 @@ class Request(NamedTuple):
 
 
 class Sampler(Protocol):
-    """A sampling backend; `Engine` is the one that ships."""
+    """A sampling backend; `Engine` is the one that ships.
+
+    A backend defines `generate` or `stream`; each has the other as its default.
+    """
 
     def generate(
         self, params: Params, requests: Sequence[Request], key: Array
@@ -44,11 +47,12 @@ class Sampler(Protocol):
           requests: prompts with their limits.
           key: PRNG key; a completion depends on it, its request and the parameters alone.
         """
+        return join(self.stream(params, requests, key))
 
     def stream(
         self, params: Params, requests: Sequence[Request], key: Array
     ) -> Iterator[Part]:
-        """The same in parts, each as soon as it is complete; here all in one part."""
+        """The same in parts, each as soon as it is complete; by default in one part."""
         yield range(len(requests)), self.generate(params, requests, key)
 
 

@@ -13,7 +13,7 @@ import tqdm
 
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.sampler import Part, Request, Sampler, decode, join
+from rlt_jax.inference.sampler import Part, Request, Sampler, decode
 from rlt_jax.training import hosts
 from rlt_jax.training.metrics import append_jsonl, stream_jsonl
 from rlt_jax.types import Array, Params, Rollout
@@ -37,12 +37,6 @@ class StoredSampler(Sampler):
     file: Path
     tokenizer: Tokenizer | None = None
     bar: tqdm.tqdm | None = None
-
-    def generate(
-        self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Rollout:
-        """See `Sampler.generate`; errors as in `stream`."""
-        return join(self.stream(params, requests, key))
 
     def stream(
         self, params: Params, requests: Sequence[Request], key: Array
@@ -108,6 +102,7 @@ class StoredSampler(Sampler):
 
 
 def _records(part: Rollout) -> list[dict[str, Any]]:
+    columns = part.requests, part.tokens, part.log_probs, part.finished
     return [
         {
             "request": request.request_id,
@@ -116,9 +111,7 @@ def _records(part: Rollout) -> list[dict[str, Any]]:
             "log_probs": log_probs.tolist(),
             "finished": bool(finished),
         }
-        for request, tokens, log_probs, finished in zip(
-            part.requests, part.tokens, part.log_probs, part.finished, strict=True
-        )
+        for request, tokens, log_probs, finished in zip(*columns, strict=True)
     ]
 
 

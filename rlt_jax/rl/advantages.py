@@ -31,13 +31,10 @@ def fill(
     weight = LOSSES[objective.loss].weight(lengths, kept, max_new_tokens)
     advantages = ADVANTAGES[objective.advantage](rewards, group_size)
 
-    def on_tokens(values: Array) -> Array:
-        return spans.scatter(values, completion, shape)
-
     return batch._replace(
-        advantages=on_tokens(advantages),
-        inverse_length=on_tokens(inverse),
-        loss_weights=on_tokens(jnp.where(kept, weight, 0.0)),
+        advantages=spans.scatter(advantages, completion, shape),
+        inverse_length=spans.scatter(inverse, completion, shape),
+        loss_weights=spans.scatter(jnp.where(kept, weight, 0.0), completion, shape),
     )
 
 

@@ -38,17 +38,14 @@ def grade(
 def check_gradable(problems: Sequence[Problem]) -> None:
     """Refuses problems without an answer, or a blank one, or an unknown grader."""
     for problem in problems:
+        what = f"the problem {problem.question[:60]!r} has"
         if not (problem.answer or "").strip():
             raise UserError(
-                f"the problem {problem.question[:60]!r} has no `answer`: grading needs "
-                "an 'answer' for every question."
+                f"{what} no `answer`: grading needs one for every question."
             )
         if problem.grader not in GRADERS and ":" not in problem.grader:
-            raise UserError(
-                f"the problem {problem.question[:60]!r} has the unknown grader "
-                f"{problem.grader!r}; known are {', '.join(GRADERS)}, or a "
-                '"module:function" of prediction and answer.'
-            )
+            known = f'{", ".join(GRADERS)}, or a function, "module:function"'
+            raise UserError(f"{what} the grader {problem.grader!r}; known are {known}.")
 
 
 def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:

@@ -74,10 +74,9 @@ def compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
             verdicts |= _compare(left)
     if len(verdicts) < len(set(pairs)):
         raise UserError(
-            "the processes that grade answers do not start, or something ends them. A "
-            "script of your own has to keep its work under `if __name__ == "
-            '"__main__":`, as each process imports the script; on a machine short of '
-            "memory, the system may end processes."
+            "the processes that grade answers do not start, or something ends them. Keep "
+            'the work of a script under `if __name__ == "__main__":`, as each process '
+            "imports it; on a machine short of memory, the system may end processes."
         )
     return verdicts
 
@@ -107,8 +106,7 @@ def _running() -> pebble.ProcessPool:
     global _pool
     with _lock:
         if _pool is None or not _pool.active:  # idle processes that die break a pool
-            if _pool is not None:
-                _stop(_pool)
+            _stop()
             _pool = pebble.ProcessPool(
                 min(MAX_PROCESSES, os.cpu_count() or 1),
                 initializer=_begin,
@@ -119,16 +117,16 @@ def _running() -> pebble.ProcessPool:
         return _pool
 
 
-def _stop(pool: pebble.ProcessPool) -> None:
-    pool.stop()
-    pool.join()
+def _stop() -> None:
+    if _pool is not None:
+        _pool.stop()
+        _pool.join()
 
 
 @atexit.register
 def _exit() -> None:
     _lock.acquire()  # never released: no thread may start another pool
-    if _pool is not None:
-        _stop(_pool)
+    _stop()
 
 
 def _begin(memory: int) -> None:

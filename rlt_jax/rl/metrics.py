@@ -44,10 +44,9 @@ def over_updates(updates: Sequence[Metrics]) -> Metrics:
         return updates[0]
 
     def reduced(name: str) -> Array:
+        values = jnp.stack([metrics[name] for metrics in updates])
         reducers = (reduce for end, reduce in REDUCERS.items() if name.endswith(end))
-        return next(reducers, jnp.mean)(
-            jnp.stack([metrics[name] for metrics in updates])
-        )
+        return next(reducers, jnp.mean)(values)
 
     return {name: reduced(name) for name in updates[0]}
 

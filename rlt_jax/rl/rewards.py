@@ -48,10 +48,8 @@ def length(rollout: Rollout, template: Template, budget: int) -> np.ndarray:
 
 def copy(rollout: Rollout, template: Template) -> np.ndarray:
     """Minus the fraction of the solution's characters that the text repeats."""
-    pairs = zip(rollout.requests, rollout.texts, strict=True)
-    return -np.array(
-        [copied_share(text, request.problem.solution) for request, text in pairs]
-    )
+    solutions = [request.problem.solution for request in rollout.requests]
+    return -np.array(list(map(copied_share, rollout.texts, solutions)))
 
 
 def truncated(rollout: Rollout, template: Template) -> np.ndarray:
@@ -122,18 +120,19 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
                 'function of your own, function="module:function".'
             )
         if name == RLT:
+            function = None
             if settings:
                 raise UserError(
                     f"reward term 'rlt': unknown setting {min(settings)!r}."
                 )
-            terms.append(Term(name, weight, None))
-            continue
-        function = TERMS.get(name) or _user_function(settings.pop("function"))
-        try:
-            inspect.signature(function).bind(None, None, **settings)
-        except TypeError as error:
-            raise UserError(f"reward term {name!r}: {error}.") from error
-        terms.append(Term(name, weight, functools.partial(function, **settings)))
+        else:
+            function = TERMS.get(name) or _user_function(settings.pop("function"))
+            try:
+                inspect.signature(function).bind(None, None, **settings)
+            except TypeError as error:
+                raise UserError(f"reward term {name!r}: {error}.") from error
+            function = functools.partial(function, **settings)
+        terms.append(Term(name, weight, function))
     return tuple(terms)
 
 
@@ -178,10 +177,8 @@ def _user_function(path: str) -> TermFunction:
         values = function(problems, rollout.texts, rollout.tokens)
         values = np.asarray(values, np.float32)
         if values.shape != (len(problems),) or not np.isfinite(values).all():
-            raise UserError(
-                f"{path} must return a finite number for each completion, returned "
-                f"{values!r}."
-            )
+            wanted = "must return a finite number for each completion"
+            raise UserError(f"{path} {wanted}, returned {values!r}.")
         return values
 
     return checked

@@ -13,9 +13,7 @@ from rlt_jax.inference.spans import gather, mask, segment_mask, segment_sums
 from rlt_jax.rl import kl
 from rlt_jax.types import Array, Batch, Reward
 
-Reduction = Callable[..., Array]
-
-REDUCTIONS: dict[str, Reduction] = {
+REDUCTIONS: dict[str, Callable[..., Array]] = {
     "mean": masked.mean,
     "min": masked.minimum,
     "max": masked.maximum,
@@ -113,10 +111,8 @@ class EnsembleConfig:
     def check(self, num_students: int) -> None:
         """Raises UserError unless there is a weight for each student."""
         if self.combine == "weights" and len(self.weights) != num_students:
-            raise UserError(
-                f"ensemble.weights has {len(self.weights)} numbers for {num_students} "
-                "students."
-            )
+            numbers = f"{len(self.weights)} numbers for {num_students} students"
+            raise UserError(f"ensemble.weights has {numbers}.")
 
 
 def solution_log_probs(student: Batch) -> tuple[Array, Array]:
@@ -131,14 +127,12 @@ def explanation_log_probs(batch: Batch, student: Batch) -> tuple[Array, Array, A
       Under the policy in its own sequence [E, S] float32, under the student in the
       student's sequence, and the mask [E, S] of the segments.
     """
-    in_policy, in_student = (
-        segment_sums(gather(log_probs, spans), spans)
-        for log_probs, spans in (
-            (batch.log_probs, student.policy_explanation),
-            (student.log_probs, student.explanation),
-        )
+    in_policy, in_student = student.policy_explanation, student.explanation
+    return (
+        segment_sums(gather(batch.log_probs, in_policy), in_policy),
+        segment_sums(gather(student.log_probs, in_student), in_student),
+        segment_mask(in_student),
     )
-    return in_policy, in_student, segment_mask(student.explanation)
 
 
 def explanation_divergence(
@@ -184,12 +178,9 @@ def rlt_reward(
     """
     scores, in_solution = solution
     kls, in_explanation = divergence
-    scores = MAPS[config.solution_map](scores)
-    if config.solution_clip is not None:
-        scores = jnp.maximum(scores, -config.solution_clip)
-    kls = MAPS[config.kl_map](kls)
-    if config.kl_clip is not None:
-        kls = jnp.minimum(kls, config.kl_clip)
+    lowest = None if config.solution_clip is None else -config.solution_clip
+    scores = jnp.clip(MAPS[config.solution_map](scores), min=lowest)
+    kls = jnp.clip(MAPS[config.kl_map](kls), max=config.kl_clip)
     penalty = config.empty_penalty
     parts: dict[str, Array] = {}
     solution_score = explanation_kl = jnp.zeros(closed.shape)
@@ -223,16 +214,12 @@ def ensemble_reward(
     kl_coef: Array | None = None,
 ) -> Reward:
     """The RLT reward of a batch whose log-probs are filled in, over all its students."""
-    rewards = [
-        rlt_reward(
-            config,
-            solution_log_probs(student),
-            explanation_divergence(config, batch, student),
-            batch.closed,
-            kl_coef,
-        )
-        for student in batch.students
-    ]
+    rewards = []
+    for student in batch.students:
+        solution = solution_log_probs(student)
+        divergence = explanation_divergence(config, batch, student)
+        reward = rlt_reward(config, solution, divergence, batch.closed, kl_coef)
+        rewards.append(reward)
     return combine(ensemble, rewards)
 
 

@@ -79,15 +79,13 @@ def connect(
             f"{' and '.join(missing)} missing: give {', '.join(flags)} together, or none "
             "of them on a TPU pod, GKE or Slurm, where JAX detects them."
         )
-    if missing and not _in_cluster():
-        return
-    if not missing and not (
-        0 <= process_id < num_processes and ":" in coordinator_address
-    ):
+    if missing:
+        if not _in_cluster():
+            return
+    elif ":" not in coordinator_address or process_id not in range(num_processes):
+        given = " ".join(f"{name}={value}" for name, value in flags.items())
         raise UserError(
-            f"--coordinator_address={coordinator_address} --num_processes="
-            f"{num_processes} --process_id={process_id}: give HOST:PORT, and an id from 0 "
-            "to one below the number of processes."
+            f"{given}: give HOST:PORT, and an id from 0 to num_processes - 1."
         )
     jax.config.update("jax_enable_preemption_service", True)  # for `stopping`
     address = coordinator_address or "the coordinator that the cluster names"
@@ -118,7 +116,7 @@ def _in_cluster() -> bool:
         return private_jax.cluster_process_count() > 1
     except (OSError, RuntimeError, LookupError, ValueError) as error:
         raise UserError(
-            f"the environment looks like a cluster, but cannot be read: {error}. Give "
+            f"the settings of the cluster cannot be read: {error}. Give "
             "--coordinator_address, --num_processes and --process_id; on a single TPU "
             "VM without a metadata server set TPU_SKIP_MDS_QUERY=1."
         ) from error
@@ -127,9 +125,9 @@ def _in_cluster() -> bool:
 def _time_out(who: str, address: str, timeout: int) -> NoReturn:
     message = (
         f"rlt_jax: {who} timed out waiting for the other processes at {address} after "
-        f"{timeout} s. Check that all of them were started with the same address and "
-        "number of processes, that process 0 runs at that address, and that no firewall "
-        "blocks the port. --init_timeout=SECONDS waits longer."
+        f"{timeout} s. Check that all were started with this address and the same number "
+        "of processes, and that no firewall blocks the port. --init_timeout=SECONDS "
+        "waits longer."
     )
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
@@ -159,9 +157,8 @@ def _handle_signals(read_fd: int) -> None:
         _stop_requested.set()
         if jax.distributed.is_initialized():
             # In a thread of its own, as it waits if process 0 is dead.
-            notice = threading.Thread(target=private_jax.announce_preemption)
-            notice.daemon = True
-            notice.start()
+            announce = private_jax.announce_preemption
+            threading.Thread(target=announce, daemon=True).start()
 
 
 def stopping() -> bool:
@@ -217,25 +214,21 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
     if not jax.distributed.is_initialized():
         return
     key, count = f"rlt_jax/{next(_keys)}", private_jax.num_processes()
-    private_jax.send(
-        f"{key}/{private_jax.process_id()}", json.dumps(values, default=str)
-    )
+    own = json.dumps(values, default=str)
+    private_jax.send(f"{key}/{private_jax.process_id()}", own)
 
     def compare() -> None:
-        first, *others = (
-            json.loads(private_jax.receive(f"{key}/{index}")) for index in range(count)
-        )
-        for name in sorted(first.keys() | set().union(*others)):
-            expected = first.get(name)
-            differing = [
-                f"{other.get(name)!r} in process {index}"
-                for index, other in enumerate(others, 1)
-                if other.get(name) != expected
-            ]
+        every = [json.loads(private_jax.receive(f"{key}/{i}")) for i in range(count)]
+        for name in sorted(set().union(*every)):
+            found = [one.get(name) for one in every]
+            differing = [i for i in range(count) if found[i] != found[0]]
             if differing:
+                others = ", ".join(
+                    f"{found[i]!r} in process {i}" for i in differing[:8]
+                )
                 raise UserError(
                     f"{what} must be the same in all {count} processes: {name} is "
-                    f"{expected!r} in process 0, but {', '.join(differing[:8])} "
+                    f"{found[0]!r} in process 0, but {others} "
                     f"({len(differing)} of {count} processes differ)."
                 )
 
@@ -247,9 +240,8 @@ def agree_on_items(what: str, items: Iterable[Any]) -> None:
     if not jax.distributed.is_initialized():
         return
     digest, number = hashlib.sha256(), 0
-    for item in items:
+    for number, item in enumerate(items, 1):
         digest.update(repr(item).encode())
-        number += 1
     agree(what, {"their number": number, "their fingerprint": digest.hexdigest()[:16]})
 
 
@@ -270,10 +262,7 @@ def guard(work: Callable[[], None]) -> None:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        _fail(
-            "failed, see the traceback above; if it is about a connection, another "
-            "process may have failed first."
-        )
+        _fail("failed, see the traceback above; another process may have failed first.")
     finally:
         _exiting.set()
 

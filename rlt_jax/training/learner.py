@@ -57,11 +57,8 @@ def make_learner(
       max_norm: a step with a longer gradient is skipped; None for never.
     """
     jitted = jit_update(loss_fn, tuning.model, tx, mesh, shardings, max_norm)
-    forward = sharding.jit(
-        functools.partial(batch_loss, loss_fn, tuning.model),
-        mesh,
-        out_shardings=sharding.replicated(mesh),
-    )
+    forward = functools.partial(batch_loss, loss_fn, tuning.model)
+    forward = sharding.jit(forward, mesh, out_shardings=sharding.replicated(mesh))
     mixed = jit_mix()
     return Learner(
         lambda state, batch: jitted(state, batch, tuning.frozen),
@@ -128,8 +125,8 @@ def update(
         def add(m: jax.Array, total: tuple) -> tuple:
             (loss, metrics), grads = gradient(state.params, m)
             (sum_loss, sums), sum_grads = total
-            added = jax.tree.map(jnp.add, (sum_loss, sum_grads), (loss, grads))
-            return (added[0], _added(sums, metrics)), added[1]
+            added = jax.tree.map(jnp.add, sum_grads, grads)
+            return (sum_loss + loss, _added(sums, metrics)), added
 
         shapes = jax.eval_shape(gradient, state.params, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

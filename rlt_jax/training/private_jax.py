@@ -36,10 +36,8 @@ def cluster_process_count() -> int:
         if cluster.opt_in_only_method:
             continue
         # JAX can number the pods of Kubernetes only if they belong to an indexed job.
-        if (
-            cluster.__name__ == "K8sCluster"
-            and "JOB_COMPLETION_INDEX" not in os.environ
-        ):
+        kubernetes = cluster.__name__ == "K8sCluster"
+        if kubernetes and "JOB_COMPLETION_INDEX" not in os.environ:
             continue
         if cluster.is_env_present():
             return cluster.get_process_count()

@@ -69,10 +69,8 @@ def _first(tx: optax.GradientTransformation, params: Params) -> TrainState:
 
 def to_items(state: TrainState, name: str) -> dict[str, Any]:
     """The state as items of a checkpoint, its parameters under a name."""
-    return {
-        name: state.params,
-        "optimizer": (state.step, state.opt_state, state.skipped),
-    }
+    optimizer = state.step, state.opt_state, state.skipped
+    return {name: state.params, "optimizer": optimizer}
 
 
 def from_items(items: Mapping[str, Any], name: str) -> TrainState:
@@ -106,9 +104,8 @@ def apply_gradients(
         "optimizer/skipped": 1.0 - is_finite,
     }
     # Elementwise, so it is done in place of the old state and needs no copy of it.
-    chosen = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), stepped, state
-    )
+    select = functools.partial(jnp.where, is_finite)
+    chosen = jax.tree.map(select, stepped, state)
     chosen = chosen._replace(skipped=jnp.where(is_finite, 0, state.skipped + 1))
     return chosen, metrics | {"optimizer/skipped_in_a_row": chosen.skipped}
 
