@@ -159,12 +159,12 @@ def rlt_jax_rl(task: Task, clock: Clock) -> None:
     from rlt_jax.data.rows import RowShape, pack_examples
     from rlt_jax.inference import log_probs
     from rlt_jax.inference.engine import EngineConfig, make_engine
-    from rlt_jax.inference.sampler import Request
     from rlt_jax.inference.sampling import SamplingConfig
     from rlt_jax.rl import advantages
     from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
     from rlt_jax.training import sharding
     from rlt_jax.training.learner import make_learner
+    from rlt_jax.types import Request
 
     sizes = task.sizes
     count, length = sizes.prompts * sizes.group, sizes.prompt + sizes.new

@@ -100,11 +100,11 @@ def rlt_jax(model_dir: Path) -> Run:
     import jax
 
     from rlt_jax.inference.engine import EngineConfig, make_engine
-    from rlt_jax.inference.sampler import Request
     from rlt_jax.inference.sampling import SamplingConfig
     from rlt_jax.models.convert import read_config, read_params
     from rlt_jax.models.transformer import Transformer
     from rlt_jax.training.sharding import MeshConfig, make_mesh
+    from rlt_jax.types import Request
 
     model = Transformer(read_config(model_dir))
     params = read_params(model_dir, model.config)

@@ -31,8 +31,8 @@ import numpy as np
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tasks.arithmetic import sample_kinds
-from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError, check_choice
+from rlt_jax.types import Problem, Trace
 
 GRADER = "experiments.countdown:is_solution"
 KINDS = ("careful", "skipping", "restating", "wrong")

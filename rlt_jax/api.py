@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 from rlt_jax.data import examples, rows
 from rlt_jax.data.examples import Example, Renderer
 from rlt_jax.data.rows import RowShape
-from rlt_jax.data.templates import Problem, Template, Trace, load_template
+from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
@@ -42,14 +42,13 @@ from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.head import token_log_probs
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.log_probs import LogProbPrograms
-from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import rlt_reward
 from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Array, Batch, Params, Reward, Rollout
+from rlt_jax.types import Array, Batch, Params, Problem, Request, Reward, Rollout, Trace
 
 __all__ = [
     "ScoringConfig",

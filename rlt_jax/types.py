@@ -36,11 +36,50 @@ class PagedCache(NamedTuple):
     table: Array
 
 
+class Problem(NamedTuple):
+    """A question with its known solution and, where it can be graded, its answer.
+
+    Attributes:
+      question: text of the question.
+      solution: text that a student should generate as its solution.
+      answer: the text that a grader compares with; None where there is none.
+      grader: name of a grader, one of `rlt_jax.rl.grading.GRADERS`.
+    """
+
+    question: str
+    solution: str
+    answer: str | None = None
+    grader: str = "math"
+
+
+class Trace(NamedTuple):
+    """A problem with an explanation (or reasoning trace) that leads to its solution."""
+
+    problem: Problem
+    explanation: str
+
+
+class Request(NamedTuple):
+    """A completion to sample.
+
+    Attributes:
+      prompt: [T] int32 token ids, at least one.
+      request_id: with the key it decides which tokens are sampled.
+      max_new_tokens: maximum tokens of the completion, stop token included.
+      problem: the problem that the prompt was rendered from, if any.
+    """
+
+    prompt: np.ndarray
+    request_id: int
+    max_new_tokens: int
+    problem: Problem | None = None
+
+
 class Rollout(NamedTuple):
     """E completions on the host, as a `Sampler` returns them.
 
     Attributes:
-      requests: the request of each completion; see `inference.sampler.Request`.
+      requests: the request of each completion.
       tokens: ids of each completion, [t] int32, up to and including the stop token.
       log_probs: log-prob of each token at the sampling temperature, [t] float32.
       finished: [E] bool, False where a completion was cut off at its maximum length.
@@ -51,7 +90,7 @@ class Rollout(NamedTuple):
       steps_computed: decode steps of slots that were computed.
     """
 
-    requests: Sequence[Any]
+    requests: Sequence[Request]
     tokens: Sequence[np.ndarray]
     log_probs: Sequence[np.ndarray]
     finished: np.ndarray

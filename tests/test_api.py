@@ -13,12 +13,12 @@ import pytest
 import rlt_jax
 from rlt_jax import api
 from rlt_jax.api import ScoringConfig
-from rlt_jax.data.templates import Problem, Template
+from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
-from rlt_jax.types import Params
+from rlt_jax.types import Params, Problem
 
 PROBLEMS = [
     {"question": "3+4?", "solution": "7"},

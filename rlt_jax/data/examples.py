@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlt_jax.data.templates import Problem, Template, Trace
+from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Encoding, Tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem, Trace
 
 ROLES = ("teacher", "student")
 

@@ -12,9 +12,9 @@ from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k
-from rlt_jax.data.templates import Problem, Template, Trace
+from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
-from rlt_jax.types import Batch
+from rlt_jax.types import Batch, Problem, Trace
 
 
 def file_problems(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from rlt_jax.data.tables import Record, read_records
-from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem
 
 
 def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:

@@ -9,9 +9,8 @@ import numpy as np
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Example, Renderer
-from rlt_jax.data.templates import Trace
 from rlt_jax.errors import UserError
-from rlt_jax.types import Batch, Rollout, Spans
+from rlt_jax.types import Batch, Rollout, Spans, Trace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,34 +16,11 @@ Everything left of `|` is the teacher's prompt.
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem, Trace
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
-
-
-class Problem(NamedTuple):
-    """A question with its known solution and, where it can be graded, its answer.
-
-    Attributes:
-      question: text of the question.
-      solution: text that a student should generate as its solution.
-      answer: the text that a grader compares with; None where there is none.
-      grader: name of a grader, one of `rlt_jax.rl.grading.GRADERS`.
-    """
-
-    question: str
-    solution: str
-    answer: str | None = None
-    grader: str = "math"
-
-
-class Trace(NamedTuple):
-    """A problem with an explanation (or reasoning trace) that leads to its solution."""
-
-    problem: Problem
-    explanation: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rlt_jax.inference.layout import (
     on_cpu,
     prefill_sizes,
 )
-from rlt_jax.inference.sampler import Part, Request, Sampler
+from rlt_jax.inference.sampler import Part, Sampler
 from rlt_jax.inference.sampler import decode as decode_texts
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Prefill, Scheduler
@@ -42,7 +42,7 @@ from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
-from rlt_jax.types import Array, PagedCache, Params
+from rlt_jax.types import Array, PagedCache, Params, Request
 
 SHARD_AXES = ("data", "fsdp")
 

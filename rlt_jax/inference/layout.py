@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.decode import CPU_TILES
-from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training.sharding import num_groups
+from rlt_jax.types import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def check_memory(model: Transformer, layout: Layout, mesh: Mesh) -> None:
         raise UserError(
             f"the cache of {layout.pages * tokens} tokens needs "
             f"{layout.pages * a_page / 1e9:.2f} GB a device, {free / 1e9:.2f} GB are free: "
-            f"at most engine.cache_tokens={free // a_page * tokens}, or fewer engine.slots."
+            f"at most engine.cache_tokens={free // a_page * tokens} or fewer engine.slots."
         )
 
 

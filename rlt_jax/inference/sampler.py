@@ -1,34 +1,17 @@
 """What samples completions: a small protocol that every backend implements."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from rlt_jax.data.examples import decode_completion
-from rlt_jax.data.templates import Problem
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.types import Array, Params, Rollout
+from rlt_jax.types import Array, Params, Request, Rollout
 
 Part = tuple[Sequence[int], Rollout]  # indices of requests, and their completions
 
 _LISTS = ("requests", "tokens", "log_probs", "texts", "offsets")
-
-
-class Request(NamedTuple):
-    """A completion to sample.
-
-    Attributes:
-      prompt: [T] int32 token ids, at least one.
-      request_id: with the key it decides which tokens are sampled.
-      max_new_tokens: maximum tokens of the completion, stop token included.
-      problem: the problem that the prompt was rendered from, if any.
-    """
-
-    prompt: np.ndarray
-    request_id: int
-    max_new_tokens: int
-    problem: Problem | None = None
 
 
 class Sampler(Protocol):

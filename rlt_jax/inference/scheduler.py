@@ -17,8 +17,8 @@ from rlt_jax.data.stop_texts import StopFinder
 from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill, Sampled, Slots
 from rlt_jax.inference.layout import Layout
-from rlt_jax.inference.sampler import Part, Request
-from rlt_jax.types import Rollout
+from rlt_jax.inference.sampler import Part
+from rlt_jax.types import Request, Rollout
 
 
 class Prefill(NamedTuple):

@@ -13,10 +13,10 @@ import tqdm
 
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.sampler import Part, Request, Sampler, decode
+from rlt_jax.inference.sampler import Part, Sampler, decode
 from rlt_jax.training import hosts
 from rlt_jax.training.metrics import append_jsonl, stream_jsonl
-from rlt_jax.types import Array, Params, Rollout
+from rlt_jax.types import Array, Params, Request, Rollout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from rlt_jax.data.boxes import last_box
-from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.rl.math_answers import Pair, Verdict, compare
 from rlt_jax.settings import load_function
+from rlt_jax.types import Problem
 
 MAX_CHARACTERS = 2000  # searched for the letter of a choice, from the end
 

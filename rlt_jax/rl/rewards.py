@@ -20,7 +20,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.rl.grading import grade
 from rlt_jax.settings import load_function
 from rlt_jax.training import hosts
-from rlt_jax.types import Batch, Reward, Rollout
+from rlt_jax.types import Array, Batch, Reward, Rollout
 
 RLT = "rlt"
 
@@ -94,7 +94,7 @@ class RewardFunction:
 
     terms: tuple[Term, ...]
     template: Template
-    rlt: Callable[[Batch, Any], Reward] | None = None
+    rlt: Callable[[Batch, Array], Reward] | None = None
 
 
 def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
-from rlt_jax.data.templates import Problem, Template, load_template
+from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampler import in_order
@@ -31,7 +31,7 @@ from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.types import Record, Rollout, Section
+from rlt_jax.types import Problem, Record, Rollout, Section
 
 
 @dataclasses.dataclass(frozen=True)

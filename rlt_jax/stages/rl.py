@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlt_jax.data import pipeline, rows
-from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
 from rlt_jax.rl import advantages, rewards
@@ -33,7 +32,7 @@ from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
-from rlt_jax.types import Array, Batch, Params, Record
+from rlt_jax.types import Array, Batch, Params, Problem, Record
 
 _LOG = logging.getLogger("rlt_jax")
 

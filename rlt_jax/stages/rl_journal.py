@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax.data import rows
-from rlt_jax.data.templates import Problem
 from rlt_jax.inference import log_probs
 from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl import rewards
@@ -39,6 +38,7 @@ from rlt_jax.types import (
     Batch,
     Metrics,
     Params,
+    Problem,
     Record,
     Reward,
     Rollout,

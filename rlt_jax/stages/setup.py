@@ -14,12 +14,12 @@ from rlt_jax.api import compile_log_probs, jit_rlt_reward
 from rlt_jax.data import examples, pipeline
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.rows import RowShape
-from rlt_jax.data.templates import Problem, Template, load_template
+from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.engine import EngineConfig, make_engine
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.log_probs import LogProbPrograms
-from rlt_jax.inference.sampler import Request, Sampler
+from rlt_jax.inference.sampler import Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
@@ -33,7 +33,7 @@ from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_hash
 from rlt_jax.training.state import new_state, state_shardings
-from rlt_jax.types import Record, Reward, Rollout, Section, TrainState
+from rlt_jax.types import Problem, Record, Request, Reward, Rollout, Section, TrainState
 
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {

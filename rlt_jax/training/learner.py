@@ -5,12 +5,13 @@ Supervised training and reinforcement learning differ in the loss function that 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
@@ -74,7 +75,7 @@ def jit_update(
     mesh: Mesh,
     shardings: TrainState,
     max_norm: float | None = None,
-) -> Any:
+) -> Wrapped:
     """`update` as a `jax.jit` function of state, batch and frozen parameters."""
     return sharding.jit(
         functools.partial(update, loss_fn, model, tx, max_norm),
@@ -85,7 +86,7 @@ def jit_update(
     )
 
 
-def jit_mix() -> Any:
+def jit_mix() -> Wrapped:
     """`mix` as a `jax.jit` function that donates the mixed parameters."""
     return jax.jit(mix, donate_argnums=0)
 

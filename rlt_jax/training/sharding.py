@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.stages import Wrapped
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
@@ -123,7 +124,9 @@ def check_rows(mesh: Mesh, rows: int, row_length: int, names: str) -> None:
         )
 
 
-def jit(function: Callable, mesh: Mesh, rules: Rules = RULES, **options: Any) -> Any:
+def jit(
+    function: Callable, mesh: Mesh, rules: Rules = RULES, **options: Any
+) -> Wrapped:
     """`jax.jit` with the mesh and the logical axis rules in scope."""
 
     @functools.wraps(function)

@@ -9,9 +9,10 @@ import pytest
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Example, Renderer, Span
-from rlt_jax.data.templates import Problem, Template, Trace
+from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem, Trace
 
 PROBLEM = Problem("3+4?", "7", "7")
 TRACE = Trace(PROBLEM, "3+4=7")

@@ -13,9 +13,9 @@ import pytest
 from rlt_jax.data import pipeline
 from rlt_jax.data.examples import EMPTY, Example
 from rlt_jax.data.rows import PackedBatches, RowShape
-from rlt_jax.data.templates import Problem, Template, Trace
+from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
-from rlt_jax.types import Batch
+from rlt_jax.types import Batch, Problem, Trace
 
 ARITHMETIC = {"task": "arithmetic", "split": "train", "size": 3}
 SHAPE = RowShape(micro_batch_size=1, row_length=12)

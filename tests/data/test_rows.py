@@ -21,12 +21,12 @@ from rlt_jax.data.rows import (
     pack,
     pack_sequences,
 )
-from rlt_jax.data.templates import Problem, Template, Trace
+from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import spans as on_rows
-from rlt_jax.inference.sampler import Request, decode
-from rlt_jax.types import Batch, Rollout, Spans
+from rlt_jax.inference.sampler import decode
+from rlt_jax.types import Batch, Problem, Request, Rollout, Spans, Trace
 
 SHAPE = RowShape(micro_batch_size=2, row_length=64)
 CLOSING = "<|end_of_explanation|>"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlt_jax.data.templates import Problem, Template, Trace, load_template
+from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem, Trace
 
 PROBLEM = Problem("3+4?", "It is 7.", "7")
 PLAIN = Template(

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlt_jax.data.templates import Problem, Trace, load_template
+from rlt_jax.data.templates import load_template
 from rlt_jax.data.traces import read_completions, read_problems, read_traces
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem, Trace
 
 TEMPLATE = load_template("rlt")
 REPLY = (

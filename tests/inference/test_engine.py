@@ -14,10 +14,10 @@ from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, make_engine
 from rlt_jax.inference.layout import EngineConfig
-from rlt_jax.inference.sampler import Request, take
+from rlt_jax.inference.sampler import take
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Params, Request, Rollout
 
 V, T, MAX_LENGTH = 40, 24, 64
 STOPS = (5, 6, 7)

@@ -18,7 +18,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import make_engine
 from rlt_jax.inference.layout import EngineConfig
-from rlt_jax.inference.sampler import Request
+from rlt_jax.types import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
@@ -113,7 +113,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from rlt_jax.inference.engine import make_engine
 from rlt_jax.inference.layout import EngineConfig
-from rlt_jax.inference.sampler import Request
+from rlt_jax.types import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
@@ -163,7 +163,7 @@ REAL_WIDTHS = """
 import jax, numpy as np
 from rlt_jax.inference.engine import make_engine
 from rlt_jax.inference.layout import EngineConfig
-from rlt_jax.inference.sampler import Request
+from rlt_jax.types import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params

@@ -13,9 +13,9 @@ from rlt_jax.inference.layout import (
     make_layout,
     prefill_sizes,
 )
-from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.types import Request
 
 T, MAX_LENGTH = 24, 64
 SIZES = EngineConfig(slots=16, page_size=8, steps=4, prefill_chunk=16)

@@ -8,9 +8,9 @@ import pytest
 
 from rlt_jax.inference.decode import Refill, Sampled
 from rlt_jax.inference.layout import Layout, check_requests
-from rlt_jax.inference.sampler import Request, join
+from rlt_jax.inference.sampler import join
 from rlt_jax.inference.scheduler import Prefill, Scheduler
-from rlt_jax.types import Rollout
+from rlt_jax.types import Request, Rollout
 
 STOP = 1
 LAYOUT = Layout(shards=1, slots=4, pages=40, page_size=4, columns=8, steps=3)

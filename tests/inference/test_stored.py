@@ -10,9 +10,9 @@ import pytest
 
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.inference.sampler import Part, Request, Sampler, join, take
+from rlt_jax.inference.sampler import Part, Sampler, join, take
 from rlt_jax.inference.stored import StoredSampler
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Params, Request, Rollout
 
 REQUESTS = [Request(np.arange(1, 3 + n, dtype=np.int32), 7 * n, 9) for n in range(6)]
 KEY = jax.random.key(0)

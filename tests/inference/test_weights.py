@@ -9,11 +9,10 @@ from jax.sharding import Mesh
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, make_engine
 from rlt_jax.inference.layout import EngineConfig
-from rlt_jax.inference.sampler import Request
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Params, Request, Rollout
 
 # Kernels hold most of the parameters, as they do in real models.
 MODEL = Transformer(

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlt_jax.data.templates import Problem, Template
+from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
-from rlt_jax.inference.sampler import Request
 from rlt_jax.rl.rewards import RewardFunction, compute, make_terms, uses_rlt
-from rlt_jax.types import Batch, Reward, Rollout
+from rlt_jax.types import Batch, Problem, Request, Reward, Rollout
 
 SOLUTION = "three plus four is seven"
 NO_BATCH = Batch(None, None, None, None)  # terms of the host do not read it

@@ -10,11 +10,11 @@ import pytest
 
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.rows import RowShape, make_spans, pack
-from rlt_jax.data.templates import Problem, Template
+from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.log_probs import packed_log_probs
-from rlt_jax.inference.sampler import Request, decode
+from rlt_jax.inference.sampler import decode
 from rlt_jax.inference.spans import mask
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl.rlt_reward import (
@@ -26,7 +26,7 @@ from rlt_jax.rl.rlt_reward import (
     combine,
     ensemble_reward,
 )
-from rlt_jax.types import Batch, Params, Reward, Rollout, Spans
+from rlt_jax.types import Batch, Params, Problem, Request, Reward, Rollout, Spans
 
 WIDTH = 6
 SOLUTION = [-4.0, -1.0, -3.0, -2.0]

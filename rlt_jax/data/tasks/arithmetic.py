@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError, check_choice
+from rlt_jax.types import Problem, Trace
 
 KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
 CHAIN_LENGTH = 6

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 
 from rlt_jax.data.tables import Record, read_records
-from rlt_jax.data.templates import Problem
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem
 
 SOURCE = "gpqa_diamond.csv of https://huggingface.co/datasets/Idavidrein/gpqa"
 OPTIONS = ("Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3)))

@@ -8,8 +8,8 @@ import itertools
 import re
 
 from rlt_jax.data.tables import Record, read_records
-from rlt_jax.data.templates import Problem, Trace
 from rlt_jax.errors import UserError
+from rlt_jax.types import Problem, Trace
 
 SOURCE = (
     "train.jsonl and test.jsonl of https://github.com/openai/grade-school-math, or "
