@@ -148,10 +148,10 @@ class Journal:
         metrics |= self._phases(rollout, len(updates))
         if done == c.steps or (c.evaluate_every and done % c.evaluate_every == 0):
             result = self._evaluate(done)
+            self._results["last"] = result
+            self._keep_best(done, result["reward"])
             if c.evaluate_every:
                 metrics |= {f"held_out/{name}": x for name, x in result.items()}
-                self._keep_best(done, result["reward"])
-            self._results["last"] = result
         check_skipped(self._writer.write(step, metrics), c.max_skipped)
         if step % c.sample_every == 0:
             self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
@@ -166,12 +166,12 @@ class Journal:
             raise hosts.Stopped
 
     def summary(self) -> Record:
-        """Weight of the KL, and held-out results before and after."""
-        results = {"kl_coef": self.kl_coef, "best": self._results["best"]}
+        """Weight of the KL, the best held-out reward, and the results before and after."""
+        summary = {"kl_coef": self.kl_coef, "best": self._results["best"]}
         for when in ("first", "last"):
-            found = self._results[when].items()
-            results |= {f"held_out_{name}_{when}": value for name, value in found}
-        return results
+            for name, value in self._results[when].items():
+                summary[f"held_out_{name}_{when}"] = value
+        return summary
 
     def _phases(self, rollout: Rollout, num_updates: int) -> dict[str, float]:
         sampled = sum(map(len, rollout.tokens))
@@ -217,16 +217,17 @@ class Journal:
     def _keep_best(self, step: int, reward: float) -> None:
         if reward > self._results["best"]:
             self._results["best"] = reward
-            folder = self.workdir / "best"
-            checkpoint.save_model(folder, step, self.run.policy, self.policy())
+            if self.c.evaluate_every:
+                folder = self.workdir / "best"
+                checkpoint.save_model(folder, step, self.run.policy, self.policy())
 
     def _append(
         self, step: int, split: str, rollout: Rollout, reward: Reward, shown: slice
     ) -> None:
         """Appends some completions of a rollout to `samples.jsonl`."""
+        where = {"step": step, "split": split}
         records = sample_records(self.run, rollout, reward, shown)
-        rows = [{"step": step, "split": split, **record} for record in records]
-        append_jsonl(self._samples, rows)
+        append_jsonl(self._samples, [where | record for record in records])
 
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
