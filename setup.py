@@ -25,7 +25,7 @@ setuptools.setup(
         "huggingface_hub",
         "jax>=0.10",
         "jinja2",
-        "math-verify[antlr4_13_2]",
+        "math-verify[antlr4-13-2]",
         "matplotlib",
         "ml-collections",
         "numpy",

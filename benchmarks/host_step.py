@@ -25,8 +25,9 @@ from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.inference import sampler
+from rlt_jax.records import Problem
 from rlt_jax.stages.setup import requests_of
-from rlt_jax.types import Problem, Rollout
+from rlt_jax.types import Rollout
 
 PROMPTS, GROUP, PROMPT, LENGTH = 16, 64, 512, 512
 STEPS = 6

@@ -32,7 +32,7 @@ import numpy as np
 from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tasks.arithmetic import sample_kinds
 from rlt_jax.errors import UserError, check_choice
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 GRADER = "experiments.countdown:is_solution"
 KINDS = ("careful", "skipping", "restating", "wrong")

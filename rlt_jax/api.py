@@ -44,11 +44,12 @@ from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem, Trace
 from rlt_jax.rl import rlt_reward
 from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Array, Batch, Params, Problem, Request, Reward, Rollout, Trace
+from rlt_jax.types import Array, Batch, Params, Request, Reward, Rollout
 
 __all__ = [
     "ScoringConfig",

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 from rlt_jax.errors import UserError
 
 T = TypeVar("T")
+Section = Mapping[str, Any]  # settings of one part of a config
 
 
 def section(owner: type, **values: Any) -> ml_collections.ConfigDict:

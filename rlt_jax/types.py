@@ -8,16 +8,16 @@ of a row, S length of a span, L layers, K key/value heads, H head dim, M micro-b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from rlt_jax.records import Problem
+
 Array = jax.Array
 Params = Any  # a pytree of arrays
-Record = dict[str, Any]  # a line of a JSONL file, or the content of a JSON file
-Section = Mapping[str, Any]  # settings of one part of a config
 Reward = dict[str, Array]  # name -> [E] float32; "value" is the reward, the rest terms
 Metrics = dict[str, Array]  # "area/name" -> scalar on the device
 
@@ -34,29 +34,6 @@ class PagedCache(NamedTuple):
     keys: Array
     values: Array
     table: Array
-
-
-class Problem(NamedTuple):
-    """A question with its known solution and, where it can be graded, its answer.
-
-    Attributes:
-      question: text of the question.
-      solution: text that a student should generate as its solution.
-      answer: the text that a grader compares with; None where there is none.
-      grader: name of a grader, one of `rlt_jax.rl.grading.GRADERS`.
-    """
-
-    question: str
-    solution: str
-    answer: str | None = None
-    grader: str = "math"
-
-
-class Trace(NamedTuple):
-    """A problem with an explanation (or reasoning trace) that leads to its solution."""
-
-    problem: Problem
-    explanation: str
 
 
 class Request(NamedTuple):

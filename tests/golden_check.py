@@ -29,8 +29,9 @@ from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.inference.log_probs import packed_log_probs
 from rlt_jax.models.convert import read_config, read_params
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem, Trace
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, ensemble_reward
-from rlt_jax.types import Batch, Problem, Reward, Trace
+from rlt_jax.types import Batch, Reward
 
 TOKEN_ATOL = 5e-4
 REWARD_ATOL, REWARD_RTOL = 1e-3, 1e-4

@@ -17,8 +17,9 @@ from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
-from rlt_jax.types import Params, Problem
+from rlt_jax.types import Params
 
 PROBLEMS = [
     {"question": "3+4?", "solution": "7"},

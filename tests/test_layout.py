@@ -17,8 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks, or from its own package.
 RANKS = {
     "errors": 0,
-    "types": 0,
+    "records": 0,
     "masked": 0,
+    "types": 1,
     "settings": 1,
     "models": 2,
     "data": 2,

@@ -17,7 +17,7 @@ import numpy as np
 from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Encoding, Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 ROLES = ("teacher", "student")
 

@@ -14,7 +14,8 @@ from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
-from rlt_jax.types import Batch, Problem, Trace
+from rlt_jax.records import Problem, Trace
+from rlt_jax.types import Batch
 
 
 def file_problems(

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from rlt_jax.data.tables import Record, read_records
+from rlt_jax.data.tables import read_records
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem
+from rlt_jax.records import Problem, Record
 
 
 def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:

@@ -10,7 +10,8 @@ import numpy as np
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Example, Renderer
 from rlt_jax.errors import UserError
-from rlt_jax.types import Batch, Rollout, Spans, Trace
+from rlt_jax.records import Trace
+from rlt_jax.types import Batch, Rollout, Spans
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlt_jax.errors import UserError
-from rlt_jax.types import Record
+from rlt_jax.records import Record
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 

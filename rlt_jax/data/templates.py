@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
 

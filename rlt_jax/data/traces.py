@@ -19,10 +19,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlt_jax.data.tables import Record, read_records, shown
+from rlt_jax.data.tables import read_records, shown
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Record, Trace
 
 COLUMNS = (
     *("question", "prompt", "solution", "reasoning_trace", "answer"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlt_jax.report.files import write_page
-from rlt_jax.types import Section
+from rlt_jax.settings import Section
 
 MAX_NATS = 4.0  # value with the most intense color
 

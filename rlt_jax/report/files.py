@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from rlt_jax.errors import UserError
-from rlt_jax.types import Record
+from rlt_jax.records import Record
 
 
 def read_json(path: Path) -> Record:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlt_jax.errors import UserError
+from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import read_json, read_lines, write_page
-from rlt_jax.types import Record
 
 OUT = "report"  # folder of the report in the workdir
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rlt_jax.types import Section
+from rlt_jax.settings import Section
 
 Z_95 = 1.96  # half width of a 95% interval in standard errors
 WIDTH = 9.9  # inches; the same for all figures, so that a page scales them equally

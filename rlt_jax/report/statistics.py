@@ -9,7 +9,8 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 from rlt_jax.errors import UserError
-from rlt_jax.types import Record, Section
+from rlt_jax.records import Record
+from rlt_jax.settings import Section
 
 
 class PairedDifference(NamedTuple):

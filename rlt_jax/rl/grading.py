@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.rl.math_answers import Pair, Verdict, compare
 from rlt_jax.settings import load_function
-from rlt_jax.types import Problem
 
 MAX_CHARACTERS = 2000  # searched for the letter of a choice, from the end
 
@@ -41,11 +41,13 @@ def check_gradable(problems: Sequence[Problem]) -> None:
         what = f"the problem {problem.question[:60]!r} has"
         if not (problem.answer or "").strip():
             raise UserError(
-                f"{what} no `answer`: grading needs one for every question."
+                f"{what} no `answer`: grading needs an 'answer' for every question."
             )
         if problem.grader not in GRADERS and ":" not in problem.grader:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
-            raise UserError(f"{what} the grader {problem.grader!r}; known are {known}.")
+            raise UserError(
+                f"{what} the unknown grader {problem.grader!r}; known are {known}."
+            )
 
 
 def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:

@@ -74,9 +74,9 @@ def compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
             verdicts |= _compare(left)
     if len(verdicts) < len(set(pairs)):
         raise UserError(
-            "the processes that grade answers do not start, or something ends them. Keep "
-            'the work of a script under `if __name__ == "__main__":`, as each process '
-            "imports it; on a machine short of memory, the system may end processes."
+            "the processes that grade answers do not start, or something ends them. A "
+            'script has to keep its work under `if __name__ == "__main__":`, as each '
+            "process imports it; on a machine short of memory, the system may end processes."
         )
     return verdicts
 

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 
 from rlt_jax import settings
 from rlt_jax.errors import UserError, check_choice
+from rlt_jax.records import Record
+from rlt_jax.settings import Section
 from rlt_jax.training import hosts
-from rlt_jax.types import Record, Section
 
 _LOG = logging.getLogger("rlt_jax")
 

@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from rlt_jax.data import rows
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs, sampler
+from rlt_jax.records import Record
 from rlt_jax.rl.rewards import RLT, Term
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.settings import build, load_function
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.types import Record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,13 +25,14 @@ from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampler import in_order
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
+from rlt_jax.records import Problem, Record
 from rlt_jax.report import statistics
 from rlt_jax.report.files import read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.types import Problem, Record, Rollout, Section
+from rlt_jax.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlt_jax.models import convert
+from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.types import Record
 
 SECTIONS = {
     "model": checkpoint.ModelSource,

@@ -26,13 +26,13 @@ from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import UserError
-from rlt_jax.settings import build
+from rlt_jax.records import Record
+from rlt_jax.settings import Section, build
 from rlt_jax.stages import setup
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
 from rlt_jax.training import hosts, sharding
 from rlt_jax.training.compilation import programs_not_kept
-from rlt_jax.types import Record, Section
 
 _LOG = logging.getLogger("rlt_jax")
 

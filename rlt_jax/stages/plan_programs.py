@@ -18,7 +18,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build
 from rlt_jax.stages import plan_shapes as shapes
 from rlt_jax.stages import rl, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
@@ -31,7 +31,7 @@ from rlt_jax.stages.setup import (
 from rlt_jax.training import sharding
 from rlt_jax.training.learner import jit_mix, jit_update
 from rlt_jax.training.state import abstract_state, state_shardings
-from rlt_jax.types import Batch, Params, Section
+from rlt_jax.types import Batch, Params
 
 
 class Program(NamedTuple):

@@ -13,9 +13,9 @@ from rlt_jax.inference.head import chunk_length
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.published import published_config
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.types import Batch, Params, Section, Spans
+from rlt_jax.types import Batch, Params, Spans
 
 _STAGE = "{workdir}/"
 

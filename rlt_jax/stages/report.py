@@ -4,10 +4,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from rlt_jax.records import Record
 from rlt_jax.report.pages import ReportConfig, write_report
 from rlt_jax.settings import build
 from rlt_jax.training import hosts
-from rlt_jax.types import Record
 
 SECTIONS = ReportConfig
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from rlt_jax.data import pipeline, rows
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
+from rlt_jax.records import Problem, Record
 from rlt_jax.rl import advantages, rewards
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
 from rlt_jax.rl.rewards import make_terms
@@ -32,7 +33,7 @@ from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
-from rlt_jax.types import Array, Batch, Params, Problem, Record
+from rlt_jax.types import Array, Batch, Params
 
 _LOG = logging.getLogger("rlt_jax")
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlt_jax.data import rows
 from rlt_jax.inference import log_probs
+from rlt_jax.records import Problem, Record
 from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl import rewards
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
@@ -33,17 +34,7 @@ from rlt_jax.training.metrics import (
     steps,
 )
 from rlt_jax.training.state import check_skipped, from_items, to_items
-from rlt_jax.types import (
-    Array,
-    Batch,
-    Metrics,
-    Params,
-    Problem,
-    Record,
-    Reward,
-    Rollout,
-    TrainState,
-)
+from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
 
 _LOG = logging.getLogger("rlt_jax")
 _HELD_OUT_KEY = 2**31 - 1  # folded into the key: no step has this number

@@ -23,12 +23,12 @@ from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem, Record
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.types import Problem, Record
 
 _LOG = logging.getLogger("rlt_jax")
 

@@ -23,9 +23,10 @@ from rlt_jax.inference.sampler import Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem, Record
 from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner, LossFn, make_learner
@@ -33,7 +34,7 @@ from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
 from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_hash
 from rlt_jax.training.state import new_state, state_shardings
-from rlt_jax.types import Problem, Record, Request, Reward, Rollout, Section, TrainState
+from rlt_jax.types import Request, Reward, Rollout, TrainState
 
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {

@@ -23,6 +23,7 @@ from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
@@ -31,7 +32,7 @@ from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.state import check_skipped, from_items, to_items
-from rlt_jax.types import Array, Batch, Metrics, Params, Record
+from rlt_jax.types import Array, Batch, Metrics, Params
 
 _LOG = logging.getLogger("rlt_jax")
 

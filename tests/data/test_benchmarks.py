@@ -14,8 +14,8 @@ from rlt_jax.data import pipeline
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.rl.grading import grade
-from rlt_jax.types import Problem
 
 # task, columns as published, and what is read
 LAYOUTS = [

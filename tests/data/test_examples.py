@@ -12,7 +12,7 @@ from rlt_jax.data.examples import Example, Renderer, Span
 from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 PROBLEM = Problem("3+4?", "7", "7")
 TRACE = Trace(PROBLEM, "3+4=7")

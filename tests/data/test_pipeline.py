@@ -15,7 +15,8 @@ from rlt_jax.data.examples import EMPTY, Example
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
-from rlt_jax.types import Batch, Problem, Trace
+from rlt_jax.records import Problem, Trace
+from rlt_jax.types import Batch
 
 ARITHMETIC = {"task": "arithmetic", "split": "train", "size": 3}
 SHAPE = RowShape(micro_batch_size=1, row_length=12)

@@ -26,7 +26,8 @@ from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import spans as on_rows
 from rlt_jax.inference.sampler import decode
-from rlt_jax.types import Batch, Problem, Request, Rollout, Spans, Trace
+from rlt_jax.records import Problem, Trace
+from rlt_jax.types import Batch, Request, Rollout, Spans
 
 SHAPE = RowShape(micro_batch_size=2, row_length=64)
 CLOSING = "<|end_of_explanation|>"

@@ -8,7 +8,7 @@ import pytest
 
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 PROBLEM = Problem("3+4?", "It is 7.", "7")
 PLAIN = Template(

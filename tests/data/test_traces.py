@@ -11,7 +11,7 @@ import pytest
 from rlt_jax.data.templates import load_template
 from rlt_jax.data.traces import read_completions, read_problems, read_traces
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 TEMPLATE = load_template("rlt")
 REPLY = (

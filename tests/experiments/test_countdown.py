@@ -8,8 +8,8 @@ from experiments.countdown import GRADER, ProblemConfig, TraceConfig
 from rlt_jax.data import pipeline
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.rl.grading import grade
-from rlt_jax.types import Problem
 
 SMALL = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
 ANSWER = "25 from 3, 4, 7"

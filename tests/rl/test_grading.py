@@ -13,9 +13,9 @@ import pytest
 
 from rlt_jax.data.tasks import benchmarks, gsm8k
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.rl import math_answers
 from rlt_jax.rl.grading import Verdict, grade
-from rlt_jax.types import Problem
 
 HANGS = r"\boxed{9^{9^{9^9}}}"  # one computation in C that no signal handler interrupts
 
@@ -317,7 +317,7 @@ def test_grading_in_a_thread() -> None:
 
 SCRIPT = """
 import sys, threading, time
-from rlt_jax.types import Problem
+from rlt_jax.records import Problem
 from rlt_jax.rl.grading import grade
 {guard}
     problem = Problem("q", "s", "0.5")

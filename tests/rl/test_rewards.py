@@ -10,8 +10,9 @@ import pytest
 
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.rl.rewards import RewardFunction, compute, make_terms, uses_rlt
-from rlt_jax.types import Batch, Problem, Request, Reward, Rollout
+from rlt_jax.types import Batch, Request, Reward, Rollout
 
 SOLUTION = "three plus four is seven"
 NO_BATCH = Batch(None, None, None, None)  # terms of the host do not read it

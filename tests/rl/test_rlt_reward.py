@@ -17,6 +17,7 @@ from rlt_jax.inference.log_probs import packed_log_probs
 from rlt_jax.inference.sampler import decode
 from rlt_jax.inference.spans import mask
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem
 from rlt_jax.rl.rlt_reward import (
     MAPS,
     REDUCTIONS,
@@ -26,7 +27,7 @@ from rlt_jax.rl.rlt_reward import (
     combine,
     ensemble_reward,
 )
-from rlt_jax.types import Batch, Params, Problem, Request, Reward, Rollout, Spans
+from rlt_jax.types import Batch, Params, Request, Reward, Rollout, Spans
 
 WIDTH = 6
 SOLUTION = [-4.0, -1.0, -3.0, -2.0]

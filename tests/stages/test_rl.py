@@ -16,10 +16,10 @@ import pytest
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.training import checkpoint
 from rlt_jax.training.checkpoint import find_model
 from rlt_jax.training.metrics import read_jsonl
-from rlt_jax.types import Problem
 
 Section = Callable[[str], dict[str, Any]]
 RunStage = Callable[[dict[str, Any], Path], Path]

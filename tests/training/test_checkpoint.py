@@ -16,10 +16,11 @@ from rlt_jax.data import pipeline
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem
 from rlt_jax.training import checkpoint
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.state import new_state, state_shardings
-from rlt_jax.types import Params, Problem
+from rlt_jax.types import Params
 
 ARCHITECTURE = {
     "embed_dim": 16,

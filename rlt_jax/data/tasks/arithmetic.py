@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from rlt_jax.errors import UserError, check_choice
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Trace
 
 KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
 CHAIN_LENGTH = 6

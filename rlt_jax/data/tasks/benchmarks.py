@@ -4,9 +4,9 @@ import itertools
 from typing import Any
 
 from rlt_jax.data.boxes import last_box
-from rlt_jax.data.tables import Record, read_records
+from rlt_jax.data.tables import read_records
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem
+from rlt_jax.records import Problem, Record
 
 _HUB = "https://huggingface.co/datasets"
 # Benchmark -> where to download it.

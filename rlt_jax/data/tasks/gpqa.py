@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 
-from rlt_jax.data.tables import Record, read_records
+from rlt_jax.data.tables import read_records
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem
+from rlt_jax.records import Problem, Record
 
 SOURCE = "gpqa_diamond.csv of https://huggingface.co/datasets/Idavidrein/gpqa"
 OPTIONS = ("Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3)))

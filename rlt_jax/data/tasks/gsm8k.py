@@ -7,9 +7,9 @@ explanation; the number is the answer, and in a box the solution.
 import itertools
 import re
 
-from rlt_jax.data.tables import Record, read_records
+from rlt_jax.data.tables import read_records
 from rlt_jax.errors import UserError
-from rlt_jax.types import Problem, Trace
+from rlt_jax.records import Problem, Record, Trace
 
 SOURCE = (
     "train.jsonl and test.jsonl of https://github.com/openai/grade-school-math, or "
