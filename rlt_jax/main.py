@@ -8,7 +8,7 @@ Any value of the config can be set on the command line:
         --config.seed=1 --config.rl.loop.steps=20
 
 Each stage works in <workdir>/<name>/. A stage that is complete is skipped; one that was
-cut off goes on from its last checkpoint. --only=NAME runs one stage alone, afresh if it
+cut off continues from its last checkpoint. --only=NAME runs one stage alone, afresh if it
 was complete (its earlier folder is kept under another name). SIGTERM saves and stops.
 
 On several hosts run it on each; a TPU pod, GKE and Slurm tell the processes about each

@@ -155,7 +155,7 @@ class Scorer:
 
 
 def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
-    """Scores completions; goes on where an earlier run stopped.
+    """Scores completions; continues where an earlier run stopped.
 
     Returns:
       Number of completions and of traces selected, mean rewards of completions and of

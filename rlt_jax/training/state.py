@@ -125,5 +125,5 @@ def check_skipped(metrics: Mapping[str, float], limit: int) -> None:
         raise UserError(
             f"{skipped} updates in a row were skipped, as loss or gradient were not "
             "finite, or the gradient above objective.skip_gradient_norm. Lower "
-            "optimizer.learning_rate; the run goes on from its last checkpoint."
+            "optimizer.learning_rate; the run continues from its last checkpoint."
         )

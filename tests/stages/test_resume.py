@@ -14,8 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rlt_jax.stages import collect, evaluate
+from rlt_jax.records import Record
 from rlt_jax.training import checkpoint, hosts
+from rlt_jax.training import metrics as training_metrics
 from rlt_jax.training.metrics import read_jsonl
 
 Section = Callable[[str], dict[str, Any]]
@@ -148,12 +149,10 @@ def test_training_that_was_killed_after_its_last_step_only_ends(
 
 
 @pytest.mark.parametrize(
-    ("stage", "module", "name"),
-    [("collect", collect, "traces.jsonl"), ("evaluate", evaluate, "samples.jsonl")],
+    ("stage", "name"), [("collect", "traces.jsonl"), ("evaluate", "samples.jsonl")]
 )
-def test_sampling_goes_on_with_the_batch_that_was_cut_off(
+def test_sampling_continues_with_the_batch_that_was_cut_off(
     stage: str,
-    module: Any,
     name: str,
     section: Section,
     run_stage: RunStage,
@@ -167,16 +166,17 @@ def test_sampling_goes_on_with_the_batch_that_was_cut_off(
     (folder / "done.json").unlink()
     # Batches of 4: the second one lacks a line, and another is cut in half.
     (folder / name).write_bytes(b"".join(lines[:6]) + lines[6][:20])
-    written: list[int] = []
+    appended: list[int] = []
 
-    def append(file: Path, rows: list[dict[str, Any]]) -> None:
-        written.append(len(rows))
-        append_jsonl(file, rows)
+    def append(file: Path, records: list[Record]) -> None:
+        if file == folder / name:
+            appended.append(len(records))
+        append_jsonl(file, records)
 
-    append_jsonl = module.append_jsonl
-    monkeypatch.setattr(module, "append_jsonl", append)
+    append_jsonl = training_metrics.append_jsonl
+    monkeypatch.setattr(training_metrics, "append_jsonl", append)
     run_stage(section(stage), tmp_path)
-    assert written == [4, 2]
+    assert appended == [4, 2]
     assert (folder / name).read_bytes() == whole
     assert summary(folder) == results
 

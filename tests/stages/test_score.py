@@ -8,7 +8,8 @@ import ml_collections
 import pytest
 
 from rlt_jax.errors import UserError
-from rlt_jax.stages import run_pipeline, score
+from rlt_jax.stages import run_pipeline
+from rlt_jax.training import metrics
 from rlt_jax.training.metrics import read_jsonl
 
 ROWS = [
@@ -67,20 +68,20 @@ def test_rows_come_in_order_with_all_they_need(
     assert "background: rgba(" in page
 
 
-def test_a_run_that_was_cut_off_goes_on(
+def test_a_run_that_was_cut_off_continues(
     config: ml_collections.ConfigDict,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config.rlt_reward = {"explanation_kl_coef": "auto"}
     run_pipeline(config, tmp_path / "whole")
-    append = score.append_jsonl
+    append = metrics.append_jsonl
 
-    def cut(file: Path, rows: list[dict[str, Any]]) -> None:
-        append(file, rows[:3])
+    def cut(file: Path, records: list[dict[str, Any]]) -> None:
+        append(file, records[:3])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(score, "append_jsonl", cut)
+    monkeypatch.setattr(metrics, "append_jsonl", cut)
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(config, tmp_path / "cut")
     monkeypatch.undo()
