@@ -264,13 +264,14 @@ def make_scorer(
     renderers = [Renderer(teacher[2], template, "teacher")]
     renderers += [Renderer(student[2], template, "student") for student in students]
     groups = sharding.num_groups(mesh)
+    limit = min(BUCKETS[-1], *(m.config.max_length for m in (teacher[0], *models)))
 
     def score(
         given: Sequence[TextCompletion],
         kl_coef: float | None = None,
         per_token: bool = False,
     ) -> list[dict[str, Any]]:
-        packed, first_student = _pack(renderers, given, groups)
+        packed, first_student = _pack(renderers, given, groups, limit)
         batch = sharding.put_rows(packed, mesh)
         batch = log_probs.fill(programs, batch, teacher[1], params)
         coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
@@ -338,19 +339,22 @@ def check_finite(reward: Reward, questions: Sequence[str]) -> None:
 
 
 def _pack(
-    renderers: Sequence[Renderer], given: Sequence[TextCompletion], groups: int
+    renderers: Sequence[Renderer],
+    given: Sequence[TextCompletion],
+    groups: int,
+    limit: int,
 ) -> tuple[Batch, list[Example]]:
     """A batch in the bucket of the longest sequence; the first student's examples.
 
-    The rows of a micro-batch are a multiple of `groups`.
+    The rows of a micro-batch are a multiple of `groups`; `limit` is in tokens.
     """
     problems = [one.trace.problem for one in given]
     policy = examples.text_examples(renderers[0], problems, [one.text for one in given])
     traces = [one.trace for one in given]
     students = [examples.student_examples(r, traces) for r in renderers[1:]]
     longest = max(len(one.tokens) for made in (policy, *students) for one in made)
-    if longest > BUCKETS[-1]:
-        raise UserError(f"a sequence has {longest} tokens, the limit is {BUCKETS[-1]}.")
+    if longest > limit:
+        raise UserError(f"a sequence has {longest} tokens, the limit is {limit}.")
     length = next(bucket for bucket in BUCKETS if bucket >= longest)
     size = max(1, TOKENS_PER_MICRO_BATCH // (length * groups)) * groups
     closed = np.array([one.closed for one in given])

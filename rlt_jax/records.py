@@ -12,7 +12,7 @@ class Problem(NamedTuple):
       question: text of the question.
       solution: text that a student should generate as its solution.
       answer: the text that a grader compares with; None where there is none.
-      grader: name of a grader, one of `rlt_jax.rl.grading.GRADERS`.
+      grader: one of `rlt_jax.rl.grading.GRADERS`, or "module:function".
     """
 
     question: str

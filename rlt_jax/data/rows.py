@@ -9,7 +9,7 @@ import numpy as np
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Example, Renderer
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_minima
 from rlt_jax.records import Trace
 from rlt_jax.types import Batch, Rollout, Spans
 
@@ -25,6 +25,9 @@ class RowShape:
 
     micro_batch_size: int
     row_length: int
+
+    def __post_init__(self) -> None:
+        check_minima("rows", self, micro_batch_size=1, row_length=1)
 
 
 class Renderers(Protocol):
@@ -124,7 +127,7 @@ def pack(rollout: Rollout, run: Renderers) -> Batch:
     The policy's sequences keep the sampled ids. A student's sequence is the canonical
     encoding of its text; explanation tokens of both are aligned on their finest common
     segmentation. An explanation that makes the student's sequence longer than a row (an
-    untrained model samples bytes that are no UTF-8, which grow) counts as empty.
+    untrained model samples bytes that are not valid UTF-8) counts as empty.
 
     Args:
       rollout: E completions, decoded.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError, check_choice, check_minima
 from rlt_jax.inference.decode import CPU_TILES
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
@@ -39,9 +39,7 @@ class EngineConfig:
     weights: str = "model"
 
     def __post_init__(self) -> None:
-        for name in ("slots", "page_size", "steps", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"engine.{name}={getattr(self, name)}: at least 1.")
+        check_minima("engine", self, slots=1, page_size=1, steps=1, prefill_chunk=1)
         if self.prefill_chunk % self.page_size:
             sizes = f"{self.prefill_chunk} is no multiple of page_size={self.page_size}"
             raise UserError(f"engine.prefill_chunk={sizes}.")

@@ -4,6 +4,7 @@ A directory contains config.json and model.safetensors, or shards that are liste
 model.safetensors.index.json. `families.py` has the names of the tensors.
 """
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -30,6 +31,8 @@ from rlt_jax.models.layouts import Index, axis_sizes, read_part, stored_shape, t
 from rlt_jax.models.transformer import init_params
 from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.types import Params
+
+ReadFn = Callable[[Index], np.ndarray]  # reads a part of a stored array
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -64,11 +67,9 @@ def model_type_of(config: ModelConfig) -> str:
       UserError: no family can.
     """
     for model_type in FAMILIES:
-        try:
+        with contextlib.suppress(UserError):
             config_to_json(config, model_type)
-        except UserError:
-            continue
-        return model_type
+            return model_type
     raise UserError(f"model: none of the families {', '.join(FAMILIES)} fits it.")
 
 
@@ -162,16 +163,15 @@ def write_model(
         if unfinished.exists():  # left by an interrupted export
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
-        generation = {}
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), unfinished)
-        if (unfinished / GENERATION).is_file():
-            generation = read_json(unfinished / GENERATION)
+        file = unfinished / GENERATION
+        generation = read_json(file) if file.is_file() else {}
         ids = generation.get("eos_token_id")  # None, an id or a list
         ids = [] if ids is None else np.ravel(ids).tolist()
         stops = sorted({*map(int, stop_ids), *ids})
         generation["eos_token_id"] = content["eos_token_id"] = stops or None
-        write_json(unfinished / GENERATION, generation)
+        write_json(file, generation)
         write_json(unfinished / CONFIG, content)
     _write_tensors(unfinished, config, params, kind, dtype)
     if is_writer:
@@ -199,10 +199,7 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _device_put(
-    shape: tuple[int, ...],
-    sharding: Sharding,
-    dtype: Any,
-    read: Callable[[Index], np.ndarray],
+    shape: tuple[int, ...], sharding: Sharding, dtype: Any, read: ReadFn
 ) -> jax.Array:
     parts: dict[str, np.ndarray] = {}
 
@@ -216,22 +213,15 @@ def _device_put(
 
 
 def _device_put_layers(
-    shape: tuple[int, ...],
-    sharding: Sharding,
-    dtype: Any,
-    reads: list[Callable[[Index], np.ndarray]],
+    shape: tuple[int, ...], sharding: Sharding, dtype: Any, reads: list[ReadFn]
 ) -> jax.Array:
     """Fills a stacked array layer by layer, so the host holds one layer at a time."""
     layer_sharding = sharding
     if isinstance(sharding, NamedSharding):
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    put = jax.jit(
-        # In place; `stack.at[i].set` is a scatter, for which XLA copies the array on CPU.
-        jax.lax.dynamic_update_index_in_dim,
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
+    # In place; `stack.at[i].set` is a scatter, for which XLA copies the array on CPU.
+    update = jax.lax.dynamic_update_index_in_dim
+    put = jax.jit(update, static_argnums=3, donate_argnums=0, out_shardings=sharding)
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     for i, read in enumerate(reads):
         layer = _device_put(shape[1:], layer_sharding, dtype, read)

@@ -48,6 +48,8 @@ def check_gradable(problems: Sequence[Problem]) -> None:
             raise UserError(
                 f"{what} the unknown grader {problem.grader!r}; known are {known}."
             )
+        if problem.grader not in GRADERS:
+            load_function(problem.grader)
 
 
 def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:

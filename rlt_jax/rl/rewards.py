@@ -112,8 +112,8 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
     for name, entry in config.items():
         settings = {"weight": 1.0, **entry}
         weight = settings.pop("weight")
-        if name == "value":
-            raise UserError("reward term 'value': the name of the sum; pick another.")
+        if name in ("value", "reward", "accuracy"):
+            raise UserError(f"reward term {name!r}: a name of results; pick another.")
         if name not in (RLT, *TERMS) and "function" not in settings:
             raise UserError(
                 f"reward term {name!r}: one of {', '.join((RLT, *TERMS))}; or name a "

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlt_jax.data import rows
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_minima
 from rlt_jax.inference import log_probs, sampler
 from rlt_jax.records import Record
 from rlt_jax.rl.rewards import RLT, Term
@@ -38,6 +38,9 @@ class CollectConfig:
     batch_size: int
     samples_per_problem: int = 1
     classify: str = ""
+
+    def __post_init__(self) -> None:
+        check_minima("collect", self, batch_size=1, samples_per_problem=1)
 
 
 SECTIONS = setup.SECTIONS | {

@@ -20,7 +20,7 @@ from rlt_jax.data import examples
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_minima
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampler import in_order
 from rlt_jax.inference.sampling import SamplingConfig
@@ -57,6 +57,7 @@ class EvaluateConfig:
     keep_right: bool = False
 
     def __post_init__(self) -> None:
+        check_minima("evaluate", self, batch_size=1, samples_per_problem=1)
         if self.untagged not in ("wrong", "whole"):
             raise UserError(f"evaluate.untagged={self.untagged!r}: wrong or whole.")
 

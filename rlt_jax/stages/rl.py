@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
       seed: seed of everything random.
 
     Returns:
-      Held-out reward and terms before and after, with standard errors.
+      Weight of the KL, best held-out reward, and held-out results before and after.
     """
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")

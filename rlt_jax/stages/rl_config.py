@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from rlt_jax.data.examples import ROLES
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError, check_choice, check_minima
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,7 @@ class RLConfig:
         if len(self.profile_steps) not in (0, 2):
             raise UserError(f"loop.profile_steps={self.profile_steps}: (first, end).")
         positive = ("steps", "batch_size", "updates_per_rollout", "max_skipped")
-        minima = dict.fromkeys(positive, 1) | {"group_size": 2}
-        for name, least in minima.items():
-            if getattr(self, name) < least:
-                raise UserError(f"loop.{name}={getattr(self, name)}: at least {least}.")
+        positive += ("sample_every", "checkpoint_every")
+        minima = dict.fromkeys(positive, 1) | {"group_size": 2, "evaluate_every": 0}
+        check_minima("loop", self, **minima)
         check_choice("loop.role", self.role, ROLES)

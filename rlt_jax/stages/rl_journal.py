@@ -191,7 +191,7 @@ class Journal:
         shown = slice(min(32, len(self.held_out)))
         self._append(step, "held_out", rollout, reward, shown)
         values = jax.device_get(reward)
-        values = {"reward": values.pop("value"), **values}
+        values["reward"] = values.pop("value")
         answered = all(problem.answer is not None for problem in problems)
         if run.role == "student" and answered:
             values["accuracy"] = rewards.correctness(

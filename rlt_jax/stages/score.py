@@ -22,7 +22,7 @@ from rlt_jax.data.examples import Renderer, student_examples
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_minima
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
@@ -52,6 +52,9 @@ class ScoreConfig:
     per_token: bool = False
     controls: bool = False
     num_examples: int = 10
+
+    def __post_init__(self) -> None:
+        check_minima("score", self, batch_size=1, num_examples=0)
 
 
 PARTS = {

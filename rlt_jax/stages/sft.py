@@ -20,7 +20,7 @@ from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.examples import Example, Renderer
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import load_template
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError, check_choice, check_minima
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Record
@@ -85,6 +85,10 @@ class SFTConfig:
         return RowShape(self.micro_batch_size or self.batch_size, self.row_length)
 
     def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "row_length", "checkpoint_every")
+        others = ("micro_batch_size", "traces_per_question", "evaluate_every")
+        minima = dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)
+        check_minima("sft", self, **minima)
         if self.batch_size % self.shape.micro_batch_size:
             raise UserError(
                 f"sft.micro_batch_size={self.micro_batch_size} does not divide "
@@ -94,10 +98,6 @@ class SFTConfig:
             raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
         check_choice("sft.role", self.role, examples.ROLES)
         check_choice("sft.overlong", self.overlong, selection.OVERLONG)
-        minima = {"steps": 1, "traces_per_question": 0, "evaluate_every": 0}
-        for name, least in minima.items():
-            if getattr(self, name) < least:
-                raise UserError(f"sft.{name}={getattr(self, name)}: at least {least}.")
 
 
 SECTIONS = {

@@ -42,9 +42,8 @@ class LoRAConfig:
         if self.rank < 0:
             raise UserError(f"lora.rank={self.rank}: must be at least 0.")
         if not self.modules or not {*self.modules} <= {*PROJECTIONS}:
-            raise UserError(
-                f"lora.modules={self.modules!r}: must be some of {', '.join(PROJECTIONS)}."
-            )
+            known = ", ".join(PROJECTIONS)
+            raise UserError(f"lora.modules={self.modules!r}: must be some of {known}.")
 
 
 class Tuning(NamedTuple):

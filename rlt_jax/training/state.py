@@ -124,6 +124,6 @@ def check_skipped(metrics: Mapping[str, float], limit: int) -> None:
     if skipped > limit:
         raise UserError(
             f"{skipped} updates in a row were skipped, as loss or gradient were not "
-            "finite, or the gradient above objective.skip_gradient_norm. Lower "
+            "finite, or (in rl) the gradient above objective.skip_gradient_norm. Lower "
             "optimizer.learning_rate; the run continues from its last checkpoint."
         )

@@ -134,7 +134,7 @@ def test_a_users_own_function(mine: str, values_of: Callable[..., np.ndarray]) -
         ({"length": {}}, "'length': missing a required argument: 'budget'"),
         ({"copy": {"budget": 3}}, "'copy': got an unexpected keyword .*'budget'"),
         ({"rlt": {"budget": 3}}, "'rlt': unknown setting 'budget'"),
-        ({"value": {"function": "math:exp"}}, "'value': the name of the sum; pick"),
+        ({"value": {"function": "math:exp"}}, "'value': a name of results; pick"),
         (
             {"x": {"function": "no_such_module:f"}},
             "'no_such_module:f' is not a .*No module",
