@@ -1,5 +1,6 @@
 """Scoring through the public function: students, estimators, packing, tokenizers."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -229,6 +230,20 @@ def test_kl_over_the_vocabulary_by_hand(
     np.testing.assert_allclose(
         record["explanation_kl_tokens"], expected, rtol=2e-3, atol=2e-4
     )
+
+
+def test_more_tokens_than_the_context_of_a_model_are_refused(
+    teacher: Role, student: Role
+) -> None:
+    model, params, tokenizer = student
+    short = Transformer(dataclasses.replace(model.config, max_length=48))
+    students = [(short, params, tokenizer)]
+    fits = rlt_jax.score_explanations(PROBLEMS[:1], [["7"]], teacher, students, "tiny")
+    assert np.isfinite(rewards(fits)).all()
+    with pytest.raises(UserError, match=r"a sequence has \d+ tokens, the limit is 48"):
+        rlt_jax.score_explanations(
+            PROBLEMS[:1], [["7" * 48]], teacher, students, "tiny"
+        )
 
 
 def test_a_nan_names_the_completion(teacher: Role, student: Role) -> None:

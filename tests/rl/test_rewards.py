@@ -134,6 +134,8 @@ def test_a_users_own_function(mine: str, values_of: Callable[..., np.ndarray]) -
         ({"length": {}}, "'length': missing a required argument: 'budget'"),
         ({"copy": {"budget": 3}}, "'copy': got an unexpected keyword .*'budget'"),
         ({"rlt": {"budget": 3}}, "'rlt': unknown setting 'budget'"),
+        ({"reward": {"function": "math:exp"}}, "'reward': a name of results; pick"),
+        ({"accuracy": {"function": "math:exp"}}, "'accuracy': a name of results"),
         ({"value": {"function": "math:exp"}}, "'value': a name of results; pick"),
         (
             {"x": {"function": "no_such_module:f"}},

@@ -252,11 +252,13 @@ def test_a_run_whose_steps_are_all_skipped_stops(
         ({"reward_terms": {"rltt": {}}}, "reward term 'rltt'"),
         (
             {"reward_terms": {"value": {"function": "math:sqrt"}}},
-            "reward term 'value': the name of the sum; pick another",
+            "reward term 'value': a name of results; pick another",
         ),
         ({"loop": {"self_teaching": True}}, "set `students` to \\(\\)"),
         ({"loop": {"role": "both"}}, "loop.role='both'"),
         ({"loop": {"group_size": 1}}, "at least 2"),
+        ({"loop": {"sample_every": 0}}, "loop.sample_every=0: at least 1"),
+        ({"rows": {"micro_batch_size": 0, "row_length": 8}}, "rows.micro_batch_size=0"),
     ],
 )
 def test_contradictions_are_refused(

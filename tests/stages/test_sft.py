@@ -168,6 +168,9 @@ def test_a_mix_with_some_traces_of_each_question(
     [
         ({"overlong": "cut"}, "overlong='cut': one of error, drop, shorter, truncate"),
         ({"traces_per_question": -1}, "sft.traces_per_question=-1: at least 0"),
+        ({"batch_size": 0}, "sft.batch_size=0: at least 1"),
+        ({"micro_batch_size": -1}, "sft.micro_batch_size=-1: at least 0"),
+        ({"checkpoint_every": 0}, "sft.checkpoint_every=0: at least 1"),
         ({"evaluate_every": -1}, "sft.evaluate_every=-1: at least 0"),
         ({"row_length": 16, "overlong": "drop"}, "data, .* none of 40 traces is left"),
         ({"held_out": None}, "sft.evaluate_every needs traces in the section held_out"),
