@@ -111,7 +111,7 @@ def _checked_stage(section: Any, where: str) -> str:
 def _renamed(values: Section) -> tuple[str, str] | None:
     """The first key that an earlier version named otherwise, and its name now."""
     students = values.get("students")
-    if isinstance(students, Mapping) and "combine" in students:
+    if isinstance(students, Mapping) and "path" not in students:
         return "students", "ensemble, and `student` is now `students`"
     for old, new in RENAMED.items():
         part, _, key = old.rpartition(".")
