@@ -16,7 +16,6 @@ other, elsewhere --coordinator_address, --num_processes and --process_id do.
 """
 
 import logging
-import re
 import sys
 import traceback
 
@@ -85,15 +84,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         frames = traceback.extract_tb(error.__traceback__)
         if all(frame.filename != config_path.__file__ for frame in frames):
             raise  # an error in the config file itself keeps its traceback
-        from rlt_jax.stages import RENAMED
+        from rlt_jax.stages import explain_override
 
-        for old, new in RENAMED.items():
-            pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
-            if any(re.match(pattern, argument) for argument in argv):
-                sys.exit(f"rlt_jax: --config: {old} is now called {new}.")
-        reason = error.args[0] if isinstance(error.args[0], LookupError) else error
-        text = " ".join(str(reason.args[0]).split())
-        sys.exit(f"rlt_jax: a --config.KEY=VALUE has a key the config lacks: {text}")
+        sys.exit(f"rlt_jax: a --config.KEY=VALUE {explain_override(argv, error)}")
 
 
 def cli() -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,16 @@ def _renamed(values: Section) -> tuple[str, str] | None:
         if isinstance(section, Mapping) and key in section:
             return old, new
     return None
+
+
+def explain_override(arguments: Sequence[str], error: Exception) -> str:
+    """Why a setting on the command line does not fit the config."""
+    for old, new in RENAMED.items():
+        pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
+        if any(re.match(pattern, argument) for argument in arguments):
+            return f"has an old name: {old} is now called {new}."
+    reason = error.args[0] if isinstance(error.args[0], LookupError) else error
+    return f"has a key the config lacks: {' '.join(str(reason.args[0]).split())}"
 
 
 def _module(stage: str) -> Any:
