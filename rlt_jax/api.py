@@ -261,8 +261,9 @@ def make_scorer(
     replicated = sharding.replicated(mesh)
     values_of_tokens = sharding.jit(of_tokens, mesh, out_shardings=replicated)
     params = [student[1] for student in students]
-    renderers = [Renderer(teacher[2], template, "teacher")]
-    renderers += [Renderer(student[2], template, "student") for student in students]
+    tokenizers = [student[2] for student in students]
+    of_students = examples.student_renderers(tokenizers, template)
+    renderers = [Renderer(teacher[2], template, "teacher"), *of_students]
     groups = sharding.num_groups(mesh)
     limit = min(BUCKETS[-1], *(m.config.max_length for m in (teacher[0], *models)))
 
@@ -351,8 +352,9 @@ def _pack(
     problems = [one.trace.problem for one in given]
     policy = examples.text_examples(renderers[0], problems, [one.text for one in given])
     traces = [one.trace for one in given]
-    students = [examples.student_examples(r, traces) for r in renderers[1:]]
-    longest = max(len(one.tokens) for made in (policy, *students) for one in made)
+    made = {r: examples.student_examples(r, traces) for r in set(renderers[1:])}
+    students = [made[renderer] for renderer in renderers[1:]]
+    longest = max(len(one.tokens) for some in (policy, *students) for one in some)
     if longest > limit:
         raise UserError(f"a sequence has {longest} tokens, the limit is {limit}.")
     length = next(bucket for bucket in BUCKETS if bucket >= longest)

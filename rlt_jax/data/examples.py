@@ -100,6 +100,17 @@ class Renderer:
         return [encoded[i] for i in range(len(turns))]
 
 
+def student_renderers(
+    tokenizers: Sequence[Tokenizer], template: Template
+) -> tuple[Renderer, ...]:
+    """A renderer for every student; one object for those with the same tokenizer."""
+    by_path = {
+        tokenizer.path: Renderer(tokenizer, template, "student")
+        for tokenizer in tokenizers
+    }
+    return tuple(by_path[tokenizer.path] for tokenizer in tokenizers)
+
+
 def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
     """Tokens whose characters lie wholly in [start, end), empty tokens left out."""
     starts, ends = offsets[:, 0], offsets[:, 1]

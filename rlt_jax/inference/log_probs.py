@@ -51,7 +51,6 @@ def compile_programs(
 
     def per_token(model: Transformer, temperature: float) -> Callable:
         program = functools.partial(packed_log_probs, model, temperature)
-
         shardings = sharding.batch_sharding(mesh, 1)
         return sharding.jit(program, mesh, out_shardings=shardings)
 
@@ -116,10 +115,9 @@ def packed_log_probs(
     shape = batch.tokens.shape
     others = [student.policy_explanation for student in batch.students]
     wanted_spans = [batch.completion, batch.explanation, batch.solution, *others]
-    has_spans = any(one is not None for one in wanted_spans)
-    wanted = (
-        spans.on_tokens(shape, *wanted_spans) if has_spans else jnp.ones(shape, bool)
-    )
+    wanted = jnp.ones(shape, bool)
+    if any(one is not None for one in wanted_spans):
+        wanted = spans.on_tokens(shape, *wanted_spans)
 
     def one(m: Array, log_probs: Array) -> Array:
         part = batch.micro_batch(m)

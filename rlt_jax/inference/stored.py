@@ -91,7 +91,6 @@ class StoredSampler(Sampler):
 
     def _records_now(self) -> list[dict[str, Any]]:
         """What the file holds, in every process; process 0 is about to append to it."""
-
         number = hosts.from_first(
             lambda: self.file.read_bytes().count(b"\n") if self.file.is_file() else 0
         )

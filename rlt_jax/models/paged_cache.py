@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models.attention import MASKED, OnlineSoftmax, soft_cap
-from rlt_jax.models.attention_kernels import split_by_hand
+from rlt_jax.models.attention_kernels import pad, split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import Array, PagedCache
 
@@ -183,7 +183,7 @@ def _pagewise(
     query = query.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
 
     block = min(PAGES_PER_BLOCK, cache.table.shape[1])
-    table = jnp.pad(cache.table, ((0, 0), (0, -cache.table.shape[1] % block)))
+    table = pad(cache.table, block)
     C = C * block
 
     def page_block(j: Array, state: OnlineSoftmax) -> OnlineSoftmax:
@@ -267,7 +267,6 @@ def _all_layers(
     The columns of the table are padded to a multiple of `columns`.
     """
     K, L, pages, C, H = cache.keys.shape
-    pad = -cache.table.shape[1] % columns
-    table = jnp.pad(cache.table, ((0, 0), (0, pad))) + layer * pages
+    table = pad(cache.table, columns) + layer * pages
     shape = (K, L * pages, C, H)
     return table, cache.keys.reshape(shape), cache.values.reshape(shape)

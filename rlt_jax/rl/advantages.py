@@ -30,7 +30,6 @@ def fill(
     kept = completion_mask(objective, rewards, batch.finished, group_size)
     weight = LOSSES[objective.loss].weight(lengths, kept, max_new_tokens)
     advantages = ADVANTAGES[objective.advantage](rewards, group_size)
-
     return batch._replace(
         advantages=spans.scatter(advantages, completion, shape),
         inverse_length=spans.scatter(inverse, completion, shape),

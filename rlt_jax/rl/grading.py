@@ -43,13 +43,14 @@ def check_gradable(problems: Sequence[Problem]) -> None:
             raise UserError(
                 f"{what} no `answer`: grading needs an 'answer' for every question."
             )
-        if problem.grader not in GRADERS and ":" not in problem.grader:
+        if problem.grader in GRADERS:
+            continue
+        if ":" not in problem.grader:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
             raise UserError(
                 f"{what} the unknown grader {problem.grader!r}; known are {known}."
             )
-        if problem.grader not in GRADERS:
-            load_function(problem.grader)
+        load_function(problem.grader)
 
 
 def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:

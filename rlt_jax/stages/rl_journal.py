@@ -22,7 +22,7 @@ from rlt_jax.rl import rewards
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
 from rlt_jax.rl.rlt_reward import balanced_kl_coef
 from rlt_jax.stages.rl_config import RLConfig
-from rlt_jax.stages.setup import Run, sample_records
+from rlt_jax.stages.setup import Run, is_due, sample_records
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.lora import Tuning
 from rlt_jax.training.metrics import (
@@ -137,7 +137,7 @@ class Journal:
         metrics |= over_updates(updates) | rollout_metrics(rollout)
         metrics |= _overlong(batch) | memory_metrics()
         metrics |= self._phases(rollout, len(updates))
-        if done == c.steps or (c.evaluate_every and done % c.evaluate_every == 0):
+        if is_due(done, c.evaluate_every, c.steps):
             result = self._evaluate(done)
             self._results["last"] = result
             self._keep_best(done, result["reward"])
@@ -147,7 +147,7 @@ class Journal:
         if step % c.sample_every == 0:
             self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
         stop = hosts.stopping()
-        if done % c.checkpoint_every == 0 or done == c.steps or stop:
+        if is_due(done, c.checkpoint_every, c.steps) or stop:
             # The metrics of all steps before a checkpoint are on disk.
             check_skipped(self._writer.flush(), c.max_skipped)
             data = {"prompts": self.prompts.get_state(), "results": self._results}

@@ -109,10 +109,11 @@ class Scorer:
         """Rows for a batch whose first completion has the index `first`."""
         scored = self.score(batch, self.c.per_token)
         of_controls = self._controls(batch, first) if self.c.controls else {}
+        traces = [completion.trace for completion in batch]
+        students = student_examples(self._renderer, traces)
         rows = []
         for n, completion in enumerate(batch):
             problem, explanation = completion.trace
-            (student,) = student_examples(self._renderer, [completion.trace])
             copied = controls.copied_share(explanation, problem.solution)
             rows.append(
                 {
@@ -125,7 +126,7 @@ class Scorer:
                     **scored[n],
                     **{f"reward_{name}": x[n] for name, x in of_controls.items()},
                     "copied_share": copied,
-                    "student_tokens": len(student.tokens),
+                    "student_tokens": len(students[n].tokens),
                     "provenance": self._origin | {"explanation_kl_coef": self.kl_coef},
                 }
             )

@@ -86,13 +86,9 @@ class Run:
 
     @functools.cached_property
     def student_renderers(self) -> tuple[Renderer, ...]:
-        """Render the sequences of the students, one for each different tokenizer."""
-        tokenizers = {s.tokenizer.path: s.tokenizer for s in self.students}
-        renderers = {
-            path: Renderer(tokenizer, self.template, "student")
-            for path, tokenizer in tokenizers.items()
-        }
-        return tuple(renderers[s.tokenizer.path] for s in self.students)
+        """Render the sequences of the students; see `examples.student_renderers`."""
+        tokenizers = [student.tokenizer for student in self.students]
+        return examples.student_renderers(tokenizers, self.template)
 
     def requests(self, problems: Sequence[Problem], first: int = 0) -> list[Request]:
         """A request for a completion of every problem; ids count from `first`."""
@@ -280,6 +276,11 @@ def check_fit(run: Run, problems: Sequence[Problem]) -> None:
     prompts = [request.prompt for request in run.requests(problems)]
     what = f"{run.role} prompt (rows.row_length - sampling.max_new_tokens)"
     examples.check_lengths(prompts, room, what)
+
+
+def is_due(done: int, every: int, total: int) -> bool:
+    """Whether to do now what is done every so many steps (0: never) and at the end."""
+    return done == total or (every > 0 and done % every == 0)
 
 
 def provenance_of(

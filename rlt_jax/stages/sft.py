@@ -45,8 +45,8 @@ class SFTConfig:
       role: whose sequences are made from the traces, "teacher" or "student".
       steps: optimizer steps.
       batch_size: packed rows per step.
-      micro_batch_size: rows computed at once, over all devices; 0 is all of them.
       row_length: tokens per packed row.
+      micro_batch_size: rows computed at once, over all devices; 0 is all of them.
       overlong: what happens to a trace whose sequence is longer: "error" raises, "drop"
         leaves it out, "shorter" uses another one of the same question that fits, if
         there is one, "truncate" cuts its sequence.
@@ -73,11 +73,6 @@ class SFTConfig:
     keep_checkpoints: int = 1
     max_skipped: int = 5
     profile_steps: Sequence[int] = ()
-
-    def evaluates_after(self, done: int) -> bool:
-        """Whether the held-out loss is due after this many steps."""
-        every = self.evaluate_every
-        return done == self.steps or (every > 0 and done % every == 0)
 
     @property
     def shape(self) -> RowShape:
@@ -171,12 +166,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
                 now = time.monotonic()
                 metrics |= phase_metrics("step", tokens, now - began)
                 began = now
-                if held_out and c.evaluates_after(done):
+                if held_out and setup.is_due(done, c.evaluate_every, c.steps):
                     loss = held_out_loss(learner, state.params, held_out, mesh)
                     metrics["held_out/loss"] = loss
                 check_skipped(writer.write(step, metrics), c.max_skipped)
                 stop = hosts.stopping()
-                if done % c.checkpoint_every == 0 or done == c.steps or stop:
+                if setup.is_due(done, c.checkpoint_every, c.steps) or stop:
                     # The metrics of all steps before a checkpoint are on disk.
                     check_skipped(writer.flush(), c.max_skipped)
                     trees = {"params": tuning.merge(state.params)}

@@ -291,12 +291,8 @@ def restore_latest(
     step = hosts.from_first(manager.latest_step)
     if step is None:
         return None
-    items = {
-        name: ocp.args.StandardRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-        )
-        for name, tree in trees.items()
-    }
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(trees))
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
     args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
     return step, {name: restored[name] for name in trees}, restored["data"]

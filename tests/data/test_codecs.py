@@ -1,7 +1,6 @@
 """Batches, shared prefixes and fast decoding give what one text at a time gives."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,26 +159,6 @@ def dummy_prefix(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         minloglevel=2,
     )
     return load(folder)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_32k(
-    shared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Tokenizer:
-    file = shared / "data" / "tokenizers" / "sentencepiece_32k" / "tokenizer.model"
-    if not file.is_file():
-        pytest.skip("the sentencepiece_32k tokenizer is not there")
-    folder = tmp_path_factory.mktemp("sentencepiece_32k")
-    shutil.copyfile(file, folder / "tokenizer.model")
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def deepseek(shared: Path) -> Tokenizer:
-    folder = shared / "data" / "tokenizers" / "deepseek_r1"
-    if not folder.is_dir():
-        pytest.skip("the deepseek_r1 tokenizer is not there")
-    return load_tokenizer(folder)
 
 
 FILES = ["tokenizer", "deepseek", "sentencepiece_32k", "dummy_prefix"]

@@ -65,26 +65,6 @@ def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_config(folder))
 
 
-@pytest.fixture(scope="module")
-def deepseek(shared: Path) -> Tokenizer:
-    folder = shared / "data" / "tokenizers" / "deepseek_r1"
-    if not folder.is_dir():
-        pytest.skip("the deepseek_r1 tokenizer is not there")
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_32k(
-    shared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Tokenizer:
-    file = shared / "data" / "tokenizers" / "sentencepiece_32k" / "tokenizer.model"
-    if not file.is_file():
-        pytest.skip("the sentencepiece_32k tokenizer is not there")
-    folder = tmp_path_factory.mktemp("sentencepiece_32k")
-    shutil.copyfile(file, folder / "tokenizer.model")
-    return load_tokenizer(write_config(folder))
-
-
 @pytest.fixture(params=["tokenizer", "byte_level", "byte_fallback", "deepseek"])
 def lossless(request: pytest.FixtureRequest) -> Tokenizer:
     """Tokenizers that change no character."""
