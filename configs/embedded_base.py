@@ -71,6 +71,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
         "model": section(ModelSource, path="{workdir}/pretrain"),
         "model_type": "",
         "dtype": "bfloat16",
+        "adapter_base": "",
         "mesh": section(MeshConfig),
     }
     return config

@@ -13,12 +13,14 @@ class Problem(NamedTuple):
       solution: text that a student should generate as its solution.
       answer: the text that a grader compares with; None where there is none.
       grader: one of `rlt_jax.rl.grading.GRADERS`, or "module:function".
+      history: (role, text) of the turns before the question, in a longer conversation.
     """
 
     question: str
     solution: str
     answer: str | None = None
     grader: str = "math"
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Trace(NamedTuple):
@@ -26,3 +28,19 @@ class Trace(NamedTuple):
 
     problem: Problem
     explanation: str
+
+
+def problem_record(problem: Problem) -> Record:
+    """A problem as JSON columns that `data/traces.py` reads."""
+    record = problem._asdict()
+    del record["grader"], record["history"]
+    if problem.history:
+        turns = [*problem.history, ("user", problem.question)]
+        record["prompt"] = [{"role": role, "content": text} for role, text in turns]
+    return record
+
+
+def history_of(record: Record) -> tuple[tuple[str, str], ...]:
+    """The history of a problem in a record that `problem_record` made."""
+    turns = record.get("prompt", ())[:-1]
+    return tuple((turn["role"], turn["content"]) for turn in turns)

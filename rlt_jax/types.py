@@ -115,7 +115,8 @@ class Batch(NamedTuple):
         those at the time of the rollout. None where nothing needs them.
       sampler_log_probs: [M, B, T] float32 as the sampler returned them.
       ref_log_probs: [M, B, T] float32 under the reference.
-      vocabulary_kl: [E, S] float32, KL(policy || student) at each explanation token.
+      vocabulary_kl: [E, S] float32, KL(policy || student) at the first token of each
+        segment of the explanation.
       advantages: [M, B, T] float32, the advantage of each token's completion.
       inverse_length: [M, B, T] float32, 1 / length of the completion on its tokens, else 0.
       loss_weights: [M, B, T] float32, weight of each token's loss in the loss of the batch.

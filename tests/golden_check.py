@@ -69,10 +69,25 @@ class Differences:
         self.close(what, case, ours, theirs, 0.0, 0.0)
 
 
+def solution_of(inputs: dict[str, str]) -> str:
+    """The solution without its tags."""
+    opening, closing = inputs["start_solution_tags"], inputs["end_solution_tags"]
+    return inputs["solutions"].removeprefix(opening).removesuffix(closing)
+
+
 def template_of(inputs: dict[str, str]) -> Template:
     """The template that a case was made with."""
-    system = inputs["prompt"].partition("<|im_start|>system\n")[2]
-    opening = inputs["start_think_teacher_tags"]
+    prompt, opening = inputs["prompt"], inputs["start_think_teacher_tags"]
+    system = prompt.partition("<|im_start|>system\n")[2]
+    # The teacher's turn may have other tags and delimiters around the solution.
+    before, _, pad = prompt.rpartition(opening)
+    turn = before.rpartition("<|im_start|>assistant\n")[2]
+    solution = solution_of(inputs)
+    if solution:
+        start, _, end = turn.rpartition(solution)
+    else:
+        start = inputs["start_solution_tags"]
+        end = turn.removeprefix(start)
     return Template(
         teacher_system=system.partition("<|im_end|>")[0],
         student_system=inputs["student_system_prompts"],
@@ -82,8 +97,11 @@ def template_of(inputs: dict[str, str]) -> Template:
             inputs["end_think_student_tags"],
         ),
         solution_tags=(inputs["start_solution_tags"], inputs["end_solution_tags"]),
-        pad=inputs["masked_out_think_prefix"][len(opening) :],
+        pad=pad,
         delimiter=inputs["think_solution_delimiters"],
+        teacher_delimiter="",
+        teacher_solution_tags=(start, end),
+        thought_prefix=inputs["think_prefixes"],
     )
 
 
@@ -92,9 +110,7 @@ def make_examples(
 ) -> tuple[Example, Example, bool]:
     """Student and teacher sequence, and whether the explanation is closed."""
     template = template_of(inputs)
-    opening, closing = template.solution_tags
-    solution = inputs["solutions"].removeprefix(opening).removesuffix(closing)
-    problem = Problem(inputs["questions"], solution)
+    problem = Problem(inputs["questions"], solution_of(inputs))
     body, closed = template.parse_completion(inputs["completion"])
     (student,) = examples.student_examples(
         Renderer(tokenizer, template, "student"), [Trace(problem, body)]

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 import rlt_jax
-from rlt_jax import api
-from rlt_jax.api import ScoringConfig
+import rlt_jax.scoring
 from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
-from rlt_jax.models.transformer import Transformer
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.convert import write_model
+from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.records import Problem
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
+from rlt_jax.scoring import ScoringConfig
 from rlt_jax.types import Params
 
 PROBLEMS = [
@@ -75,8 +77,8 @@ def test_a_score_does_not_depend_on_the_other_completions(
     together = rlt_jax.score_explanations(
         PROBLEMS, COMPLETIONS, teacher, [student], "tiny"
     )
-    monkeypatch.setattr(api, "TOKENS_PER_MICRO_BATCH", 256)
-    monkeypatch.setattr(api, "BUCKETS", [256])
+    monkeypatch.setattr(rlt_jax.scoring, "TOKENS_PER_MICRO_BATCH", 256)
+    monkeypatch.setattr(rlt_jax.scoring, "BUCKETS", [256])
     alone = [
         rlt_jax.score_explanations([p], [[text]], teacher, [student], "tiny")[0][0]
         for p, texts in zip(PROBLEMS, COMPLETIONS, strict=True)
@@ -215,10 +217,10 @@ def test_kl_over_the_vocabulary_by_hand(
         values -= np.log(np.exp(values).sum(-1, keepdims=True))
         return values[start - 1 : -1]
 
-    chat = student[2].render(tiny.student_messages(problem["question"]))
-    q = log_softmax(student, chat + tiny.thought_tags[0], 0.7)
     asked = Problem("3+4?", "7")
-    prompt = teacher[2].render(tiny.teacher_messages(asked))
+    chat = student[2].render(tiny.messages("student", asked, True))
+    q = log_softmax(student, chat + tiny.thought_tags[0], 0.7)
+    prompt = teacher[2].render(tiny.messages("teacher", asked, True))
     prompt += tiny.teacher_prefix(asked)
     p = log_softmax(teacher, prompt, 0.7)
     if top_k is not None:
@@ -240,7 +242,7 @@ def test_more_tokens_than_the_context_of_a_model_are_refused(
     students = [(short, params, tokenizer)]
     fits = rlt_jax.score_explanations(PROBLEMS[:1], [["7"]], teacher, students, "tiny")
     assert np.isfinite(rewards(fits)).all()
-    with pytest.raises(UserError, match=r"a sequence has \d+ tokens, the limit is 48"):
+    with pytest.raises(UserError, match=r"has \d+ tokens, the context of .* is 48"):
         rlt_jax.score_explanations(
             PROBLEMS[:1], [["7" * 48]], teacher, students, "tiny"
         )
@@ -282,3 +284,35 @@ def test_the_number_of_devices_does_not_matter() -> None:
     np.testing.assert_allclose(
         np.array(one, float), np.array(eight, float), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("estimator", ["full", "top_k"])
+def test_a_kl_over_the_vocabulary_needs_one_tokenizer(
+    teacher: Role, student: Role, estimator: str, tmp_path: Path
+) -> None:
+    shutil.copytree(student[2].path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "added_tokens.json").write_text('{"<more>": 511}')
+    other = rlt_jax.load_tokenizer(tmp_path)
+    config = ScoringConfig(rlt_reward=RLTRewardConfig(kl_estimator=estimator))
+    with pytest.raises(UserError, match="compares whole vocabularies"):
+        rlt_jax.score_explanations(
+            PROBLEMS, COMPLETIONS, teacher, [(*student[:2], other)], "tiny", config
+        )
+
+
+def test_a_model_without_tokenizer_files_is_loaded(tmp_path: Path) -> None:
+    config = ModelConfig(32, 16, 1, 2, 1, 8, 24, max_length=64)
+    params = init_params(config, jax.random.key(0))
+    write_model(tmp_path / "model", config, params, "llama")
+    assert not list((tmp_path / "model").glob("*token*"))
+    model, loaded = rlt_jax.load_model(tmp_path / "model")
+    assert model.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_ids_that_a_model_lacks_are_refused(student: Role) -> None:
+    model, params, _ = student
+    V = model.config.vocab_size
+    for bad in (V, -1):
+        with pytest.raises(UserError, match=f"the model those from 0 to {V - 1}"):
+            rlt_jax.generate(model, params, [[1], [1, bad]], {"max_new_tokens": 1})

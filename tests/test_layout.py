@@ -28,7 +28,8 @@ RANKS = {
     "inference": 4,
     "rl": 5,
     "report": 5,
-    "api": 6,
+    "scoring": 6,
+    "api": 7,
     "stages": 7,
     "main": 8,
 }
@@ -37,7 +38,7 @@ LINES_PER_FILE = 400
 LINES_PER_FUNCTION = 60
 LINES_PER_LOOP = 80  # `run` and `train` of a stage, which read top to bottom
 PARAMETERS = 7
-CODE_LINES = 9_200  # of the package, without docstrings, comments and blank lines
+CODE_LINES = 9_700  # of the package, without docstrings, comments and blank lines
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 

@@ -24,6 +24,7 @@ class Chip(NamedTuple):
         together (ICI, NVLink). A collective over one axis of the torus uses only the
         links of that axis.
       devices: number of JAX devices per chip.
+      sizes: sizes of the available slices, smallest first.
     """
 
     name: str
@@ -32,38 +33,33 @@ class Chip(NamedTuple):
     bandwidth: float
     interconnect: float
     devices: int
+    sizes: tuple[str, ...]
 
 
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_NODE = ("1", "2", "4", "8")
 # Memory that a program can use in GiB, bf16 operations per second in 1e12, HBM and
-# interconnect in 1e9 bytes per second, devices. From docs.cloud.google.com/tpu/docs/<name>
+# interconnect in 1e9 bytes per second, devices, slices. From docs.cloud.google.com/tpu/docs/<name>
 # and www.nvidia.com/en-us/data-center/<name>/ (SXM).
 _FIGURES = {
     # Interconnect: from the published 1.1 PB/s of all-reduce for 4,096 chips; the same
     # ratio gives the published figures of v5e and v6e. A v4 chip is one device at run
     # time and two in the topologies of libtpu.
-    "v4": (15.25, 275, 1200, 1.1e6 / 4096, 2),
+    "v4": (15.25, 275, 1200, 1.1e6 / 4096, 2, _CUBES),
     # Published interconnect bandwidths are for both directions together.
-    "v5e": (15.75, 197, 819, 400 / 2, 1),
+    "v5e": (15.75, 197, 819, 400 / 2, 1, _FLAT),
     # The compiler reports 95.74 GiB, more than the published 95.
-    "v5p": (95.735, 459, 2765, 1200 / 2, 1),
-    "v6e": (31.25, 918, 1600, 800 / 2, 1),
-    "tpu7x": (94.75, 2307, 7380, 1200 / 2, 2),
+    "v5p": (95.735, 459, 2765, 1200 / 2, 1, _CUBES),
+    "v6e": (31.25, 918, 1600, 800 / 2, 1, _FLAT),
+    "tpu7x": (94.75, 2307, 7380, 1200 / 2, 2, _CUBES),
     # 1,979 TFLOP/s are with sparsity, which doubles them.
-    "h100": (0.75 * 80e9 / GIB, 1979 / 2, 3350, 900 / 2, 1),
-    "h200": (0.75 * 141e9 / GIB, 1979 / 2, 4800, 900 / 2, 1),
+    "h100": (0.75 * 80e9 / GIB, 1979 / 2, 3350, 900 / 2, 1, _NODE),
+    "h200": (0.75 * 141e9 / GIB, 1979 / 2, 4800, 900 / 2, 1, _NODE),
 }
 CHIPS = {
-    name: Chip(name, int(gib * GIB), flops * 1e12, hbm * 1e9, links * 1e9, devices)
-    for name, (gib, flops, hbm, links, devices) in _FIGURES.items()
-}
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-_NODE = ("1", "2", "4", "8")
-_SLICES = {
-    **dict.fromkeys(("v5e", "v6e"), _FLAT),
-    **dict.fromkeys(("v4", "v5p", "tpu7x"), _CUBES),
-    **dict.fromkeys(("h100", "h200"), _NODE),
+    name: Chip(name, int(gib * GIB), flops * 1e12, hbm * 1e9, links * 1e9, *others)
+    for name, (gib, flops, hbm, links, *others) in _FIGURES.items()
 }
 
 
@@ -103,4 +99,4 @@ def slices(chip_name: str) -> tuple[str, ...]:
       UserError: an unknown chip.
     """
     chip = chip_of(chip_name)
-    return tuple(f"{chip.name}:{sizes}" for sizes in _SLICES[chip.name])
+    return tuple(f"{chip.name}:{sizes}" for sizes in chip.sizes)

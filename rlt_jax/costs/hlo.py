@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\))?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(
     r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*\n((?:.*\n)*?)\}", re.MULTILINE
@@ -135,10 +135,9 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def _array(dtype: str, sizes: str, layout: str) -> Array:
-    space = re.search(r"S\((\d+)\)", layout)
+def _array(dtype: str, sizes: str, space: str) -> Array:
     shape = tuple(int(size) for size in sizes.split(",") if size)
-    return Array(dtype, shape, int(space[1]) if space else 0)
+    return Array(dtype, shape, int(space or 0))
 
 
 def fused(program: Program, instruction: Instruction) -> Computation | None:
@@ -186,10 +185,9 @@ def total(
                 if count is None:
                     count = trips[depth] if depth < len(trips) else 1
                 costs.update({key: count * cost for key, cost in body.items()})
-            elif line.opcode == "call":
-                costs.update(visit(line.called("to_apply")[0], depth))
-            elif line.opcode == "conditional":
-                branches = [visit(name, depth) for name in line.called(*_BRANCHES)]
+            elif line.opcode in ("call", "conditional"):
+                names = line.called("to_apply", *_BRANCHES)
+                branches = [visit(name, depth) for name in names]
                 costs.update(functools.reduce(operator.or_, branches))
         return costs
 
@@ -223,6 +221,4 @@ def _constant(computation: Computation, name: str) -> int | None:
     instruction = computation.instructions[name]
     while instruction.opcode in ("copy", "bitcast"):
         instruction = computation.operand(instruction, 0)
-    if instruction.opcode != "constant":
-        return None
-    return int(instruction.literal)
+    return int(instruction.literal) if instruction.opcode == "constant" else None

@@ -3,55 +3,56 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
+from rlt_jax.data.token_bytes import Encoding, TokenBytes, concatenate
+from rlt_jax.errors import UserError
 
-class Encoding(NamedTuple):
-    """Token ids and the characters each came from.
-
-    Attributes:
-      ids: [T] int32.
-      offsets: [T, 2] int32, half-open character ranges of the encoded string. Tokens
-        that each hold a part of one character all name that whole character.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
+_PROBE = "Verify 12 offsets: (a+b)*c = 7,\n\nthen go on."
 
 
 class SentencePieceCodec:
     """A SentencePiece `tokenizer.model`.
 
+    Args:
+      file: the model.
+      added: tokens that were added to those of the model, by their ids.
+      limit: added tokens with ids from it on are left out, and never found in a text.
+
     Attributes:
-      added: text of every control piece by its id.
+      left_out: text of every token that was left out.
+      added: text of every control piece and added token by its id.
       separators: those at whose end a text can be split: text after them is encoded
         independently of the text before.
+      bytes: what ids stand for.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, added: Mapping[int, dict], limit: int) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        ids = range(self.size())
+        ids = range(self._model.get_piece_size())
         self._is_byte = np.array([self._model.is_byte(i) for i in ids], bool)
-        self.added = {
+        control = {
             i: self._model.id_to_piece(i) for i in ids if self._model.is_control(i)
         }
-        self.separators = self.added
+        kept = {i: token["content"] for i, token in added.items() if i < limit}
+        self.left_out = [token["content"] for i, token in added.items() if i >= limit]
+        self.added = self.separators = control | kept
+        self._added_ids = {text: i for i, text in self.added.items()}
         longest_first = sorted(self.added.values(), key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._control = re.compile(f"({pattern})")
-
-    def encode(self, text: str) -> Encoding:
-        """Ids and character offsets of the text; no special tokens are added."""
-        return self.encode_batch([text])[0]
+        pieces = [self._piece(i) for i in range(self.size())]
+        self.bytes = TokenBytes(pieces, np.flatnonzero(self._is_byte).tolist())
+        probe = self._model.encode(_PROBE, return_type="offset_mapping")
+        _check_offsets(file, self.bytes, probe["ids"], probe["offsets"])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """The same as `encode` of every text, on several threads."""
+        """Ids and character offsets of texts; no special tokens are added."""
         # SentencePiece never makes control pieces such as </s> from text.
         split = [self._control.split(text) for text in texts]
         between = [part for parts in split for part in parts[::2]]
@@ -61,132 +62,139 @@ class SentencePieceCodec:
     def _join(self, parts: list[str], encoded: Iterator[dict]) -> Encoding:
         """Encoding of the text that the parts make; every other part is a control."""
         encodings = [
-            self._to_encoding(self._encode_control(part) if n % 2 else next(encoded))
+            self._to_encoding(part, self._added(part) if n % 2 else next(encoded))
             for n, part in enumerate(parts)
         ]
         return concatenate(encodings, map(len, parts))
 
-    def _encode_control(self, piece: str) -> dict:
-        return {"ids": [self._model.piece_to_id(piece)], "offsets": [(0, len(piece))]}
+    def _added(self, piece: str) -> dict:
+        return {"ids": [self._added_ids[piece]], "offsets": [(0, len(piece))]}
 
-    def _to_encoding(self, encoded: dict) -> Encoding:
+    def _to_encoding(self, text: str, encoded: dict) -> Encoding:
         ids = np.array(encoded["ids"], np.int32)
         offsets = _to_offsets(encoded["offsets"])
         # SentencePiece gives all of a character that fell apart into byte tokens to the
-        # last of them.
-        empty = offsets[:, 0] == offsets[:, 1]
-        offsets[:, 1] += empty & self._is_byte[ids]
-        return Encoding(ids, offsets)
+        # last of them. Added tokens have ids beyond those of the model.
+        is_byte = self._is_byte[np.minimum(ids, len(self._is_byte) - 1)]
+        offsets[:, 1] += (offsets[:, 0] == offsets[:, 1]) & is_byte
+        return self.bytes.encoding(text, ids, offsets)
 
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that an id in [0, id_limit) stands for, or a part of a character."""
-        piece = self._model.id_to_piece(token)
-        if token in self.added:
-            return piece.encode("utf-8")
+    def _piece(self, token: int) -> bytes:
+        """UTF-8 bytes that an id stands for, or a part of a character."""
+        own = token < len(self._is_byte) and not self._model.is_control(token)
+        piece = self._model.id_to_piece(token) if own else ""
+        if self.added.get(token, piece) != piece or not own:
+            return self.added.get(token, "").encode("utf-8")
         if self._is_byte[token]:
             return bytes([int(piece[3:-1], 16)])
         return piece.replace("\u2581", " ").encode("utf-8")
 
     def token_id(self, token: str) -> int | None:
         """Id of a token's text; None if it is not in the vocabulary."""
+        if token in self._added_ids:
+            return self._added_ids[token]
         token_id = self._model.piece_to_id(token)
         return None if token_id == self._model.unk_id() else token_id
 
     def size(self) -> int:
-        """Number of ids, which have no gaps; none was added to the file's own."""
-        return self._model.get_piece_size()
-
-    base_size = id_limit = size
+        """One more than the largest id."""
+        return max([len(self._is_byte), *(i + 1 for i in self.added)])
 
 
 class FastCodec:
     """A Hugging Face `tokenizer.json`.
 
+    Args:
+      file: the file.
+      added: tokens by their ids that were added later, besides those of the file.
+      limit: added tokens with ids from it on are left out, and never found in a text.
+
     Attributes:
+      left_out: text of every token that was left out.
       added: text of every added token by its id.
       separators: those at whose end a text can be split: text after them is encoded
         independently of the text before.
+      bytes: what ids stand for.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # The file may hold the settings of whoever saved it last.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.added = {token_id: token.content for token_id, token in added.items()}
+    def __init__(self, file: Path, added: Mapping[int, dict], limit: int) -> None:
         spec = json.loads(file.read_text(encoding="utf-8"))
-        self.separators = _separators(spec, added)
-        decoders = _components(spec.get("decoder"), "decoders")
-        self._byte_level = any(part["type"] == "ByteLevel" for part in decoders)
+        # The settings of whoever saved the file last; and special tokens that nobody asks
+        # for here, with trimmed offsets.
+        spec |= {"truncation": None, "padding": None, "post_processor": None}
+        listed = spec.get("added_tokens", [])
+        texts = {token["content"] for token in listed}
+        flags = tokenizers.AddedToken("").__getstate__()
+        later = [flags | token | {"id": i} for i, token in sorted(added.items())]
+        listed += [token for token in later if token["content"] not in texts]
+        spec["added_tokens"] = [token for token in listed if token["id"] < limit]
+        self.left_out = [token["content"] for token in listed if token["id"] >= limit]
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        known = self._tokenizer.get_added_tokens_decoder()
+        self.added = {token_id: token.content for token_id, token in known.items()}
+        self.separators = _separators(spec, known)
+        kinds = {part["type"] for part in _components(spec.get("decoder"), "decoders")}
+        tokens = [self._tokenizer.id_to_token(i) or "" for i in range(self.size())]
+        if "ByteLevel" in kinds:
+            self.bytes = TokenBytes([_bytes_of_characters(token) for token in tokens])
+        else:
+            pieces = [token.replace("\u2581", " ").encode("utf-8") for token in tokens]
+            spelled = [i for i, t in enumerate(tokens) if _BYTE_PIECE.fullmatch(t)]
+            spelled = spelled if "ByteFallback" in kinds else []
+            for i in spelled:
+                pieces[i] = bytes([int(tokens[i][3:-1], 16)])
+            self.bytes = TokenBytes(pieces, spelled, whole_runs=True)
+        self._check_decoder(file, tokens)
+        probe = self._tokenizer.encode(_PROBE, add_special_tokens=False)
+        _check_offsets(file, self.bytes, probe.ids, probe.offsets)
 
-    def encode(self, text: str) -> Encoding:
-        """Ids and character offsets of the text; no special tokens are added."""
-        return self._to_encoding(self._tokenizer.encode(text, add_special_tokens=False))
+    def _check_decoder(self, file: Path, tokens: Sequence[str]) -> None:
+        """Raises UserError where the library's own decoder gives another text."""
+        # Between two letters, as decoders treat the start of a text differently.
+        plain = (i for i, t in enumerate(tokens) if t.isascii() and t.isalnum())
+        ids = np.full(2 * len(tokens) + 1, next(plain, 0))
+        ids[1::2] = np.arange(len(tokens))
+        known = [i for i in ids.tolist() if tokens[i]]
+        text = self._tokenizer.decode(known, skip_special_tokens=False)
+        if text != self.bytes.decode(np.array(known))[0]:
+            raise UserError(
+                f"{file}: its decoder is not supported: ids do not stand for their own "
+                "text. Supported are byte-level tokenizers and those that write spaces as "
+                "U+2581."
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """The same as `encode` of every text, on several threads."""
+        """Ids and character offsets of texts; no special tokens are added."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [self._to_encoding(encoding) for encoding in encoded]
+        return list(map(self._to_encoding, texts, encoded))
 
-    def _to_encoding(self, encoding: tokenizers.Encoding) -> Encoding:
+    def _to_encoding(self, text: str, encoding: tokenizers.Encoding) -> Encoding:
         ids = np.array(encoding.ids, np.int32)
-        return Encoding(ids, _to_offsets(encoding.offsets))
-
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that an id in [0, id_limit) stands for, or a part of a character."""
-        if token in self.added:
-            return self.added[token].encode("utf-8")
-        piece = self._tokenizer.id_to_token(token)
-        if piece is None:
-            return b""
-        if self._byte_level:
-            values = [_BYTE_OF_CHAR.get(char) for char in piece]
-            # A piece outside the byte alphabet stands for itself, as in the library.
-            return piece.encode("utf-8") if None in values else bytes(values)
-        if _BYTE_PIECE.fullmatch(piece):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode("utf-8")
+        return self.bytes.encoding(text, ids, _to_offsets(encoding.offsets))
 
     def token_id(self, token: str) -> int | None:
         """Id of a token's text; None if it is not in the vocabulary."""
         return self._tokenizer.token_to_id(token)
 
     def size(self) -> int:
-        """Number of ids."""
-        return self._tokenizer.get_vocab_size()
-
-    def base_size(self) -> int:
-        """Number of ids without added tokens."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=False)
-
-    def id_limit(self) -> int:
         """One more than the largest id; ids may have gaps."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
 
-# Pre-tokenizers that treat a part of a text the same wherever it is. (Metaspace does
-# unless it adds a space to the first part only.)
-_LOCAL_PRE_TOKENIZERS = {
-    "BertPreTokenizer",
-    "ByteLevel",
-    "CharDelimiterSplit",
-    "Digits",
-    "FixedLength",
-    "Metaspace",
-    "Punctuation",
-    "Split",
-    "UnicodeScripts",
-    "Whitespace",
-    "WhitespaceSplit",
-}
-# Those that change nothing without special tokens, unless they trim offsets.
-_LOCAL_POST_PROCESSORS = {
-    "BertProcessing",
-    "ByteLevel",
-    "RobertaProcessing",
-    "TemplateProcessing",
-}
+def _check_offsets(
+    file: Path, table: TokenBytes, ids: list[int], offsets: list[tuple[int, int]]
+) -> None:
+    """Raises UserError where a library's offsets contradict the bytes of its ids.
+
+    tokenizers 0.19.1 and 0.20.0 return empty offsets for a vocabulary that ignores merges.
+    """
+    own = table.offsets_in(_PROBE, np.array(ids))
+    if own is not None and not np.array_equal(own, _to_offsets(offsets)):
+        raise UserError(
+            f"{file}: the offsets that tokenizers {tokenizers.__version__} or "
+            f"sentencepiece {sentencepiece.__version__} gives are wrong: the explanation "
+            "could not be found among the tokens. Install a newer version."
+        )
 
 
 def _separators(spec: dict, added: dict[int, tokenizers.AddedToken]) -> dict[int, str]:
@@ -197,15 +205,12 @@ def _separators(spec: dict, added: dict[int, tokenizers.AddedToken]) -> dict[int
     are no separators if a token's match depends on its neighbors, or a part's encoding
     on its place in the text.
     """
-    if any(t.lstrip or t.rstrip or t.single_word for t in added.values()):
+    steps = _components(spec.get("pre_tokenizer"), "pretokenizers")
+    # With "first" there is a space before the first part only.
+    if any(step.get("prepend_scheme") == "first" for step in steps) or any(
+        token.lstrip or token.rstrip or token.single_word for token in added.values()
+    ):
         return {}
-    for part in _components(spec.get("pre_tokenizer"), "pretokenizers"):
-        first_only = part.get("prepend_scheme") == "first"
-        if part["type"] not in _LOCAL_PRE_TOKENIZERS or first_only:
-            return {}
-    for part in _components(spec.get("post_processor"), "processors"):
-        if part["type"] not in _LOCAL_POST_PROCESSORS or part.get("trim_offsets"):
-            return {}
     normalizes = bool(_components(spec.get("normalizer"), "normalizers"))
     return {
         token_id: token.content
@@ -243,39 +248,8 @@ _BYTE_OF_CHAR = _byte_alphabet()
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
-def decode_utf8(data: bytes) -> tuple[str, np.ndarray]:
-    """Decodes bytes and says which character each byte belongs to.
-
-    Args:
-      data: any bytes; those that are not UTF-8 become U+FFFD.
-
-    Returns:
-      The text, and int64 [len(data) + 1]: the index of the character of every byte,
-      and the length of the text for the end.
-    """
-    try:
-        text = data.decode("utf-8")
-        starts = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
-        char_of_byte = np.cumsum(starts) - 1
-    except UnicodeDecodeError:
-        text, widths = _decode_invalid(data)
-        char_of_byte = np.repeat(np.arange(len(text)), widths)
-    return text, np.append(char_of_byte, len(text))
-
-
-def _decode_invalid(data: bytes) -> tuple[str, list[int]]:
-    """Text of bytes that are not UTF-8, and the number of bytes of every character."""
-    text = data.decode("utf-8", errors="replace")
-    if len(text.encode("utf-8")) != len(data):  # make every invalid byte a character
-        text = data.decode("utf-8", errors="surrogateescape")
-    widths = [len(char.encode("utf-8", errors="surrogateescape")) for char in text]
-    return re.sub("[\udc80-\udcff]", "\ufffd", text), widths
-
-
-def concatenate(parts: Sequence[Encoding], lengths: Iterable[int]) -> Encoding:
-    """Encoding of a text from those of its parts; lengths are in characters."""
-    starts = itertools.accumulate(lengths, initial=0)
-    offsets = [part.offsets + np.int32(start) for part, start in zip(parts, starts)]
-    return Encoding(
-        np.concatenate([part.ids for part in parts]), np.concatenate(offsets)
-    )
+def _bytes_of_characters(token: str) -> bytes:
+    """Bytes that a token of a byte-level vocabulary stands for."""
+    values = [_BYTE_OF_CHAR.get(char) for char in token]
+    # A token outside the byte alphabet stands for itself, as in the library.
+    return token.encode("utf-8") if None in values else bytes(values)

@@ -1,6 +1,5 @@
 """Control completions, which should get a lower reward than real explanations."""
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,6 +45,9 @@ def controlled(
 def copied_share(explanation: str, solution: str, shortest: int = 12) -> float:
     """Fraction of the solution's characters that the explanation copies.
 
+    Every character counts that is in a match, in whatever order the matches stand. Takes
+    a time in proportion to the lengths of the texts.
+
     Args:
       explanation: text of the explanation.
       solution: text of the solution.
@@ -59,6 +61,12 @@ def copied_share(explanation: str, solution: str, shortest: int = 12) -> float:
         return 0.0
     if solution in explanation:
         return 1.0
-    matcher = difflib.SequenceMatcher(None, explanation, solution, autojunk=False)
-    blocks = [block.size for block in matcher.get_matching_blocks()]
-    return sum(size for size in blocks if size >= shortest) / len(solution)
+    pieces = [solution[i : i + shortest] for i in range(len(solution) - shortest + 1)]
+    windows = (explanation[i : i + shortest] for i in range(len(explanation)))
+    copied = set(pieces).intersection(windows)
+    covered = end = 0
+    for start, piece in enumerate(pieces):
+        if piece in copied:
+            covered += start + shortest - max(start, end)
+            end = start + shortest
+    return covered / len(solution)

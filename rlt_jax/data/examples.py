@@ -9,17 +9,20 @@ the text "<t>3+4=7</t>" tokenised as `<t>`, `3`, `+`, `4`, `=`, `7</`, `t>`, the
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from rlt_jax.data.templates import Template
-from rlt_jax.data.tokenizer import Encoding, Tokenizer
+from rlt_jax.data.token_bytes import Encoding
+from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
 
 ROLES = ("teacher", "student")
+THINK = "<think>"  # ends the prompts of many reasoning models
 
 
 class Span(NamedTuple):
@@ -62,22 +65,42 @@ class Renderer:
       tokenizer: of the model.
       template: system prompts, tags and delimiters.
       role: "teacher", which sees the solution and explains it, or "student".
+      opened: the student's opening tag and the whitespace after it, where the model's chat
+        template ends with them; else "".
+
+    Raises:
+      UserError: the chat template has no place for the system prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: Template, role: str) -> None:
         self.tokenizer, self.template, self.role = tokenizer, template, role
+        places = {"system": True, "user": False, "auto": tokenizer.takes_system}
+        self._as_system = places[template.system_role]
+        if self._as_system and template.system(role) and not tokenizer.takes_system:
+            raise UserError(
+                f"tokenizer {tokenizer.path}: the chat template has no place for the "
+                'system prompt. Set system_role to "auto" in the template.'
+            )
+        tags = map(re.escape, (template.thought_tags[0], THINK))
+        opening = rf"({'|'.join(tags)})\s*\Z"
+        found = re.search(opening, self._chat(Problem("question", "")))
+        is_ours = found and found[1] == template.thought_tags[0] and role == "student"
+        self.opened = found[0] if is_ours else ""
+        # A solution, or other tags, would be in a thought.
+        self._unwanted = found[0] if found and not is_ours else ""
         # A group of completions shares its prompt, and so do all students of a tokenizer.
         self.prompt: Callable[[Problem], tuple[str, Encoding]]
         self.prompt = functools.lru_cache(maxsize=4096)(self._prompt)
 
+    def _chat(self, problem: Problem) -> str:
+        messages = self.template.messages(self.role, problem, self._as_system)
+        return self.tokenizer.render(messages)
+
     def _prompt(self, problem: Problem) -> tuple[str, Encoding]:
         """The chat up to where the model continues: its text, ids and offsets."""
-        template = self.template
+        text = self._chat(problem).removesuffix(self._unwanted)
         if self.role == "teacher":
-            chat = self.tokenizer.render(template.teacher_messages(problem))
-            text = chat + template.teacher_prefix(problem)
-        else:
-            text = self.tokenizer.render(template.student_messages(problem.question))
+            text += self.template.teacher_prefix(problem)
         return text, self.tokenizer.encode(text)
 
     def encode(
@@ -103,12 +126,14 @@ class Renderer:
 def student_renderers(
     tokenizers: Sequence[Tokenizer], template: Template
 ) -> tuple[Renderer, ...]:
-    """A renderer for every student; one object for those with the same tokenizer."""
-    by_path = {
-        tokenizer.path: Renderer(tokenizer, template, "student")
-        for tokenizer in tokenizers
-    }
-    return tuple(by_path[tokenizer.path] for tokenizer in tokenizers)
+    """A renderer for every student; one object for those with the same prompts."""
+
+    def key(tokenizer: Tokenizer) -> Hashable:
+        chat, variables = tokenizer.chat, repr(tokenizer.variables)
+        return tokenizer.path, tokenizer.vocab_size, chat and chat.source, variables
+
+    made = {key(one): Renderer(one, template, "student") for one in tokenizers}
+    return tuple(made[key(one)] for one in tokenizers)
 
 
 def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
@@ -157,18 +182,21 @@ def student_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
 
     `loss_mask` covers the student's whole turn with its end.
     """
-    tokenizer, template = renderer.tokenizer, renderer.template
-    turns = [template.student_turn(trace) for trace in traces]
+    template = renderer.template
+    turns = [template.student_turn(trace, renderer.opened) for trace in traces]
+    end_of_turn = renderer.tokenizer.end_of_turn
     encoded = renderer.encode(
-        [trace.problem for trace in traces], [turn + tokenizer.eos for turn in turns]
+        [trace.problem for trace in traces], [turn + end_of_turn for turn in turns]
     )
     examples = []
     for trace, turn, one in zip(traces, turns, encoded, strict=True):
         prompt, (tokens, offsets) = one
-        start = len(prompt) + len(template.thought_tags[0])
-        end = start + len(template.body(trace.explanation))
-        thought = find_span(offsets, start, end)
-        end = len(prompt) + len(turn) - len(template.solution_tags[1])
+        # From the end: the prompt may hold the opening tag.
+        end = len(prompt) + len(turn)
+        thought_end = end - len(template.after_thought(trace.problem))
+        start = thought_end - len(template.body(trace.explanation))
+        thought = find_span(offsets, start, thought_end)
+        end -= len(template.solution_tags[1])
         solution = find_span(offsets, end - len(trace.problem.solution), end)
         loss_mask = offsets[:, 0] >= len(prompt)
         examples.append(Example(tokens, loss_mask, thought, solution))
@@ -181,15 +209,14 @@ def teacher_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     `loss_mask` covers what the teacher generates: the explanation after its opening tag,
     the closing tag and the end of the turn.
     """
-    tokenizer, template = renderer.tokenizer, renderer.template
-    ending = template.explanation_tags[1] + tokenizer.eos
-    examples = []
-    for trace in traces:
-        body = template.body(trace.explanation)[len(template.pad) :]
-        tokens = tokenizer.encode(body + ending).ids
-        decoded = decode_completion(tokenizer, tokens)
-        examples.append(completion_example(renderer, trace.problem, tokens, *decoded))
-    return examples
+    template = renderer.template
+    bodies = [template.body(trace.explanation) for trace in traces]
+    closing = template.explanation_tags[1]
+    return text_examples(
+        renderer,
+        [trace.problem for trace in traces],
+        [body.removeprefix(template.pad) + closing for body in bodies],
+    )
 
 
 EXAMPLES: dict[str, Callable[[Renderer, Sequence[Trace]], list[Example]]] = {
@@ -237,10 +264,12 @@ def text_examples(
     Prompt and completion are encoded as one text. A missing closing tag is added, so
     that the last token of the explanation is the same as in a closed one.
     """
-    tokenizer, template = renderer.tokenizer, renderer.template
+    template = renderer.template
     parsed = [template.parse_completion(text) for text in completions]
     turns = [
-        text + ("" if closed else template.explanation_tags[1]) + tokenizer.eos
+        text
+        + ("" if closed else template.explanation_tags[1])
+        + renderer.tokenizer.end_of_turn
         for text, (_, closed) in zip(completions, parsed, strict=True)
     ]
     encoded = renderer.encode(problems, turns)

@@ -29,10 +29,7 @@ def file_problems(
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "arithmetic": arithmetic.problems,
     "gsm8k": gsm8k.problems,
-    **{
-        name: functools.partial(benchmarks.problems, name)
-        for name in benchmarks.SOURCES
-    },
+    **{key: functools.partial(benchmarks.problems, key) for key in benchmarks.SOURCES},
     "gpqa": gpqa.problems,
     "file": file_problems,
 }
@@ -101,9 +98,8 @@ def load_sources(
         if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise UserError(f"{where}.share={weight!r}: a number from 0.")
         if weight:
-            loaded.append(
-                Source(where, weight, load_traces(keys, template, seed, where))
-            )
+            traces = load_traces(keys, template, seed, where)
+            loaded.append(Source(where, weight, traces))
     if not loaded:
         raise UserError("data.sources: none has a share above 0.")
     return loaded

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rlt_jax.data.tables import read_records
 from rlt_jax.errors import UserError
-from rlt_jax.records import Problem, Record
+from rlt_jax.records import Problem
 
 
 def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
@@ -19,42 +19,38 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
       UserError: the questions do not match, or they have different numbers of completions
         or none.
     """
-    texts: dict[str, list[str]] = {problem.question.strip(): [] for problem in problems}
-    if len(texts) < len(problems):
+    found: dict[str, list[str]] = {problem.question.strip(): [] for problem in problems}
+    if len(found) < len(problems):
         raise UserError(
             f"predictions are matched by the question, but the {len(problems)} problems "
-            f"have only {len(texts)} distinct questions; remove duplicates."
+            f"have only {len(found)} distinct questions; remove duplicates."
         )
     for where, record in read_records(path):
         question = str(record.get("question")).strip()
-        if question not in texts:
+        if question not in found:
             raise UserError(
                 f"{where}: the data has no question {question[:60]!r}; use the data "
                 "(task, path, limit) that the predictions are for."
             )
-        texts[question] += _completions(where, record)
-    expected = max(map(len, texts.values()))
+        texts = record.get("completions")
+        if texts is None:
+            texts = [record.get("completion")]
+        if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+            raise UserError(
+                f"{where}: needs `completions`, a list of texts, or `completion`, a text."
+            )
+        found[question] += texts
+    expected = max(map(len, found.values()))
     if not expected:
         raise UserError(
             f"{path}: there are no predictions; add one or more texts to `completions` "
             "for every question, or a `completion` to every record."
         )
-    for question, completions in texts.items():
+    for question, completions in found.items():
         if len(completions) < expected:
             raise UserError(
                 f"{path}: {len(completions)} predictions for the question "
                 f"{question[:60]!r}, but {expected} for others; all questions need the "
                 "same number."
             )
-    return list(texts.values())
-
-
-def _completions(where: str, record: Record) -> list[str]:
-    texts = record.get("completions")
-    if texts is None:
-        texts = [record.get("completion")]
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{where}: needs `completions`, a list of texts, or `completion`, a text."
-        )
-    return texts
+    return list(found.values())

@@ -292,7 +292,21 @@ class PackedBatches(Iterator[Batch]):
         """Continues at a position."""
         self._next = state["next"]
 
+    def count_until(self, sequences: int) -> int:
+        """Batches from the start of the stream that hold so many sequences, or more."""
+        counted, count = PackedBatches(self._stream, self._shape, self._num_rows), 0
+        while counted._next < sequences and counted._take()[0]:
+            count += 1
+        return count
+
     def __next__(self) -> Batch:
+        taken, places = self._take()
+        if not taken:
+            raise StopIteration
+        return _supervised(taken, places, self._shape, self._num_rows)
+
+    def _take(self) -> tuple[list[Mapping[str, np.ndarray]], list[tuple[int, int]]]:
+        """The records of the next batch and their places; moves the position."""
         T = self._shape.row_length
         taken: list[Mapping[str, np.ndarray]] = []
         places: list[tuple[int, int]] = []
@@ -314,9 +328,7 @@ class PackedBatches(Iterator[Batch]):
                     filled[row] += used
             taken.append(one)
             self._next += 1
-        if not taken:
-            raise StopIteration
-        return _supervised(taken, places, self._shape, self._num_rows)
+        return taken, places
 
 
 def _supervised(

@@ -19,6 +19,9 @@ OVERLONG = ("error", "drop", "shorter", "truncate")
 class SelectionConfig:
     """Which traces to keep; applied in the order of the attributes.
 
+    Traces whose explanation is not closed are the last to be kept, whatever their reward:
+    `sft` drops them.
+
     Attributes:
       max_tokens: maximum tokens of a trace's student sequence; 0 for no limit.
       best_per_question: traces with the highest reward to keep for each question; 0 for all.
@@ -35,11 +38,19 @@ class SelectionConfig:
 
 
 class Candidate(NamedTuple):
-    """A scored trace: its question, reward, and tokens of its student sequence."""
+    """A scored trace.
+
+    Attributes:
+      question: whatever tells questions apart, such as the text with the answer.
+      reward: its reward.
+      tokens: number of tokens of its student sequence.
+      closed: whether the explanation has its closing tag.
+    """
 
     question: str
     reward: float
     tokens: int
+    closed: bool = True
 
 
 def select(config: SelectionConfig, candidates: Sequence[Candidate]) -> list[int]:
@@ -47,7 +58,7 @@ def select(config: SelectionConfig, candidates: Sequence[Candidate]) -> list[int
     kept = list(range(len(candidates)))
     if config.max_tokens:
         kept = [i for i in kept if candidates[i].tokens <= config.max_tokens]
-    kept.sort(key=lambda i: -candidates[i].reward)
+    kept.sort(key=lambda i: (not candidates[i].closed, -candidates[i].reward))
     if config.best_per_question:
         ranks: dict[str, Iterator[int]] = defaultdict(itertools.count)
         limit = config.best_per_question

@@ -1,13 +1,13 @@
 """Templates: the system prompts, tags and delimiters of teacher and student sequences.
 
-A template is data, read from a JSON file with exactly the fields of `Template`. A solution
-stands between its tags unchanged. So does an explanation, except that its text always
-begins with `pad`, which belongs to the teacher's prompt: with `pad="\\n\\n"`, the plain
-text `x = 5` becomes the body `"\\n\\nx = 5\\n\\n"`.
+A template is data, read from a JSON file with the fields of `Template`. A solution stands
+between its tags unchanged. So does an explanation, except that its text always begins with
+`pad`, which belongs to the teacher's prompt: with `pad="\\n\\n"`, the plain text `x = 5`
+becomes the body `"\\n\\nx = 5\\n\\n"`.
 
-    teacher: chat(teacher_system, q) + <solution> s </solution> + delimiter
+    teacher: chat(teacher_system, q) + <solution> s </solution> + teacher_delimiter
              + <explanation> pad | rest of the explanation + </explanation>
-    student: chat(student_system, q) + <thought> z </thought> + delimiter
+    student: chat(student_system, q) + thought_prefix + <thought> z </thought> + delimiter
              + <solution> s </solution>
 
 Everything left of `|` is the teacher's prompt.
@@ -17,10 +17,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from rlt_jax.errors import UserError
+from rlt_jax.data.chat import Message
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Problem, Trace
+from rlt_jax.settings import build
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
+SYSTEM_ROLES = ("system", "user", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Template:
       solution_tags: opening and closing tag of the solution.
       pad: whitespace between the tags of an explanation or thought and its text.
       delimiter: text between the two tagged parts.
+      teacher_delimiter: the same in the teacher's sequences; None for `delimiter`.
+      teacher_solution_tags: likewise for `solution_tags`.
+      thought_prefix: text before the opening tag of the student's thought.
+      system_role: where system prompts go: "system", a message of their own; "user", in
+        front of the first user's message; "auto", the latter where the model's chat
+        template has no place for a system message (Gemma 2).
     """
 
     teacher_system: str
@@ -44,15 +53,30 @@ class Template:
     solution_tags: tuple[str, str]
     pad: str
     delimiter: str
+    teacher_delimiter: str | None = None
+    teacher_solution_tags: tuple[str, str] | None = None
+    thought_prefix: str = ""
+    system_role: str = "system"
 
     def __post_init__(self) -> None:
-        for name in ("explanation_tags", "thought_tags", "solution_tags"):
+        for name, default in (
+            ("teacher_solution_tags", self.solution_tags),
+            ("teacher_delimiter", self.delimiter),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in (name for name in vars(self) if name.endswith("_tags")):
             tags = getattr(self, name)
             if len(tags) != 2 or not all(isinstance(t, str) and t for t in tags):
                 raise UserError(
                     f"template: {name} is {tags!r}; give an opening and a closing tag."
                 )
             object.__setattr__(self, name, tuple(tags))
+        check_choice("template: system_role", self.system_role, SYSTEM_ROLES)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (str, str | None) and not isinstance(value, str):
+                raise UserError(f"template: {field.name} is {value!r}; give a text.")
 
     def body(self, text: str) -> str:
         """An explanation as it stands between its tags, padded unless it already is."""
@@ -60,27 +84,55 @@ class Template:
             return text
         return self.pad + text + self.pad
 
-    def solution(self, problem: Problem) -> str:
-        """The solution of the problem with its tags."""
-        return problem.solution.join(self.solution_tags)
+    def messages(self, role: str, problem: Problem, as_system: bool) -> list[Message]:
+        """Chat messages of the teacher or the student before its turn.
 
-    def teacher_messages(self, problem: Problem) -> list[dict[str, str]]:
-        """Chat messages of the teacher before its turn."""
-        return _chat(self.teacher_system, problem.question)
+        Args:
+          role: "teacher" or "student".
+          problem: the question, after the turns before it.
+          as_system: whether the system prompt is a message of its own.
+        """
+        turns = [*problem.history, ("user", problem.question)]
+        messages = [{"role": name, "content": text} for name, text in turns]
+        system = self.system(role)
+        if system and as_system:
+            return [{"role": "system", "content": system}, *messages]
+        if system:
+            first = next(m for m in messages if m["role"] == "user")
+            first["content"] = f"{system}\n\n{first['content']}"
+        return messages
 
-    def student_messages(self, question: str) -> list[dict[str, str]]:
-        """Chat messages of the student before its turn."""
-        return _chat(self.student_system, question)
+    def system(self, role: str) -> str:
+        """System prompt of a role."""
+        return self.teacher_system if role == "teacher" else self.student_system
 
     def teacher_prefix(self, problem: Problem) -> str:
         """Start of the teacher's turn that belongs to its prompt."""
+        solution = problem.solution.join(self.teacher_solution_tags)
         opening = self.explanation_tags[0] + self.pad
-        return self.solution(problem) + self.delimiter + opening
+        return solution + self.teacher_delimiter + opening
 
-    def student_turn(self, trace: Trace) -> str:
-        """The student's whole turn: tagged thought, delimiter, tagged solution."""
-        thought = self.body(trace.explanation).join(self.thought_tags)
-        return thought + self.delimiter + self.solution(trace.problem)
+    def student_turn(self, trace: Trace, opened: str = "") -> str:
+        """The student's turn: tagged thought, delimiter, tagged solution.
+
+        Args:
+          trace: problem and explanation.
+          opened: the thought's opening tag and what follows it, where these end the
+            prompt already; "" where the student generates them.
+        """
+        body = self.body(trace.explanation)
+        if opened:
+            space = opened.removeprefix(self.thought_tags[0])
+            shared = [n for n in range(len(space) + 1) if space.endswith(body[:n])]
+            start = body[shared[-1] :]
+        else:
+            start = self.thought_prefix + self.thought_tags[0] + body
+        return start + self.after_thought(trace.problem)
+
+    def after_thought(self, problem: Problem) -> str:
+        """The student's turn from the closing tag of its thought on."""
+        solution = problem.solution.join(self.solution_tags)
+        return self.thought_tags[1] + self.delimiter + solution
 
     def parse_completion(self, completion: str) -> tuple[str, bool]:
         """Body of the explanation in a teacher's completion, and whether it is closed.
@@ -126,15 +178,4 @@ def load_template(name: str) -> Template:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"template {path}: not valid JSON: {error}") from error
-    wanted = {field.name for field in dataclasses.fields(Template)}
-    if not isinstance(fields, dict) or set(fields) != wanted:
-        found = sorted(fields) if isinstance(fields, dict) else fields
-        raise UserError(
-            f"template {path}: the fields must be exactly {sorted(wanted)}, not {found}."
-        )
-    return Template(**fields)
-
-
-def _chat(system: str, question: str) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": system}] if system else []
-    return messages + [{"role": "user", "content": question}]
+    return build(Template, fields, f"template {path}")

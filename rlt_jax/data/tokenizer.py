@@ -1,24 +1,30 @@
 """Tokenizers behind one small interface, with character offsets both ways.
 
 A tokenizer is a directory: `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging
-Face), and `tokenizer_config.json` with the chat template and the special tokens.
+Face), and `tokenizer_config.json` with the special tokens and the chat template.
 """
 
 import datetime
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rlt_jax.data import codecs
-from rlt_jax.data.codecs import Encoding, FastCodec, SentencePieceCodec
+from rlt_jax.data.chat import ChatTemplate, Message, find_template
+from rlt_jax.data.codecs import FastCodec, SentencePieceCodec
+from rlt_jax.data.token_bytes import Encoding, concatenate
 from rlt_jax.errors import UserError
 
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
+NO_LIMIT = 2**31
+# In tokenizer_config.json of a stage's folder; transformers ignores it.
+VARIABLES = "chat_template_kwargs"
+# Tokens of inputs that a language model alone does not read.
+_OTHER_INPUTS = re.compile("image|audio|video|vision|speech", re.IGNORECASE)
 
 
 class Tokenizer:
@@ -26,45 +32,49 @@ class Tokenizer:
 
     Attributes:
       path: directory that the tokenizer was read from.
-      vocab_size: number of ids.
-      base_vocab_size: number of ids without added special tokens.
-      eos_id: id that ends a turn.
-      stop_ids: ids that end a completion: the tokenizer's own and those that the
+      vocab_size: one more than the largest id.
+      eos_id: id of the end of a text.
+      end_of_turn: text that ends an assistant's turn.
+      stop_ids: ids that end a completion: `eos_id`, the end of a turn, and those that the
         model's generation_config.json adds.
+      chat: the chat template, None where the tokenizer has none.
+      variables: the chat template's variables that the run has set.
     """
 
     def __init__(
         self,
         path: Path,
         codec: SentencePieceCodec | FastCodec,
-        config: dict,
+        config: dict[str, Any],
         stop_ids: Iterable[int],
+        chat: ChatTemplate | None = None,
     ) -> None:
-        self.path = path
-        self._codec = codec
+        self.path, self._codec, self.chat = path, codec, chat
+        self.variables: dict[str, Any] = config.get(VARIABLES, {})
         self.vocab_size = codec.size()
-        self.base_vocab_size = codec.base_size()
-        names = ("bos_token", "eos_token", "pad_token")
-        self._special = {name: _token_text(config.get(name)) for name in names}
-        self.eos = self._special["eos_token"]
-        self.eos_id = codec.token_id(self.eos)
+        eos = _token_text(config.get("eos_token"))
+        self.eos_id = codec.token_id(eos)
         if self.eos_id is None:
             raise UserError(
-                f"tokenizer {path}: eos_token {self.eos!r} of tokenizer_config.json is "
-                "not in the vocabulary."
+                f"tokenizer {path}: eos_token {eos!r} of tokenizer_config.json is not in "
+                "the vocabulary."
             )
-        self.stop_ids = tuple(sorted({self.eos_id, *stop_ids}))
-        template = config.get("chat_template")
-        if not template:
+        ending = chat.ending() if chat else ""
+        # A turn ends with the first special token after it, or else with the eos token.
+        tokens = [eos, *(text for text in codec.added.values() if text.strip())]
+        ends = [ending.find(text) + len(text) for text in tokens if text in ending]
+        self.end_of_turn = ending[: min(ends)] if ends else ending.rstrip() + eos
+        last = int(self.encode(self.end_of_turn).ids[-1])
+        if last not in codec.added and last != self.eos_id:
             raise UserError(
-                f"tokenizer {path}: neither tokenizer_config.json nor chat_template.jinja "
-                "has a chat template; add the one the model was trained with."
+                f"tokenizer {path}: eos_token {eos!r} is encoded as several tokens; list it "
+                "among the added tokens."
             )
-        self._chat_template = _compile(template)
+        self.stop_ids = tuple(sorted({self.eos_id, last, *stop_ids}))
 
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of the text; no special tokens are added."""
-        return self._codec.encode(text)
+        return self._codec.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """The same as `encode` of every text, on all cores.
@@ -96,7 +106,7 @@ class Tokenizer:
             return self.encode_batch(whole)
         head = self.encode(prefix[:cut])
         tails = self.encode_batch([text[cut:] for text in whole])
-        joined = [codecs.concatenate([head, tail], [cut]) for tail in tails]
+        joined = [concatenate([head, tail], [cut]) for tail in tails]
         first = self.encode(whole[0])
         if all(map(np.array_equal, joined[0], first)):
             return joined
@@ -147,36 +157,38 @@ class Tokenizer:
         Raises:
           UserError: an id is negative.
         """
-        pieces, lengths = self._bytes_of_ids
         ids = np.asarray(ids, np.int64)
         if len(ids) and ids.min() < 0:
             raise UserError(
                 f"tokenizer {self.path}: cannot decode the negative id {ids.min()} at "
                 f"position {ids.argmin()}. Remove padding before decoding."
             )
-        ids = np.minimum(ids, len(pieces) - 1)
-        ends = np.cumsum(lengths[ids])
-        starts = ends - lengths[ids]
-        text, char_of_byte = codecs.decode_utf8(
-            b"".join([pieces[i] for i in ids.tolist()])
-        )
-        start = char_of_byte[starts]
-        last = char_of_byte[np.maximum(ends - 1, starts)]
-        end = np.where(ends > starts, last + 1, start)
-        return text, np.stack([start, end], axis=-1).astype(np.int32)
+        return self._codec.bytes.decode(ids)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The chat as text, up to where the assistant's turn begins."""
-        return self._chat_template.render(
-            messages=messages, add_generation_prompt=True, tools=None, **self._special
-        )
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat as text, up to where the assistant's turn begins.
+
+        Raises:
+          UserError: there is no chat template, or it refuses the messages.
+        """
+        if self.chat is None:
+            raise UserError(
+                f"tokenizer {self.path}: neither tokenizer_config.json nor "
+                "chat_template.jinja has a chat template. Set model.chat_template to the "
+                "file of the one that the model was trained with, or to 'chatml' for a "
+                "base model."
+            )
+        return self.chat.render(messages)
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """The bytes that each id stands for."""
+        return self._codec.bytes.pieces
 
     @functools.cached_property
-    def _bytes_of_ids(self) -> tuple[list[bytes], np.ndarray]:
-        """Bytes of every id, and how many. The last entry is for unknown ids."""
-        pieces = [self._codec.token_bytes(i) for i in range(self._codec.id_limit())]
-        pieces.append(b"")
-        return pieces, np.array([len(piece) for piece in pieces], np.int64)
+    def takes_system(self) -> bool:
+        """Whether the chat template, if there is one, has a place for a system message."""
+        return self.chat is None or self.chat.takes_system()
 
     @functools.cached_property
     def _added_beginnings(self) -> tuple[str, ...]:
@@ -185,11 +197,26 @@ class Tokenizer:
         return tuple({text[:n] for text in added for n in range(1, len(text))})
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(
+    name: str | Path,
+    chat_template: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: str = "",
+    embeddings: int = NO_LIMIT,
+) -> Tokenizer:
     """Loads a tokenizer directory, or the shipped one by the name "embedded".
 
+    Args:
+      name: the directory.
+      chat_template: a file, a shipped one ("chatml"), or the name of one of several that
+        the tokenizer has; "" for the tokenizer's own.
+      chat_template_kwargs: values of its variables, such as {"enable_thinking": False}.
+      date: ISO date and time that the template's `strftime_now` formats; "" for now.
+      embeddings: number of ids that the model knows.
+
     Raises:
-      UserError: no tokenizer there, or one without end token or chat template.
+      UserError: no tokenizer there, or one without end token, or one with ids that the
+        model lacks.
     """
     path = SHIPPED.get(str(name), Path(name))
     config_file = path / "tokenizer_config.json"
@@ -199,47 +226,92 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             "tokenizer.model or tokenizer.json and tokenizer_config.json, or 'embedded'."
         )
     config = _read_json(config_file)
-    if (path / "chat_template.jinja").is_file():
-        text = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        config["chat_template"] = text
-    generation_file = path / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
-    stop_ids = generation.get("eos_token_id")
-    stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
+    if "added_tokens_decoder" not in config:  # older directories, as in transformers
+        config |= _read_json(path / "special_tokens_map.json")
+    stops = _read_json(path / "generation_config.json").get("eos_token_id")
+    stop_ids = [stops] if isinstance(stops, int) else stops or []
+    codec = _load_codec(path, config, embeddings)
+    _check_ids(path, codec, stop_ids, embeddings)
+    config[VARIABLES] = config.get(VARIABLES, {}) | dict(chat_template_kwargs or {})
+    source = find_template(path, config.get("chat_template"), chat_template)
+    chat = None
+    if source is not None:
+        special = {
+            name: _token_text(token)
+            for name, token in config.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+        variables, when = special | config[VARIABLES], _local_time(date)
+        chat = ChatTemplate(f"tokenizer {path}", source, variables, when)
+    return Tokenizer(path, codec, config, stop_ids, chat)
+
+
+def _local_time(date: str) -> datetime.datetime:
+    """Without a time zone, as templates see it in transformers; "" for now."""
+    try:
+        when = (
+            datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
+        )
+    except ValueError as error:
+        raise UserError(f"model.date: {error}.") from error
+    return when.replace(tzinfo=None)
+
+
+def _load_codec(
+    path: Path, config: dict[str, Any], embeddings: int
+) -> SentencePieceCodec | FastCodec:
+    texts = _read_json(path / "added_tokens.json")
+    added = {i: {"content": text} for text, i in texts.items()}
+    listed = config.get("added_tokens_decoder", {})
+    added |= {int(i): token for i, token in listed.items()}
     if (path / "tokenizer.json").is_file():
-        codec = FastCodec(path / "tokenizer.json")
-    elif (path / "tokenizer.model").is_file():
-        codec = SentencePieceCodec(path / "tokenizer.model")
-    else:
+        return FastCodec(path / "tokenizer.json", added, embeddings)
+    if not (path / "tokenizer.model").is_file():
         raise UserError(
             f"tokenizer {path}: neither tokenizer.json nor tokenizer.model."
         )
-    return Tokenizer(path, codec, config, stop_ids)
+    for token in added.values():
+        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            raise UserError(
+                f"tokenizer {path}: the added token {token['content']!r} takes the "
+                "whitespace around it, which is not supported with tokenizer.model. Save "
+                "the tokenizer as tokenizer.json with transformers."
+            )
+    return SentencePieceCodec(path / "tokenizer.model", added, embeddings)
 
 
-def _read_json(file: Path) -> dict:
+def _check_ids(
+    path: Path,
+    codec: SentencePieceCodec | FastCodec,
+    stop_ids: Sequence[int],
+    embeddings: int,
+) -> None:
+    """Raises UserError for ids without a row in the embedding.
+
+    Tokens of images and the like, which tokenizers of text-only models may have (Gemma
+    3), are no error: the codec leaves them out.
+    """
+    lacking = [text for text in codec.left_out if not _OTHER_INPUTS.search(text)]
+    lacking += [f"id {i} (eos_token_id)" for i in stop_ids if i >= embeddings]
+    if codec.size() > embeddings:
+        lacking.append(f"ids up to {codec.size() - 1}")
+    if lacking:
+        raise UserError(
+            f"tokenizer {path}: the embedding of the model has {embeddings} rows, none for "
+            f"{', '.join(lacking[:8])}. Set model.tokenizer to the tokenizer of the model, "
+            "or resize the model's embedding."
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} if it does not exist."""
+    if not file.is_file():
+        return {}
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not valid JSON: {error}") from error
 
 
-def _token_text(token: str | dict | None) -> str:
+def _token_text(token: str | dict[str, Any] | None) -> str:
     return token["content"] if isinstance(token, dict) else token or ""
-
-
-def _compile(template: str | list[dict[str, str]]) -> jinja2.Template:
-    if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise UserError(f"chat template: {message}")
-
-    def strftime_now(format: str) -> str:
-        return datetime.datetime.now().astimezone().strftime(format)
-
-    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(template, globals=functions)

@@ -1,19 +1,27 @@
 """Problems and traces from JSON Lines, JSON, CSV and Parquet files.
 
-A record has either plain columns or one conversation:
+A record has plain columns, or one conversation in a list of messages:
 
     {"question": q, "solution": s, "reasoning_trace": z, "answer": a}
-    {"conversations": [{"from": "user", "value": q}, {"from": "assistant", "value":
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content":
       <thought> z </thought> delimiter <solution> s </solution>}], "answer": a}
+    {"prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": a}}
 
-`prompt` can be used for `question`, and `role` and `content` for `from` and `value`.
-`reasoning_trace` is required for traces, `answer` is optional. Null values count as
-missing, other columns are ignored, and of a record with a conversation only that and
-`answer` are read. Texts are not changed: in a conversation, they are all that is between
-the tags, including whitespace.
+`prompt` can be a text, too, for `question`. `conversations` can be used for `messages`,
+and `from` and `value` for `role` and `content`. The last user's message is the question,
+turns before it are its history, and system messages are left out, as the template has its
+own. An assistant's last message without any tags is the solution as a whole. Of a record
+whose conversation ends with an assistant's message only that and `answer` are read. In CSV
+files lists and objects are JSON texts.
+
+`reasoning_trace` is required for traces, unless `missing_trace="solution"` says that the
+solution's own working is the explanation; `answer` is optional. Null values count as
+missing, other columns are ignored. Texts are not changed: in a conversation, they are all
+that is between the tags, including whitespace.
 """
 
 import itertools
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -21,20 +29,28 @@ from typing import Any
 
 from rlt_jax.data.tables import read_records, shown
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Problem, Record, Trace
 
+CONVERSATIONS = ("messages", "conversations", "prompt")
 COLUMNS = (
-    *("question", "prompt", "solution", "reasoning_trace", "answer"),
-    *("conversations", "completions", "closed"),
+    *("question", "solution", "reasoning_trace", "answer", "reward_model"),
+    *("completions", "closed", *CONVERSATIONS),
 )
+MISSING = ("error", "solution")
+CLOSED = {True: True, False: False, "true": True, "false": False, "": True, None: True}
 _LOG = logging.getLogger("rlt_jax")
 USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
+ROLES = dict.fromkeys(USER, "user") | dict.fromkeys(ASSISTANT, "assistant")
 
 
 def read_traces(
-    path: str, template: Template, limit: int | None = None, keep_cut_off: bool = False
+    path: str,
+    template: Template,
+    limit: int | None = None,
+    keep_cut_off: bool = False,
+    missing_trace: str = "error",
 ) -> list[Trace]:
     """Reads traces, without those that were cut off (`closed` is false).
 
@@ -43,12 +59,15 @@ def read_traces(
       template: template whose tags separate the parts of a conversation.
       limit: maximum number of records to read.
       keep_cut_off: whether to keep traces that were cut off.
+      missing_trace: what a record without reasoning_trace is: an "error", or a trace whose
+        explanation is the "solution", which then has to show its working.
 
     Raises:
       UserError: see `tables.read_records`; or a record has no question, solution or trace.
     """
+    check_choice("data.missing_trace", missing_trace, MISSING)
     records = list(itertools.islice(read_records(path, columns=COLUMNS), limit))
-    kept = [item for item in records if keep_cut_off or not _was_cut_off(item[1])]
+    kept = [item for item in records if keep_cut_off or not _was_cut_off(*item)]
     if not kept:
         raise UserError(
             f"{path}: all {len(records)} traces were cut off (`closed` is false). Collect "
@@ -60,7 +79,10 @@ def read_traces(
         _LOG.warning(
             "%s: skipped %d of %d traces, which were cut off", path, cut, total
         )
-    return [_trace(where, record, template) for where, record in kept]
+    return [
+        _trace(where, record, template, missing_trace == "solution")
+        for where, record in kept
+    ]
 
 
 def read_problems(
@@ -73,13 +95,8 @@ def read_problems(
     Raises:
       UserError: see `tables.read_records`; or a record has no question or solution.
     """
-    problems = []
-    for where, record in itertools.islice(read_records(path, columns=COLUMNS), limit):
-        answer = _answer(where, record.get("answer"))
-        if record.get("solution") is None and answer is not None:
-            record = record | {"solution": answer}
-        problems.append(_problem(where, record, template))
-    return problems
+    records = itertools.islice(read_records(path, columns=COLUMNS), limit)
+    return [_problem(where, record, template) for where, record in records]
 
 
 def read_completions(
@@ -99,12 +116,12 @@ def read_completions(
       UserError: see `read_problems`; or `completions` is not a list of texts.
     """
     for where, record in read_records(path, columns=COLUMNS):
-        completions = record.get("completions")
+        completions = _parsed(where, record, "completions")
         if completions is None:
             trace = _trace(where, record, template)
             # As in the student sequence: padded, and closed unless it was cut off.
             text = template.body(trace.explanation).removeprefix(template.pad)
-            if not _was_cut_off(record):
+            if not _was_cut_off(where, record):
                 text += template.explanation_tags[1]
             completions = [text]
         if not isinstance(completions, list) or not all(
@@ -117,53 +134,95 @@ def read_completions(
         yield where, _problem(where, record, template), completions
 
 
-def _was_cut_off(record: Record) -> bool:
-    return record.get("closed") is False  # written by `collect`
+def _was_cut_off(where: str, record: Record) -> bool:
+    """Whether `closed`, as `collect` writes it, is false; CSV has it as a text."""
+    closed = record.get("closed")
+    key = closed.strip().lower() if isinstance(closed, str) else closed
+    if isinstance(key, list | dict) or key not in CLOSED:
+        raise UserError(f"{where}: closed is {shown(closed)}; write true or false.")
+    return not CLOSED[key]
 
 
-def _trace(where: str, record: Record, template: Template) -> Trace:
-    if record.get("conversations") is None:
-        explanation = _text(where, record, "reasoning_trace")
-    else:
-        _, reply = _turns(where, record["conversations"])
-        explanation = _body(where, reply, template.thought_tags)
-    return Trace(_problem(where, record, template), explanation)
+def _trace(
+    where: str, record: Record, template: Template, from_solution: bool = False
+) -> Trace:
+    problem = _problem(where, record, template)
+    _, reply = _turns(where, record)
+    tagged = reply is not None and any(tag in reply for tag in template.thought_tags)
+    if not tagged and record.get("reasoning_trace") is None and from_solution:
+        return Trace(problem, problem.solution)
+    if reply is None or not tagged and record.get("reasoning_trace") is not None:
+        return Trace(problem, _text(where, record, "reasoning_trace"))
+    return Trace(problem, _body(where, reply, template.thought_tags))
 
 
 def _problem(where: str, record: Record, template: Template) -> Problem:
-    if record.get("conversations") is None:
-        question = _text(where, record, "question", "prompt")
-        solution = _text(where, record, "solution")
+    turns, reply = _turns(where, record)
+    answer = _answer(where, record)
+    if turns:
+        question = turns[-1][1]
     else:
-        question, reply = _turns(where, record["conversations"])
+        question = _text(where, record, "question", "prompt")
+    if reply is not None:
         # A thought may quote the solution tags, so the search starts after it.
         _, closed, after = reply.partition(template.thought_tags[1])
-        solution = _body(where, after if closed else reply, template.solution_tags)
+        tags = (*template.thought_tags, *template.solution_tags)
+        solution = reply
+        if any(tag in reply for tag in tags):
+            solution = _body(where, after if closed else reply, template.solution_tags)
+    elif record.get("solution") is None and answer is not None:
+        solution = answer
+    else:
+        solution = _text(where, record, "solution")
     if not question.strip():
         raise UserError(f"{where}: the question is empty; remove the record.")
-    return Problem(question, solution, _answer(where, record.get("answer")))
+    return Problem(question, solution, answer, history=tuple(turns[:-1]))
 
 
-def _turns(where: str, turns: Any) -> tuple[str, str]:
-    """The texts of the user's and the assistant's turn."""
+def _turns(where: str, record: Record) -> tuple[list[tuple[str, str]], str | None]:
+    """Turns of a record's conversation: up to the last user's, and the reply to it.
+
+    There are no turns in a record of plain columns, and perhaps no reply.
+    """
+    found = ((name, _parsed(where, record, name)) for name in CONVERSATIONS)
+    name, turns = next(
+        ((n, x) for n, x in found if x is not None and not isinstance(x, str)), ("", [])
+    )
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise UserError(
-            f"{where}: conversations is {shown(turns)}; it must be a list of turns, each "
-            "an object with from and value (or role and content)."
+            f"{where}: {name} is {shown(turns)}; it must be a list of turns, each an "
+            "object with role and content (or from and value)."
         )
-    roles, texts = [], []
+    read = []
     for number, turn in enumerate(turns, 1):
         where_turn = f"{where}, turn {number}"
-        role = _text(where_turn, turn, "from", "role")
+        role = _text(where_turn, turn, "role", "from")
         if role != "system":
-            roles.append(role)
-            texts.append(_text(where_turn, turn, "value", "content"))
-    if len(roles) != 2 or roles[0] not in USER or roles[1] not in ASSISTANT:
+            text = _text(where_turn, turn, "content", "value")
+            read.append((ROLES.get(role, role), text))
+    roles = [role for role, _ in read]
+    reply = read.pop()[1] if roles[-1:] == ["assistant"] else None
+    in_turn = roles == (["user", "assistant"] * len(roles))[: len(roles)]
+    if name and not (read and in_turn):
         raise UserError(
-            f"{where}: the roles in conversations are {roles}; there must be one turn of "
-            f"{' or '.join(USER)}, then one of {' or '.join(ASSISTANT)}."
+            f"{where}: the roles in {name} are {roles}; there must be turns of "
+            f"{' or '.join(USER)} and {' or '.join(ASSISTANT)}, one after the other, the "
+            "user's first."
         )
-    return texts[0], texts[1]
+    return read, reply
+
+
+def _parsed(where: str, record: Record, name: str) -> Any:
+    """The value of a column; JSON in a CSV file, except for a prompt, is parsed."""
+    value = record.get(name)
+    if not isinstance(value, str) or name == "prompt":
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: {name} is {shown(value)}; it must be a list, in a CSV file as JSON."
+        ) from error
 
 
 def _body(where: str, reply: str, tags: tuple[str, str]) -> str:
@@ -188,8 +247,7 @@ def _text(where: str, values: Record, *names: str) -> str:
             f"{where}: {' or '.join(names)} is missing; the keys are "
             f"{', '.join(values) or 'none'}. A record has question (or prompt) and "
             "solution, for traces also reasoning_trace, optionally answer and "
-            "completions; or conversations, turns with from and value (or role and "
-            "content)."
+            "completions; or messages, turns with role and content."
         )
     if not isinstance(values[name], str):
         raise UserError(
@@ -198,7 +256,14 @@ def _text(where: str, values: Record, *names: str) -> str:
     return values[name]
 
 
-def _answer(where: str, answer: Any) -> str | None:
+def _answer(where: str, record: Record) -> str | None:
+    """`answer`, or the ground truth of data sets for RL."""
+    model = record.get("reward_model")
+    if isinstance(model, str):
+        model = _parsed(where, record, "reward_model")
+    answer = record.get("answer")
+    if answer is None and isinstance(model, dict):
+        answer = model.get("ground_truth")
     if answer is None or isinstance(answer, str):
         return answer
     # A bool is an int in Python, and some files have NaN for a missing number.

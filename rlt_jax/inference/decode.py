@@ -6,7 +6,7 @@ the other slots, or on the number of steps per dispatch.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,18 +145,17 @@ def decode(
       The updated cache and slots, and the sampled tokens.
     """
     cache = copy_pages(cache, refill.source, refill.target, refill.copies[0])
-    slots = jax.tree.map(
-        lambda new, old: jnp.where(
-            refill.replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old
-        ),
-        refill.slots,
-        slots,
-    )
+    choose = functools.partial(jax.vmap(jnp.where), refill.replaced)
+    slots = jax.tree.map(choose, refill.slots, slots)
     step_tile = functools.partial(_step, config, params, key)
+    B = len(slots.token)
+    tile = min(config.tile, B)
 
     def step(carry: tuple) -> tuple:
         i, cache, slots, sampled = carry
-        tiled = _split(config.tile, (slots, refill.table))
+        tiled = jax.tree.map(
+            lambda x: x.reshape(B // tile, tile, *x.shape[1:]), (slots, refill.table)
+        )
         cache, outputs = jax.lax.scan(step_tile, cache, tiled)
         slots, new = jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), outputs)
         sampled = jax.tree.map(
@@ -171,24 +170,10 @@ def decode(
             num_active = jax.lax.psum(num_active, shards)
         return (carry[0] < config.num_steps) & (num_active > 0)
 
-    shape = (config.num_steps, len(slots.token))
-    empty = Sampled(
-        jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape, bool),
-    )
+    shape, dtypes = (config.num_steps, B), (jnp.int32, jnp.float32, bool)
+    empty = Sampled(*(jnp.zeros(shape, dtype) for dtype in dtypes))
     carry = (jnp.int32(0), cache, slots, empty)
     return jax.lax.while_loop(keep_decoding, step, carry)[1:]
-
-
-def _split(tile: int, tree: Any) -> Any:
-    """Splits the first axis of arrays [B, ...] into tiles."""
-
-    def split(x: Array) -> Array:
-        size = min(tile, len(x))
-        return x.reshape(len(x) // size, size, *x.shape[1:])
-
-    return jax.tree.map(split, tree)
 
 
 def _step(
@@ -201,15 +186,10 @@ def _step(
     """Samples one token in every active slot of a tile of slots."""
     slots, table = tile
     # Inactive slots write to page 0.
-    table = jnp.where(slots.active[:, None], table, 0)
-    position = jnp.where(slots.active, slots.position, 0)
-    hidden, cache = hidden_states(
-        config.model,
-        params,
-        slots.token[:, None],
-        position[:, None],
-        kv_cache=cache._replace(table=table),
-    )
+    cache = cache._replace(table=jnp.where(slots.active[:, None], table, 0))
+    position = jnp.where(slots.active, slots.position, 0)[:, None]
+    token = slots.token[:, None]
+    hidden, cache = hidden_states(config.model, params, token, position, kv_cache=cache)
     keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(
         slots.request, slots.num_sampled
     )
@@ -218,15 +198,12 @@ def _step(
     num_sampled = slots.num_sampled + 1
     stopped = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
     stopped |= num_sampled >= slots.max_new_tokens
-    seen = slots.seen | (jnp.arange(slots.seen.shape[1]) == token[:, None])
-    new_slots = Slots(
-        token,
-        slots.position + 1,
-        num_sampled,
-        slots.max_new_tokens,
-        slots.request,
-        slots.active & ~stopped,
-        seen,
+    new_slots = slots._replace(
+        token=token,
+        position=slots.position + 1,
+        num_sampled=num_sampled,
+        active=slots.active & ~stopped,
+        seen=slots.seen | (jnp.arange(slots.seen.shape[1]) == token[:, None]),
     )
     sampled = Sampled(token, jnp.where(slots.active, log_prob, 0.0), slots.active)
     return cache._replace(table=jnp.zeros((0, 0), jnp.int32)), (new_slots, sampled)

@@ -53,7 +53,6 @@ class Engine(Sampler):
 
     Attributes:
       layout: sizes of slots and pages.
-      sampling: how tokens are sampled.
       stop_ids: tokens that end a completion.
       find_stop: finds texts that end a completion; None for none.
       tokenizer: decodes completions; None leaves texts out.
@@ -65,7 +64,6 @@ class Engine(Sampler):
     """
 
     layout: Layout
-    sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     find_stop: StopFinder | None
     tokenizer: Tokenizer | None
@@ -94,15 +92,10 @@ class Engine(Sampler):
                 cache = self.prefill(params, cache, *part)
             cache, slots, sampled = self.decode(params, cache, slots, refill, key)
             if under_way is not None:
-                yield self._take(scheduler, *under_way)
+                before, owned = under_way
+                indices, rollout = scheduler.absorb(jax.device_get(before), owned)
+                yield indices, decode_texts(rollout, self.tokenizer)
             under_way = sampled, owners
-
-    def _take(self, scheduler: Scheduler, sampled: Sampled, owners: list) -> Part:
-        """The completions that a dispatch has ended, and how full its slots were."""
-        indices, rollout = scheduler.absorb(jax.device_get(sampled), owners)
-        if self.tokenizer:
-            rollout = decode_texts(rollout, self.tokenizer)
-        return indices, rollout
 
 
 def make_engine(
@@ -135,34 +128,29 @@ def make_engine(
     reader, to_decode, axes = decode_weights(model, config.weights)
     tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
     static = DecodeConfig(reader, sampling, stop_ids, config.steps, tile)
-    steps = functools.partial(decode, static)
 
-    whole, rows, sampled = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
+    whole, rows, tokens = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
     cache = cache_shardings(mesh)
     fill = functools.partial(prefill, reader)
     fill = _split(mesh, fill, (whole, pools, *[rows] * 3), pools)
-    draw = _split(
-        mesh, steps, (whole, pools, rows, rows, whole), (pools, rows, sampled)
-    )
-    on_shards = functools.partial(
-        sharding.jit, mesh=mesh, rules=sharding.DECODING_RULES
-    )
+    draw = functools.partial(decode, static)
+    draw = _split(mesh, draw, (whole, pools, rows, rows, whole), (pools, rows, tokens))
+    jit = functools.partial(sharding.jit, mesh=mesh, rules=sharding.DECODING_RULES)
     by_slot = sharding.batch_sharding(mesh)
     empty = functools.partial(_empty, model, layout)
     # Every host reads all tokens.
     outputs = (cache, by_slot, sharding.replicated(mesh))
     return Engine(
         layout,
-        sampling,
         stop_ids,
         stop_finder(tokenizer, sampling.stop) if tokenizer else None,
         tokenizer,
         prefill_sizes(config),
         jax.jit(empty, out_shardings=(cache, by_slot)),
         jax.jit(to_decode, out_shardings=sharding.decoding_shardings(axes, mesh)),
-        on_shards(fill, donate_argnums=1, out_shardings=cache),
-        on_shards(draw, donate_argnums=(1, 2), out_shardings=outputs),
+        jit(fill, donate_argnums=1, out_shardings=cache),
+        jit(draw, donate_argnums=(1, 2), out_shardings=outputs),
     )
 
 

@@ -69,13 +69,12 @@ def log_probs_and_entropy(
     settings = (model.config, temperature or 1.0, C)
     kernel = head_kernel(model.config, params)
     states = pad(_permuted(hidden, order, back), C)
-    stats = _chunked(settings, kernel, states, pad(targets, C), last)
 
     def about_token(x: Array) -> Array:
         x = jnp.take_along_axis(x[:, :T], back, axis=1)
         return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
 
-    log_probs, entropy = stats
+    log_probs, entropy = _chunked(settings, kernel, states, pad(targets, C), last)
     return about_token(log_probs), about_token(entropy)
 
 
@@ -123,11 +122,8 @@ def _forward(
         weights = jnp.exp(scores - normaliser[..., None])
         entropy = normaliser - jnp.sum(weights * scores, axis=-1)
         new = chosen - normaliser, entropy, normaliser
-        return jax.tree.map(
-            lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * C, 1),
-            found,
-            new,
-        )
+        store = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda all, x: store(all, x, i * C, 1), found, new)
 
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * 3
     log_probs, entropy, normaliser = jax.lax.fori_loop(0, last, one_chunk, zeros)
@@ -137,14 +133,13 @@ def _forward(
 def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
     config, temperature, C = settings
     kernel, hidden, targets, last, normaliser = saved
-    d_log_probs, _ = gradients
 
     def one_chunk(i: Array, found: tuple) -> tuple:
         d_kernel, d_hidden = found
         h = block_of(hidden, i, C)
         logits = head_logits(config, kernel, h)
         weights = jnp.exp(logits / temperature - block_of(normaliser, i, C)[..., None])
-        slope = block_of(d_log_probs, i, C)[..., None] / temperature
+        slope = block_of(gradients[0], i, C)[..., None] / temperature
         if config.final_softcap is not None:
             slope *= 1 - (logits / config.final_softcap) ** 2
         hit = _hits(logits, block_of(targets, i, C))

@@ -39,8 +39,13 @@ class Sampler(Protocol):
         yield range(len(requests)), self.generate(params, requests, key)
 
 
-def decode(rollout: Rollout, tokenizer: Tokenizer) -> Rollout:
-    """The rollout with the texts of its completions, and the offsets of their tokens."""
+def decode(rollout: Rollout, tokenizer: Tokenizer | None) -> Rollout:
+    """The rollout with the texts of its completions, and the offsets of their tokens.
+
+    Without a tokenizer it is unchanged.
+    """
+    if tokenizer is None:
+        return rollout
     decoded = [decode_completion(tokenizer, tokens) for tokens in rollout.tokens]
     return rollout._replace(
         texts=[text for text, _ in decoded], offsets=[offsets for _, offsets in decoded]
@@ -49,17 +54,15 @@ def decode(rollout: Rollout, tokenizer: Tokenizer) -> Rollout:
 
 def join(parts: Iterable[Part]) -> Rollout:
     """One rollout from parts that together hold every request once, in their order."""
-    numbers, rollouts = [], []
-    for indices, rollout in parts:
-        numbers += indices
-        rollouts.append(rollout)
+    parts = list(parts)
+    rollouts = [rollout for _, rollout in parts]
     merged = Rollout(
         **{name: [x for r in rollouts for x in getattr(r, name)] for name in _LISTS},
         finished=np.array([x for r in rollouts for x in r.finished], bool),
         steps_used=sum(rollout.steps_used for rollout in rollouts),
         steps_computed=sum(rollout.steps_computed for rollout in rollouts),
     )
-    return take(merged, np.argsort(numbers))
+    return take(merged, np.argsort([n for numbers, _ in parts for n in numbers]))
 
 
 def take(rollout: Rollout, chosen: Sequence[int]) -> Rollout:

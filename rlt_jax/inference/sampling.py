@@ -48,9 +48,8 @@ class SamplingConfig:
         }
         for name, (valid, allowed) in ranges.items():
             if not valid:
-                raise UserError(
-                    f"sampling.{name}={getattr(self, name)}: must be {allowed}."
-                )
+                value = getattr(self, name)
+                raise UserError(f"sampling.{name}={value}: must be {allowed}.")
         if isinstance(self.stop, str) or "" in self.stop:
             raise UserError(
                 f"sampling.stop={self.stop!r}: must be a list of non-empty strings."
@@ -100,11 +99,9 @@ def _filter(logits: Array, config: SamplingConfig) -> Array:
         logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
     if config.top_p < 1:
         probs = jax.nn.softmax(logits, axis=-1)
-
-        def reaches_top_p(kept: Array) -> Array:
-            return jnp.where(kept, probs, 0.0).sum(-1) >= config.top_p
-
-        cutoff = _threshold(logits, reaches_top_p)
+        cutoff = _threshold(
+            logits, lambda kept: probs.sum(-1, where=kept) >= config.top_p
+        )
         logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
     if config.min_p:
         cutoff = logits.max(-1, keepdims=True) + jnp.log(config.min_p)

@@ -53,3 +53,12 @@ def segment_sums(values: Array, spans: Spans) -> Array:
 def segment_mask(spans: Spans) -> Array:
     """[E, S] bool, which segment numbers occur."""
     return segment_sums(jnp.ones(spans.segment.shape), spans) > 0
+
+
+def segment_starts(spans: Spans) -> Array:
+    """[E, S] int32, flattened place of the first token of each segment; -1 for none."""
+    E, S = spans.segment.shape
+    place = jnp.where(mask(spans), jnp.arange(S), S)
+    example = jnp.arange(E)[:, None]
+    first = jnp.full((E, S), S, jnp.int32).at[example, spans.segment].min(place)
+    return jnp.where(first < S, spans.start[:, None] + first, -1)

@@ -85,9 +85,7 @@ class StoredSampler(Sampler):
             log_probs=[np.array(x["log_probs"], np.float32) for x in found.values()],
             finished=np.array([x["finished"] for x in found.values()], bool),
         )
-        if self.tokenizer:
-            rollout = decode(rollout, self.tokenizer)
-        return list(found), rollout
+        return list(found), decode(rollout, self.tokenizer)
 
     def _records_now(self) -> list[dict[str, Any]]:
         """What the file holds, in every process; process 0 is about to append to it."""

@@ -20,9 +20,15 @@ def vocabulary_kl(
 ) -> Array:
     """KL(policy || student) of the distributions that explanation tokens come from.
 
-    The explanations must have the same tokens in both batches, so policy and student
-    share a vocabulary. Hidden states of the spans are kept, logits only of a chunk at a
-    time.
+    Policy and student have the same tokenizer. Where the sampled tokens of the
+    explanation are not the canonical ones of the student's sequence, distributions are
+    compared at the first token of every segment, where both have read the same text:
+
+        policy  |ab|c|d|    compared at ab and d
+        student |a|bc|d|    compared at a and d
+
+    Embeddings may be padded to different sizes; ids that only one model has are left out.
+    Hidden states of the spans are kept, logits only of a chunk at a time.
 
     Args:
       policy: transformer, and the temperature that divides its logits.
@@ -35,15 +41,16 @@ def vocabulary_kl(
       student_batch: the student's sequences of the same examples.
 
     Returns:
-      [E, S] float32, 0 outside the explanations.
+      [E, S] float32, indexed by segment number; 0 where there is no segment.
     """
     span = student_batch.explanation
-    in_policy = _span_states(
+    in_policy = _states_before(
         policy[0], policy_params, policy_batch, student_batch.policy_explanation
     )
-    in_student = _span_states(student[0], student_params, student_batch, span)
+    in_student = _states_before(student[0], student_params, student_batch, span)
     E, S = span.segment.shape
-    C = max(1, min(E * S, LOGITS_PER_CHUNK // policy[0].config.vocab_size))
+    V = min(policy[0].config.vocab_size, student[0].config.vocab_size)
+    C = max(1, min(E * S, LOGITS_PER_CHUNK // V))
 
     def chunks(x: Array) -> Array:
         flat = x.reshape(E * S, -1)
@@ -51,8 +58,8 @@ def vocabulary_kl(
         return padded.reshape(-1, C, flat.shape[-1])
 
     def one_chunk(states: tuple[Array, Array]) -> Array:
-        p = _log_softmax(policy, policy_params, states[0])
-        q = _log_softmax(student, student_params, states[1])
+        p = _log_softmax(policy, policy_params, states[0], V)
+        q = _log_softmax(student, student_params, states[1], V)
         if top_k is not None:
             p, chosen = jax.lax.top_k(p, top_k)
             q = jnp.take_along_axis(q, chosen, axis=-1)
@@ -60,24 +67,25 @@ def vocabulary_kl(
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
     result = jax.lax.map(one_chunk, (chunks(in_policy), chunks(in_student)))
-    return jnp.where(spans.mask(span), result.reshape(-1)[: E * S].reshape(E, S), 0.0)
+    by_segment = result.reshape(-1)[: E * S].reshape(E, S)
+    return jnp.where(spans.segment_mask(span), by_segment, 0.0)
 
 
-def _span_states(
+def _states_before(
     model: Transformer, params: Params, batch: Batch, span: Spans
 ) -> Array:
-    """Hidden states that predict the span's tokens, [E, S, D]."""
+    """Hidden states that predict the first token of each segment, [E, S, D]."""
     B, T = batch.tokens.shape[1:]
     E, S = span.segment.shape
     # The state before a token is the one that predicts it.
-    before = span.start[:, None] + jnp.arange(S) - 1
+    before = spans.segment_starts(span) - 1
 
     def one(m: Array, states: Array) -> Array:
         part = batch.micro_batch(m)
         hidden, _ = hidden_states(
             model, params, part.tokens, part.positions, part.segment_ids
         )
-        here = (before // (B * T) == m) & spans.mask(span)
+        here = (before // (B * T) == m) & (before >= 0)
         gathered = hidden.reshape(B * T, -1)[before % (B * T)]
         return jnp.where(here[..., None], gathered, states)
 
@@ -86,10 +94,10 @@ def _span_states(
 
 
 def _log_softmax(
-    model: tuple[Transformer, float], params: Params, states: Array
+    model: tuple[Transformer, float], params: Params, states: Array, V: int
 ) -> Array:
     transformer, temperature = model
-    scores = logits(transformer, params, states)
+    scores = logits(transformer, params, states)[:, :V]
     return jax.nn.log_softmax(scores / (temperature or 1.0))
 
 

@@ -1,5 +1,6 @@
 """Weights for decoding: as trained, in bfloat16, or with int8 kernels by qwix."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,12 +44,8 @@ def _int8(model: Transformer) -> DecodeWeights:
         axes = [0, *(axis + 1 for axis in target.how.channelwise_axes)]
         return target.replace(array=qwix.quantize(x, jnp.int8, channelwise_axes=axes))
 
-    def to_int8(params: Params) -> Params:
-        return jax.tree.map(
-            convert,
-            boxed,
-            params,
-            is_leaf=lambda x: isinstance(x, nn.Partitioned) or hasattr(x, "how"),
-        )
+    def is_leaf(x: Any) -> bool:
+        return isinstance(x, nn.Partitioned) or hasattr(x, "how")
 
+    to_int8 = functools.partial(jax.tree.map, convert, boxed, is_leaf=is_leaf)
     return quantized, to_int8, nn.get_partition_spec(boxed)

@@ -64,7 +64,7 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
       UserError: an unknown family, or one that cannot express the config.
     """
     kind = family(model_type)
-    if kind.renamed:
+    if kind.skipped:
         raise UserError(f"model_type {model_type!r} can be read but not exported.")
     content = {"architectures": [kind.architecture], "model_type": model_type}
     content |= {key: getattr(config, field) for field, key in kind.settings.items()}

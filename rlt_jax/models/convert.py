@@ -6,6 +6,7 @@ model.safetensors.index.json. `families.py` has the names of the tensors.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,17 +24,18 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors.numpy import save_file
 
 from rlt_jax.errors import UserError
-from rlt_jax.models import weight_files
+from rlt_jax.models import peft, weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
 from rlt_jax.models.families import FAMILIES, Family, family
 from rlt_jax.models.layouts import Index, axis_sizes, read_part, stored_shape, to_stored
 from rlt_jax.models.transformer import init_params
-from rlt_jax.models.weight_files import read_json, write_json
+from rlt_jax.models.weight_files import bare_name, read_json, write_json
 from rlt_jax.types import Params
 
 ReadFn = Callable[[Index], np.ndarray]  # reads a part of a stored array
 
+_LOG = logging.getLogger("rlt_jax")
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000  # larger models are split into files of this size
@@ -49,6 +51,8 @@ TOKENIZER_FILES = (  # glob patterns
 def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
     """The configuration of the model in a directory, from its config.json.
 
+    Embedding and head count as tied only if the weight files have no other head.
+
     Args:
       path: model directory.
       **overrides: fields of ModelConfig to replace, such as dtype and remat.
@@ -56,7 +60,16 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
     Raises:
       UserError: no config.json, an unknown family or an unsupported setting.
     """
-    config = config_from_json(read_json(Path(path) / CONFIG))
+    content = read_json(Path(path) / CONFIG)
+    config = config_from_json(content)
+    kind = family(content.get("model_type"))
+    if config.tie_embeddings and weight_files.has_own_head(Path(path), kind):
+        _LOG.warning(
+            "model %s: config.json says tie_word_embeddings, but the weight files have a "
+            "head that differs from the embedding; it is used",
+            path,
+        )
+        config = dataclasses.replace(config, tie_embeddings=False)
     return dataclasses.replace(config, **overrides)
 
 
@@ -78,6 +91,7 @@ def read_params(
     config: ModelConfig,
     shardings: Any = None,
     dtype: Any = jnp.float32,
+    adapter: Path | None = None,
 ) -> Params:
     """Reads the weights of a model directory into device arrays.
 
@@ -89,6 +103,7 @@ def read_params(
       config: configuration of the model, from `read_config`.
       shardings: tree of Shardings like the parameters; by default the first device.
       dtype: dtype of the parameters, which may differ from that of the files.
+      adapter: folder of a PEFT adapter, which is added to the weights; None for none.
 
     Returns:
       Parameters with the tree and shapes of `init_params`, in `dtype`.
@@ -106,23 +121,25 @@ def read_params(
     sizes = axis_sizes(config)
     stored = weight_files.find_tensors(path, kind)
     # Some files have a tied head in addition to the embedding.
-    optional = {kind.tensors["output"].name}
+    optional = {bare_name(kind.tensors["output"].name)}
     expected = {
-        stored_name: stored_shape(kind.tensors[name], sizes)
+        bare_name(stored_name): stored_shape(kind.tensors[name], sizes)
         for stored_name, (name, _) in _stored_names(config, kind).items()
     }
     weight_files.check_tensors(path, stored, expected, optional)
+    if adapter is not None:
+        stored = peft.adapt(adapter, stored)
     params = {}
-    for name, shape in shapes.items():
-        tensor = kind.tensors[name]
+    for leaf, shape in shapes.items():
+        tensor = kind.tensors[leaf]
         reads = [
-            partial(read_part, stored[stored_name], tensor, sizes, dtype)
-            for stored_name in tensor.names(config.num_layers)
+            partial(read_part, stored[bare_name(name)], tensor, sizes, dtype)
+            for name in tensor.names(config.num_layers)
         ]
         if tensor.stacked:
-            params[name] = _device_put_layers(shape, shardings[name], dtype, reads)
+            params[leaf] = _device_put_layers(shape, shardings[leaf], dtype, reads)
         else:
-            params[name] = _device_put(shape, shardings[name], dtype, *reads)
+            params[leaf] = _device_put(shape, shardings[leaf], dtype, *reads)
     return traverse_util.unflatten_dict(params, sep="/")
 
 

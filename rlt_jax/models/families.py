@@ -1,7 +1,6 @@
 """Names of tensors and config.json keys of each model family, one entry of `FAMILIES`."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rlt_jax.errors import UserError
@@ -19,8 +18,8 @@ class Family(NamedTuple):
       defaults: values of keys that a config.json may omit.
       windowed: whether a layer is windowed when config.json has no `layer_types`; None
         if the family has no windowed layers.
-      renamed: prefix of a stored name -> its replacement, or None to skip the tensor;
-        for multimodal models, whose language model is read.
+      skipped: beginnings of bare names of tensors that are not read; of multimodal models
+        only the language model is.
     """
 
     architecture: str
@@ -29,7 +28,7 @@ class Family(NamedTuple):
     fixed: dict[str, Any]
     defaults: dict[str, Any]
     windowed: Callable[[Mapping[str, Any], int], bool] | None = None
-    renamed: Mapping[str, str | None] = MappingProxyType({})
+    skipped: tuple[str, ...] = ()
 
 
 # Projection -> its name in a layer, and the layouts of its outputs and inputs.
@@ -178,10 +177,7 @@ FAMILIES = {
     "qwen3": _QWEN3,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
-    "gemma3": _GEMMA3._replace(
-        renamed=dict.fromkeys(("vision_tower.", "multi_modal_projector."))
-        | {"language_model.": ""}
-    ),
+    "gemma3": _GEMMA3._replace(skipped=("vision_tower.", "multi_modal_projector.")),
 }
 
 

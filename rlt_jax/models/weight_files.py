@@ -1,6 +1,7 @@
 """The weight files of a model directory in Hugging Face format."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ from rlt_jax.models.families import Family
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+# What libraries put around a language model, in front of the names of its tensors.
+_WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|model|language_model)\.)*")
+_FREQUENCIES = "rotary_emb.inv_freq"
+_ROWS = 4096  # read at once to compare two tensors
 
 
 class StoredTensor(NamedTuple):
@@ -38,10 +43,10 @@ class StoredTensor(NamedTuple):
 
 
 def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
-    """The tensors of all weight files, by their names in the family.
+    """The tensors of all weight files, by their bare names.
 
     Raises:
-      UserError: a file is missing or truncated.
+      UserError: a file is missing or truncated, or has two tensors of one bare name.
     """
     if (path / WEIGHTS).is_file():
         files = [WEIGHTS]
@@ -51,14 +56,41 @@ def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
         raise UserError(f"model {path}: it has neither {WEIGHTS} nor {INDEX}.")
     stored = {}
     for file in files:
-        with _open(path, file) as opened:
+        with open_safetensors(path, file) as opened:
             for name in list(opened.keys()):
+                bare = bare_name(name)
+                # Old files also have the RoPE frequencies.
+                if bare.startswith(kind.skipped) or bare.endswith(_FREQUENCIES):
+                    continue
+                if bare in stored:
+                    raise UserError(
+                        f"model {path}: {stored[bare].name} and {name} in the weight "
+                        "files are the same tensor of the model; remove one of them."
+                    )
                 tensor = opened.get_slice(name)
-                stored[_family_name(name, kind)] = StoredTensor(
+                stored[bare] = StoredTensor(
                     path / file, name, tensor.get_shape(), tensor.get_dtype()
                 )
-    stored.pop(None, None)  # tensors that are not read
     return stored
+
+
+def bare_name(name: str) -> str:
+    """The name of a tensor without what it is wrapped in: "layers.0.mlp.up_proj.weight"."""
+    return name[_WRAPPERS.match(name).end() :]
+
+
+def has_own_head(path: Path, kind: Family) -> bool:
+    """Whether the weight files have a head that differs from the embedding."""
+    if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
+        return False
+    stored = find_tensors(path, kind)
+    names = (bare_name(kind.tensors[key].name) for key in ("output", "embedding"))
+    head, embedding = (stored.get(name) for name in names)
+    if head is None or embedding is None or head.shape != embedding.shape:
+        return False
+    size = head.shape[0]
+    parts = (slice(n, min(n + _ROWS, size)) for n in range(0, size, _ROWS))
+    return not all(np.array_equal(head[part,], embedding[part,]) for part in parts)
 
 
 def check_tensors(
@@ -112,7 +144,8 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def _open(path: Path, file: str) -> safe_open:
+def open_safetensors(path: Path, file: str) -> safe_open:
+    """Opens a file; raises UserError if it is missing or damaged."""
     try:
         return safe_open(path / file, "numpy")
     except (FileNotFoundError, SafetensorError) as error:
@@ -122,13 +155,3 @@ def _open(path: Path, file: str) -> safe_open:
         raise UserError(
             f"model {path}: {file} is {what}; download it again."
         ) from error
-
-
-def _family_name(name: str, kind: Family) -> str | None:
-    """The name of a stored tensor in the family; None if the tensor is not read."""
-    for prefix, replacement in kind.renamed.items():
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            return None if replacement is None else replacement + rest
-    # Old files also have the RoPE frequencies.
-    return None if name.endswith("rotary_emb.inv_freq") else name

@@ -2,7 +2,7 @@
 
 The functions of `ADVANTAGES` take rewards [E] float32, whose groups are consecutive, and
 the group size R of at least 2, and return advantages [E] float32. Equal rewards have
-advantage 0.
+exactly the advantage 0.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,8 @@ def group_advantages(rewards: Array, group_size: int) -> Array:
 
     GRPO (arXiv 2402.03300, section 4.1.2).
     """
-    groups = rewards.reshape(-1, group_size)
-    centred = groups - groups.mean(axis=1, keepdims=True)
-    std = masked.std(groups, jnp.ones(groups.shape, bool))[:, None]
+    centred = centred_advantages(rewards, group_size).reshape(-1, group_size)
+    std = masked.std(centred, jnp.ones(centred.shape, bool))[:, None]
     return (centred / (std + 1e-4)).reshape(-1)
 
 
@@ -31,6 +30,8 @@ def centred_advantages(rewards: Array, group_size: int) -> Array:
     that are nearly all right or all wrong weigh no more than others.
     """
     groups = rewards.reshape(-1, group_size)
+    # The mean of equal numbers is rounded, their differences are exact.
+    groups = groups - groups[:, :1]
     return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
 
 

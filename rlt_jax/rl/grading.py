@@ -73,7 +73,7 @@ def _math(prediction: str, answer: str) -> Verdict | Pair:
 
 # LaTeX around a letter.
 _MARKUP = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+)\b|[{}$\\]")
-_IS = r"(?:is|was|would be|should be|must be)"
+_IS = r"(?:is|was|would be|should be|must be|has to be)"
 _GOOD = r"(?:correct|right|best|true)\b"
 # "A" and "I" are words, too: after them the sentence or the clause has to end.
 _ENDS = (
@@ -81,22 +81,23 @@ _ENDS = (
     r"[ \t]+(?:because|since|as|is|which|due)\b)"
 )
 _LETTER = rf"\(?(?:\b([B-HJ])\b(?!-\w)|\b([AI]){_ENDS})"
-_ADVERB = r"(?:(?:\w+ly|therefore|thus|hence|then)\s+)?"
+_ADVERB = r"(?:(?:\w+ly|therefore|thus|hence|then|indeed|in fact|of course)[\s,:*]+)?"
 _OPTION = r"(?i:(?:the\s+)?(?:option|choice)\b)"
 # In order of preference; the first match counts that the text does not deny.
 _LETTERS = (
     r"\A\W*([A-Ja-j])\W*\Z",  # nothing else
     rf"(?i:\banswer(?:\W*\b{_IS}\b|\**\s*[:=]))\W*{_ADVERB}(?:{_OPTION}\W*)?{_LETTER}",
     rf"\b{_OPTION}(?i:\W*\b{_IS}\b|\**\s*[:=])\W*{_LETTER}",
-    rf"\b(?i:pick|choose|select)\W+(?:{_OPTION}\W*)?{_LETTER}",
-    rf"{_LETTER}\)?\s+{_IS}\s+{_ADVERB}(?:the\s+)?{_GOOD}",
+    rf"\b(?i:pick|choose|select|go\s+with)\W+(?:{_OPTION}\W*)?{_LETTER}",
+    rf"{_LETTER}\)?\s+{_IS}\s+{_ADVERB}(?:(?:the|my|only)\s+)*(?:{_GOOD}|answer\b)",
+    rf"\b(?i:so|therefore|thus|hence|it(?:\s+{_IS}|['’]s))\W+{_LETTER}\W*\Z",
     rf"(?i:\banswer\b)\W*{_LETTER}|\b{_OPTION}\W*(?:\(?\b(A)\b|{_LETTER})",
     rf"\A\W*{_LETTER}\W*(?:\*\*|\b(?:because|since|as|due)\b)",
     r"\A[\s*]*([A-J])[).:](?=[\s*]|\Z)",  # a line of the list, repeated
     r"\(([A-J])\)(?!(?s:.*)\([A-J]\))",  # the last in brackets
     r"\(([A-J])\)",
 )
-_NO = r"(?:incorrect|wrong|false|impossible|excluded|eliminated|ruled out|out)"
+_NO = r"(?:incorrect|wrong|false|(?:im|not )possible|excluded|eliminated|ruled out|out)"
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|neither|nor|than|over|wrong|incorrect|false)|n['’]t)"
     rf"[ \t]+(?:(?:be|the|an?|final|{_GOOD})\s+)*\(?\Z",
@@ -104,7 +105,8 @@ _DENIED_BEFORE = re.compile(
 )
 _DENIED_AFTER = re.compile(
     r"[)\]*]*(?:\s+(?:cannot|fails|(?:can|does|is|was)n?['’]t|"
-    rf"(?:{_IS}|are|can|does|looks|seems)\s+(?:\w+ly\s+)?(?:not|{_NO}))|:\s*{_NO})\b",
+    rf"(?:{_IS}|are|can|does|looks|seems)\s+(?:\w+ly\s+)?(?:not|{_NO}))|:\s*{_NO}|"
+    rf"\s*[-–—:(]\s*(?:no|{_NO})(?=\s*(?:[).,;\n]|\Z)))\b",
     re.IGNORECASE,
 )
 

@@ -31,8 +31,16 @@ MAX_PROCESSES = 8
 ATTEMPTS = 3
 
 _ENVIRONMENT = re.compile(r"\$|\\[(\[]|\\boxed")
-# The sign √ before a number, a variable or a group.
-_ROOT = re.compile(r"(-?\d{0,9})√ ?(?:(\d+(?:\.\d+)?|[A-Za-z])|[({]([^(){}]*)[)}])")
+# The sign √ before a number, a variable, a fraction or a group.
+_ROOT = re.compile(
+    r"(-?\d{0,9})(?<!√)√ ?(?:(\d+(?:\.\d+)?|[A-Za-z]|\\frac(?:\{[^{}]*\}){2})|"
+    r"[({]((?:[^(){}]|\([^(){}]*\))*)[)}])"
+)
+# {,} or a space of LaTeX before three digits; a sign of a currency before a number.
+_IGNORED = re.compile(
+    r"(?<=\d)(?:\{,\}|\\[,;: ]|~)(?=\d{3}(?!\d))|"
+    r"(?:\\text\{\\\$\}|\\\$|[€£¥])(?=\.?\d)"
+)
 
 
 class Pair(NamedTuple):
@@ -147,8 +155,9 @@ def _compare_pair(pair: Pair, alarm: float) -> Verdict:
     a set), else what follows "the answer is", else the last LaTeX in a math environment
     or plain expression; of LaTeX without an environment it parses only fractions. The
     reference answer is LaTeX without an environment, so it is put into a `\\boxed{}`.
-    Numbers are compared to 5 decimals. Before that the signs − and √ are rewritten, which
-    math-verify does not parse everywhere.
+    Numbers are compared to 5 decimals. Before that the signs − and √ are rewritten, and
+    separators of thousands and signs of currencies left out, which math-verify does not
+    parse everywhere.
 
     Args:
       pair: the texts to compare.
@@ -168,10 +177,14 @@ def _compare_pair(pair: Pair, alarm: float) -> Verdict:
 
 
 def _ascii(text: str) -> str:
-    """Writes − as - and √2 as \\sqrt{2}, between dollars in a text without LaTeX."""
+    """Writes − as - and 10{,}080 as 10080.
+
+    Writes √2 as \\sqrt{2}, between dollars in a text without LaTeX.
+    """
+    text = _IGNORED.sub("", text.replace("−", "-"))
     dollar = "" if _ENVIRONMENT.search(text) else "$"
     root = rf"{dollar}\1\\sqrt{{\2\3}}{dollar}"
-    return _ROOT.sub(root, text.replace("−", "-"))
+    return _ROOT.sub(root, text)
 
 
 def _canonical(prediction: str, parsed: list) -> str:

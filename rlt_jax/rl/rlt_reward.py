@@ -147,7 +147,7 @@ def explanation_divergence(
     if not config.kl_teacher_term:
         return -in_student, segments
     if config.kl_estimator in OVER_VOCABULARY:
-        return segment_sums(student.vocabulary_kl, student.explanation), segments
+        return student.vocabulary_kl, segments
     return kl.ESTIMATORS[config.kl_estimator](in_policy - in_student), segments
 
 

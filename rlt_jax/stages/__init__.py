@@ -5,6 +5,7 @@ A stage is a module with `SECTIONS`, the owners of the keys of its config, and
 seed of everything random, and returns a summary that goes into `done.json`.
 """
 
+import datetime
 import importlib
 import json
 import logging
@@ -22,11 +23,13 @@ from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
 from rlt_jax.training import hosts
+from rlt_jax.training.metrics import finite
 
 _LOG = logging.getLogger("rlt_jax")
 
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 SESSIONS = "sessions.json"  # in the folder of a stage until it is complete
+RUN = "run.json"  # in the workdir
 # Keys of earlier versions -> their names now.
 RENAMED = {
     "student": "students, a tuple of models",
@@ -44,7 +47,8 @@ def run_pipeline(
 
     A config has `seed` and either `stage` (the config is that one stage) or `pipeline`,
     an ordered tuple of names of sections that each have a `stage`, and a `seed` where it
-    is not the config's. In any string of a section `{workdir}` stands for the workdir.
+    is not the config's. In any string of a section `{workdir}` stands for the workdir and
+    `{date}` for the date and time of the run's first start, which run.json keeps.
 
     Args:
       config: the config.
@@ -57,15 +61,16 @@ def run_pipeline(
     root = _checked_workdir(workdir)
     sections = stage_sections(config)
     _check_hosts(config, root, only)
+    date = hosts.from_first(lambda: _date(root))
     if only is not None:
         if only not in sections:
             raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
         sections = {only: sections[only]}
-        values = _settings(sections[only], root, config.seed)
+        values = _settings(sections[only], root, date, config.seed)
         hosts.from_first(lambda: _set_aside(root / only, values))
     for name, section in sections.items():
         hosts.stop_if_asked()
-        _run_stage(name, section, root, config.seed)
+        _run_stage(name, _settings(section, root, date, config.seed), root)
 
 
 def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -135,9 +140,8 @@ def _module(stage: str) -> Any:
     return importlib.import_module(f"rlt_jax.stages.{stage}")
 
 
-def _run_stage(name: str, section: ConfigDict, root: Path, seed: int) -> None:
+def _run_stage(name: str, values: Record, root: Path) -> None:
     folder = root / name
-    values = _settings(section, root, seed)
     if hosts.from_first(lambda: _is_complete(name, folder, values)):
         _LOG.info("stage %s is complete, skipped", name)
         return
@@ -146,18 +150,19 @@ def _run_stage(name: str, section: ConfigDict, root: Path, seed: int) -> None:
             f"{folder}, which process 0 has made, is not visible on this host: --workdir "
             "has to be in a file system that all hosts share."
         )
-    _LOG.info("stage %s (%s) begins", name, section.stage)
+    stage = values["stage"]
+    _LOG.info("stage %s (%s) begins", name, stage)
     start = time.monotonic()
     config = ConfigDict(values)
     del config.seed, config.stage
     try:
-        summary = _module(section.stage).run(config, folder, values["seed"])
+        summary = _module(stage).run(config, folder, values["seed"])
     except UserError:
         if hosts.is_first():
             _remove_untouched(folder)
         raise
     seconds = time.monotonic() - start
-    done = {"stage": section.stage, "seconds": seconds, "summary": summary}
+    done = {"stage": stage, "seconds": seconds, "summary": summary}
     hosts.from_first(lambda: _complete(folder, done))
     _LOG.info("stage %s took %.0f s", name, seconds)
 
@@ -229,10 +234,19 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     hosts.agree("the devices", {"their number": jax.local_device_count()})
 
 
-def _settings(section: ConfigDict, root: Path, seed: int) -> Record:
-    """The section as plain JSON values, `{workdir}` filled in."""
+def _date(root: Path) -> str:
+    """Date and time of the run's first start: chat templates may have them in prompts."""
+    if not (root / RUN).is_file():
+        root.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now().astimezone()
+        _write_json(root / RUN, {"date": now.isoformat(timespec="seconds")})
+    return json.loads((root / RUN).read_text(encoding="utf-8"))["date"]
+
+
+def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
+    """The section as plain JSON values, `{workdir}` and `{date}` filled in."""
     folder = json.dumps(str(root))[1:-1]
-    text = section.to_json().replace("{workdir}", folder)
+    text = section.to_json().replace("{workdir}", folder).replace("{date}", date)
     return {"seed": seed, **json.loads(text)}
 
 
@@ -278,10 +292,13 @@ def _remove_untouched(folder: Path) -> None:
         (folder / "settings.json").unlink()
         (folder / SESSIONS).unlink()
         folder.rmdir()
+        if [path.name for path in folder.parent.iterdir()] == [RUN]:
+            (folder.parent / RUN).unlink()
 
 
 def _write_json(file: Path, values: Record) -> None:
     """Writes all of the file or, cut off in between, nothing under its name."""
     unfinished = file.with_name(file.name + ".partial")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(finite(values), indent=1) + "\n"
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rlt_jax.data import rows
 from rlt_jax.errors import UserError, check_minima
 from rlt_jax.inference import log_probs, sampler
+from rlt_jax.inference.layout import check_memory
 from rlt_jax.records import Record
 from rlt_jax.rl.rewards import RLT, Term
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
@@ -64,13 +65,15 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
     mesh = setup.load_mesh(config)
-    teacher, *students = setup.load_models(config, "teacher", mesh, seed)
+    opened = setup.open_models(config, "teacher")
     terms = (Term(RLT, 1.0, None),)
-    run = setup.load_run(config, "teacher", teacher, students, mesh, terms)
+    run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
     problems = setup.load_problems(config.data, run.template, seed)
     setup.check_fit(run, problems)
-    asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
     kl_coef = fixed_kl_coef(run.rlt_reward)
+    teacher, *students = setup.load_weights(config, "teacher", opened, mesh, seed)
+    check_memory(teacher.model, run.sampler.layout, mesh)
+    asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
     temperatures = run.sampling.temperature, run.rlt_reward.student_temperature
     origin = setup.provenance_of(teacher, students, run.template, *temperatures)
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
@@ -118,7 +121,7 @@ def _summary(records: list[Record]) -> Record:
     kinds = Counter(record["kind"] for record in records if "kind" in record)
     return {
         "traces": len(records),
-        "reward": float(np.mean([record["reward"] for record in records])),
+        "reward": float(np.mean(np.array([x["reward"] for x in records], float))),
         "closed": float(np.mean([record["closed"] for record in records])),
         "kinds": {k: count / len(records) for k, count in sorted(kinds.items())},
     }

@@ -8,30 +8,30 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-import tqdm
 from ml_collections import ConfigDict
 
-from rlt_jax.data import examples
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError, check_minima
-from rlt_jax.inference.engine import EngineConfig
+from rlt_jax.inference.engine import Engine, EngineConfig
+from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampler import in_order
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
-from rlt_jax.records import Problem, Record
+from rlt_jax.records import Problem, Record, problem_record
 from rlt_jax.report import statistics
 from rlt_jax.report.files import read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.settings import Section, build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
+from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.types import Rollout
 
 
@@ -91,7 +91,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     problems = setup.load_problems(config.data, template, seed)
     check_gradable(problems)
     other = _read_other(c.compare_with, problems)
-    texts, k = [], c.samples_per_problem
+    texts, k, opened = [], c.samples_per_problem, ""
     if config.predictions:
         predictions = read_predictions(config.predictions, problems)
         hosts.agree_on_items("the predictions", predictions)
@@ -107,7 +107,14 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             starts = range(first, len(texts), size)
             batches = (unknown._replace(texts=texts[n : n + size]) for n in starts)
         else:
-            batches = _sample(config, template, asked, workdir, seed, first, bar)
+            loaded, renderer, engine = _load(config, template, problems, seed)
+            opened = renderer.opened
+            limit = config.sampling.max_new_tokens
+            requests = setup.requests_of(renderer, asked, limit)[first:]
+            completions = workdir / "completions.jsonl"
+            stored = StoredSampler(engine, completions, loaded.tokenizer, bar)
+            stream = stored.stream(loaded.params, requests, jax.random.key(seed))
+            batches = in_order(stream, size)
         for rollout in batches:
             count = len(rollout.texts)
             part = asked[first : first + count]
@@ -121,7 +128,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         rows = metrics.read_jsonl(file)
         results = summarise(rows, len(problems))
         if c.keep_right:
-            results["traces"] = _write_right(workdir / "traces.jsonl", template, rows)
+            traces = workdir / "traces.jsonl"
+            results["traces"] = _write_right(traces, template, opened, rows)
         if other:
             ours = statistics.accuracy_by_question(rows, str(file))
             names = ("this one", c.compare_with)
@@ -168,33 +176,23 @@ def summarise(rows: Sequence[Section], questions: int) -> Record:
     }
 
 
-def _sample(
-    config: ConfigDict,
-    template: Template,
-    asked: Sequence[Problem],
-    workdir: Path,
-    seed: int,
-    first: int,
-    bar: tqdm.tqdm,
-) -> Iterator[Rollout]:
-    """Batches of sampled answers, from the answer with index `first` on."""
+def _load(
+    config: ConfigDict, template: Template, problems: Sequence[Problem], seed: int
+) -> tuple[LoadedModel, Renderer, Engine]:
+    """Model, renderer of its prompts and sampler; the model is loaded last."""
     mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
-    loaded = checkpoint.load(source, mesh, jax.random.key(seed))
-    renderer = Renderer(loaded.tokenizer, template, "student")
+    opened = checkpoint.open_model(source)
+    renderer = Renderer(opened.tokenizer, template, "student")
     limit = config.sampling.max_new_tokens
-    requests = setup.requests_of(renderer, asked, limit)
-    k = config.evaluate.samples_per_problem
-    prompts = [request.prompt for request in requests[::k]]
-    room = loaded.model.config.max_length - limit
-    what = "question (model max_length - sampling.max_new_tokens)"
-    examples.check_lengths(prompts, room, what)
-    max_length = max(map(len, prompts)) + limit
-    engine = setup.load_sampler(loaded, config, mesh, max_length)
-    file = workdir / "completions.jsonl"
-    stored = StoredSampler(engine, file, loaded.tokenizer, bar)
-    stream = stored.stream(loaded.params, requests[first:], jax.random.key(seed))
-    return in_order(stream, config.evaluate.batch_size)
+    prompts = [len(renderer.prompt(problem)[1].ids) for problem in problems]
+    context = opened.model.config.max_length
+    setup.check_room(prompts, limit, context, "question", "the model's context")
+    engine = setup.load_sampler(opened, config, mesh, max(prompts) + limit)
+    key = jax.random.key(seed)
+    params = checkpoint.load_params(source, opened.model, mesh, key)
+    check_memory(opened.model, engine.layout, mesh)
+    return opened._replace(params=params), renderer, engine
 
 
 def _graded(
@@ -208,8 +206,7 @@ def _graded(
     verdicts, rows = grade(problems, extracted), []
     for n, (problem, verdict) in enumerate(zip(problems, verdicts, strict=True)):
         row = {
-            "question": problem.question,
-            "answer": problem.answer,
+            **problem_record(problem),
             "completion": rollout.texts[n],
             "extracted": extracted[n],
             "read": verdict.answer,
@@ -227,19 +224,23 @@ def _graded(
     return rows
 
 
-def _write_right(file: Path, template: Template, rows: Sequence[Section]) -> int:
-    """Writes right completions that have a thought as traces; returns their number."""
+def _write_right(
+    file: Path, template: Template, opened: str, rows: Sequence[Section]
+) -> int:
+    """Writes right completions that have a thought as traces; returns their number.
+
+    The thought may begin in the prompt, with the text `opened`.
+    """
     file.unlink(missing_ok=True)
     traces = [
         {
-            "question": row["question"],
+            **{key: row[key] for key in ("question", "answer", "prompt") if key in row},
             "solution": solution,
-            "answer": row["answer"],
             "reasoning_trace": thought,
         }
         for row in rows
         if row["correct"]
-        and (thought := template.thought_of(row["completion"])) is not None
+        and (thought := template.thought_of(opened + row["completion"])) is not None
         and (solution := template.solution_of(row["completion"])) is not None
     ]
     metrics.append_jsonl(file, traces)

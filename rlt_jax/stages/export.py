@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlt_jax.models import convert
+from rlt_jax.models import convert, peft
+from rlt_jax.models.families import family
 from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
@@ -18,6 +19,7 @@ SECTIONS = {
     "model": checkpoint.ModelSource,
     "model_type": None,  # the family to write it as, "" for the first that can be
     "dtype": None,  # of the weights
+    "adapter_base": None,  # "" exports a whole model; else the model of the adapters
     "mesh": sharding.MeshConfig,
 }
 
@@ -25,24 +27,35 @@ SECTIONS = {
 def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Exports a model with its tokenizer, stop ids and a model card.
 
+    With `adapter_base`, the folder or Hub id of the model that the stage's adapters were
+    trained on, it exports the adapters alone, in the layout of PEFT.
+
     Returns:
       The path and the number of parameters.
     """
     mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
+    model_type = config.model_type or convert.model_type_of(model.config)
     target = workdir / "model"
     # Of a run that was cut off between here and done.json.
     hosts.from_first(lambda: shutil.rmtree(target, ignore_errors=True))
-    convert.write_model(
-        target,
-        model.config,
-        params,
-        config.model_type or convert.model_type_of(model.config),
-        tokenizer.path,
-        tokenizer.stop_ids,
-        dtype=jnp.dtype(config.dtype),
-    )
+    if config.adapter_base:
+        params, alpha = checkpoint.load_adapters(source)
+        if hosts.is_first():
+            kind = family(model_type)
+            peft.write_adapter(target, params, kind, config.adapter_base, alpha)
+            convert.copy_tokenizer(tokenizer.path, target)
+    else:
+        convert.write_model(
+            target,
+            model.config,
+            params,
+            model_type,
+            tokenizer.path,
+            tokenizer.stop_ids,
+            dtype=jnp.dtype(config.dtype),
+        )
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     card = _model_card(source, size, str(config.dtype))
     if hosts.is_first():

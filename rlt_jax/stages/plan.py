@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import runpy
@@ -53,6 +54,8 @@ class PlanConfig:
       changes: "key=value" to set in the recipe, such as "rl.loop.group_size=32".
       prompt_tokens: mean length that times are estimated for.
       completion_tokens: likewise.
+      traces: sequences in a pass over the data; the steps of stages that count `epochs`
+        are estimated from it, for full rows of sequences of the mean length.
       headroom: share of the memory that has to stay free.
       efficiency: share of the roofline's speed that estimated hours take for granted.
     """
@@ -63,6 +66,7 @@ class PlanConfig:
     changes: Sequence[str] = ()
     prompt_tokens: int = 2048
     completion_tokens: int = 4096
+    traces: int = 17_000
     headroom: float = 0.05
     efficiency: float = 0.4
 
@@ -171,7 +175,7 @@ def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Recor
         section = recipe[name]
         mesh = slice_mesh(topology, section["mesh"])
         loop = section.get("loop") or section.get("sft") or {}
-        steps = loop.get("steps", 1)
+        steps = steps_of(c, loop)
         stages[name] = {"mesh": dict(mesh.shape), "steps": steps, "step_seconds": 0.0}
         made = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
         # The largest programs, which are the first to fail, are the last of a stage.
@@ -195,11 +199,22 @@ def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Recor
         "chip_hours": hours * num_chips(topology),
         "prompt_tokens": c.prompt_tokens,
         "completion_tokens": c.completion_tokens,
+        "traces": c.traces,
         "efficiency": c.efficiency,
         "advice": [_advice(program) for program in programs if not program["fits"]],
     }
     fits = all(program["fits"] for program in programs)
     return {"fits": fits, "topology": topology, "programs": programs, "recipe": recipe}
+
+
+def steps_of(c: PlanConfig, loop: Section) -> int:
+    """Steps of a stage; where it counts `epochs`, an estimate (see `PlanConfig`)."""
+    if not loop.get("epochs"):
+        return loop.get("steps", 1)
+    tokens = loop["epochs"] * c.traces * (c.prompt_tokens + c.completion_tokens)
+    steps = math.ceil(tokens / (loop["batch_size"] * loop["row_length"]))
+    _LOG.info(f"plan: an estimate of {steps:,} steps from plan.traces={c.traces:,}")
+    return steps
 
 
 def _assess(

@@ -20,14 +20,8 @@ from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
 from rlt_jax.settings import Section, build
 from rlt_jax.stages import plan_shapes as shapes
-from rlt_jax.stages import rl, sft
+from rlt_jax.stages import rl, setup, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
-from rlt_jax.stages.setup import (
-    load_optimizer,
-    load_reward,
-    load_row_shape,
-    student_sections,
-)
 from rlt_jax.training import sharding
 from rlt_jax.training.learner import jit_mix, jit_update
 from rlt_jax.training.state import abstract_state, state_shardings
@@ -89,15 +83,14 @@ def rl_programs(
     c = build(rl.RLConfig, section["loop"], "loop")
     objective = build(ObjectiveConfig, section["objective"], "objective")
     sampling = build(SamplingConfig, section["sampling"], "sampling")
-    rows, E = load_row_shape(section, mesh), c.batch_size * c.group_size
+    rows, E = setup.load_row_shape(section, mesh), c.batch_size * c.group_size
     policy = shapes.load_shape(section["policy"], recipe, mesh)
     students = [policy] if c.self_teaching else _students(section, recipe, mesh)
     tx = _optimizer(section, c.steps * c.updates_per_rollout)
     state = abstract_state(*policy, tx, mesh)
     reference = policy.params if objective.beta else ()
     # Offloaded, each is on the devices only while it is used.
-    others = [student.params for student in students] + [reference]
-    others = [] if c.offload else others
+    others = [] if c.offload else [*(one.params for one in students), reference]
 
     trips = shapes.micro_batches(policy.model.config, mesh, E, rows, lengths)
     batch = shapes.rollout_batch(mesh, E, rows, len(students))
@@ -105,16 +98,17 @@ def rl_programs(
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
     reads = (bool(students) or c.updates_per_rollout > 1) + bool(objective.beta)
-    first, *rest = _log_probs(section, policy, students, batch, mesh, lengths)
+    models = [policy, *students]
+    first, *rest = _log_probs(section, models, batch, mesh, lengths)
     readers = [first._replace(runs=reads), *rest] if reads else rest
-    models = (state.params, *others)
-    programs += _add_resident(readers, state.opt_state, models, trips)
+    params = (state.params, *others)
+    programs += _add_resident(readers, state.opt_state, params, trips)
 
-    per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
     names = ["advantages", "inverse_length", "loss_weights"]
     names += ["log_probs"] * (reads > bool(objective.beta))
     names += ["ref_log_probs"] * bool(objective.beta)
-    filled = batch._replace(students=(), **dict.fromkeys(names, per_token))
+    per_token = dict.fromkeys(names, batch.sampler_log_probs)
+    filled = batch._replace(students=(), **per_token)
     loss_fn = policy_loss(objective, sampling.temperature, E)
     placed = state_shardings(policy.model, tx, mesh)
     limit = objective.skip_gradient_norm
@@ -133,7 +127,7 @@ def collect_programs(
     section: Section, recipe: Section, mesh: Mesh, lengths: Lengths
 ) -> list[Program]:
     """Rollout, log-probs and reward of a batch of explanations."""
-    rows, E = load_row_shape(section, mesh), section["collect"]["batch_size"]
+    rows, E = setup.load_row_shape(section, mesh), section["collect"]["batch_size"]
     teacher = shapes.load_shape(section["teacher"], recipe, mesh)
     students = _students(section, recipe, mesh)
     params = [student.params for student in students]
@@ -142,9 +136,9 @@ def collect_programs(
     batch = shapes.rollout_batch(mesh, E, rows, len(students))
     trips = shapes.micro_batches(teacher.model.config, mesh, E, rows, lengths)
     programs = [p._replace(resident=(p.resident, params)) for p in programs]
-    readers = _log_probs(section, teacher, students, batch, mesh, lengths)
-    models = (teacher.params, *params)
-    return programs + _add_resident(readers, weights_and_cache, models, trips)
+    readers = _log_probs(section, [teacher, *students], batch, mesh, lengths)
+    params = (teacher.params, *params)
+    return programs + _add_resident(readers, weights_and_cache, params, trips)
 
 
 def evaluate_programs(
@@ -152,9 +146,8 @@ def evaluate_programs(
 ) -> list[Program]:
     """The rollout of a batch of answers."""
     model = shapes.load_shape(section["model"], recipe, mesh)
-    max_length = model.model.config.max_length
-    E = section["evaluate"]["batch_size"]
-    return _rollout(section, model, mesh, max_length, E, lengths)
+    T, E = model.model.config.max_length, section["evaluate"]["batch_size"]
+    return _rollout(section, model, mesh, T, E, lengths)
 
 
 PROGRAMS = {
@@ -166,22 +159,17 @@ PROGRAMS = {
 
 
 def _rollout(
-    section: Section,
-    policy: Shape,
-    mesh: Mesh,
-    max_length: int,
-    E: int,
-    lengths: Lengths,
+    section: Section, policy: Shape, mesh: Mesh, T: int, E: int, lengths: Lengths
 ) -> list[Program]:
     """Decoding weights, prefill of a part of the prompts, decode steps.
 
-    All slots are assumed to be busy all the time.
+    All slots are assumed to be busy all the time, with sequences of at most T tokens.
     """
     model, params = policy
     sampling = build(SamplingConfig, section["sampling"], "sampling")
     sampling = dataclasses.replace(sampling, stop=(), stop_ids=(0,))
     config = build(EngineConfig, section["engine"], "engine")
-    engine = make_engine(model, None, sampling, config, mesh, max_length)
+    engine = make_engine(model, None, sampling, config, mesh, T)
     layout = engine.layout
     _, to_decode, axes = decode_weights(model, config.weights)
     decoded = jax.eval_shape(to_decode, params)
@@ -222,29 +210,21 @@ def _rollout(
 
 
 def _log_probs(
-    section: Section,
-    policy: Shape,
-    students: Sequence[Shape],
-    batch: Batch,
-    mesh: Mesh,
-    lengths: Lengths,
+    section: Section, models: list[Shape], batch: Batch, mesh: Mesh, lengths: Lengths
 ) -> list[Program]:
     """Log-probs of the policy and of each student; the reward, which reduces them."""
-    models = [student.model for student in students]
-    compiled, reward = load_reward(section, policy.model, models, mesh)
-    (E,) = batch.closed.shape
+    policy, *students = [shape.model for shape in models]
+    compiled, reward = setup.load_reward(section, policy, students, mesh)
     names = ["", "student_", *(f"student_{i}_" for i in range(1, len(students)))]
-    jitted, batches = (compiled.policy, *compiled.students), (batch, *batch.students)
+    functions = (compiled.policy, *compiled.students)
+    batches, (E,) = (batch, *batch.students), batch.closed.shape
     programs = []
-    for n, shape in enumerate((policy, *students)):
-        flops, args = (
-            _flops(forward_flops, shape, E, lengths),
-            (shape.params, batches[n]),
-        )
-        programs.append(Program(f"{names[n]}log_probs", jitted[n], args, flops=flops))
+    for name, jitted, shape, own in zip(names, functions, models, batches):
+        flops, args = _flops(forward_flops, shape, E, lengths), (shape.params, own)
+        programs.append(Program(f"{name}log_probs", jitted, args, flops=flops))
     if reward:
-        coef = shapes.per_row(mesh, (), jnp.float32)
-        args = (_filled(batch, mesh, compiled.vocabulary_kl != ()), coef)
+        filled = _filled(batch, mesh, compiled.vocabulary_kl != ())
+        args = (filled, shapes.per_row(mesh, (), jnp.float32))
         programs.append(Program("reward", reward, args))
     return programs
 
@@ -253,18 +233,16 @@ def _add_resident(
     programs: Sequence[Program], kept: Any, models: Sequence[Params], trips: tuple
 ) -> list[Program]:
     """The programs with what stays beside their arguments: `kept`, the other models."""
-    result = []
-    for program in programs:
-        others = [params for params in models if params is not program.args[0]]
-        result.append(program._replace(resident=(kept, others), trips=trips))
-    return result
+
+    def others(program: Program) -> list[Params]:
+        return [params for params in models if params is not program.args[0]]
+
+    return [p._replace(resident=(kept, others(p)), trips=trips) for p in programs]
 
 
 def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
     """The batch with all log-probs."""
-    per_token = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
-
-    divergence = None
+    per_token, divergence = batch.sampler_log_probs, None
     if over_vocabulary:
         divergence = shapes.per_row(mesh, batch.completion.segment.shape, jnp.float32)
     filled = {"log_probs": per_token, "vocabulary_kl": divergence}
@@ -273,14 +251,14 @@ def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
-    sections = student_sections(section["students"])
+    sections = setup.student_sections(section["students"])
     return [shapes.load_shape(one, recipe, mesh) for one in sections]
 
 
 def _optimizer(section: Section, steps: int) -> optax.GradientTransformation:
     if section["lora"].get("rank"):
         raise UserError("plan: stages with lora.rank > 0 cannot be planned yet.")
-    return load_optimizer(section, steps)
+    return setup.load_optimizer(section, steps)
 
 
 def _flops(

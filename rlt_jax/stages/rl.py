@@ -13,12 +13,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlt_jax.data import pipeline, rows
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
+from rlt_jax.inference.layout import check_memory
 from rlt_jax.records import Problem, Record
 from rlt_jax.rl import advantages, rewards
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
@@ -29,7 +29,6 @@ from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.rl_journal import Journal, Weights
 from rlt_jax.stages.setup import Run
 from rlt_jax.training import checkpoint, offload, sharding
-from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
@@ -64,13 +63,18 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
     mesh = setup.load_mesh(config)
-    policy, *students = load_rl_models(config, c, mesh, seed)
     terms = make_terms(config.reward_terms)
-    run = setup.load_run(config, c.role, policy, students, mesh, terms)
+    if c.self_teaching and setup.student_sections(config["students"]):
+        raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
+    opened = setup.open_models(config, "policy")
+    students = opened if c.self_teaching else opened[1:]
+    run = setup.load_run(config, c.role, opened[0], students, mesh, terms)
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed)
     setup.check_fit(run, [*problems, *held_out])
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
+    policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
+    check_memory(policy.model, run.sampler.layout, mesh)
 
     updates = c.steps * c.updates_per_rollout
     completions = c.batch_size * c.group_size
@@ -81,14 +85,19 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     )
     reference = _copy(policy.params, c.offload, "reference") if objective.beta else {}
     student = _copy(policy.params, c.offload, "student") if c.self_teaching else {}
-    run = dataclasses.replace(run, policy=policy._replace(params=None))
+    if not c.self_teaching:
+        kept = [
+            one._replace(params=offload.keep(one.params, c.offload, "student"))
+            for one in students
+        ]
+        run = dataclasses.replace(run, students=tuple(kept))
     checkpoint.describe(workdir, run.policy.model, run.policy.tokenizer)
     _log_sizes(c, run)
     key = jax.random.key(seed)
     journal = Journal(c, run, tuning, held_out[:completions], prompts, key, workdir)
     journal.weights = Weights(state, reference, student)
     # The journal alone holds the weights, so that those it replaces are freed.
-    del policy, state, reference, student
+    del policy, students, state, reference, student
     fill_advantages = jit_advantages(objective, c.group_size, run)
     with journal.open(objective.advantage):
         train(c, run, learner, fill_advantages, problems, journal)
@@ -167,21 +176,6 @@ def jit_advantages(
         return batch._replace(**new_fields(few, values))
 
     return fill_advantages
-
-
-def load_rl_models(
-    config: ConfigDict, c: RLConfig, mesh: Mesh, seed: int
-) -> list[LoadedModel]:
-    """The policy, then the reward's students; in self-teaching one without parameters."""
-    if c.self_teaching and len(config["students"]):
-        raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
-    policy, *students = setup.load_models(config, "policy", mesh, seed)
-    if c.self_teaching:
-        return [policy, policy._replace(params=None)]
-    return [policy] + [
-        student._replace(params=offload.keep(student.params, c.offload, "student"))
-        for student in students
-    ]
 
 
 def _log_sizes(c: RLConfig, run: Run) -> None:

@@ -8,6 +8,7 @@ worst, token by token.
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +16,23 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlt_jax import api
-from rlt_jax.api import ScoringConfig, TextCompletion, text_completion
 from rlt_jax.data import controls
-from rlt_jax.data.examples import Renderer, student_examples
+from rlt_jax.data.examples import student_examples
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
 from rlt_jax.errors import UserError, check_minima
-from rlt_jax.records import Problem, Record
+from rlt_jax.records import Problem, Record, history_of, problem_record
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
+from rlt_jax.scoring import (
+    ScoringConfig,
+    TextCompletion,
+    make_renderers,
+    make_scorer,
+    make_sequences,
+    text_completion,
+)
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
@@ -80,26 +87,37 @@ class Scorer:
     """
 
     def __init__(self, c: ScoreConfig, sections: Record, seed: int) -> None:
-        self.c, self._seed = c, seed
-        reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
-        self.kl_coef = reward.explanation_kl_coef
+        self.c, self._sections, self._seed = c, sections, seed
+        self._reward = build(RLTRewardConfig, sections["rlt_reward"], "rlt_reward")
+        self.kl_coef = self._reward.explanation_kl_coef
         self.template = load_template(sections["template"])
-        mesh = setup.load_mesh(sections)
-        teacher, *students = setup.load_models(sections, "teacher", mesh, seed)
-        if not students:
+        self._models = setup.open_models(sections, "teacher")
+        if len(self._models) == 1:
             raise UserError("students is (): the reward needs one or more.")
+        self._renderers = make_renderers(self._models, self.template)
+
+    def check(self, completions: Iterator[TextCompletion]) -> None:
+        """Raises UserError for a completion that does not fit in a model."""
+        while batch := list(itertools.islice(completions, self.c.batch_size)):
+            make_sequences(self._models, self._renderers, batch)
+
+    def load(self) -> None:
+        """Loads the weights of the models."""
+        sections, c, reward = self._sections, self.c, self._reward
+        mesh = setup.load_mesh(sections)
+        models = setup.load_weights(sections, "teacher", self._models, mesh, self._seed)
         ensemble = build(EnsembleConfig, sections["ensemble"], "ensemble")
         scoring = ScoringConfig(reward, ensemble, c.teacher_temperature)
-        models = teacher, students, self.template
-        self._score = api.make_scorer(*models, scoring, mesh)
-        self._renderer = Renderer(students[0].tokenizer, self.template, "student")
+        self._score = make_scorer(models, self._renderers, scoring, mesh)
         temperatures = c.teacher_temperature, reward.student_temperature
-        self._origin = setup.provenance_of(*models, *temperatures)
+        self._origin = setup.provenance_of(
+            models[0], models[1:], self.template, *temperatures
+        )
 
     def score(
         self, batch: list[TextCompletion], per_token: bool = False
     ) -> list[Record]:
-        """Scores of at most `batch_size` completions; see `api.make_scorer`."""
+        """Scores of at most `batch_size` completions; see `make_scorer`."""
         # A smaller batch is filled up, so that nothing is compiled for its size.
         filled = batch + batch[-1:] * (self.c.batch_size - len(batch))
         kl_coef = 0.0 if self.kl_coef == "auto" else self.kl_coef
@@ -110,16 +128,14 @@ class Scorer:
         scored = self.score(batch, self.c.per_token)
         of_controls = self._controls(batch, first) if self.c.controls else {}
         traces = [completion.trace for completion in batch]
-        students = student_examples(self._renderer, traces)
+        students = student_examples(self._renderers[1], traces)
         rows = []
         for n, completion in enumerate(batch):
             problem, explanation = completion.trace
             copied = controls.copied_share(explanation, problem.solution)
             rows.append(
                 {
-                    "question": problem.question,
-                    "solution": problem.solution,
-                    "answer": problem.answer,
+                    **problem_record(problem),
                     "completion": completion.text,
                     "reasoning_trace": explanation,
                     "closed": completion.closed,
@@ -182,9 +198,14 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             ]
         )
     path = sections["data"]["path"]
-    todo = _completions(path, scorer.template, c.assume_closed)
-    todo = itertools.islice(todo, first, None)
-    if not write_scores(scorer, todo, file, first):
+
+    def left() -> Iterator[TextCompletion]:
+        completions = _completions(path, scorer.template, c.assume_closed)
+        return itertools.islice(completions, first, None)
+
+    scorer.check(left())
+    scorer.load()
+    if not write_scores(scorer, left(), file, first):
         raise UserError(
             f"{path}: there is nothing to score; write one or more texts into the "
             "`completions` of a row, or a `reasoning_trace` instead."
@@ -200,7 +221,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             if row.get(f"reward_{name}") is not None:
                 values.append(row[f"reward_{name}"])
         candidates.append(
-            Candidate(row["question"], row["reward"], row["student_tokens"])
+            Candidate(
+                json.dumps(row.get("prompt", row["question"])),
+                row["reward"],
+                row["student_tokens"],
+                row["closed"],
+            )
         )
     kept = set(select(selection, candidates))
     for n, row in enumerate(metrics.stream_jsonl(file)):
@@ -279,7 +305,11 @@ def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) 
         batch = [
             text_completion(
                 scorer.template,
-                Problem(row["question"], row["solution"]),
+                Problem(
+                    row["question"],
+                    row["solution"],
+                    history=history_of(row),
+                ),
                 row["completion"],
                 row["closed"],
             )

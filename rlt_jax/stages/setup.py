@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rlt_jax.api import compile_log_probs, jit_rlt_reward
 from rlt_jax.data import examples, pipeline
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError, check_choice
-from rlt_jax.inference.engine import EngineConfig, make_engine
-from rlt_jax.inference.layout import check_memory
+from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.inference.sampler import Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.records import Problem, Record
+from rlt_jax.records import Problem, Record, Trace, problem_record
 from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
+from rlt_jax.scoring import check_tokenizers, compile_log_probs, jit_rlt_reward
 from rlt_jax.settings import Section, build
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.checkpoint import LoadedModel
@@ -114,7 +114,7 @@ def load_run(
     Args:
       config: of the stage.
       role: of the policy.
-      policy: loaded by `load_models`.
+      policy: from `open_models`; its weights are not needed yet.
       students: likewise.
       mesh: where everything runs.
       terms: of the reward.
@@ -131,6 +131,10 @@ def load_run(
             f"there are {len(students)} students: the term `rlt` needs students (or "
             "loop.self_teaching) and the role 'teacher', and students need that term."
         )
+    rlt_reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
+    check_tokenizers(
+        rlt_reward, policy.tokenizer, *(student.tokenizer for student in students)
+    )
     # An explanation's closing tag ends a teacher's completion.
     stop = (template.explanation_tags[1],) if role == "teacher" else ()
     models = [student.model for student in students]
@@ -143,7 +147,7 @@ def load_run(
         row_shape=row_shape,
         sampling=build(SamplingConfig, config["sampling"], "sampling"),
         sampler=load_sampler(policy, config, mesh, row_shape.row_length, stop),
-        rlt_reward=build(RLTRewardConfig, config["rlt_reward"], "rlt_reward"),
+        rlt_reward=rlt_reward,
         reward=RewardFunction(tuple(terms), template, rlt),
         programs=programs,
         mesh=mesh,
@@ -225,15 +229,35 @@ def student_sections(section: Any) -> list[Any]:
     return list(section)
 
 
-def load_models(config: Section, name: str, mesh: Mesh, seed: int) -> list[LoadedModel]:
+def model_sources(config: Section, name: str) -> list[checkpoint.ModelSource]:
     """The model of the section `name`, then those of `students`."""
     students = student_sections(config["students"])
-    names = [name, *(f"students[{i}]" for i in range(len(students)))]
-    models, key = [], jax.random.key(seed)
-    for n, section in enumerate([config[name], *students]):
-        source = build(checkpoint.ModelSource, section, names[n])
-        models.append(checkpoint.load(source, mesh, jax.random.fold_in(key, n)))
-    return models
+    sections = {name: config[name]}
+    sections |= {f"students[{i}]": section for i, section in enumerate(students)}
+    return [
+        build(checkpoint.ModelSource, section, where)
+        for where, section in sections.items()
+    ]
+
+
+def open_models(config: Section, name: str) -> list[LoadedModel]:
+    """The models of `model_sources` without their weights."""
+    return [checkpoint.open_model(source) for source in model_sources(config, name)]
+
+
+def load_weights(
+    config: Section, name: str, models: Sequence[LoadedModel], mesh: Mesh, seed: int
+) -> list[LoadedModel]:
+    """Models from `open_models` with their weights."""
+    sources, key = model_sources(config, name), jax.random.key(seed)
+    return [
+        opened._replace(
+            params=checkpoint.load_params(
+                source, opened.model, mesh, jax.random.fold_in(key, n)
+            )
+        )
+        for n, (source, opened) in enumerate(zip(sources, models, strict=True))
+    ]
 
 
 def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
@@ -249,15 +273,13 @@ def load_sampler(
     mesh: Mesh,
     max_length: int,
     stop: Sequence[str] = (),
-) -> Sampler:
+) -> Engine:
     """The engine of sections `sampling` and `engine`, with further stop texts."""
     sampling = build(SamplingConfig, config["sampling"], "sampling")
     sampling = dataclasses.replace(sampling, stop=(*stop, *sampling.stop))
     sizes = build(EngineConfig, config["engine"], "engine")
     transformer, _, tokenizer = model
-    engine = make_engine(transformer, tokenizer, sampling, sizes, mesh, max_length)
-    check_memory(transformer, engine.layout, mesh)
-    return engine
+    return make_engine(transformer, tokenizer, sampling, sizes, mesh, max_length)
 
 
 def requests_of(
@@ -271,11 +293,52 @@ def requests_of(
 
 
 def check_fit(run: Run, problems: Sequence[Problem]) -> None:
-    """Raises UserError where a prompt with its longest completion exceeds a row."""
-    room = run.row_shape.row_length - run.sampling.max_new_tokens
-    prompts = [request.prompt for request in run.requests(problems)]
-    what = f"{run.role} prompt (rows.row_length - sampling.max_new_tokens)"
-    examples.check_lengths(prompts, room, what)
+    """Raises UserError where a problem does not fit, whatever the completion.
+
+    A prompt has to leave room for the longest completion in its row, and the question
+    and solution of a problem in the row and the context of every student.
+    """
+    new, T = run.sampling.max_new_tokens, run.row_shape.row_length
+    prompts = [len(request.prompt) for request in run.requests(problems)]
+    check_room(prompts, new, T, f"{run.role} prompt", "rows.row_length")
+    traces = [Trace(problem, "") for problem in problems]
+    lengths: dict[Renderer, list[int]] = {}
+    for n, (student, renderer) in enumerate(zip(run.students, run.student_renderers)):
+        if renderer not in lengths:
+            made = examples.student_examples(renderer, traces)
+            lengths[renderer] = [len(one.tokens) for one in made]
+        what = f"sequence of students[{n}] without an explanation"
+        context = student.model.config.max_length
+        check_room(lengths[renderer], 0, T, what, "rows.row_length")
+        check_room(lengths[renderer], new, context, what, "the student's context")
+
+
+def check_room(
+    lengths: Sequence[int], new: int, limit: int, what: str, where: str
+) -> None:
+    """Raises UserError unless sequences leave room for a completion.
+
+    Args:
+      lengths: tokens of each sequence.
+      new: maximum tokens of the completion.
+      limit: tokens that sequence and completion may have together.
+      what: names a sequence in the message.
+      where: names the limit.
+    """
+    longest = int(np.argmax(lengths))
+    room = limit - lengths[longest]
+    if room < new or room < 0:
+        raise UserError(
+            f"{what} {longest} has {lengths[longest]} tokens, with "
+            f"sampling.max_new_tokens={new} up to {lengths[longest] + new}, more than "
+            f"{where}={limit}. "
+            + (
+                f"Set max_new_tokens to at most {room}, or raise "
+                if room > 0
+                else "Raise "
+            )
+            + "the limit, or drop the problem."
+        )
 
 
 def is_due(done: int, every: int, total: int) -> bool:
@@ -312,8 +375,7 @@ def sample_records(
     records = []
     for n in range(len(rollout.requests))[chosen]:
         problem, text = rollout.requests[n].problem, rollout.texts[n]
-        record = problem._asdict()
-        del record["grader"]
+        record = problem_record(problem)
         if run.role == "teacher":
             explanation, closed = run.template.parse_completion(text)
             record |= {"reasoning_trace": explanation, "closed": closed}

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.examples import Example, Renderer
-from rlt_jax.data.rows import RowShape
+from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, check_choice, check_minima
 from rlt_jax.inference.head import log_probs_and_entropy
@@ -43,9 +43,11 @@ class SFTConfig:
 
     Attributes:
       role: whose sequences are made from the traces, "teacher" or "student".
-      steps: optimizer steps.
       batch_size: packed rows per step.
       row_length: tokens per packed row.
+      steps: optimizer steps; 0 where `epochs` counts them.
+      epochs: passes over the sequences that are used, all those of a mix together; their
+        number of steps depends on how the sequences are packed. 0 where `steps` counts.
       micro_batch_size: rows computed at once, over all devices; 0 is all of them.
       overlong: what happens to a trace whose sequence is longer: "error" raises, "drop"
         leaves it out, "shorter" uses another one of the same question that fits, if
@@ -62,9 +64,10 @@ class SFTConfig:
     """
 
     role: str
-    steps: int
     batch_size: int
     row_length: int
+    steps: int = 0
+    epochs: float = 0.0
     micro_batch_size: int = 0
     overlong: str = "error"
     traces_per_question: int = 0
@@ -80,10 +83,14 @@ class SFTConfig:
         return RowShape(self.micro_batch_size or self.batch_size, self.row_length)
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "row_length", "checkpoint_every")
+        positive = ("batch_size", "row_length", "checkpoint_every")
         others = ("micro_batch_size", "traces_per_question", "evaluate_every")
+        others += ("steps", "epochs")
         minima = dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)
         check_minima("sft", self, **minima)
+        if bool(self.steps) == bool(self.epochs):
+            given = f"sft.steps={self.steps}, sft.epochs={self.epochs}"
+            raise UserError(f"{given}: set one of the two, and the other to 0.")
         if self.batch_size % self.shape.micro_batch_size:
             raise UserError(
                 f"sft.micro_batch_size={self.micro_batch_size} does not divide "
@@ -118,9 +125,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     mesh = setup.load_mesh(config)
     check_rows(c, mesh)
     source = build(checkpoint.ModelSource, config.model, "model")
-    loaded = checkpoint.load(source, mesh, jax.random.key(seed))
-    renderer = Renderer(loaded.tokenizer, load_template(config.template), c.role)
-    context = loaded.model.config.max_length
+    opened = checkpoint.open_model(source)
+    renderer = Renderer(opened.tokenizer, load_template(config.template), c.role)
+    context = opened.model.config.max_length
     sources = pipeline.load_sources(config.data, renderer.template, seed)
     made, counts = load_examples(c, sources, renderer, seed, context)
     held_out: list[Batch] = []
@@ -128,23 +135,26 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         traces = pipeline.load_traces(
             config.held_out, renderer.template, seed, "held_out"
         )
-        source = pipeline.Source("held_out", 1.0, traces)
+        others = [pipeline.Source("held_out", 1.0, traces)]
         # All are used: none is replaced by another trace of its question.
         overlong = "drop" if c.overlong == "shorter" else c.overlong
         every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
-        (fitting,), more = load_examples(every, [source], renderer, seed, context)
+        (fitting,), more = load_examples(every, others, renderer, seed, context)
         held_out = pipeline.all_batches(fitting, c.shape, c.batch_size)
         counts |= more
     elif c.evaluate_every:
         raise UserError("sft.evaluate_every needs traces in the section held_out.")
     weights = [source.weight for source in sources]
     batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
+    c = with_steps(c, batches, sum(map(len, made)))
 
+    params = checkpoint.load_params(source, opened.model, mesh, jax.random.key(seed))
+    loaded = opened._replace(params=params)
     learner, tuning, state = setup.load_learner(
         config, next_token_loss, loaded, mesh, c.steps, seed
     )
     checkpoint.describe(workdir, loaded.model, loaded.tokenizer)
-    del loaded
+    del loaded, params
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first = 0
         if restored := checkpoint.restore_latest(manager, to_items(state, tuning.item)):
@@ -182,7 +192,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
                     raise hosts.Stopped
         manager.wait_until_finished()
     losses = hosts.from_first(lambda: _losses(workdir / "metrics.jsonl"))
-    return {"traces": counts} | losses
+    return {"steps": c.steps, "traces": counts} | losses
 
 
 def next_token_loss(
@@ -211,6 +221,15 @@ def check_rows(c: SFTConfig, mesh: Mesh) -> None:
     """Raises UserError for rows that the mesh cannot split."""
     names = "sft.micro_batch_size (or batch_size), sft.row_length"
     sharding.check_rows(mesh, c.shape.micro_batch_size, c.row_length, names)
+
+
+def with_steps(c: SFTConfig, batches: PackedBatches, sequences: int) -> SFTConfig:
+    """The settings with the number of steps in the place of `epochs`."""
+    if not c.epochs:
+        return c
+    steps = batches.count_until(round(c.epochs * sequences) or 1)
+    _LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps")
+    return dataclasses.replace(c, steps=steps, epochs=0.0)
 
 
 def load_examples(

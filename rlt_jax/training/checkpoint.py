@@ -10,9 +10,9 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub
 import jax
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError, check_choice
-from rlt_jax.models import convert
+from rlt_jax.models import convert, peft
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import build
@@ -30,7 +30,10 @@ from rlt_jax.training import hosts
 from rlt_jax.training.sharding import abstract, check_model, param_shardings
 from rlt_jax.types import Params
 
+T = TypeVar("T")
 _LOG = logging.getLogger("rlt_jax")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_DESCRIPTIONS = ("model.json", convert.CONFIG, peft.CONFIG)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ASSETS = Path(__file__).parents[1] / "models" / "assets"
 SHIPPED = {name: _ASSETS / name for name in ("embedded", "embedded_small")}
@@ -42,11 +45,17 @@ class ModelSource:
 
     Attributes:
       path: "embedded" or "embedded_small", a folder in Hugging Face format, the folder of
-        a stage, or the id of a model on the Hugging Face Hub, such as
+        a stage or of a PEFT adapter, or the id of one on the Hugging Face Hub, such as
         "Qwen/Qwen2.5-7B-Instruct".
       architecture: fields of `ModelConfig`, for random initial weights; vocab_size
         defaults to that of the tokenizer.
       tokenizer: tokenizer folder; if empty, the tokenizer of the model.
+      chat_template: a file, a shipped one ("chatml", for base models), or the name of one
+        of several that the tokenizer has; if empty, the tokenizer's own.
+      chat_template_kwargs: values of the chat template's variables, such as
+        {"enable_thinking": False} or {"date_string": "26 Jul 2024"}.
+      date: ISO date and time for chat templates that ask for it. "{date}" is that of the
+        run, which its workdir keeps in run.json.
       dtype: dtype of the activations.
       param_dtype: dtype of the parameters in memory; "float32" keeps master weights for
         bfloat16 activations, "bfloat16" halves the memory of a frozen model.
@@ -56,6 +65,9 @@ class ModelSource:
     path: str = ""
     architecture: Mapping[str, Any] | None = None
     tokenizer: str = ""
+    chat_template: str = ""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    date: str = "{date}"
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
@@ -69,7 +81,7 @@ class ModelSource:
 
 
 class LoadedModel(NamedTuple):
-    """A model with its weights and tokenizer."""
+    """A model with its weights, or None before they are read, and its tokenizer."""
 
     model: Transformer
     params: Params
@@ -85,31 +97,59 @@ def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
       key: PRNG key for random initial weights.
 
     Raises:
-      UserError: there is no such model, or its embedding is smaller than the vocabulary
-        of the tokenizer.
+      UserError: there is no such model, or its tokenizer has ids that it lacks.
     """
-    path = None if source.architecture is not None else find_model(source.path)
-    staged = path is not None and (path / "model.json").is_file()
-    tokenizer_path = path / "tokenizer" if staged else path
-    tokenizer = load_tokenizer(source.tokenizer or tokenizer_path)
-    model = Transformer(_model_config(source, path, tokenizer.vocab_size))
-    origin = path or "random weights"
-    _check_vocabulary(origin, tokenizer, model.config.vocab_size)
+    opened = open_model(source)
+    return opened._replace(params=load_params(source, opened.model, mesh, key))
+
+
+def open_model(source: ModelSource) -> LoadedModel:
+    """Everything of a model but its weights, which are None; see `load`."""
+    if source.architecture is None:
+        path, adapter = _find_base(source.path)
+        config = _model_config(source, path)
+        staged = (path / "model.json").is_file()
+        folder, limit = path / "tokenizer" if staged else path, config.vocab_size
+        if adapter and (adapter / TOKENIZER_CONFIG).is_file():
+            folder = adapter
+    else:
+        folder, limit = "", source.architecture.get("vocab_size", NO_LIMIT)
+    tokenizer = load_tokenizer(
+        source.tokenizer or folder,
+        source.chat_template,
+        source.chat_template_kwargs,
+        source.date.replace("{date}", ""),
+        limit,
+    )
+    if source.architecture is not None:
+        config = _model_config(source, None, tokenizer.vocab_size)
+    return LoadedModel(Transformer(config), None, tokenizer)
+
+
+def load_params(
+    source: ModelSource, model: Transformer, mesh: Mesh, key: jax.Array
+) -> Params:
+    """The parameters of a model that was opened; see `load`."""
     check_model(model.config, mesh)
     shardings = param_shardings(model, mesh)
     dtype = jnp.dtype(source.param_dtype)
-    if path is None:
+    if source.architecture is not None:
+        origin = "random weights"
         params = _random_params(model, key, shardings, dtype)
-    elif staged:
-        params = _load_stage(path, model, shardings, dtype)
     else:
-        params = convert.read_params(path, model.config, shardings, dtype)
+        path, adapter = _find_base(source.path)
+        origin = adapter or path
+        if (path / "model.json").is_file():
+            params = _load_stage(path, model, shardings, dtype)
+        else:
+            read = convert.read_params
+            params = read(path, model.config, shardings, dtype, adapter)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     _LOG.info(
         "%s: %s parameters, %.3f GB as %s", origin, f"{count:,}", size / 1e9, dtype
     )
-    return LoadedModel(model, params, tokenizer)
+    return params
 
 
 def shape_of(source: ModelSource) -> ModelConfig:
@@ -118,14 +158,14 @@ def shape_of(source: ModelSource) -> ModelConfig:
     Raises:
       UserError: there is no such model.
     """
-    path = None if source.architecture is not None else find_model(source.path)
+    path = None if source.architecture is not None else _find_base(source.path)[0]
     if path is None and "vocab_size" not in source.architecture:
         return _model_config(source, path, load_tokenizer(source.tokenizer).vocab_size)
-    return _model_config(source, path, 0)
+    return _model_config(source, path)
 
 
 def _model_config(
-    source: ModelSource, path: Path | None, vocab_size: int
+    source: ModelSource, path: Path | None, vocab_size: int = 0
 ) -> ModelConfig:
     numerics = {"dtype": source.dtype, "remat": source.remat}
     if path is None:
@@ -137,21 +177,6 @@ def _model_config(
     return convert.read_config(path, **numerics)
 
 
-def _check_vocabulary(origin: Any, tokenizer: Tokenizer, embeddings: int) -> None:
-    """Raises UserError if the tokenizer has more ids than the embedding.
-
-    Special tokens that the model never uses are exempt (such as the image token in the
-    tokenizer of the text-only Gemma 3), but not those that end a completion.
-    """
-    highest = max(tokenizer.base_vocab_size - 1, *tokenizer.stop_ids)
-    if highest >= embeddings:
-        raise UserError(
-            f"model {origin}: the tokenizer {tokenizer.path} has ids up to {highest}, "
-            f"but the embedding has size {embeddings}. Set model.tokenizer to the "
-            "tokenizer of the model."
-        )
-
-
 def find_model(name: str) -> Path:
     """The folder of a model: included in the package, on disk, or downloaded from the Hub.
 
@@ -159,7 +184,7 @@ def find_model(name: str) -> Path:
       UserError: there is no such folder, or the download fails.
     """
     path = SHIPPED.get(name, Path(name))
-    if (path / "model.json").is_file() or (path / "config.json").is_file():
+    if any((path / name).is_file() for name in _DESCRIPTIONS):
         return path
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise UserError(
@@ -169,6 +194,20 @@ def find_model(name: str) -> Path:
     folder = hosts.from_first(lambda: _download(name))
     # The other processes use the cache if it is shared.
     return Path(folder if hosts.is_first() else _download(name))
+
+
+def _find_base(name: str) -> tuple[Path, Path | None]:
+    """The folder of a model; of an adapter that of its model, and its own."""
+    path = find_model(name)
+    if not (path / peft.CONFIG).is_file() or (path / convert.CONFIG).is_file():
+        return path, None
+    base = find_model(peft.adapter_base(path))
+    if not (base / convert.CONFIG).is_file():
+        raise UserError(
+            f"adapter {path}: its base {base} is not a model in Hugging Face format; "
+            "export it first, and name the export in adapter_config.json."
+        )
+    return base, path
 
 
 def _download(name: str) -> str:
@@ -201,6 +240,13 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     folder = stage_dir / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     convert.copy_tokenizer(tokenizer.path, folder)
+    if tokenizer.chat is not None:
+        file = folder / "chat_template.jinja"
+        file.write_text(tokenizer.chat.source, encoding="utf-8")
+    if tokenizer.variables:
+        settings = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        text = json.dumps(settings | {VARIABLES: tokenizer.variables}, indent=1)
+        (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
     text = json.dumps(dataclasses.asdict(model.config), indent=1)
     (stage_dir / "model.json").write_text(text + "\n", encoding="utf-8")
 
@@ -209,17 +255,63 @@ def _load_stage(
     path: Path, model: Transformer, shardings: Any, dtype: jnp.dtype
 ) -> Params:
     shapes = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-    target = abstract(shapes, shardings, dtype)
-    step = hosts.from_first(lambda: _last_step(path))
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(_folder(path) / str(step) / "params", target)
+    return _read_item(path, "params", abstract(shapes, shardings, dtype))
 
 
-def _last_step(path: Path) -> int:
-    steps = ocp.utils.checkpoint_steps(_folder(path)) if _folder(path).is_dir() else []
+def _read_item(path: Path, name: str, target: Any = None) -> Any:
+    """A tree of the newest checkpoint in a stage's folder; by default as it was saved."""
+    folder = _folder(path)
+    steps = hosts.from_first(
+        lambda: list(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    )
     if not steps:
         raise UserError(f"model {path}: the stage has no checkpoint yet; run it first.")
-    return max(steps)
+
+    def restore(step: int) -> Any:
+        return checkpointer.restore(folder / str(step) / name, target)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _newest(folder, steps, restore)[1]
+
+
+def load_adapters(source: ModelSource) -> tuple[Params, float]:
+    """The adapters of a stage that trained them, and their alpha.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = find_model(source.path)
+    file = path / "settings.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not settings.get("lora", {}).get("rank"):
+        raise UserError(
+            f"model {path}: it is no stage that trained adapters (lora.rank)."
+        )
+    return _read_item(path, "adapters"), settings["lora"]["alpha"]
+
+
+def _newest(
+    folder: Path, steps: Sequence[int], restore: Callable[[int], T]
+) -> tuple[int, T]:
+    """Step and content of the newest checkpoint that can be read.
+
+    Raises:
+      UserError: none can be read; or the newest cannot, with several processes.
+    """
+    for step in sorted(steps, reverse=True):
+        try:
+            return step, restore(step)
+        except (OSError, ValueError) as error:  # what Orbax raises for damaged files
+            reason = str(error).strip().splitlines()[0][:300]
+            damaged = f"checkpoint {folder / str(step)} cannot be read ({reason})"
+            # The other processes may have read theirs.
+            if step == min(steps) or jax.process_count() > 1:
+                raise UserError(
+                    f"{damaged}. Remove its folder to use an older one, if there is one, "
+                    "or run the stage afresh with --only."
+                ) from error
+            _LOG.warning("%s; an older one is used", damaged)
+    raise AssertionError
 
 
 class _Manager(ocp.CheckpointManager):
@@ -288,13 +380,17 @@ def restore_latest(
     Returns:
       The number of completed steps, the trees, and the JSON values.
     """
-    step = hosts.from_first(manager.latest_step)
-    if step is None:
+    steps = hosts.from_first(lambda: list(manager.all_steps()))
+    if not steps:
         return None
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(trees))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
     args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=args)
+    step, restored = _newest(
+        Path(manager.directory), steps, lambda step: manager.restore(step, args=args)
+    )
+    for damaged in (other for other in steps if other > step):
+        manager.delete(damaged)  # the run saves that step again
     return step, {name: restored[name] for name in trees}, restored["data"]
 
 

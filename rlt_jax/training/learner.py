@@ -130,9 +130,8 @@ def update(
             return (sum_loss + loss, _added(sums, metrics)), added
 
         shapes = jax.eval_shape(gradient, state.params, 0)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (loss, metrics), grads = zeros
-        lowest = {name: x - jnp.inf for name, x in metrics.items() if _is_maximum(name)}
+        (loss, metrics), grads = jax.tree.map(jnp.zeros_like, shapes)
+        lowest = {k: x - jnp.inf for k, x in metrics.items() if k.endswith("_max")}
         start = (loss, metrics | lowest), grads
         total = jax.lax.fori_loop(0, batch.num_micro_batches, add, start)
         (loss, metrics), grads = total
@@ -140,13 +139,9 @@ def update(
     return state, metrics | step_metrics
 
 
-def _is_maximum(name: str) -> bool:
-    return name.endswith("_max")
-
-
 def _added(sums: Metrics, metrics: Metrics) -> Metrics:
     return {
-        name: (jnp.maximum if _is_maximum(name) else jnp.add)(sums[name], value)
+        name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[name], value)
         for name, value in metrics.items()
     }
 

@@ -5,11 +5,11 @@ With several processes, only process 0 writes files and shows progress.
 
 import contextlib
 import json
+import math
 import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -31,11 +31,11 @@ class MetricWriter:
         self._file = workdir / "metrics.jsonl"
         # Resuming writes the later steps again.
         keep_records(self._file, lambda record: record["step"] < first_step)
-        self._events = None
-        if hosts.is_first():
-            self._events = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=first_step
-            )
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=first_step,
+            write_to_disk=hosts.is_first(),
+        )
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -57,25 +57,18 @@ class MetricWriter:
         self._pending = None
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         append_jsonl(self._file, [{"step": step, **numbers}])
-        if self._events:
-            for name, number in numbers.items():
-                self._events.add_scalar(name, number, step)
+        for name, number in numbers.items():
+            self._events.add_scalar(name, number, step)
         return numbers
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         # After an error, metrics from the devices of other processes may never arrive.
         if error is None or jax.process_count() == 1:
             self.flush()
-        if self._events:
-            self._events.close()
+        self._events.close()
 
 
 def memory_metrics() -> dict[str, float]:
@@ -98,7 +91,10 @@ def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
 
 
 def append_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
-    """Appends records to a JSON Lines file, after dropping an incomplete last line."""
+    """Appends records to a JSON Lines file, after dropping an incomplete last line.
+
+    Numbers that are not finite are written as null, as JSON has none of them.
+    """
     if not hosts.is_first():
         return
     with file.open("ab+") as lines:
@@ -108,9 +104,18 @@ def append_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
                 lines.seek(0)
                 lines.truncate(lines.read().rfind(b"\n") + 1)
         for record in records:
-            text = json.dumps(record, ensure_ascii=False)
+            text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
             # Lone surrogates are written as JSON escapes.
             lines.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None in the place of infinities and NaNs."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

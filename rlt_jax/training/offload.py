@@ -45,6 +45,5 @@ def put_back(tree: Any, like: Any) -> Any:
 
 
 def _move(tree: Any, kind: str) -> Any:
-    return jax.tree.map(
-        lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree
-    )
+    shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
+    return jax.device_put(tree, shardings)

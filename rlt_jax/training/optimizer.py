@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -55,7 +56,8 @@ class OptimizerConfig:
       warmup_fraction: fraction of all steps with linear warm-up from 0.
       b1: decay rate of AdamW's first moment.
       b2: decay rate of AdamW's second moment.
-      weight_decay: decoupled weight decay.
+      weight_decay: decoupled weight decay of kernels, embeddings, output head and
+        adapters, not of norms and biases.
       clip_norm: maximum global norm of the gradient.
       name: "adamw"; "adafactor", with factored second moments and no first moment; or
         "muon" for projections, with AdamW for all other parameters.
@@ -91,10 +93,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of `steps` steps."""
-    return optax.chain(
+    tx = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         OPTIMIZERS[config.name](config, make_schedule(config, steps)),
     )
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        # Nothing but the decay reads the parameters. So all optimizers are masked alike,
+        # and their states are what they are without a mask.
+        return tx.update(grads, state, jax.tree.map_with_path(_decayed, params))
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _decayed(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """The parameter; zeros for norms and biases, which do not decay."""
+    name = jax.tree_util.keystr(path)
+    return jnp.zeros_like(x) if name.endswith(("['scale']", "['bias']")) else x
 
 
 def matrices(params: Any) -> Any:
@@ -114,4 +129,4 @@ def matrices(params: Any) -> Any:
             return MuonDimensionNumbers((1, 2), 3)
         return MuonDimensionNumbers(1, (2, 3))  # [L, D, N, H]
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree.map_with_path(axes, params)

@@ -1,6 +1,7 @@
 """The train state: made sharded, updated by one function."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from rlt_jax.models.transformer import Transformer, boxed_params
 from rlt_jax.training.lora import trained_part
 from rlt_jax.training.sharding import abstract, to_shardings
 from rlt_jax.types import Params, TrainState
+
+_LOG = logging.getLogger("rlt_jax")
 
 
 def state_shardings(
@@ -55,6 +58,12 @@ def new_state(
     params: Params, tx: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
     """The state of step 0 around given parameters; the parameters are copied."""
+    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params)):
+        _LOG.warning(
+            "the trained parameters are bfloat16, which rounds changes of less than 1/500 "
+            "of a parameter away: at small learning rates nothing is learned. Set "
+            'model.param_dtype="float32" (policy.param_dtype in rl) for master weights.'
+        )
 
     def init(params: Params) -> TrainState:
         return _first(tx, jax.tree.map(jnp.copy, params))

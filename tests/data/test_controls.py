@@ -1,5 +1,6 @@
 """Controls and selection."""
 
+import numpy as np
 import pytest
 
 from rlt_jax.data.controls import controlled, copied_share
@@ -31,10 +32,31 @@ def test_there_may_be_no_other_question() -> None:
         ("", "", 0.0),
         ("0123456789abcdef", "0123456789abcdefghij????????????????????", 16 / 40),
         ("short ab", "ab and some more text", 0.0),
+        # Eleven characters are no match, twelve are.
+        ("0123456789a", "0123456789a?", 0.0),
+        ("0123456789ab", "??0123456789ab?", 12 / 15),
+        # Two pieces in another order, one of them twice.
+        ("abcdefghijkl mnopqrstuvwx", "mnopqrstuvwx, abcdefghijkl.", 24 / 27),
+        ("abcdefghijkl", "abcdefghijkl abcdefghijkl", 24 / 25),
+        # Pieces that overlap count each character once.
+        ("abcdefghijklm bcdefghijklmn", "abcdefghijklmn??", 14 / 16),
+        ("a" * 20, "a" * 30, 1.0),
     ],
 )
 def test_copied_share(explanation: str, solution: str, share: float) -> None:
     assert copied_share(explanation, solution) == pytest.approx(share)
+
+
+def test_copied_share_of_a_book() -> None:
+    """Two million characters: with a quadratic comparison this would not end."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(ord("a"), ord("z"), 2_000_000, np.uint8).tobytes().decode()
+    middle = text[500_000:1_500_000]
+    explanation = text[:500_000] + "?" + text[1_500_000:]
+    assert copied_share(explanation, text) == pytest.approx(0.5, abs=1e-4)
+    assert copied_share(middle, middle[::-1]) < 0.001
+    # All of its pieces are alike.
+    assert copied_share("a" * 1_000_000, "a" * 2_000_000) == 1.0
 
 
 CANDIDATES = [
@@ -59,6 +81,31 @@ CANDIDATES = [
 )
 def test_selection(config: SelectionConfig, kept: list[int]) -> None:
     assert select(config, CANDIDATES) == kept
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (SelectionConfig(), [0, 1, 2, 3, 4]),
+        (SelectionConfig(best_per_question=1), [1, 4]),
+        (SelectionConfig(best_per_question=2), [0, 1, 3, 4]),
+        (SelectionConfig(top_fraction=0.4), [1, 4]),
+        (SelectionConfig(top_fraction=0.6), [0, 1, 4]),
+        (SelectionConfig(max_tokens=5, best_per_question=1), [0, 3]),
+    ],
+)
+def test_traces_that_are_not_closed_are_chosen_last(
+    config: SelectionConfig, kept: list[int]
+) -> None:
+    """The best rewards are theirs; a question that has no others keeps one of them."""
+    candidates = [
+        Candidate("p", 5.0, 5, False),
+        Candidate("p", 0.1, 9, True),
+        Candidate("q", 3.0, 9, False),
+        Candidate("q", 4.0, 5, False),
+        Candidate("q", -2.0, 9, True),
+    ]
+    assert select(config, candidates) == kept
 
 
 def test_selection_of_nothing() -> None:

@@ -153,7 +153,7 @@ def test_examples_are_the_text_of_the_template(
 ) -> None:
     trace = Trace(Problem("Wie groß? 🦉", "x = ½", None), "naïve: <|end_of_thought|>")
     student = tokenizer.decode(student_example(tokenizer, rlt, trace).tokens)
-    chat = tokenizer.render(rlt.student_messages(trace.problem.question))
+    chat = tokenizer.render(rlt.messages("student", trace.problem, True))
     assert student == chat + rlt.student_turn(trace) + "<|end|>"
     teacher = tokenizer.decode(teacher_example(tokenizer, rlt, trace).tokens)
     prompt, _ = Renderer(tokenizer, rlt, "teacher").prompt(trace.problem)
@@ -232,7 +232,7 @@ def test_a_student_policy_has_sampled_ids_and_no_spans(
 ) -> None:
     completion = tokenizer.encode("3+4=7<|end|>").ids
     example = sampled_example(tokenizer, tiny, completion, role="student")
-    prompt = tokenizer.render(tiny.student_messages(PROBLEM.question))
+    prompt = tokenizer.render(tiny.messages("student", PROBLEM, True))
     expected = [*tokenizer.encode(prompt).ids, *completion]
     np.testing.assert_array_equal(example.tokens, expected)
     np.testing.assert_array_equal(example.tokens[example.loss_mask], completion)

@@ -413,6 +413,25 @@ def test_every_sequence_is_seen_once_in_each_pass() -> None:
         assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("num_rows", [2, 4, 16])
+def test_batches_until_a_number_of_sequences(num_rows: int) -> None:
+    made = records(np.random.default_rng(4).integers(1, 65, 30))
+    stream = grain.MapDataset.source(made).seed(3).shuffle().repeat()
+    batches = PackedBatches(stream, SHAPE, num_rows)
+    ends = [0]  # sequences after so many batches
+    while ends[-1] < 100:
+        assert batches.get_state() == {"next": ends[-1]}
+        ends.append(ends[-1] + len(numbers(next(batches))))
+    state = batches.get_state()
+    for sequences in (0, 1, 2, 7, 30, 31, 55, 99, 100, ends[1], ends[2], ends[-2]):
+        count = batches.count_until(sequences)
+        assert ends[count] >= sequences, "all have been seen"
+        assert count == 0 or ends[count - 1] < sequences, "and no batch is too many"
+    assert batches.get_state() == state
+    short = PackedBatches(grain.MapDataset.source(made), SHAPE, num_rows)
+    assert short.count_until(1000) == len(list(short))
+
+
 def test_loss_weights_are_those_of_a_mean_over_learned_tokens() -> None:
     made = records(np.random.default_rng(1).integers(1, 65, 60))
     made[7]["loss_mask"][:] = True

@@ -30,9 +30,10 @@ def test_turns_are_put_together_as_documented() -> None:
 
 def test_an_empty_system_prompt_is_left_out() -> None:
     user = {"role": "user", "content": "3+4?"}
-    assert PLAIN.teacher_messages(PROBLEM) == [user]
+    for as_system in (True, False):
+        assert PLAIN.messages("teacher", PROBLEM, as_system) == [user]
     system = {"role": "system", "content": "Think."}
-    assert PLAIN.student_messages("3+4?") == [system, user]
+    assert PLAIN.messages("student", PROBLEM, True) == [system, user]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +110,16 @@ def test_bad_template_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         load_template(str(file))
     fields = dataclasses.asdict(PLAIN)
-    for bad in ([], fields | {"colour": "red"}, {"pad": ""}):
+    for bad, message in [
+        ([], "give it as keys and values"),
+        (fields | {"colour": "red"}, "unknown key 'colour'"),
+        ({"pad": ""}, "the key 'teacher_system' is missing"),
+        (fields | {"pad": 1}, "pad is 1; give a text"),
+        (fields | {"thought_prefix": None}, "thought_prefix is None; give a text"),
+        (fields | {"system_role": "tool"}, "system_role"),
+    ]:
         file.write_text(json.dumps(bad))
-        with pytest.raises(UserError, match="the fields must be exactly"):
+        with pytest.raises(UserError, match=message):
             load_template(str(file))
     for tags in (["<e>"], ["<e>", ""], ["<e>", 1]):
         file.write_text(json.dumps(fields | {"explanation_tags": tags}))

@@ -1,5 +1,6 @@
 """Reading problems and traces: every format, and every message."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from rlt_jax.data.templates import load_template
 from rlt_jax.data.traces import read_completions, read_problems, read_traces
 from rlt_jax.errors import UserError
-from rlt_jax.records import Problem, Trace
+from rlt_jax.records import Problem, Trace, history_of, problem_record
 
 TEMPLATE = load_template("rlt")
 REPLY = (
@@ -240,19 +241,19 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
         ),
         (
             chat(("tool", "x")),
-            "roles in conversations are ['tool']; there must be one turn of user",
+            "roles in conversations are ['tool']; there must be turns of user",
         ),
         (chat(("user", 5)), ", turn 1: value is 5 (int); it must be a string"),
-        (chat(("user", "q"), ("gpt", None)), ", turn 2: value or content is missing"),
+        (chat(("user", "q"), ("gpt", None)), ", turn 2: content or value is missing"),
         (chat(("system", "s")), "the roles in conversations are []; there must"),
-        (chat(("gpt", REPLY)), "the roles in conversations are ['gpt']; there"),
+        (chat(("gpt", REPLY)), "roles in conversations are ['assistant']; there"),
         (chat(("user", " "), ("gpt", REPLY)), "the question is empty"),
         (
-            chat(*[("user", "q"), ("gpt", REPLY)] * 2),
-            "conversations are ['user', 'gpt', 'user', 'gpt']; there must be one turn",
+            chat(("user", "q"), ("user", "q"), ("gpt", REPLY)),
+            "conversations are ['user', 'user', 'assistant']; there must be turns of",
         ),
         (
-            chat(("user", "q"), ("gpt", "7")),
+            chat(("user", "q"), ("gpt", "<|begin_of_thought|>7")),
             "<|begin_of_solution|> is missing in the assistant's turn, or in the wrong",
         ),
         (
@@ -277,6 +278,9 @@ def test_bad_rows_are_named(file: Path, row: dict, message: str) -> None:
             "reasoning_trace is missing; the keys are question, solution. A record",
         ),
         (ROW | {"reasoning_trace": 1.5}, "reasoning_trace is 1.5 (float); it must"),
+        (ROW | {"closed": "perhaps"}, "closed is 'perhaps' (str); write true or false"),
+        (ROW | {"closed": 0.5}, "closed is 0.5 (float); write true or false"),
+        (ROW | {"closed": [True]}, "closed is [True] (list); write true or false"),
         (
             chat(("user", "q"), ("gpt", REPLY.replace("<|begin_of_thought|>", ""))),
             "<|begin_of_thought|> is missing in the assistant's turn, or in the wrong",
@@ -368,3 +372,106 @@ def test_other_endings_are_named(tmp_path: Path, pattern: str) -> None:
 def test_an_empty_path_is_not_the_working_directory() -> None:
     with pytest.raises(UserError, match="'': no such file or directory"):
         read_traces("", TEMPLATE)
+
+
+TURNS = (
+    ("system", "Be good."),
+    ("user", "Hello."),
+    ("assistant", "Hello. How can I help?"),
+    ("user", "3+4?"),
+)
+HISTORY = (("user", "Hello."), ("assistant", "Hello. How can I help?"))
+
+
+def messages(*turns: tuple[str, str], column: str = "messages") -> dict:
+    return {column: [{"role": role, "content": text} for role, text in turns]}
+
+
+def test_the_last_turn_of_a_longer_conversation_is_learned(file: Path) -> None:
+    path = write(file, messages(*TURNS, ("assistant", REPLY)))
+    (trace,) = read_traces(path, TEMPLATE)
+    assert trace == BODIES._replace(problem=BODIES.problem._replace(history=HISTORY))
+    assert read_problems(path, TEMPLATE) == [trace.problem]
+
+
+@pytest.mark.parametrize(
+    ("extra", "solution", "answer"),
+    [
+        ({"reward_model": {"ground_truth": "7", "style": "rule"}}, "7", "7"),
+        ({"reward_model": {"ground_truth": 7}, "answer": "8"}, "8", "8"),
+        ({"answer": 7}, "7", "7"),
+        ({"answer": "7", "solution": "It is 7."}, "It is 7.", "7"),
+    ],
+)
+def test_a_prompt_is_continued(
+    file: Path, extra: dict, solution: str, answer: str
+) -> None:
+    path = write(file, messages(*TURNS, column="prompt") | extra)
+    problem = Problem("3+4?", solution, answer, history=HISTORY)
+    assert read_problems(path, TEMPLATE) == [problem]
+
+
+def test_a_reply_without_tags_is_the_solution(file: Path) -> None:
+    path = write(file, messages(("user", "3+4?"), ("assistant", "3 + 4 is 7.")))
+    assert read_problems(path, TEMPLATE) == [Problem("3+4?", "3 + 4 is 7.")]
+    with pytest.raises(UserError, match="begin_of_thought|> is missing"):
+        read_traces(path, TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "3+4?", "solution": "3 + 4 is 7."},
+        messages(("user", "3+4?"), ("assistant", "3 + 4 is 7.")),
+    ],
+)
+def test_a_teacher_can_warm_up_on_the_working_of_solutions(
+    file: Path, row: dict
+) -> None:
+    path = write(file, row)
+    (trace,) = read_traces(path, TEMPLATE, missing_trace="solution")
+    assert trace == Trace(Problem("3+4?", "3 + 4 is 7."), "3 + 4 is 7.")
+    # Where there is a trace, that is learned.
+    path = write(file.with_name("more.jsonl"), ROW, chat())
+    assert read_traces(path, TEMPLATE, missing_trace="solution") == [TRACE, BODIES]
+    with pytest.raises(UserError, match="missing_trace='x'"):
+        read_traces(path, TEMPLATE, missing_trace="x")
+
+
+def test_csv_is_read_as_jsonl_is(tmp_path: Path) -> None:
+    rows = [
+        {"closed": "False", "messages": json.dumps(messages(*TURNS)["messages"])},
+        {"closed": "true", "completions": json.dumps(["a", "b"])},
+        {"closed": "", "question": "true", "answer": "[1, 2]"},
+        {"closed": " FALSE ", "reward_model": json.dumps({"ground_truth": "7"})},
+    ]
+    columns = ["question", "solution", "reasoning_trace", "answer", "closed"]
+    columns += ["messages", "completions", "reward_model"]
+    file = tmp_path / "data.csv"
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, columns)
+        writer.writeheader()
+        writer.writerows(ROW | row for row in rows)
+    traces = read_traces(str(file), TEMPLATE)
+    assert [trace.problem.question for trace in traces] == ["3+4?", "true"]
+    assert traces[1].problem.answer == "[1, 2]"
+    problems = read_problems(str(file), TEMPLATE)
+    assert problems[0].history == HISTORY
+    assert problems[3].answer == "7"
+    completions = [texts for _, _, texts in read_completions(str(file), TEMPLATE)]
+    assert completions[1] == ["a", "b"]
+    file.write_text('question,solution,completions\nq,s,"[a"\n', encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"completions is '\[a' .* in a CSV file as JSON"
+    ):
+        list(read_completions(str(file), TEMPLATE))
+
+
+def test_what_a_run_writes_keeps_the_history(tmp_path: Path) -> None:
+    problem = Problem("3+4?", "It is 7.", "7", history=HISTORY)
+    record = problem_record(problem) | {"reasoning_trace": "3 + 4 = 7"}
+    path = write(tmp_path / "traces.jsonl", record)
+    assert read_traces(path, TEMPLATE) == [Trace(problem, "3 + 4 = 7")]
+    assert history_of(record) == HISTORY
+    plain = problem_record(problem._replace(history=()))
+    assert "prompt" not in plain and history_of(plain) == ()

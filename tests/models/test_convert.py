@@ -195,7 +195,7 @@ def test_tensors_that_carry_nothing_are_passed_over(copy: Path, params: Params) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(GATE), f"1 missing tensors: {GATE}"),
+        (lambda t: t.pop(GATE), "1 missing tensors: layers.1.mlp.gate_proj.weight"),
         (lambda t: t.update(odd=t[GATE]), "1 unexpected tensors: odd"),
         (lambda t: t.update({GATE: t[GATE][1:]}), r"has shape \[31, 16\]"),
         (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), "dtype I8"),
@@ -350,3 +350,112 @@ def test_a_window_needs_a_family_with_windows() -> None:
     llama = ModelConfig(**{**vars(config), "qkv_bias": False})
     with pytest.raises(UserError, match="sliding_window=None, not 8"):
         config_to_json(llama, "llama")
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "tied"),
+    [(1.0, np.float32, True), (2.0, np.float32, False), (1.0, np.float16, False)],
+)
+def test_a_head_that_differs_from_the_embedding_is_used(
+    scale: float,
+    dtype: type,
+    tied: bool,
+    copy: Path,
+    params: Params,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def add_head(tensors: dict[str, np.ndarray]) -> None:
+        tensors[HEAD] = (scale * tensors[EMBEDDING]).astype(dtype)
+
+    change_tensors(copy, add_head)
+    config = read_config(copy)
+    assert config == dataclasses.replace(CONFIG, tie_embeddings=tied)
+    assert ("a head that differs" in caplog.text) == (not tied)
+    read = read_params(copy, config)
+    assert ("output" in read) == (not tied)
+    if not tied:
+        expected = (scale * params["embedding"]).astype(dtype)
+        np.testing.assert_array_equal(read["output"], expected.T)
+
+
+def test_a_head_is_compared_in_shards_under_other_names(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlt_jax.models.weight_files._ROWS", 10)
+
+    def change_last_row(tensors: dict[str, np.ndarray]) -> None:
+        head = tensors[EMBEDDING].copy()
+        head[-1, -1] += 1
+        tensors["module.lm_head.weight"] = head
+
+    change_tensors(copy, change_last_row)
+    assert not read_config(copy).tie_embeddings
+    (copy / WEIGHTS).unlink()
+    assert read_config(copy).tie_embeddings  # as `plan` reads it, without weights
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: name.removeprefix("model."),  # AutoModel.save_pretrained
+        lambda name: f"_orig_mod.{name}",  # torch.compile
+        lambda name: f"module.{name}",  # DataParallel
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("model.", "model.language_model."),
+        lambda name: f"language_model.{name}",
+    ],
+)
+def test_names_may_be_wrapped(
+    renamed: Callable[[str], str], copy: Path, params: Params
+) -> None:
+    save_file(
+        {renamed(k): v for k, v in load_file(copy / WEIGHTS).items()}, copy / WEIGHTS
+    )
+    jax.tree.map(np.testing.assert_array_equal, read_params(copy, CONFIG), params)
+
+
+def test_two_names_of_a_tensor_are_refused(copy: Path) -> None:
+    change_tensors(
+        copy, lambda tensors: tensors.update({f"module.{GATE}": tensors[GATE]})
+    )
+    with pytest.raises(UserError, match=f"{GATE} .* are the same tensor of the model"):
+        read_params(copy, CONFIG)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_only_the_language_model_of_gemma_3_is_read(
+    prefix: str, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        qkv_bias=False,
+        qk_norm=True,
+        activation="gelu_tanh",
+        norm_plus_one=True,
+        post_norms=True,
+        scale_embeddings=True,
+        query_scale_dim=4,
+        local_rope_theta=10_000.0,
+    )
+    params = random_params(config)
+    write_model(tmp_path / "model", config, params, "gemma3_text")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    outer = {"model_type": "gemma3", "text_config": content}
+    file.write_text(json.dumps(outer))
+
+    def wrap(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            inner = name.removeprefix("model.")
+            tensors[f"{prefix}language_model.{inner}"] = tensors.pop(name)
+        tensors[f"{prefix}vision_tower.encoder.weight"] = np.zeros(3)
+        tensors[f"{prefix}multi_modal_projector.weight"] = np.zeros(3)
+
+    change_tensors(tmp_path / "model", wrap)
+    read = read_config(tmp_path / "model")
+    assert read == config
+    again = read_params(tmp_path / "model", read)
+    jax.tree.map(np.testing.assert_array_equal, again, params)

@@ -1,5 +1,6 @@
 """Rewards minus a baseline, by hand."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -36,10 +37,19 @@ def test_groups_are_consecutive_and_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-@pytest.mark.parametrize("reward", [0.0, -5.82, 3.3e3])
-def test_equal_rewards_teach_nothing(reward: float, name: str) -> None:
-    advantages = ADVANTAGES[name](np.full(8, reward, np.float32), 4)
-    np.testing.assert_allclose(advantages, 0.0, atol=1e-6)
+@pytest.mark.parametrize(
+    ("reward", "group_size"),
+    [(0.0, 4), (-5.82, 4), (3.3e3, 4), (-7.55, 24), (1234.567, 3), (0.1, 7), (1e15, 6)],
+)
+def test_equal_rewards_teach_nothing(reward: float, group_size: int, name: str) -> None:
+    rewards = np.full(2 * group_size, reward, np.float32)
+    for function in (ADVANTAGES[name], jax.jit(ADVANTAGES[name], static_argnums=1)):
+        np.testing.assert_array_equal(function(rewards, group_size), 0.0)
+    # One group of equal rewards beside another.
+    rewards[:group_size] += np.arange(group_size, dtype=np.float32) * abs(reward)
+    advantages = np.asarray(ADVANTAGES[name](rewards, group_size))
+    np.testing.assert_array_equal(advantages[group_size:], 0.0)
+    assert advantages[:group_size].any() == (reward != 0)
 
 
 def test_tiny_differences_are_damped() -> None:

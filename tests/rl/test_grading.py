@@ -74,8 +74,21 @@ def graded(prediction: str | None, answer: str, grader: str = "math") -> Verdict
         (r"\boxed{10{,}080}", "10080"),
         (r"\boxed{1{,}000{,}000}", "1000000"),
         (r"\boxed{\$32{,}348}", "32348"),
+        (r"\boxed{12{,}345.67}", "12345.67"),
+        (r"\boxed{10\,080}", "10080"),
+        (r"\boxed{1\ 000~000}", "1000000"),
+        (r"\boxed{10080}", r"10{,}080"),
+        (r"\boxed{\text{\$}32{,}348}", "32348"),
+        (r"The answer is \$32{,}348.", "32348"),
+        (r"\boxed{€1{,}200}", "1200"),
         (r"\boxed{\sin^2(x)}", r"\sin^2 x"),
+        (r"\boxed{\cos^3(2x)}", r"\cos^3 2x"),
+        (r"\boxed{\tan^{-1}(x)}", r"\tan^{-1} x"),
+        (r"\boxed{\sqrt{\sin^2(x)+1}}", r"\sqrt{1+\sin^2 x}"),
         (r"\boxed{\log_2(3)}", r"\log_2 3"),
+        (r"\boxed{\log_{2} 3}", r"\log_2(3)"),
+        (r"\boxed{\ln(2)}", r"\ln 2"),
+        (r"\boxed{\sin(x)\cos(x)}", r"\sin x \cos x"),
         ("0.333333", "1/3"),
     ],
 )
@@ -101,6 +114,9 @@ def test_right_answers_in_other_forms(prediction: str, answer: str) -> None:
         ("2√3", r"\sqrt{12}"),
         (r"$2 √ 3$", "√12"),
         (r"\boxed{√2+√3}", r"\sqrt2+\sqrt3"),
+        ("√(2(x+1))", r"\sqrt{2(x+1)}"),
+        (r"\boxed{\frac{√(4(2+1))}{2}}", r"\sqrt3"),
+        (r"√\frac{1}{4}", "0.5"),
     ],
 )
 def test_minus_and_root_signs(prediction: str, answer: str) -> None:
@@ -170,6 +186,45 @@ def test_what_math_verify_reads_in_its_own_way(prediction: str, vote: str) -> No
     assert graded(prediction, "17") == Verdict(False, vote)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("√16", "16"),
+        ("√10", "0"),
+        ("√51", "5"),
+        ("√√16", "4"),
+        ("√51", r"\sqrt5"),
+        ("√(2(x+1))", r"\sqrt{2x+1}"),
+        (r"√\frac{1}{4}", "1/4"),
+        (r"\boxed{10{,}080}", "10"),
+        (r"\boxed{10{,}080}", "80"),
+        (r"\boxed{10{,}08}", "1008"),
+        (r"\boxed{(10{,}080)}", "(10, 80)"),
+        (r"\boxed{1{,}000{,}000}", "1000"),
+        (r"\boxed{10\,080}", "90"),
+        (r"\boxed{\$32{,}348}", "348"),
+        (r"\boxed{\begin{pmatrix}1\\ 200\end{pmatrix}}", "1200"),
+        (r"\boxed{\sin^2(x)}", r"\sin(x^2)"),
+        (r"\boxed{\sin(x^2)}", r"\sin^2 x"),
+        (r"\boxed{\sin^2(x)}", r"2\sin x"),
+        (r"\boxed{\sin^2(x)+1}", r"\sin^2(x+1)"),
+        (r"\boxed{\sin(2x)}", r"2\sin x"),
+        (r"\boxed{\sin(x)\cos(x)}", r"\sin(x\cos x)"),
+        (r"\boxed{\cos^3(2x)}", r"\cos(6x)"),
+        (r"\boxed{\cos^3(2x)}", r"2\cos^3 x"),
+        (r"\boxed{\tan^{-1}(x)}", r"\frac{1}{\tan x}"),
+        (r"\boxed{\log_2(3)}", r"\log_3 2"),
+        (r"\boxed{\log_2(3)}", r"\ln 3"),
+        (r"\boxed{\log_2(3)}", r"\log 6"),
+        (r"\boxed{\log_2(3)+1}", r"\log_2 4"),
+        (r"\boxed{\ln(2)+1}", r"\ln 3"),
+        (r"\boxed{\ln(2)}", "2"),
+    ],
+)
+def test_near_misses(prediction: str, answer: str) -> None:
+    assert not graded(prediction, answer).correct
+
+
 def test_rounding_is_not_equality() -> None:
     assert not graded("0.333", "1/3").correct
 
@@ -204,6 +259,15 @@ def test_rounding_is_not_equality() -> None:
         *("Therefore C is the correct answer.", "So (C) is clearly right: not A."),
         *("I would pick C.", "I would not choose A; I choose option C."),
         "Option A: wrong. Option B: wrong. Option C is correct.",
+        "Option A: no. Option B: no. Option C: yes.",
+        "Option A - wrong. Option B - false. Option C - correct.",
+        "Option A (wrong), option B (incorrect), option C (right).",
+        "Option A: not possible. Option C: correct.",
+        "Option A is wrong. Option B is wrong. So C.",
+        *("Hence (C) must be right", "So C has to be correct.", "I'd go with C."),
+        *("The answer is therefore: C", "The answer is, indeed, C."),
+        *("C is the answer.", "Therefore, C is my only answer.", "Hence C"),
+        *("The answer cannot be A, so it is C.", "It must be C.", "It's C"),
     ],
 )
 def test_the_letter_of_a_choice(prediction: str) -> None:
@@ -226,7 +290,15 @@ def test_marked_letters_that_may_be_words(text: str) -> None:
         *("42", "Cat", "A cat", "Answer: I think so", "The answer is A good one"),
         *("Hence option (A) is wrong.", "The choice I made", "K", "The answer is Z"),
         "The answer is not A",
+        "The answer is therefore not A",
         "The answer is A-type",
+        "Therefore A is not the correct answer.",
+        "Hence (A) must be wrong",
+        "I would not pick A.",
+        "I would not go with A, as it is wrong.",
+        "I would pick A cat.",
+        "Option A: wrong.",
+        "So I think that it is A good idea",
     ],
 )
 def test_no_letter_is_no_choice(prediction: str) -> None:

@@ -84,15 +84,15 @@ def test_stages_before_the_bad_one_are_kept_and_not_run_again(
 @pytest.mark.parametrize(
     ("stage", "what", "limit"),
     [
-        ("evaluate", "question (model max_length - sampling.max_new_tokens)", 120),
-        ("collect", "teacher prompt (rows.row_length - sampling.max_new_tokens)", 120),
-        ("rl", "teacher prompt (rows.row_length - sampling.max_new_tokens)", 120),
+        ("evaluate", "question", "the model's context=128"),
+        ("collect", "teacher prompt", "rows.row_length=128"),
+        ("rl", "teacher prompt", "rows.row_length=128"),
     ],
 )
 def test_a_question_longer_than_the_context(
     stage: str,
     what: str,
-    limit: int,
+    limit: str,
     section: Section,
     run_stage: RunStage,
     tmp_path: Path,
@@ -101,8 +101,8 @@ def test_a_question_longer_than_the_context(
     values = section(stage) | {"data": write(tmp_path / "data.jsonl", *rows)}
     with pytest.raises(UserError) as error:
         run_stage(values, tmp_path / "run")
-    assert str(error.value).startswith(f"{what}: sequence 1 has ")
-    assert f"the limit is {limit} (1 of " in str(error.value)
+    assert str(error.value).startswith(f"{what} 1 has ")
+    assert f"more than {limit}. Raise the limit" in str(error.value)
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 import rlt_jax
+from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
 from rlt_jax.stages import run_pipeline
@@ -21,7 +22,9 @@ from rlt_jax.training.lora import LoRAConfig, combine, make_tuning
 from rlt_jax.types import Params
 
 
-def export(workdir: Path, path: str, dtype: str = "float32") -> Path:
+def export(
+    workdir: Path, path: str, dtype: str = "float32", adapter_base: str = ""
+) -> Path:
     config = ml_collections.ConfigDict(
         {
             "seed": 0,
@@ -29,6 +32,7 @@ def export(workdir: Path, path: str, dtype: str = "float32") -> Path:
             "model": {"path": path},
             "model_type": "",
             "dtype": dtype,
+            "adapter_base": adapter_base,
             "mesh": {},
         }
     )
@@ -107,3 +111,50 @@ def test_trained_adapters_are_exported_with_their_base(
     for path, kernel in flatten_dict(exported[1]).items():
         trained = any(name in config.modules for name in path)
         assert bool((kernel != flatten_dict(base)[path]).any()) == trained, path
+
+
+def test_adapters_are_exported_for_peft(
+    section: Callable[[str], dict[str, Any]],
+    run_stage: Callable[[dict[str, Any], Path], Path],
+    tmp_path: Path,
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    base = export(tmp_path / "base", "embedded_small")
+    sft = section("sft")
+    sft["model"] = {"path": str(base)}
+    sft["lora"] = {"rank": 4, "alpha": 6.0, "modules": ("query", "out", "down")}
+    stage = run_stage(sft, tmp_path / "run")
+    merged = export(tmp_path / "merged", str(stage))
+    adapter = export(tmp_path / "adapter", str(stage), adapter_base=str(base))
+    assert (adapter / "tokenizer_config.json").is_file()
+    assert not (adapter / "model.safetensors").exists()
+    tokens = np.arange(3, 35, dtype=np.int32)[None]
+    expected = rlt_jax.token_log_probs(*rlt_jax.load_model(str(merged)), tokens)
+    before = rlt_jax.token_log_probs(*rlt_jax.load_model(str(base)), tokens)
+    assert np.abs(expected - before).max() > 0.01
+    # Here, where the folder of the adapter is a model, and there.
+    ours = rlt_jax.token_log_probs(*rlt_jax.load_model(str(adapter)), tokens)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), adapter
+    )
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.inference_mode():
+        logits = theirs(ids).logits[0, :-1]
+    picked = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
+    np.testing.assert_allclose(expected[0, 1:], picked, atol=1e-4)
+
+
+def test_a_stage_without_adapters_has_none_to_export(
+    section: Callable[[str], dict[str, Any]],
+    run_stage: Callable[[dict[str, Any], Path], Path],
+    tmp_path: Path,
+) -> None:
+    sft = section("sft")
+    sft["sft"]["steps"] = 1
+    stage = run_stage(sft, tmp_path / "run")
+    for path in (str(stage), "embedded"):
+        with pytest.raises(UserError, match="it is no stage that trained adapters"):
+            export(tmp_path / "out", path, adapter_base="someone/some-model")

@@ -22,6 +22,7 @@ from rlt_jax.stages.plan import (
     plan,
     read_recipe,
     slice_mesh,
+    steps_of,
 )
 from rlt_jax.stages.plan_programs import PROGRAMS
 from rlt_jax.stages.plan_shapes import Lengths
@@ -58,7 +59,7 @@ def get_config(topology):
     config.warmup = {{
         "stage": "sft",
         "model": trained,
-        "sft": {{"role": "teacher", "steps": 3, "batch_size": 2, "row_length": {ROWS}}},
+        "sft": {{"role": "teacher", "steps": 3, "epochs": 0.0, "batch_size": 2, "row_length": {ROWS}}},
         "lora": {{}},
         "optimizer": {{"learning_rate": 1e-3}},
         "mesh": mesh,
@@ -238,6 +239,17 @@ def test_a_recipe_is_given_what_stands_behind_its_file() -> None:
     section = read_recipe(c, c.topology)["distil"]
     assert section["model"]["path"] == "Qwen/Qwen2.5-32B-Instruct"
     assert section["mesh"]["tensor"] == 8
+
+
+def test_steps_of_epochs_are_estimated(recipe: Path) -> None:
+    """Three passes over 100 sequences of 256 tokens, in steps of two rows of 1024."""
+    changes = ("warmup.sft.steps=0", "warmup.sft.epochs=3.0")
+    lengths = {"traces": 100, "prompt_tokens": 56, "completion_tokens": 200}
+    c = PlanConfig(str(recipe), "v5e:2x2", changes=changes, **lengths)
+    loop = read_recipe(c, c.topology)["warmup"]["sft"]
+    assert steps_of(c, loop) == 38
+    assert steps_of(c, loop | {"steps": 7, "epochs": 0.0}) == 7
+    assert steps_of(c, {}) == 1
 
 
 @pytest.mark.parametrize(

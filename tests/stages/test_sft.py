@@ -2,6 +2,7 @@
 
 import json
 import logging
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from jax.sharding import Mesh
 
-from rlt_jax.data import pipeline
+from rlt_jax.data import pipeline, rows
 from rlt_jax.data.examples import Example, Renderer, student_examples
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template
@@ -23,6 +24,7 @@ from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.stages import run_pipeline, sft
+from rlt_jax.training import hosts
 from rlt_jax.training.learner import make_learner
 from rlt_jax.training.lora import LoRAConfig, make_tuning
 from rlt_jax.training.metrics import read_jsonl
@@ -190,6 +192,118 @@ def test_what_cannot_be_is_refused_before_any_work(
     with pytest.raises(UserError, match=message):
         run_stage(values, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"steps": 0}, "sft.steps=0, sft.epochs=0.0: set one of the two"),
+        ({"epochs": 2.0}, "sft.steps=5, sft.epochs=2.0: set one of the two"),
+        ({"steps": 0, "epochs": -1.0}, "sft.epochs=-1.0: at least 0"),
+        ({"steps": -1}, "sft.steps=-1: at least 0"),
+    ],
+)
+def test_the_length_is_steps_or_epochs(
+    length: dict[str, Any],
+    message: str,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+) -> None:
+    values = section("sft")
+    values["sft"] |= length
+    with pytest.raises(UserError, match=message):
+        run_stage(values, tmp_path)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_epochs_are_counted_in_sequences(
+    mixed: bool,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole passes over what is used, in a run that is stopped and continued too."""
+    values = section("sft")
+    values["sft"] |= {"steps": 0, "epochs": 3.0, "overlong": "drop"}
+    used = plain(*(z * (3 + n % 5) for n, z in enumerate("abcdefghijk")))
+    data = write(tmp_path / "traces.jsonl", [*used[:6], *plain(LONG)])
+    if mixed:
+        other = write(tmp_path / "other.jsonl", used[6:])
+        data = {"task": "mix", "sources": {"a": data | {"share": 2.0}, "b": other}}
+    sequences = 3 * (11 if mixed else 6)
+    values["data"] = data
+
+    seen: list[int] = []
+    packed = rows._supervised
+
+    def count(taken: list[Any], *args: Any) -> Any:
+        seen.append(len(taken))
+        return packed(taken, *args)
+
+    monkeypatch.setattr(rows, "_supervised", count)
+    with caplog.at_level(logging.INFO, "rlt_jax"):
+        folder = run_stage(values, tmp_path / "whole")
+    done = summary(folder)
+    steps = done["steps"]
+    of_training = seen[-steps:]  # before them, the held-out traces are packed
+    assert sum(of_training[:-1]) < sequences <= sum(of_training)
+    number = sequences // 3
+    message = f"3 epochs of {number} sequences are {steps} steps"
+    assert message in [record.getMessage() for record in caplog.records]
+    rows_of_whole = metric_rows(folder)
+    assert [row["step"] for row in rows_of_whole] == list(range(steps))
+    assert "held_out/loss" in rows_of_whole[-1], "the last step is known to be the last"
+
+    answers = iter([False, False, True])  # before the stage, then in it
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "stopping", lambda: next(answers))
+        with pytest.raises(hosts.Stopped):
+            run_stage(values, tmp_path / "stopped")
+    resumed = run_stage(values, tmp_path / "stopped")
+    assert metric_rows(resumed) == rows_of_whole
+    assert summary(resumed) == done
+    # The schedule is that of as many steps.
+    values["sft"] |= {"steps": steps, "epochs": 0.0}
+    assert metric_rows(run_stage(values, tmp_path / "steps")) == rows_of_whole
+
+
+@pytest.mark.parametrize(
+    ("topology", "rows"), [("v6e:4x4", 4), ("v5p:2x2x1", 4), ("v5e:8x8", 16)]
+)
+def test_the_settings_of_the_published_recipe(topology: str, rows: int) -> None:
+    file = Path(__file__).parents[2] / "configs" / "rlt_7b.py"
+    config = runpy.run_path(str(file))["get_config"](topology)
+    names = ("b1", "b2", "weight_decay", "learning_rate", "schedule")
+    optimizers = [
+        [section.optimizer[name] for name in (*names, "warmup_fraction")]
+        for section in (config.warmup, config.rl)
+    ]
+    assert optimizers[0] == [0.9, 0.95, 1e-4, 1e-5, "cosine", 0.05]
+    assert optimizers[1] == [0.9, 0.999, 0.0, 1e-6, "constant", 0.0]
+    loop = config.warmup.sft
+    assert (loop.epochs, loop.steps, loop.batch_size) == (10, 0, rows)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_in_bfloat16_is_warned_of(
+    rank: int,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    values = section("sft") | {"lora": {"rank": rank}}
+    values["model"] = values["model"] | {"param_dtype": "bfloat16"}
+    values["sft"] |= {"steps": 1, "evaluate_every": 0}
+    run_stage(values, tmp_path)
+    warnings = [
+        one.getMessage() for one in caplog.records if one.levelname == "WARNING"
+    ]
+    told = [text for text in warnings if "trained parameters are bfloat16" in text]
+    assert len(told) == (rank == 0)
 
 
 @pytest.mark.parametrize(("every", "rows"), [(0, [4]), (2, [1, 3, 4]), (9, [4])])

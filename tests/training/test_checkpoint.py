@@ -183,7 +183,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(
     with checkpoint.open_manager(tmp_path, keep=1) as manager:
         checkpoint.save(manager, 1, {"params": params}, {})
     with pytest.raises(
-        UserError, match="has ids up to 511, but the embedding has size 40"
+        UserError, match="the model has 40 rows, none for ids up to 511"
     ):
         checkpoint.load(ModelSource(str(tmp_path)), mesh, KEY)
 
@@ -212,7 +212,7 @@ def test_hub_ids_are_downloaded(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     loaded = checkpoint.load(ModelSource("someone/some-model"), mesh, KEY)
-    assert asked == ["someone/some-model"]
+    assert set(asked) == {"someone/some-model"}
     assert_equal(loaded.params, teacher_params)
 
     def fails(name: str, **_: object) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,11 +54,28 @@ def test_the_last_step_is_written_though_the_run_fails(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "metrics.jsonl") == [0]
 
 
-def test_numbers_that_are_not_finite_are_kept(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path, file: Path) -> None:
     with MetricWriter(tmp_path, 0) as writer:
-        writer.write(0, {"a": jnp.nan, "b": -jnp.inf})
-    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
-    assert np.isnan(row["a"]) and row["b"] == -np.inf
+        writer.write(0, {"a": jnp.nan, "b": -jnp.inf, "c": 1.5})
+        numbers = writer.flush()
+    # Whoever writes them still gets the numbers.
+    assert np.isnan(numbers["a"]) and numbers["b"] == -np.inf
+    row = {"step": 0, "a": None, "b": None, "c": 1.5}
+    assert strict(tmp_path / "metrics.jsonl") == [row]
+    deep = {"terms": {"x": [1.0, (np.float64("nan"), 2)], "y": float("inf")}}
+    append_jsonl(file, [deep | {"text": "NaN", "flag": True, "none": None}])
+    deep = {"terms": {"x": [1.0, [None, 2]], "y": None}}
+    assert strict(file) == [deep | {"text": "NaN", "flag": True, "none": None}]
+
+
+def strict(file: Path) -> list[dict[str, Any]]:
+    """Records of a file that has nothing but JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def test_resuming_drops_the_rows_that_come_again(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
@@ -20,6 +21,7 @@ from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.stages.sft import next_token_loss
 from rlt_jax.training.learner import jit_update
+from rlt_jax.training.lora import LoRAConfig, make_tuning
 from rlt_jax.training.optimizer import (
     OPTIMIZERS,
     OptimizerConfig,
@@ -149,6 +151,59 @@ def test_the_first_step_by_hand() -> None:
     np.testing.assert_allclose(stepped, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_norms_and_biases_do_not_decay(name: str) -> None:
+    config = ModelConfig(
+        40,
+        16,
+        2,
+        4,
+        2,
+        8,
+        24,
+        32,
+        qkv_bias=True,
+        qk_norm=True,
+        out_bias=True,
+        tie_embeddings=False,
+    )
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.5, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    settings = OptimizerConfig(0.1, weight_decay=0.1, name=name)
+    before = flatten_dict(params)
+    after = flatten_dict(update(settings, params, zeros))
+    kinds = {path[-1] for path in before}
+    assert kinds == {"embedding", "output", "kernel", "bias", "scale"}
+    for path, x in before.items():
+        if path[-1] in ("bias", "scale"):
+            assert np.asarray(x).tobytes() == np.asarray(after[path]).tobytes(), path
+        else:
+            np.testing.assert_allclose(after[path], 0.99 * x, rtol=1e-5, err_msg=path)
+
+
+def test_adapters_decay(model: Transformer, params: Params, mesh: Mesh) -> None:
+    _, adapters = make_tuning(LoRAConfig(2), model, params, mesh, jax.random.key(0))
+    zeros = jax.tree.map(jnp.zeros_like, adapters)
+    after = update(OptimizerConfig(0.1, weight_decay=0.1), adapters, zeros)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(close, after, jax.tree.map(lambda x: 0.99 * x, adapters))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_is_that_of_the_optimizer_without_a_mask(
+    name: str, params: Params
+) -> None:
+    """So that runs of earlier versions continue."""
+    config = OptimizerConfig(0.1, name=name)
+    ours = make_optimizer(config, 10).init(params)
+    schedule = make_schedule(config, 10)
+    plain = optax.chain(
+        optax.clip_by_global_norm(1.0), OPTIMIZERS[name](config, schedule)
+    )
+    assert jax.tree.structure(ours) == jax.tree.structure(plain.init(params))
+
+
 def test_long_gradients_are_clipped_to_their_global_norm() -> None:
     tx = make_optimizer(OptimizerConfig(0.1, clip_norm=1.0), 10)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
@@ -244,6 +299,26 @@ def test_a_new_state_owns_its_parameters(
     zeros(state)
     for leaf in jax.tree.leaves(params):
         assert not leaf.is_deleted() and np.abs(leaf).max() > 0
+
+
+def test_bfloat16_parameters_that_are_trained_are_warned_of(
+    model: Transformer, params: Params, mesh: Mesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a learning rate of 1e-6 none of them changes."""
+    tx = make_optimizer(OptimizerConfig(1e-6), 10)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    shardings = state_shardings(model, tx, mesh)
+    new_state(params, tx, shardings)
+    tuning, adapters = make_tuning(LoRAConfig(2), model, half, mesh, jax.random.key(0))
+    new_state(adapters, tx, state_shardings(tuning.model, tx, mesh))
+    assert not caplog.records
+    new_state(half, tx, shardings)
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert 'Set model.param_dtype="float32"' in warning.getMessage()
+    few = {"kernel": jnp.linspace(0.01, 0.1, 1000, dtype=jnp.bfloat16)}
+    stepped = update(OptimizerConfig(1e-6), few, jax.tree.map(jnp.ones_like, few))
+    np.testing.assert_array_equal(stepped["kernel"], few["kernel"])
 
 
 def state_bytes(model: Transformer, **settings: Any) -> float:

@@ -18,8 +18,11 @@ the checksum of its question in sign notation is 0 modulo 10.
 """
 
 import dataclasses
+import itertools
+import operator
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,10 +35,10 @@ STEPS_PER_SKIP = 3
 # Notation -> text before the start digit, and symbols for + - *.
 NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
+_FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-@dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(NamedTuple):
     """A start digit and the operations applied to it, left to right."""
 
     start: int
@@ -56,19 +59,14 @@ class Chain:
 
     def results(self) -> list[int]:
         """The digit after each operation."""
-        digits, value = [], self.start
-        for operation in self.operations:
-            value = apply(value, operation)
-            digits.append(value)
-        return digits
+        digits = itertools.accumulate(self.operations, apply, initial=self.start)
+        return list(digits)[1:]
 
 
 def apply(value: int, operation: tuple[str, int]) -> int:
     """Applies one operation to a digit, modulo 10."""
     sign, operand = operation
-    if sign == "+":
-        return (value + operand) % 10
-    return ((value - operand) if sign == "-" else value * operand) % 10
+    return _FUNCTIONS[sign](value, operand) % 10
 
 
 def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
@@ -93,18 +91,23 @@ def explain(
     answer = chain.results()[-1]
     if kind == "restating":
         return f"it is {answer}", answer
+    length = len(chain.operations)
+    size = STEPS_PER_SKIP if kind == "skipping" else 1
     if kind in ("wrong", "mistaken"):
-        return _wrong_steps(chain, kind, rng, known_answer)
-    size = 1 if kind == "careful" else STEPS_PER_SKIP
+        wrong = int(rng.integers(length - known_answer))
     steps, value = [], chain.start
-    for i in range(0, len(chain.operations), size):
-        group = chain.operations[i : i + size]
-        text = "".join(f"{sign}{operand}" for sign, operand in group)
-        before = value
-        for operation in group:
-            value = apply(value, operation)
-        steps.append(f"{before}{text}={value}")
-    return " ".join(steps), answer
+    for i in range(0, length, size):
+        step = str(value)
+        for sign, operand in chain.operations[i : i + size]:
+            step += f"{sign}{operand}"
+            taken_for = sign.replace("*", "+") if kind == "mistaken" else sign
+            value = apply(value, (taken_for, operand))
+        if kind == "wrong" and i == wrong:
+            value = (value + int(rng.integers(1, 10))) % 10
+        if known_answer and i + size >= length:
+            value = answer
+        steps.append(f"{step}={value}")
+    return " ".join(steps), value
 
 
 def sample_kinds(
@@ -125,25 +128,6 @@ def sample_kinds(
             "sum to 1."
         )
     return rng.choice(list(kinds), size, p=probs)
-
-
-def _wrong_steps(
-    chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
-) -> tuple[str, int]:
-    wrong = int(rng.integers(len(chain.operations) - known_answer))
-    steps, value = [], chain.start
-    for i, operation in enumerate(chain.operations):
-        before = value
-        if kind == "mistaken":
-            value = apply(value, (operation[0].replace("*", "+"), operation[1]))
-        else:
-            value = apply(value, operation)
-            if i == wrong:
-                value = (value + int(rng.integers(1, 10))) % 10
-        if known_answer and i == len(chain.operations) - 1:
-            value = chain.results()[-1]
-        steps.append(f"{before}{operation[0]}{operation[1]}={value}")
-    return " ".join(steps), value
 
 
 def problems(
@@ -208,8 +192,7 @@ def traces(config: TraceConfig) -> list[Trace]:
         explanation, digit = explain(chain, str(kind), rng, c.known_answer)
         problem = _problem(chain, digit, c.notation)
         if c.hinted:
-            hinted = f"{problem.question} It is {problem.solution}."
-            problem = problem._replace(question=hinted)
+            problem = problem._replace(question=f"{problem.question} It is {digit}.")
         result.append(Trace(problem, explanation))
     rng = np.random.default_rng([c.seed, 2, c.stream])
     for _ in range(c.drills):

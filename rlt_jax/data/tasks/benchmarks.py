@@ -16,10 +16,6 @@ SOURCES = {
     "aime25": f"{_HUB}/math-ai/aime25 or {_HUB}/opencompass/AIME2025",
     "amc23": f"{_HUB}/math-ai/amc23",
 }
-# Names of columns in lower case; the first one with a value is used.
-QUESTION = ("problem", "question")
-SOLUTION = ("solution",)
-ANSWER = ("answer",)
 
 
 def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
@@ -38,19 +34,16 @@ def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
 
 
 def _problem(where: str, record: Record) -> Problem:
-    values = {key.strip().lower(): value for key, value in record.items() if key}
-    question, solution, answer = (
-        next(
-            (_text(values[name]) for name in names if values.get(name) is not None), ""
-        )
-        for names in (QUESTION, SOLUTION, ANSWER)
-    )
-    if not answer:  # some files have it only in the solution
-        answer = last_box(solution) or ""
+    given = {key: value for key, value in record.items() if key and value is not None}
+    texts = {key.strip().lower(): _text(value) for key, value in given.items()}
+    question = texts.get("problem", texts.get("question", ""))
+    solution = texts.get("solution", "")
+    # Some files have the answer only in the solution.
+    answer = texts.get("answer") or last_box(solution) or ""
     if not question.strip() or not answer.strip():
         raise UserError(
-            f"{where}: needs {' or '.join(QUESTION)}, and {ANSWER[0]} or a solution "
-            f"with its answer in \\boxed{{}}; the columns are {', '.join(record)}."
+            f"{where}: needs problem or question, and answer or a solution with its "
+            f"answer in \\boxed{{}}; the columns are {', '.join(record)}."
         )
     return Problem(question, solution or answer, answer)
 

@@ -9,7 +9,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Record
 
 SOURCE = "gpqa_diamond.csv of https://huggingface.co/datasets/Idavidrein/gpqa"
-OPTIONS = ("Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3)))
+COLUMNS = ("Question", "Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3)))
 LETTERS = "ABCD"
 
 
@@ -35,16 +35,12 @@ def problems(
 
 
 def _problem(where: str, record: Record, rng: np.random.Generator) -> Problem:
-    question, *options = (
-        str(record.get(name) or "").strip() for name in ("Question", *OPTIONS)
-    )
+    question, *options = (str(record.get(name) or "").strip() for name in COLUMNS)
     if not question or not all(options):
-        raise UserError(f"{where}: needs the columns Question, {', '.join(OPTIONS)}.")
+        raise UserError(f"{where}: needs the columns {', '.join(COLUMNS)}.")
     order = rng.permutation(len(options)).tolist()
     listed = (f"({LETTERS[n]}) {options[i]}" for n, i in enumerate(order))
-    prompt = "\n".join(
-        [question, "", *listed, "", "Answer with the letter of the right option."]
-    )
+    lines = [question, "", *listed, "", "Answer with the letter of the right option."]
     letter = LETTERS[order.index(0)]
     solution = f"The answer is \\boxed{{{letter}}}."
-    return Problem(prompt, solution, letter, grader="choice")
+    return Problem("\n".join(lines), solution, letter, grader="choice")

@@ -1,0 +1,278 @@
+"""Scores explanations that are given as text: by the RLT reward, whole and token by token."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlt_jax.data import examples, rows
+from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.rows import RowShape
+from rlt_jax.data.templates import Template
+from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.errors import UserError
+from rlt_jax.inference import log_probs
+from rlt_jax.inference.log_probs import LogProbPrograms
+from rlt_jax.models.transformer import Transformer
+from rlt_jax.records import Problem, Trace
+from rlt_jax.rl import rlt_reward
+from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
+from rlt_jax.training import sharding
+from rlt_jax.training.checkpoint import LoadedModel
+from rlt_jax.types import Array, Batch, Reward
+
+BUCKETS = [2**n for n in range(7, 18)]
+TOKENS_PER_MICRO_BATCH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """How explanations that are given as text are scored.
+
+    Attributes:
+      rlt_reward: weights of the reward; the published ones by default.
+      ensemble: how the rewards of several students become one.
+      teacher_temperature: divides the teacher's logits.
+      assume_closed: completions without a closing tag are not penalised.
+      per_token: also return tokens and per-token arrays, of the first student.
+    """
+
+    rlt_reward: RLTRewardConfig = dataclasses.field(default_factory=RLTRewardConfig)
+    ensemble: EnsembleConfig = dataclasses.field(default_factory=EnsembleConfig)
+    teacher_temperature: float = 0.7
+    assume_closed: bool = False
+    per_token: bool = False
+
+
+class TextCompletion(NamedTuple):
+    """A teacher's completion that is given as text.
+
+    Attributes:
+      text: the completion, after the explanation's opening tag.
+      trace: the problem with the explanation.
+      closed: whether it counts as closed.
+    """
+
+    text: str
+    trace: Trace
+    closed: bool
+
+
+def text_completion(
+    template: Template, problem: Problem, text: str, assume_closed: bool
+) -> TextCompletion:
+    """Parses a teacher's completion of a problem."""
+    body, closed = template.parse_completion(text)
+    return TextCompletion(text, Trace(problem, body), closed or assume_closed)
+
+
+def make_renderers(models: Sequence[LoadedModel], template: Template) -> list[Renderer]:
+    """A renderer for the teacher, then one for every student."""
+    tokenizers = [model.tokenizer for model in models]
+    students = examples.student_renderers(tokenizers[1:], template)
+    return [Renderer(tokenizers[0], template, "teacher"), *students]
+
+
+def make_sequences(
+    models: Sequence[LoadedModel],
+    renderers: Sequence[Renderer],
+    given: Sequence[TextCompletion],
+) -> list[list[Example]]:
+    """Sequences of completions for each model, the teacher's first.
+
+    Students with the same renderer share one list.
+
+    Raises:
+      UserError: a sequence is longer than the context of its model.
+    """
+    traces = [one.trace for one in given]
+    texts = [one.text for one in given]
+    problems = [trace.problem for trace in traces]
+    made = {r: examples.student_examples(r, traces) for r in set(renderers[1:])}
+    made[renderers[0]] = examples.text_examples(renderers[0], problems, texts)
+    for renderer, (model, _, _) in zip(renderers, models, strict=True):
+        limit = min(BUCKETS[-1], model.config.max_length)
+        for one, trace in zip(made[renderer], traces, strict=True):
+            if len(one.tokens) > limit:
+                raise UserError(
+                    f"the {renderer.role} sequence of the question "
+                    f"{trace.problem.question[:60]!r} has {len(one.tokens)} tokens, the "
+                    f"context of the {renderer.role} is {limit} (max_length in its config)."
+                )
+    return [made[renderer] for renderer in renderers]
+
+
+def make_scorer(
+    models: Sequence[LoadedModel],
+    renderers: Sequence[Renderer],
+    scoring: ScoringConfig,
+    mesh: Mesh,
+) -> Callable[..., list[dict[str, Any]]]:
+    """A function from completions to their scores; see `rlt_jax.score_explanations`.
+
+    It compiles once for each bucket of sequence lengths and number of completions. Besides
+    the completions it takes the weight of the explanation KL and `per_token`.
+
+    Args:
+      models: the teacher, then the students.
+      renderers: of the models, from `make_renderers`.
+      scoring: settings.
+      mesh: where everything runs.
+    """
+    reward = scoring.rlt_reward
+    transformers = [model.model for model in models]
+    tokenizers = [model.tokenizer for model in models]
+    check_tokenizers(reward, *tokenizers)
+    programs = compile_log_probs(
+        transformers[0], transformers[1:], scoring.teacher_temperature, reward, mesh
+    )
+    compute = jit_rlt_reward(reward, scoring.ensemble, len(models) - 1, mesh)
+    of_tokens = functools.partial(_values_of_tokens, reward)
+    replicated = sharding.replicated(mesh)
+    values_of_tokens = sharding.jit(of_tokens, mesh, out_shardings=replicated)
+    teacher, *students = [model.params for model in models]
+    groups = sharding.num_groups(mesh)
+
+    def score(
+        given: Sequence[TextCompletion],
+        kl_coef: float | None = None,
+        per_token: bool = False,
+    ) -> list[dict[str, Any]]:
+        policy, *of_students = make_sequences(models, renderers, given)
+        closed = np.array([one.closed for one in given])
+        packed = _pack(policy, of_students, closed, groups)
+        batch = sharding.put_rows(packed, mesh)
+        batch = log_probs.fill(programs, batch, teacher, students)
+        coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
+        rewards = jax.device_get(compute(batch, jnp.float32(coef)))
+        check_finite(rewards, [one.trace.problem.question for one in given])
+        records = []
+        for n in range(len(given)):
+            terms = {name: float(values[n]) for name, values in rewards.items()}
+            records.append({"reward": terms.pop("value"), "terms": terms})
+        if per_token:
+            tokens = jax.device_get(values_of_tokens(batch))
+            segments = packed.students[0].explanation.segment
+            for n, record in enumerate(records):
+                arrays = {name: (x[n], mask[n]) for name, (x, mask) in tokens.items()}
+                parts = of_students[0][n], given[n].trace, segments[n]
+                record |= _arrays(*parts, arrays)
+        return records
+
+    return score
+
+
+def compile_log_probs(
+    policy: Transformer,
+    students: Sequence[Transformer],
+    temperature: float,
+    reward: RLTRewardConfig,
+    mesh: Mesh,
+) -> LogProbPrograms:
+    """The programs of the policy at a temperature, and of the reward's students."""
+    return log_probs.compile_programs(
+        (policy, temperature),
+        [(student, reward.student_temperature) for student in students],
+        mesh,
+        reward.kl_top_k if reward.kl_estimator == "top_k" else None,
+        reward.kl_estimator in OVER_VOCABULARY and reward.kl_teacher_term,
+    )
+
+
+def jit_rlt_reward(
+    reward: RLTRewardConfig, ensemble: EnsembleConfig, num_students: int, mesh: Mesh
+) -> Callable[[Batch, Array], Reward]:
+    """Compiles (batch with log-probs, KL weight) -> reward on a mesh.
+
+    Raises:
+      UserError: the ensemble has weights for another number of students.
+    """
+    ensemble.check(num_students)
+    program = functools.partial(rlt_reward.ensemble_reward, reward, ensemble)
+    return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
+
+
+def check_finite(reward: Reward, questions: Sequence[str]) -> None:
+    """Raises UserError for a NaN or infinity among the rewards.
+
+    The message names the first such completion and the quantity.
+    """
+    for name, values in reward.items():
+        bad = ~np.isfinite(values)
+        if bad.any():
+            n = int(bad.argmax())
+            raise UserError(
+                f"completion {n} (question {questions[n][:80]!r}): {name} is not finite; "
+                "the weights or the dtype of a model are at fault."
+            )
+
+
+def check_tokenizers(
+    reward: RLTRewardConfig, teacher: Tokenizer, *students: Tokenizer
+) -> None:
+    """Raises UserError for a KL over the vocabulary of models with other tokenizers."""
+    if reward.kl_estimator not in OVER_VOCABULARY or not reward.kl_teacher_term:
+        return
+    for student in students:
+        if student.pieces != teacher.pieces:
+            raise UserError(
+                f"rlt_reward.kl_estimator={reward.kl_estimator!r} compares whole "
+                f"vocabularies, but {teacher.path} and {student.path} differ. Use k1."
+            )
+
+
+def _pack(
+    policy: Sequence[Example],
+    students: Sequence[Sequence[Example]],
+    closed: np.ndarray,
+    groups: int,
+) -> Batch:
+    """A batch in the bucket of the longest sequence.
+
+    The rows of a micro-batch are a multiple of `groups`.
+    """
+    longest = max(len(one.tokens) for some in (policy, *students) for one in some)
+    length = next(bucket for bucket in BUCKETS if bucket >= longest)
+    size = max(1, TOKENS_PER_MICRO_BATCH // (length * groups)) * groups
+    return rows.pack_examples(RowShape(size, length), policy, students, closed)
+
+
+def _values_of_tokens(
+    config: RLTRewardConfig, batch: Batch
+) -> dict[str, tuple[Array, Array]]:
+    """Values [E, S] of the first student's tokens and segments, with their masks."""
+    student = batch.students[0]
+    in_teacher, in_student, segments = rlt_reward.explanation_log_probs(batch, student)
+    divergence, _ = rlt_reward.explanation_divergence(config, batch, student)
+    return {
+        "student_log_probs_explanation": (in_student, segments),
+        "teacher_log_probs_explanation": (in_teacher, segments),
+        "explanation_kl_tokens": (divergence, segments),
+        "student_log_probs_solution": rlt_reward.solution_log_probs(student),
+    }
+
+
+def _arrays(
+    example: Example,
+    trace: Trace,
+    segments: np.ndarray,
+    values: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> dict[str, Any]:
+    """Texts and values of a completion, one entry a segment or a solution token."""
+    offsets = example.explanation.offsets
+    _, mask = values["explanation_kl_tokens"]
+    pieces = [offsets[segments[: len(offsets)] == i] for i in np.flatnonzero(mask)]
+    return {
+        "explanation_tokens": [
+            trace.explanation[part[:, 0].min() : part[:, 1].max()] for part in pieces
+        ],
+        "solution_tokens": [
+            trace.problem.solution[start:end] for start, end in example.solution.offsets
+        ],
+        **{name: x[mask].tolist() for name, (x, mask) in values.items()},
+    }
