@@ -181,7 +181,8 @@ def score_explanations(
       scoring: settings.
 
     Returns:
-      For each problem, for each completion: `reward`, `terms` and, if asked, the arrays.
+      For each problem, for each completion: `reward`, `terms`, `student_tokens` (of the
+      first student's sequence) and, if asked, the arrays.
 
     Raises:
       UserError: a sequence is longer than the models allow, or a number is not finite.

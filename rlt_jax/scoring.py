@@ -153,13 +153,15 @@ def make_scorer(
         check_finite(rewards, [one.trace.problem.question for one in given])
         records = []
         for n in range(len(given)):
-            terms = {name: float(values[n]) for name, values in rewards.items()}
-            records.append({"reward": terms.pop("value"), "terms": terms})
+            terms = {name: float(x[n]) for name, x in rewards.items()}
+            tokens = len(of_students[0][n].tokens)
+            record = {"reward": terms.pop("value"), "terms": terms}
+            records.append(record | {"student_tokens": tokens})
         if per_token:
-            tokens = jax.device_get(values_of_tokens(batch))
+            values = jax.device_get(values_of_tokens(batch))
             segments = packed.students[0].explanation.segment
             for n, record in enumerate(records):
-                arrays = {name: (x[n], mask[n]) for name, (x, mask) in tokens.items()}
+                arrays = {name: (x[n], mask[n]) for name, (x, mask) in values.items()}
                 parts = of_students[0][n], given[n].trace, segments[n]
                 record |= _arrays(*parts, arrays)
         return records

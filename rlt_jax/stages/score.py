@@ -17,7 +17,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlt_jax.data import controls
-from rlt_jax.data.examples import student_examples
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
@@ -96,10 +95,12 @@ class Scorer:
             raise UserError("students is (): the reward needs one or more.")
         self._renderers = make_renderers(self._models, self.template)
 
-    def check(self, completions: Iterator[TextCompletion]) -> None:
+    def check(self, completions: Iterator[TextCompletion], first: int) -> None:
         """Raises UserError for a completion that does not fit in a model."""
         while batch := list(itertools.islice(completions, self.c.batch_size)):
-            make_sequences(self._models, self._renderers, batch)
+            for given in (batch, *self._controls(batch, first).values()):
+                make_sequences(self._models, self._renderers, given)
+            first += len(batch)
 
     def load(self) -> None:
         """Loads the weights of the models."""
@@ -125,53 +126,53 @@ class Scorer:
 
     def rows(self, batch: list[TextCompletion], first: int) -> list[Record]:
         """Rows for a batch whose first completion has the index `first`."""
-        scored = self.score(batch, self.c.per_token)
-        of_controls = self._controls(batch, first) if self.c.controls else {}
-        traces = [completion.trace for completion in batch]
-        students = student_examples(self._renderers[1], traces)
-        rows = []
-        for n, completion in enumerate(batch):
-            problem, explanation = completion.trace
-            copied = controls.copied_share(explanation, problem.solution)
-            rows.append(
-                {
-                    **problem_record(problem),
-                    "completion": completion.text,
-                    "reasoning_trace": explanation,
-                    "closed": completion.closed,
-                    **scored[n],
-                    **{f"reward_{name}": x[n] for name, x in of_controls.items()},
-                    "copied_share": copied,
-                    "student_tokens": len(students[n].tokens),
-                    "provenance": self._origin | {"explanation_kl_coef": self.kl_coef},
-                }
+        origin = self._origin | {"explanation_kl_coef": self.kl_coef}
+        # Null where there is no control, as when all questions of a batch are the same.
+        asked = controls.CONTROLS if self.c.controls else ()
+        none = dict.fromkeys(f"reward_{name}" for name in asked)
+        rows = [
+            {
+                **problem_record(trace.problem),
+                "completion": text,
+                "reasoning_trace": trace.explanation,
+                "closed": closed,
+                **scored,
+                **none,
+                "copied_share": controls.copied_share(
+                    trace.explanation, trace.problem.solution
+                ),
+                "provenance": origin,
+            }
+            for (text, trace, closed), scored in zip(
+                batch, self.score(batch, self.c.per_token), strict=True
             )
+        ]
+        for name, given in self._controls(batch, first).items():
+            for row, scored in zip(rows, self.score(given), strict=True):
+                row[f"reward_{name}"] = scored["reward"]
         return rows
 
     def _controls(
         self, batch: list[TextCompletion], first: int
-    ) -> dict[str, list[float | None]]:
-        """Control -> reward of each completion's control, None where there is none."""
+    ) -> dict[str, list[TextCompletion]]:
+        """Control -> a completion for each of the batch; {} where none are asked for."""
+        if not self.c.controls:
+            return {}
         problems = [completion.trace.problem for completion in batch]
-        closing = self.template.explanation_tags[1]
         replaced = controls.controlled(
             [completion.text for completion in batch],
             [problem.question for problem in problems],
-            closing,
+            self.template.explanation_tags[1],
             [self._seed, first],
         )
-        result = {}
-        for name, texts in replaced.items():
-            pairs = zip(problems, texts, strict=True)
-            given = [
-                text_completion(self.template, problem, text or closing, True)
-                for problem, text in pairs
+        return {
+            name: [
+                text_completion(self.template, problem, text, True)
+                for problem, text in zip(problems, texts, strict=True)
             ]
-            result[name] = [
-                None if text is None else row["reward"]
-                for text, row in zip(texts, self.score(given), strict=True)
-            ]
-        return result
+            for name, texts in replaced.items()
+            if None not in texts
+        }
 
 
 def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
@@ -192,18 +193,15 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     file = workdir / "scores.jsonl"
     first = metrics.keep_whole_batches(file, c.batch_size)
     if first and scorer.kl_coef == "auto":
-        scorer.kl_coef = hosts.from_first(
-            lambda: next(metrics.stream_jsonl(file))["provenance"][
-                "explanation_kl_coef"
-            ]
-        )
+        begun = hosts.from_first(lambda: next(metrics.stream_jsonl(file)))
+        scorer.kl_coef = begun["provenance"]["explanation_kl_coef"]
     path = sections["data"]["path"]
 
     def left() -> Iterator[TextCompletion]:
         completions = _completions(path, scorer.template, c.assume_closed)
         return itertools.islice(completions, first, None)
 
-    scorer.check(left())
+    scorer.check(left(), first)
     scorer.load()
     if not write_scores(scorer, left(), file, first):
         raise UserError(
