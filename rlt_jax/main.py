@@ -38,10 +38,7 @@ _TIMEOUT = flags.DEFINE_integer(
     "init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
 )
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout",
-    100,
-    "Seconds without a heartbeat before a process is declared dead.",
-    lower_bound=1,
+    "heartbeat_timeout", 100, "Seconds until a silent process is dead.", lower_bound=1
 )
 _CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs; none by default on CPUs."

@@ -21,8 +21,7 @@ def total(values: Array, mask: Array) -> Array:
 
 def mean(values: Array, mask: Array, empty: float = 0.0) -> Array:
     """Masked mean."""
-    count = jnp.maximum(mask.sum(-1), 1)
-    return _fill(total(values, mask) / count, mask, empty)
+    return _fill(total(values, mask) / jnp.maximum(mask.sum(-1), 1), mask, empty)
 
 
 def minimum(values: Array, mask: Array, empty: float = 0.0) -> Array:
@@ -40,8 +39,7 @@ def std(values: Array, mask: Array, empty: float = 0.0) -> Array:
     center = mean(values, mask)[..., None]
     square = total(jnp.where(mask, values - center, 0.0) ** 2, mask)
     count = mask.sum(-1)
-    result = jnp.sqrt(square / jnp.maximum(count - 1, 1))
-    return jnp.where(count > 1, result, empty)
+    return jnp.where(count > 1, jnp.sqrt(square / jnp.maximum(count - 1, 1)), empty)
 
 
 def _sorted(values: Array, mask: Array) -> Array:

@@ -10,9 +10,7 @@ from typing import NamedTuple
 
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\))?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
-_COMPUTATION = re.compile(
-    r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*\n((?:.*\n)*?)\}", re.MULTILINE
-)
+_COMPUTATION = re.compile(r"(?m)^(ENTRY )?%?([\w.\-]+) \(.*\{\s*\n((?:.*\n)*?)\}")
 _NAME = re.compile(r"%([\w.\-]+)")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 

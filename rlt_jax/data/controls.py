@@ -28,18 +28,14 @@ def controlled(
     """
     rng = np.random.default_rng(seed)
     bodies = [text.partition(closing)[0] for text in completions]
-    shuffled = [" ".join(rng.permutation(body.split(" "))) for body in bodies]
+    shuffled = [" ".join(rng.permutation(body.split(" "))) + closing for body in bodies]
     count = len(completions)
     other = []
     for n in range(count):
         others = ((n + k) % count for k in range(1, count))
         match = next((m for m in others if questions[m] != questions[n]), None)
         other.append(None if match is None else bodies[match] + closing)
-    return {
-        "empty": [closing] * count,
-        "shuffled": [body + closing for body in shuffled],
-        "other": other,
-    }
+    return {"empty": [closing] * count, "shuffled": shuffled, "other": other}
 
 
 def copied_share(explanation: str, solution: str, shortest: int = 12) -> float:

@@ -3,11 +3,10 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 
-from rlt_jax import settings
 from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
@@ -15,6 +14,7 @@ from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
+from rlt_jax.settings import Section, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
 
 
@@ -45,9 +45,7 @@ MIX = "mix"
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def load_problems(
-    config: Mapping[str, Any], template: Template, seed: int
-) -> list[Problem]:
+def load_problems(config: Section, template: Template, seed: int) -> list[Problem]:
     """Problems of a `data` section: `task` picks the source, the rest is passed on.
 
     A task of the user's is a function, "module:function", with keyword arguments or one
@@ -58,7 +56,7 @@ def load_problems(
 
 
 def load_traces(
-    config: Mapping[str, Any], template: Template, seed: int, where: str = "data"
+    config: Section, template: Template, seed: int, where: str = "data"
 ) -> list[Trace]:
     """Traces of a section, named `where` in messages; see `load_problems`."""
     return _load(TRACES, config, {"template": template, "seed": seed}, where)
@@ -78,9 +76,7 @@ class Source(NamedTuple):
     traces: list[Trace]
 
 
-def load_sources(
-    config: Mapping[str, Any], template: Template, seed: int
-) -> list[Source]:
+def load_sources(config: Section, template: Template, seed: int) -> list[Source]:
     """The traces of a `data` section: one source, or those of a mix, by name.
 
     A mix has `sources`, from names to sections as `load_traces` reads them, each with a
@@ -92,7 +88,7 @@ def load_sources(
     if config.get("task") != MIX:
         return [Source("data", 1.0, load_traces(config, template, seed))]
     loaded = []
-    for where, section in settings.build(_mix_sections, config, "data"):
+    for where, section in build(_mix_sections, config, "data"):
         keys = dict(section)
         weight = keys.pop("share", 1.0)
         if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
@@ -105,7 +101,7 @@ def load_sources(
     return loaded
 
 
-def _mix_sections(task: str, sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _mix_sections(task: str, sources: Section) -> list[tuple[str, Section]]:
     """Name and section of each source of a mix, sorted by name."""
     sections = [("data.sources", sources)]
     if isinstance(sources, Mapping):
@@ -117,10 +113,7 @@ def _mix_sections(task: str, sources: Mapping[str, Any]) -> list[tuple[str, Any]
 
 
 def _load(
-    sources: dict[str, Callable[..., list]],
-    config: Mapping[str, Any],
-    given: Mapping[str, Any],
-    where: str,
+    sources: dict[str, Callable[..., list]], config: Section, given: Section, where: str
 ) -> list:
     keys = dict(config)
     task = keys.pop("task", None)
@@ -131,13 +124,13 @@ def _load(
             + " (now experiments.countdown:problems or :traces)."
             * (task == "countdown")
         )
-    source = sources.get(task) or settings.load_function(task)
-    wanted = inspect.signature(settings.owner_of_keys(source)).parameters
+    source = sources.get(task) or load_function(task)
+    wanted = inspect.signature(owner_of_keys(source)).parameters
     where = f"{where} of task {task!r}"
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    return settings.build(source, keys, where)
+    return build(source, keys, where)
 
 
 def packed_batches(

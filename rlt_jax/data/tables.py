@@ -36,7 +36,7 @@ def read_records(
     Raises:
       UserError: a file is missing, cannot be read or is empty.
     """
-    for file in _files(path, source):
+    for file in find_files(path, source):
         where = ""
         for where, record in _records(file, columns):
             if not isinstance(record, dict):
@@ -56,7 +56,8 @@ def shown(value: Any) -> str:
     return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
-def _files(path: str, source: str) -> list[Path]:
+def find_files(path: str, source: str = "") -> list[Path]:
+    """The files that `read_records` reads; raises UserError if there are none."""
     endings = ", ".join(ENDINGS)
     if os.path.isdir(path):
         files = [f for f in Path(path).iterdir() if f.suffix in ENDINGS and f.is_file()]

@@ -23,6 +23,7 @@ SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
 NO_LIMIT = 2**31
 # In tokenizer_config.json of a stage's folder; transformers ignores it.
 VARIABLES = "chat_template_kwargs"
+_FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token
 # Tokens of inputs that a language model alone does not read.
 _OTHER_INPUTS = re.compile("image|audio|video|vision|speech", re.IGNORECASE)
 
@@ -61,11 +62,11 @@ class Tokenizer:
             )
         ending = chat.ending() if chat else ""
         # A turn ends with the first special token after it, or else with the eos token.
-        tokens = [eos, *(text for text in codec.added.values() if text.strip())]
-        ends = [ending.find(text) + len(text) for text in tokens if text in ending]
-        self.end_of_turn = ending[: min(ends)] if ends else ending.rstrip() + eos
+        marks = sorted([eos, *codec.marks], key=len, reverse=True)
+        found = re.search("|".join(re.escape(m) for m in marks if m.strip()), ending)
+        self.end_of_turn = ending[: found.end()] if found else ending.rstrip() + eos
         last = int(self.encode(self.end_of_turn).ids[-1])
-        if last not in codec.added and last != self.eos_id:
+        if last != codec.token_id(found[0] if found else eos):
             raise UserError(
                 f"tokenizer {path}: eos_token {eos!r} is encoded as several tokens; list it "
                 "among the added tokens."
@@ -236,9 +237,11 @@ def load_tokenizer(
     source = find_template(path, config.get("chat_template"), chat_template)
     chat = None
     if source is not None:
+        more = config.get("extra_special_tokens")  # a list or, of names, a mapping
+        more = more if isinstance(more, dict) else {}
         special = {
             name: _token_text(token)
-            for name, token in config.items()
+            for name, token in (config | more).items()
             if name.endswith("_token") and isinstance(token, str | dict)
         }
         variables, when = special | config[VARIABLES], _local_time(date)
@@ -249,9 +252,7 @@ def load_tokenizer(
 def _local_time(date: str) -> datetime.datetime:
     """Without a time zone, as templates see it in transformers; "" for now."""
     try:
-        when = (
-            datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
-        )
+        when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
     except ValueError as error:
         raise UserError(f"model.date: {error}.") from error
     return when.replace(tzinfo=None)
@@ -261,23 +262,23 @@ def _load_codec(
     path: Path, config: dict[str, Any], embeddings: int
 ) -> SentencePieceCodec | FastCodec:
     texts = _read_json(path / "added_tokens.json")
-    added = {i: {"content": text} for text, i in texts.items()}
-    listed = config.get("added_tokens_decoder", {})
-    added |= {int(i): token for i, token in listed.items()}
+    listed = {i: {"content": text} for text, i in texts.items()}
+    listed = config.get("added_tokens_decoder", listed)
+    added = {int(i): token for i, token in listed.items()}
     if (path / "tokenizer.json").is_file():
         return FastCodec(path / "tokenizer.json", added, embeddings)
     if not (path / "tokenizer.model").is_file():
+        raise UserError(f"{path}: neither tokenizer.json nor tokenizer.model.")
+    codec = SentencePieceCodec(path / "tokenizer.model", added, embeddings)
+    prefixed = codec.bytes.decode(codec.encode_batch(["a"])[0].ids)[0].startswith(" ")
+    flags = {flag for token in added.values() for flag in _FLAGS if token.get(flag)}
+    if flags or (prefixed and config.get("legacy") is False):
         raise UserError(
-            f"tokenizer {path}: neither tokenizer.json nor tokenizer.model."
+            f"tokenizer {path}: {', '.join(sorted(flags)) or 'legacy=false'}, for text next "
+            "to added tokens, is not supported with tokenizer.model. Save the tokenizer as "
+            "tokenizer.json with transformers."
         )
-    for token in added.values():
-        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise UserError(
-                f"tokenizer {path}: the added token {token['content']!r} takes the "
-                "whitespace around it, which is not supported with tokenizer.model. Save "
-                "the tokenizer as tokenizer.json with transformers."
-            )
-    return SentencePieceCodec(path / "tokenizer.model", added, embeddings)
+    return codec
 
 
 def _check_ids(

@@ -28,7 +28,7 @@ class DecodeConfig(NamedTuple):
       sampling: how tokens are sampled.
       stop_ids: tokens that end a completion.
       num_steps: n, the maximum number of decode steps per dispatch.
-      tile: number of slots computed at once; B is at most `tile` or a multiple of it.
+      tile: number of slots computed at once, a divisor of B.
     """
 
     model: Transformer
@@ -148,8 +148,7 @@ def decode(
     choose = functools.partial(jax.vmap(jnp.where), refill.replaced)
     slots = jax.tree.map(choose, refill.slots, slots)
     step_tile = functools.partial(_step, config, params, key)
-    B = len(slots.token)
-    tile = min(config.tile, B)
+    B, tile = len(slots.token), config.tile
 
     def step(carry: tuple) -> tuple:
         i, cache, slots, sampled = carry

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +17,14 @@ from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.data.stop_texts import StopFinder, stop_finder
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.inference.decode import (
-    CPU_TILES,
-    DecodeConfig,
-    Sampled,
-    Slots,
-    decode,
-    prefill,
-)
-from rlt_jax.inference.layout import (
-    EngineConfig,
-    Layout,
-    check_requests,
-    make_layout,
-    on_cpu,
-    prefill_sizes,
-)
+from rlt_jax.inference.decode import DecodeConfig, Sampled, Slots, decode, prefill
+from rlt_jax.inference.layout import EngineConfig, Layout, check_requests, make_layout
 from rlt_jax.inference.sampler import Part, Sampler
 from rlt_jax.inference.sampler import decode as decode_texts
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
+from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
@@ -126,16 +112,18 @@ def make_engine(
     layout = make_layout(model, sampling, config, mesh, max_length)
     stop_ids = (*sampling.stop_ids, *(tokenizer.stop_ids if tokenizer else ()))
     reader, to_decode, axes = decode_weights(model, config.weights)
-    tile = CPU_TILES[1] if on_cpu(mesh) else layout.slots
-    static = DecodeConfig(reader, sampling, stop_ids, config.steps, tile)
+    static = DecodeConfig(reader, sampling, stop_ids, config.steps, layout.tile)
 
     whole, rows, tokens = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
     pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
     cache = cache_shardings(mesh)
+    # Each part of slots and pages by itself; tensor is left to the compiler.
+    axes_by_hand = set(SHARD_AXES) if mesh.size > 1 else set()
+    split = functools.partial(split_by_hand, axes=axes_by_hand)
     fill = functools.partial(prefill, reader)
-    fill = _split(mesh, fill, (whole, pools, *[rows] * 3), pools)
+    fill = split(fill, (whole, pools, *[rows] * 3), pools)
     draw = functools.partial(decode, static)
-    draw = _split(mesh, draw, (whole, pools, rows, rows, whole), (pools, rows, tokens))
+    draw = split(draw, (whole, pools, rows, rows, whole), (pools, rows, tokens))
     jit = functools.partial(sharding.jit, mesh=mesh, rules=sharding.DECODING_RULES)
     by_slot = sharding.batch_sharding(mesh)
     empty = functools.partial(_empty, model, layout)
@@ -146,7 +134,7 @@ def make_engine(
         stop_ids,
         stop_finder(tokenizer, sampling.stop) if tokenizer else None,
         tokenizer,
-        prefill_sizes(config),
+        config.prefill_sizes,
         jax.jit(empty, out_shardings=(cache, by_slot)),
         jax.jit(to_decode, out_shardings=sharding.decoding_shardings(axes, mesh)),
         jit(fill, donate_argnums=1, out_shardings=cache),
@@ -164,16 +152,13 @@ def _chunked(
     prefills: list[Prefill], chunks: tuple[int, ...], layout: Layout
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Parts of prompts, one of every shard at a time: table, tokens, start."""
-    waiting: dict[int, list[list[tuple[Prefill, int]]]] = {
-        size: [[] for _ in range(layout.shards)] for size in chunks
-    }
+    # Size -> for each shard its parts: a prompt, and where the part starts.
+    waiting = {size: [[] for _ in range(layout.shards)] for size in chunks}
     for one in prefills:
-        start = 0
-        while start < len(one.tokens):
+        for start in range(0, len(one.tokens), chunks[-1]):
             rest = len(one.tokens) - start
             size = next((c for c in chunks if c >= rest), chunks[-1])
             waiting[size][one.shard].append((one, start))
-            start += size
     for size in reversed(chunks):  # a prompt's last part is its smallest
         for parts in itertools.zip_longest(*waiting[size]):
             # A shard without such a part writes to page 0.
@@ -193,17 +178,3 @@ def _empty(model: Transformer, layout: Layout) -> tuple[PagedCache, Slots]:
     pages = empty_pages(model.config, layout.shards * layout.pages, layout.page_size)
     seen = jnp.zeros((B, layout.seen_size), bool)
     return pages, Slots(*jnp.zeros((5, B), jnp.int32), jnp.zeros(B, bool), seen)
-
-
-def _split(mesh: Mesh, program: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """The program on each part of slots and pages; tensor is left to the compiler."""
-    if mesh.size == 1:
-        return program
-    return jax.shard_map(
-        program,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(SHARD_AXES),
-        check_vma=False,
-    )

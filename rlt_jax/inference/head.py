@@ -9,20 +9,13 @@ log-probability 0. The shift is written here and nowhere else.
     log_probs  0    p(b|h0)   p(c|h1)
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from rlt_jax.models.attention import block_of
 from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import (
-    Transformer,
-    head_kernel,
-    head_logits,
-    hidden_states,
-)
+from rlt_jax.models.transformer import Transformer, head_logits, hidden_states
 from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
@@ -67,7 +60,7 @@ def log_probs_and_entropy(
 
     targets = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), order, axis=1)
     settings = (model.config, temperature or 1.0, C)
-    kernel = head_kernel(model.config, params)
+    kernel = params["embedding" if model.config.tie_embeddings else "output"]
     states = pad(_permuted(hidden, order, back), C)
 
     def about_token(x: Array) -> Array:
@@ -99,20 +92,13 @@ _permuted.defvjp(
 _Settings = tuple[ModelConfig, float, int]  # model, temperature, states in a chunk
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(
-    settings: _Settings, kernel: Array, hidden: Array, targets: Array, last: Array
-) -> tuple[Array, Array]:
-    """Log-probs and entropy [B, S] of targets [B, S] after states [B, S, D].
-
-    Chunks from `last` on are not computed, and 0.
-    """
-    return _forward(settings, kernel, hidden, targets, last)[0]
-
-
 def _forward(
     settings: _Settings, kernel: Array, hidden: Array, targets: Array, last: Array
 ) -> tuple[tuple[Array, Array], tuple]:
+    """Log-probs and entropy [B, S] of targets [B, S] after states [B, S, D].
+
+    Chunks from `last` on are not computed, and 0. Also what the backward pass needs.
+    """
     config, temperature, C = settings
 
     def one_chunk(i: Array, found: tuple) -> tuple:
@@ -133,13 +119,14 @@ def _forward(
 def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
     config, temperature, C = settings
     kernel, hidden, targets, last, normaliser = saved
+    d_log_probs, _ = gradients
 
     def one_chunk(i: Array, found: tuple) -> tuple:
         d_kernel, d_hidden = found
         h = block_of(hidden, i, C)
         logits = head_logits(config, kernel, h)
         weights = jnp.exp(logits / temperature - block_of(normaliser, i, C)[..., None])
-        slope = block_of(gradients[0], i, C)[..., None] / temperature
+        slope = block_of(d_log_probs, i, C)[..., None] / temperature
         if config.final_softcap is not None:
             slope *= 1 - (logits / config.final_softcap) ** 2
         hit = _hits(logits, block_of(targets, i, C))
@@ -157,6 +144,7 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
     return *jax.lax.fori_loop(0, last, one_chunk, zeros), None, None
 
 
+_chunked = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))
 _chunked.defvjp(_forward, _backward)
 
 

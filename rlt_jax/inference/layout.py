@@ -45,6 +45,14 @@ class EngineConfig:
             raise UserError(f"engine.prefill_chunk={sizes}.")
         check_choice("engine.weights", self.weights, ("model", "bfloat16", "int8"))
 
+    @property
+    def prefill_sizes(self) -> tuple[int, ...]:
+        """Sizes of the parts of a prompt: page size times powers of two."""
+        sizes = [self.page_size]
+        while sizes[-1] < self.prefill_chunk:
+            sizes.append(min(2 * sizes[-1], self.prefill_chunk))
+        return tuple(sizes)
+
 
 class Layout(NamedTuple):
     """Sizes of a scheduler's arrays.
@@ -57,6 +65,7 @@ class Layout(NamedTuple):
       columns: pages of the longest sequence.
       steps: decode steps of a dispatch.
       seen_size: V with a repetition penalty, else 0.
+      tile: slots computed at once, a divisor of `slots`.
     """
 
     shards: int
@@ -66,6 +75,7 @@ class Layout(NamedTuple):
     columns: int
     steps: int
     seen_size: int = 0
+    tile: int = 1
 
 
 def make_layout(
@@ -87,6 +97,7 @@ def make_layout(
             f"engine.slots={config.slots} is no multiple of data * fsdp = {shards}."
         )
     C, slots = config.page_size, config.slots // shards
+    tile = slots
     if on_cpu(mesh):  # see CPU_TILES
         tile = CPU_TILES[0] if slots <= CPU_TILES[0] else CPU_TILES[1]
         slots = -(-slots // tile) * tile
@@ -95,7 +106,7 @@ def make_layout(
     if config.cache_tokens is not None:
         pages = config.cache_tokens // (C * shards)
     seen = model.config.vocab_size if sampling.repetition_penalty != 1 else 0
-    return Layout(shards, slots, 1 + pages, C, columns, config.steps, seen)
+    return Layout(shards, slots, 1 + pages, C, columns, config.steps, seen, tile)
 
 
 def on_cpu(mesh: Mesh) -> bool:
@@ -119,14 +130,6 @@ def check_memory(model: Transformer, layout: Layout, mesh: Mesh) -> None:
             f"{layout.pages * a_page / 1e9:.2f} GB a device, {free / 1e9:.2f} GB are free: "
             f"at most engine.cache_tokens={free // a_page * tokens} or fewer engine.slots."
         )
-
-
-def prefill_sizes(config: EngineConfig) -> tuple[int, ...]:
-    """Sizes of the parts of a prompt: page size times powers of two."""
-    sizes = [config.page_size]
-    while sizes[-1] < config.prefill_chunk:
-        sizes.append(min(2 * sizes[-1], config.prefill_chunk))
-    return tuple(sizes)
 
 
 def check_requests(layout: Layout, requests: Sequence[Request]) -> None:

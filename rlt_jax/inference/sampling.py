@@ -75,9 +75,8 @@ def sample(
       them.
     """
     temperature = config.temperature or 1.0
-    penalized = logits
-    if config.repetition_penalty != 1:
-        penalty = config.repetition_penalty
+    penalized, penalty = logits, config.repetition_penalty
+    if penalty != 1:
         lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
         penalized = jnp.where(seen, lowered, logits)
     if config.temperature == 0:

@@ -29,6 +29,9 @@ class Prefill(NamedTuple):
     pages: np.ndarray
 
 
+_Name = tuple[int, bytes]  # of a prompt: its shard and its ids
+
+
 @dataclasses.dataclass
 class _Prompt:
     pages: list[int]
@@ -75,7 +78,7 @@ class Scheduler:
         self._slots: list[_Running | None] = [None] * rows
         pages = range(layout.pages - 1, 0, -1)
         self._free = [list(pages) for _ in range(layout.shards)]
-        self._prompts: dict[tuple[int, bytes], _Prompt] = {}
+        self._prompts: dict[_Name, _Prompt] = {}
         self._table = np.zeros((rows, layout.columns), np.int32)
         self._admitted = 0
 
@@ -215,9 +218,7 @@ class Scheduler:
         self._slots[b] = None
         self._table[b] = 0
 
-    def _make_room(
-        self, shard: int, count: int, keep: tuple[int, bytes] | None = None
-    ) -> bool:
+    def _make_room(self, shard: int, count: int, keep: _Name | None = None) -> bool:
         """Frees prompts that no slot uses until `count` pages are free; whether they are.
 
         The prompt named `keep` stays.

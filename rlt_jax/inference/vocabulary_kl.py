@@ -43,10 +43,8 @@ def vocabulary_kl(
     Returns:
       [E, S] float32, indexed by segment number; 0 where there is no segment.
     """
-    span = student_batch.explanation
-    in_policy = _states_before(
-        policy[0], policy_params, policy_batch, student_batch.policy_explanation
-    )
+    span, policy_span = student_batch.explanation, student_batch.policy_explanation
+    in_policy = _states_before(policy[0], policy_params, policy_batch, policy_span)
     in_student = _states_before(student[0], student_params, student_batch, span)
     E, S = span.segment.shape
     V = min(policy[0].config.vocab_size, student[0].config.vocab_size)
@@ -82,9 +80,8 @@ def _states_before(
 
     def one(m: Array, states: Array) -> Array:
         part = batch.micro_batch(m)
-        hidden, _ = hidden_states(
-            model, params, part.tokens, part.positions, part.segment_ids
-        )
+        inputs = part.tokens, part.positions, part.segment_ids
+        hidden, _ = hidden_states(model, params, *inputs)
         here = (before // (B * T) == m) & (before >= 0)
         gathered = hidden.reshape(B * T, -1)[before % (B * T)]
         return jnp.where(here[..., None], gathered, states)

@@ -7,18 +7,18 @@ up to itself, so a packed row costs no more attention than its segments do alone
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlt_jax.models import attention_kernels as kernels
-from rlt_jax.models.attention_kernels import Settings, pad
+from rlt_jax.models.attention_kernels import Kernel, Settings, pad
 from rlt_jax.types import Array
 
 MASKED = -1e30  # finite, so that fully masked rows do not become NaN
 BLOCK = 64  # tokens; twice as fast on CPU as one block for rows of 256
+float_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Tokens(NamedTuple):
@@ -72,9 +72,7 @@ def attention(
     return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=cuda, default=xla)
 
 
-def _kernel(
-    kernel: kernels.Kernel, settings: Settings, query: Array
-) -> Callable[[Array, Array, Array, Tokens], Array]:
+def _kernel(kernel: Kernel, settings: Settings, query: Array) -> Kernel:
     kernel = functools.partial(kernel, settings=settings)
     sharded = kernels.on_each_device(kernel, query)
     return lambda q, k, v, tokens: sharded(q, k, v, tokens.segment_ids, tokens.windowed)
@@ -128,13 +126,6 @@ class OnlineSoftmax(NamedTuple):
     def mean(self) -> Array:
         """The weighted mean of the values, [..., T, H] float32."""
         return self.total / self.norm[..., None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    settings: Settings, query: Array, key: Array, value: Array, tokens: Tokens
-) -> Array:
-    return _forward(settings, query, key, value, tokens)[0]
 
 
 def _forward(
@@ -196,6 +187,7 @@ def _backward(settings: Settings, saved: tuple, d_out: Array) -> tuple:
     return *(gradient.astype(x.dtype) for gradient, x in pairs), None
 
 
+_attend = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))
 _attend.defvjp(_forward, _backward)
 
 
@@ -216,9 +208,7 @@ def _scores(
 ) -> tuple[Array, Array | float]:
     """Masked scores [B, K, G, C, C] of one block, and the gradient of the soft cap."""
     C = query.shape[-2]
-    scores = jnp.einsum(
-        "BKGTH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32
-    )
+    scores = float_einsum("BKGTH,BSKH->BKGTS", query, key)
     softcap_grad: Array | float = 1.0
     if settings.softcap is not None:
         tanh = jnp.tanh(scores / settings.softcap)
@@ -241,11 +231,9 @@ def block_of(x: Array, block: Array, size: int) -> Array:
 
 def _add_at(x: Array, block: Array, update: Array) -> Array:
     size = update.shape[1]
-    return jax.lax.dynamic_update_slice_in_dim(
-        x, block_of(x, block, size) + update, block * size, axis=1
-    )
+    added = block_of(x, block, size) + update
+    return jax.lax.dynamic_update_slice_in_dim(x, added, block * size, axis=1)
 
 
 def _weighted_sum(weights: Array, value: Array, equation: str) -> Array:
-    weights = weights.astype(value.dtype)
-    return jnp.einsum(equation, weights, value, preferred_element_type=jnp.float32)
+    return float_einsum(equation, weights.astype(value.dtype), value)

@@ -7,7 +7,7 @@ positions. Padding tokens attend to earlier padding tokens.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,9 +143,11 @@ def on_each_device(kernel: Kernel, query: Array) -> Kernel:
     return split_by_hand(kernel, specs, array)
 
 
-def split_by_hand(program: Kernel, in_specs: tuple, out_specs: Spec) -> Kernel:
-    """`jax.shard_map` over the mesh axes in scope that are not manual yet."""
-    axes = _auto_axes()
+def split_by_hand(
+    program: Kernel, in_specs: tuple, out_specs: Any, axes: set[str] | None = None
+) -> Kernel:
+    """`jax.shard_map` over mesh axes, by default those in scope that are not manual yet."""
+    axes = _auto_axes() if axes is None else axes
     if not axes:
         return program
     return jax.shard_map(

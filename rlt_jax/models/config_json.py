@@ -45,7 +45,7 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     content = {
         "num_key_value_heads": heads,
         "head_dim": head_dim,
-        **{key: value for key, value in content.items() if value is not None},
+        **_given(content),
         **thetas,
     }
     fields = {field: content.get(key) for field, key in kind.settings.items()}
@@ -86,6 +86,11 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
     return content
 
 
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not null."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
 def _our_name(names: Mapping[str, Any], what: str, name: str) -> Any:
     if name not in names:
         known = ", ".join(names)
@@ -101,12 +106,9 @@ def _read_rope(content: Mapping[str, Any]) -> tuple[RopeScaling | None, dict]:
     local = parameters.get("sliding_attention", {})
     if _read_scaling(local, content) is not None:
         raise UserError("config.json: scaled RoPE in windowed layers is not supported.")
-    thetas = {
-        "rope_theta": full.get("rope_theta"),
-        "rope_local_base_freq": local.get("rope_theta"),
-    }
-    thetas = {key: theta for key, theta in thetas.items() if theta is not None}
-    return _read_scaling(full, content), thetas
+    sources = {"rope_theta": full, "rope_local_base_freq": local}
+    thetas = {key: source.get("rope_theta") for key, source in sources.items()}
+    return _read_scaling(full, content), _given(thetas)
 
 
 def _read_scaling(
@@ -115,9 +117,8 @@ def _read_scaling(
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     keys = _our_name(SCALING_KEYS, "rope_type", kind)
     others = ("rope_type", "type", "rope_theta")
-    given = {k: v for k, v in scaling.items() if v is not None and k not in others}
-    unknown = sorted(set(given) - set(keys))
-    if unknown:
+    given = {k: v for k, v in _given(scaling).items() if k not in others}
+    if unknown := sorted(set(given) - set(keys)):
         raise UserError(f"config.json: {kind} RoPE with {unknown[0]!r} is unsupported.")
     if kind == "default":
         return None
@@ -133,8 +134,7 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     values = vars(scaling) | {_LENGTH: scaling.original_length}
-    given = {key: values[key] for key in SCALING_KEYS[scaling.kind]}
-    given = {key: value for key, value in given.items() if value is not None}
+    given = _given({key: values[key] for key in SCALING_KEYS[scaling.kind]})
     return {"rope_type": scaling.kind, **given}
 
 

@@ -189,7 +189,6 @@ def family(model_type: str | None) -> Family:
     """
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(
-            f"model_type {model_type!r} is not supported; supported are {known}."
-        )
+        unknown = f"model_type {model_type!r} is not supported"
+        raise UserError(f"{unknown}; supported are {known}.")
     return FAMILIES[model_type]

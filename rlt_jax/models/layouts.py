@@ -35,8 +35,7 @@ class Tensor(NamedTuple):
 
     def names(self, num_layers: int) -> list[str]:
         """Names in the file: one, or one per layer."""
-        layers = range(num_layers if self.stacked else 1)
-        return [self.name.format(layer) for layer in layers]
+        return [self.name.format(i) for i in range(num_layers if self.stacked else 1)]
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

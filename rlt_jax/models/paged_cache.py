@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
-from rlt_jax.models.attention import MASKED, OnlineSoftmax, soft_cap
+from rlt_jax.models.attention import MASKED, OnlineSoftmax, float_einsum, soft_cap
 from rlt_jax.models.attention_kernels import pad, split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import Array, PagedCache
@@ -75,9 +75,8 @@ def write(
         args = (pool, x, layer, positions, page)
         return jax.lax.platform_dependent(*args, cpu=_write_slices, default=scatter)
 
-    return cache._replace(
-        keys=store(cache.keys, key), values=store(cache.values, value)
-    )
+    keys, values = store(cache.keys, key), store(cache.values, value)
+    return cache._replace(keys=keys, values=values)
 
 
 def _write_slices(
@@ -154,13 +153,14 @@ def paged_attention(
     heads, pool = Spec(None, None, "tensor"), Spec("tensor")
     specs = (heads, PagedCache(pool, pool, Spec()), Spec(), Spec(), Spec())
 
-    def over_heads(kernel: Callable[..., Array]) -> Callable[..., Array]:
-        return split_by_hand(functools.partial(kernel, softcap), specs, heads)
+    def kernel(tpu: bool) -> Callable[..., Array]:
+        program = functools.partial(_by_kernel, tpu, softcap)
+        return split_by_hand(program, specs, heads)
 
     return jax.lax.platform_dependent(
         *operands,
-        tpu=over_heads(_tpu_kernel) if on_tpu else xla,
-        cuda=over_heads(_gpu_kernel) if on_gpu else xla,
+        tpu=kernel(tpu=True) if on_tpu else xla,
+        cuda=kernel(tpu=False) if on_gpu else xla,
         default=xla,
     )
 
@@ -190,9 +190,7 @@ def _pagewise(
         pages = jax.lax.dynamic_slice_in_dim(table, j * block, block, axis=1)
         pools = (cache.keys, cache.values)
         key, value = (x[:, layer, pages].reshape(K, B, C, H) for x in pools)
-        scores = jnp.einsum(
-            "KBGTH,KBSH->KBGTS", query, key, preferred_element_type=jnp.float32
-        )
+        scores = float_einsum("KBGTH,KBSH->KBGTS", query, key)
         if softcap is not None:
             scores = soft_cap(scores, softcap)
         distance = positions[:, :, None] - (j * C + jnp.arange(C))
@@ -209,7 +207,8 @@ def _pagewise(
     return out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
-def _tpu_kernel(
+def _by_kernel(
+    tpu: bool,
     softcap: float | None,
     query: Array,
     cache: PagedCache,
@@ -217,56 +216,23 @@ def _tpu_kernel(
     positions: Array,
     _: Array,
 ) -> Array:
-    from jax.experimental.pallas.ops.tpu import paged_attention as kernel  # not on CPU
+    """One query per row, by the paged kernel of TPU or else of GPU; CPU imports none."""
+    if tpu:
+        from jax.experimental.pallas.ops.tpu import paged_attention as kernel
 
-    block = TPU_PAGES_PER_BLOCK
-    table, keys, values = _all_layers(cache, layer, block)
-    out = kernel.paged_attention(
-        query[:, 0],
-        keys,
-        values,
-        positions[:, 0] + 1,
-        table,
-        attn_logits_soft_cap=softcap,
-        pages_per_compute_block=block,
-    )
-    return out[:, None].astype(query.dtype)
+        multiple, name = TPU_PAGES_PER_BLOCK, "page_indices"
+        options = {"pages_per_compute_block": multiple}
+    else:
+        from jax.experimental.pallas.ops.gpu import paged_attention as kernel
 
-
-def _gpu_kernel(
-    softcap: float | None,
-    query: Array,
-    cache: PagedCache,
-    layer: Array,
-    positions: Array,
-    _: Array,
-) -> Array:
-    from jax.experimental.pallas.ops.gpu import paged_attention as kernel  # not on CPU
-
-    splits = 16  # of the pages of a row; each split reads 1, 2, 4 or 8 at a time
-    each = -(-cache.table.shape[1] // splits)
-    columns = splits * min(8, 1 << (each - 1).bit_length())
-    table, keys, values = _all_layers(cache, layer, columns)
-    out = kernel.paged_attention(
-        query[:, 0],
-        keys,
-        values,
-        table,
-        positions[:, 0] + 1,
-        k_splits=splits,
-        attn_logits_soft_cap=softcap,
-    )
-    return out[:, None].astype(query.dtype)
-
-
-def _all_layers(
-    cache: PagedCache, layer: Array, columns: int
-) -> tuple[Array, Array, Array]:
-    """Page table and pools with layers and pages in one axis, so nothing is sliced.
-
-    The columns of the table are padded to a multiple of `columns`.
-    """
+        splits = 16  # of the pages of a row; each split reads 1, 2, 4 or 8 at a time
+        each = -(-cache.table.shape[1] // splits)
+        multiple, name = splits * min(8, 1 << (each - 1).bit_length()), "block_tables"
+        options = {"k_splits": splits}
+    # Layers and pages become one axis, so that no layer has to be sliced.
     K, L, pages, C, H = cache.keys.shape
-    table = pad(cache.table, columns) + layer * pages
-    shape = (K, L * pages, C, H)
-    return table, cache.keys.reshape(shape), cache.values.reshape(shape)
+    pools = (x.reshape(K, L * pages, C, H) for x in (cache.keys, cache.values))
+    options[name] = pad(cache.table, multiple) + layer * pages
+    options |= {"lengths": positions[:, 0] + 1, "attn_logits_soft_cap": softcap}
+    out = kernel.paged_attention(query[:, 0], *pools, **options)
+    return out[:, None].astype(query.dtype)

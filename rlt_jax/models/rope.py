@@ -38,10 +38,8 @@ def rotate(x: Array, positions: Array, rope: Rope) -> Array:
     angle = positions[..., None, None].astype(jnp.float32) * rope.frequency
     sin, cos = jnp.sin(angle) * rope.amplitude, jnp.cos(angle) * rope.amplitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
+    rotated = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def layer_ropes(config: ModelConfig) -> Rope:
@@ -51,10 +49,7 @@ def layer_ropes(config: ModelConfig) -> Rope:
     if config.local_rope_theta is not None and config.windowed_layers:
         local = _rope(config.head_dim, config.local_rope_theta, None)
         ropes = [local if windowed else full for windowed in config.windowed_layers]
-    return Rope(
-        np.stack([rope.frequency for rope in ropes]).astype(np.float32),
-        np.stack([rope.amplitude for rope in ropes]).astype(np.float32),
-    )
+    return Rope(*(np.stack(x).astype(np.float32) for x in zip(*ropes, strict=True)))
 
 
 def _rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> Rope:
@@ -84,11 +79,10 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> Rope:
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), 2 * half - 1)
-    ramp = (np.arange(half) - low) / max(high - low, 1e-3)
     amplitude = scaling.attention_factor
     if amplitude is None:
         amplitude = 0.1 * math.log(scaling.factor) + 1.0
-    kept = 1 - np.clip(ramp, 0, 1)
+    kept = 1 - np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
     return Rope(_interpolate(frequency, scaling.factor, kept), np.float64(amplitude))
 
 

@@ -153,8 +153,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one, "head_dim")
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-        query = rotate(query, positions, layer.rope)
-        key = rotate(key, positions, layer.rope)
+        query, key = (rotate(x, positions, layer.rope) for x in (query, key))
         query = _constrain(query, "batch", None, "heads", "head_dim")
         key = _constrain(key, "batch", None, "kv_heads", "head_dim")
         value = _constrain(value, "batch", None, "kv_heads", "head_dim")
@@ -270,8 +269,7 @@ class Transformer(nn.Module):
         x = self.embedding[tokens].astype(c.activation_dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
-        x = _constrain(x, "batch", "length", "embed")
-        carry = (x, kv_cache)
+        carry = _constrain(x, "batch", "length", "embed"), kv_cache
         (x, kv_cache), _ = self.layers(carry, _layers(c), positions, segment_ids)
         return _all_lengths(self.final_norm(x)), kv_cache
 
@@ -279,11 +277,6 @@ class Transformer(nn.Module):
         """Hidden states [..., D] -> float32 logits [..., V]."""
         kernel = self.embedding if self.config.tie_embeddings else self.output
         return head_logits(self.config, kernel, hidden)
-
-
-def head_kernel(config: ModelConfig, params: Params) -> Array:
-    """The parameter of the output head: the embedding [V, D] if tied, else [D, V]."""
-    return params["embedding" if config.tie_embeddings else "output"]
 
 
 def head_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
@@ -308,8 +301,7 @@ def logical_axes(config: ModelConfig) -> Any:
 def boxed_params(model: Transformer, key: Array) -> Any:
     """Random parameters, boxed with their logical axis names."""
     row = jnp.zeros((1, 2), jnp.int32)
-    variables = model.init(key, row, row, row)
-    return variables["params"]
+    return model.init(key, row, row, row)["params"]
 
 
 def hidden_states(

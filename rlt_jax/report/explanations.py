@@ -46,13 +46,11 @@ def write_explanations(records: Sequence[Section], folder: Path) -> None:
 
 def explanation_tokens(record: Section) -> list[Token]:
     """Tokens of the explanation: red if the KL is positive, blue if it is negative."""
-    names = "teacher_log_probs_explanation", "student_log_probs_explanation"
-    columns = (
-        record[name] for name in ("explanation_tokens", "explanation_kl_tokens", *names)
-    )
+    names = ["explanation_tokens", "explanation_kl_tokens"]
+    names += ["teacher_log_probs_explanation", "student_log_probs_explanation"]
     return [
         Token(text, _color(kl), f"KL {kl:.3f} = teacher {t:.3f} - student {s:.3f}")
-        for text, kl, t, s in zip(*columns, strict=True)
+        for text, kl, t, s in zip(*(record[name] for name in names), strict=True)
     ]
 
 

@@ -74,9 +74,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        words=lambda name: name.replace("_", " "), number=_number
-    )
+    environment.filters |= {"words": lambda x: x.replace("_", " "), "number": _number}
     embedded = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
     page = environment.get_template(template).render(values, pictures=embedded)
     folder.mkdir(parents=True, exist_ok=True)

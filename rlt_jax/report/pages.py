@@ -9,7 +9,7 @@ and data sets are escaped.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlt_jax.errors import UserError
@@ -81,9 +81,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
     return summary
 
 
-def _accuracies(
-    results: Mapping[str, Record], answers: Mapping[str, Sequence[Record]]
-) -> Record:
+def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) -> Record:
     if not results:
         return {}
     sizes = {(r["num_questions"], r["samples_per_question"]) for r in results.values()}
@@ -115,9 +113,7 @@ def _seconds(workdir: Path) -> Record:
     return {"seconds_total": math.fsum(seconds.values()), "seconds": seconds}
 
 
-def _pictures(
-    metrics: Sequence[Record], results: Mapping[str, Record]
-) -> dict[str, bytes]:
+def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, bytes]:
     pictures = {
         group: plots.metric_curves(metrics, names)
         for group, names in plots.metric_groups(metrics).items()
@@ -129,9 +125,7 @@ def _pictures(
     return pictures
 
 
-def _side_by_side(
-    records: Mapping[str, Sequence[Record]], count: int
-) -> list[dict[str, Record]]:
+def _side_by_side(records: dict[str, list[Record]], count: int) -> list[Record]:
     """The first record of every label, for the first questions that all labels have.
 
     Takes the first and not the best records, so that the examples are not cherry-picked.

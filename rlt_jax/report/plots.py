@@ -98,9 +98,8 @@ def _curve(axes: Axes, records: Sequence[Section], name: str) -> None:
     band = [record for record in present if record.get(std) is not None]
     if band and name.endswith("_mean"):
         x, mean, spread = np.array([(r["step"], r[name], r[std]) for r in band]).T
-        axes.fill_between(
-            x, mean - spread, mean + spread, color=BLUE, alpha=0.15, linewidth=0
-        )
+        pale = {"color": BLUE, "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(x, mean - spread, mean + spread, **pale)
         # A few outliers may have a wide band, but the line must stay readable.
         usual = np.sort(spread)[len(spread) // 2] + 0.1
         axes.set_ylim(min(values) - usual, max(values) + usual)

@@ -43,14 +43,13 @@ def check_gradable(problems: Sequence[Problem]) -> None:
             raise UserError(
                 f"{what} no `answer`: grading needs an 'answer' for every question."
             )
-        if problem.grader in GRADERS:
-            continue
-        if ":" not in problem.grader:
+        if ":" in problem.grader:
+            load_function(problem.grader)
+        elif problem.grader not in GRADERS:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
             raise UserError(
                 f"{what} the unknown grader {problem.grader!r}; known are {known}."
             )
-        load_function(problem.grader)
 
 
 def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:

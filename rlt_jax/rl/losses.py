@@ -108,14 +108,10 @@ class ObjectiveConfig:
     skip_gradient_norm: float | None = None
 
     def __post_init__(self) -> None:
-        choices = {
-            "loss": LOSSES,
-            "advantage": ADVANTAGES,
-            "kl_estimator": kl.ESTIMATORS,
-            "truncated": ("keep", "mask"),
-        }
-        for name, known in choices.items():
-            check_choice(f"objective.{name}", getattr(self, name), known)
+        check_choice("objective.loss", self.loss, LOSSES)
+        check_choice("objective.advantage", self.advantage, ADVANTAGES)
+        check_choice("objective.kl_estimator", self.kl_estimator, kl.ESTIMATORS)
+        check_choice("objective.truncated", self.truncated, ("keep", "mask"))
         if not 0 <= self.beta < math.inf:
             raise UserError(f"objective.beta={self.beta}: at least 0, and finite.")
         for name in ("clip_low", "clip_high", "importance_cap", "skip_gradient_norm"):

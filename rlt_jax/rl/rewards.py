@@ -5,11 +5,10 @@ for better, NumPy on the host. The RLT reward is the one term that is computed o
 device, from log-probs.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +65,7 @@ TERMS: dict[str, TermFunction] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """A weighted term.
 
     Attributes:
@@ -81,8 +79,7 @@ class Term:
     function: TermFunction | None
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardFunction:
+class RewardFunction(NamedTuple):
     """How completions are rewarded, fixed for a run.
 
     Attributes:
@@ -119,13 +116,10 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
                 f"reward term {name!r}: one of {', '.join((RLT, *TERMS))}; or name a "
                 'function of your own, function="module:function".'
             )
-        if name == RLT:
-            function = None
-            if settings:
-                raise UserError(
-                    f"reward term 'rlt': unknown setting {min(settings)!r}."
-                )
-        else:
+        if name == RLT and settings:
+            raise UserError(f"reward term 'rlt': unknown setting {min(settings)!r}.")
+        function = None
+        if name != RLT:
             function = TERMS.get(name) or _user_function(settings.pop("function"))
             try:
                 inspect.signature(function).bind(None, None, **settings)

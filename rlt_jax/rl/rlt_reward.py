@@ -78,15 +78,12 @@ class RLTRewardConfig:
     empty_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        choices = {
-            "solution_map": MAPS,
-            "kl_map": MAPS,
-            "kl_estimator": (*kl.ESTIMATORS, *OVER_VOCABULARY),
-        }
-        if isinstance(self.explanation_kl_coef, str):
-            choices["explanation_kl_coef"] = ("auto",)
-        for name, known in choices.items():
-            check_choice(f"rlt_reward.{name}", getattr(self, name), known)
+        check_choice("rlt_reward.solution_map", self.solution_map, MAPS)
+        check_choice("rlt_reward.kl_map", self.kl_map, MAPS)
+        estimators = (*kl.ESTIMATORS, *OVER_VOCABULARY)
+        check_choice("rlt_reward.kl_estimator", self.kl_estimator, estimators)
+        if isinstance(coef := self.explanation_kl_coef, str):
+            check_choice("rlt_reward.explanation_kl_coef", coef, ("auto",))
         for name in (*self.solution_reductions, *self.kl_reductions):
             check_choice("rlt_reward: reduction", name, REDUCTIONS)
 
@@ -218,8 +215,7 @@ def ensemble_reward(
     for student in batch.students:
         solution = solution_log_probs(student)
         divergence = explanation_divergence(config, batch, student)
-        reward = rlt_reward(config, solution, divergence, batch.closed, kl_coef)
-        rewards.append(reward)
+        rewards.append(rlt_reward(config, solution, divergence, batch.closed, kl_coef))
     return combine(ensemble, rewards)
 
 
@@ -231,15 +227,13 @@ def combine(config: EnsembleConfig, rewards: Sequence[Reward]) -> Reward:
     """
     if len(rewards) == 1:
         return rewards[0]
-    if config.combine == "weights":
-        weights = jnp.array(config.weights, jnp.float32) / sum(config.weights)
-    else:
-        weights = jnp.full(len(rewards), 1 / len(rewards))
+    weights = config.weights if config.combine == "weights" else [1] * len(rewards)
+    shares = jnp.array(weights, jnp.float32) / sum(weights)
 
     def one(values: Sequence[Array]) -> Array:
         if config.combine == "min":
             return jnp.stack(values).min(axis=0)
-        return jnp.einsum("iE,i->E", jnp.stack(values), weights)
+        return jnp.einsum("iE,i->E", jnp.stack(values), shares)
 
     combined = {name: one([r[name] for r in rewards]) for name in rewards[0]}
     return combined | {f"student_{i}": r["value"] for i, r in enumerate(rewards)}

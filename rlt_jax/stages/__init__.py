@@ -19,6 +19,8 @@ import jax
 from ml_collections import ConfigDict
 
 from rlt_jax import settings
+from rlt_jax.data.tables import find_files
+from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
@@ -61,11 +63,15 @@ def run_pipeline(
     root = _checked_workdir(workdir)
     sections = stage_sections(config)
     _check_hosts(config, root, only)
-    date = hosts.from_first(lambda: _date(root))
     if only is not None:
         if only not in sections:
             raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
         sections = {only: sections[only]}
+    for name, section in sections.items():
+        if only is not None or not (root / name / "done.json").is_file():
+            _check_files(section.to_dict(), root)
+    date = hosts.from_first(lambda: _date(root))
+    if only is not None:
         values = _settings(sections[only], root, date, config.seed)
         hosts.from_first(lambda: _set_aside(root / only, values))
     for name, section in sections.items():
@@ -232,6 +238,17 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     hosts.agree("config and flags", flags | values)
     # Later, as counting starts the devices.
     hosts.agree("the devices", {"their number": jax.local_device_count()})
+
+
+def _check_files(values: Record, root: Path) -> None:
+    """Raises UserError for a template or a data file that no stage of the run makes."""
+    if values.get("template"):
+        load_template(values["template"])
+    for part in ("data", "held_out"):
+        for key, path in _flat(values.get(part)).items():
+            made = "{workdir}" in str(path) or str(path).startswith(f"{root}/")
+            if key.rpartition(".")[2] == "path" and path and not made:
+                find_files(path)
 
 
 def _date(root: Path) -> str:

@@ -65,12 +65,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
 
 def _model_card(source: checkpoint.ModelSource, size: int, dtype: str) -> str:
     """What the model was made from, with the settings of every stage on the way."""
-    lines = [
-        "# Model card",
-        "",
-        f"{size:,} parameters in {dtype}, exported by rlt_jax from `{source.path}`.",
-        "",
-    ]
+    what = f"{size:,} parameters in {dtype}, exported by rlt_jax from `{source.path}`."
+    lines = ["# Model card", "", what, ""]
     for folder, settings in _lineage(Path(source.path)):
         text = json.dumps(settings, indent=1)
         lines += [f"## Stage `{folder.name}`", "", "```json", text, "```", ""]

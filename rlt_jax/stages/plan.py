@@ -190,17 +190,14 @@ def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Recor
             stages[name]["step_seconds"] += seconds * program.runs
         if stop_early and not result["fits"]:
             break
-    seconds = [stage["step_seconds"] * stage["steps"] for stage in stages.values()]
-    hours = sum(seconds) / 3600
+    hours = sum(x["step_seconds"] * x["steps"] for x in stages.values()) / 3600
+    assumed = ("prompt_tokens", "completion_tokens", "traces", "efficiency")
     recipe = {
         "name": c.recipe,
         "stages": stages,
         "hours": hours,
         "chip_hours": hours * num_chips(topology),
-        "prompt_tokens": c.prompt_tokens,
-        "completion_tokens": c.completion_tokens,
-        "traces": c.traces,
-        "efficiency": c.efficiency,
+        **{name: getattr(c, name) for name in assumed},
         "advice": [_advice(program) for program in programs if not program["fits"]],
     }
     fits = all(program["fits"] for program in programs)
@@ -233,8 +230,7 @@ def _assess(
             total = resident + sizes["peak"]
             traffic = _traffic(program, compiled.as_text(), topology, devices)
         except jax.errors.JaxRuntimeError as error:
-            needed = re.search(_TOO_MUCH, str(error))
-            if not needed:
+            if not (needed := re.search(_TOO_MUCH, str(error))):
                 raise
             total = resident + float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]]
     headroom = 1 - total / limit

@@ -170,7 +170,7 @@ def _rollout(
     sampling = dataclasses.replace(sampling, stop=(), stop_ids=(0,))
     config = build(EngineConfig, section["engine"], "engine")
     engine = make_engine(model, None, sampling, config, mesh, T)
-    layout = engine.layout
+    layout, size = engine.layout, engine.chunks[-1]
     _, to_decode, axes = decode_weights(model, config.weights)
     decoded = jax.eval_shape(to_decode, params)
     weights = sharding.abstract(decoded, sharding.decoding_shardings(axes, mesh))
@@ -185,7 +185,6 @@ def _rollout(
     replaced = shapes.per_row(mesh, (B,), jnp.bool_)
     table = ids(B, layout.columns)
     refill = Refill(replaced, slots, table, ids(B), ids(B), ids(layout.shards))
-    size = engine.chunks[-1]
     part = ids(layout.shards, layout.columns), ids(layout.shards, size)
     fill = (weights, cache, *part, ids(layout.shards))
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -261,9 +260,7 @@ def _optimizer(section: Section, steps: int) -> optax.GradientTransformation:
     return setup.load_optimizer(section, steps)
 
 
-def _flops(
-    count: Callable[..., float], shape: Shape, E: int, lengths: Lengths
-) -> float:
+def _flops(kind: Callable[..., float], shape: Shape, E: int, lengths: Lengths) -> float:
     """Model flops of E sequences whose completions get logits."""
     tokens, head = E * lengths.sequence, E * lengths.completion
-    return count(shape.model.config, tokens, lengths.sequence / 2, head)
+    return kind(shape.model.config, tokens, lengths.sequence / 2, head)

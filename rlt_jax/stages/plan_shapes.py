@@ -82,8 +82,8 @@ def per_row(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
 
 def packed(mesh: Mesh, num_rows: int, rows: RowShape) -> Batch:
     """Packed rows [M, B, T] without spans."""
-    M = -(-num_rows // rows.micro_batch_size)
-    ids = per_row(mesh, (M, rows.micro_batch_size, rows.row_length), jnp.int32)
+    B, T = rows.micro_batch_size, rows.row_length
+    ids = per_row(mesh, (-(-num_rows // B), B, T), jnp.int32)
     return Batch(ids, ids, ids, per_row(mesh, (), jnp.int32))
 
 
@@ -109,10 +109,8 @@ def micro_batches(
     config: ModelConfig, mesh: Mesh, E: int, rows: RowShape, lengths: Lengths
 ) -> tuple[int, int]:
     """Lengths of the loops over micro-batches and over chunks of the head."""
-    in_row = max(1, rows.row_length // lengths.sequence)
+    B, T = rows.micro_batch_size, rows.row_length
+    in_row = max(1, T // lengths.sequence)
+    C = chunk_length(B, T, config.vocab_size, mesh.size)
     num_rows = -(-E // in_row)
-    C = chunk_length(
-        rows.micro_batch_size, rows.row_length, config.vocab_size, mesh.size
-    )
-    chunks = -(-in_row * lengths.completion // C)
-    return -(-num_rows // rows.micro_batch_size), chunks
+    return -(-num_rows // B), -(-in_row * lengths.completion // C)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -301,7 +302,7 @@ def _newest(
     for step in sorted(steps, reverse=True):
         try:
             return step, restore(step)
-        except (OSError, ValueError) as error:  # what Orbax raises for damaged files
+        except Exception as error:  # Orbax has no class of its own for damaged files
             reason = str(error).strip().splitlines()[0][:300]
             damaged = f"checkpoint {folder / str(step)} cannot be read ({reason})"
             # The other processes may have read theirs.
@@ -389,9 +390,16 @@ def restore_latest(
     step, restored = _newest(
         Path(manager.directory), steps, lambda step: manager.restore(step, args=args)
     )
-    for damaged in (other for other in steps if other > step):
-        manager.delete(damaged)  # the run saves that step again
+    # The run saves the later steps again; what cannot be read now may be later.
+    hosts.from_first(lambda: [_set_aside(manager, s) for s in steps if s > step])
+    manager.reload()
     return step, {name: restored[name] for name in trees}, restored["data"]
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    folder = Path(manager.directory) / str(step)
+    kept = tempfile.mkdtemp(prefix="damaged_checkpoint_", dir=folder.parents[1])
+    folder.rename(Path(kept) / folder.name)
 
 
 def _folder(stage_dir: Path) -> Path:

@@ -84,9 +84,7 @@ def connect(
             return
     elif ":" not in coordinator_address or process_id not in range(num_processes):
         given = " ".join(f"{name}={value}" for name, value in flags.items())
-        raise UserError(
-            f"{given}: give HOST:PORT, and an id from 0 to num_processes - 1."
-        )
+        raise UserError(f"{given}: give HOST:PORT and 0 <= process_id < num_processes.")
     jax.config.update("jax_enable_preemption_service", True)  # for `stopping`
     address = coordinator_address or "the coordinator that the cluster names"
     who = "this process" if missing else f"process {process_id} of {num_processes}"
@@ -221,15 +219,12 @@ def agree(what: str, values: Mapping[str, Any]) -> None:
         every = [json.loads(private_jax.receive(f"{key}/{i}")) for i in range(count)]
         for name in sorted(set().union(*every)):
             found = [one.get(name) for one in every]
-            differing = [i for i in range(count) if found[i] != found[0]]
-            if differing:
-                others = ", ".join(
-                    f"{found[i]!r} in process {i}" for i in differing[:8]
-                )
+            if differ := [i for i in range(count) if found[i] != found[0]]:
+                others = ", ".join(f"{found[i]!r} in process {i}" for i in differ[:8])
                 raise UserError(
                     f"{what} must be the same in all {count} processes: {name} is "
                     f"{found[0]!r} in process 0, but {others} "
-                    f"({len(differing)} of {count} processes differ)."
+                    f"({len(differ)} of {count} processes differ)."
                 )
 
     from_first(compare)
@@ -282,13 +277,12 @@ def _fail(message: str) -> NoReturn:
 def _watch_failures() -> None:
     """Ends this process when another one has failed."""
     while not _exiting.wait(POLL_SECONDS):
-        try:
+        # If process 0 is dead, JAX's heartbeats end this process.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             failures = private_jax.received(FAILURES)
-        except jax.errors.JaxRuntimeError:
-            continue  # If process 0 is dead, JAX's heartbeats end this process.
-        if failures and not _exiting.is_set():
-            _exiting.set()
-            _exit_together(f"ends, as another process failed: {failures[0]}")
+            if failures and not _exiting.is_set():
+                _exiting.set()
+                _exit_together(f"ends, as another process failed: {failures[0]}")
 
 
 def _exit_together(message: str) -> NoReturn:

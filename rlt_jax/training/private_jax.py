@@ -32,12 +32,10 @@ def cluster_process_count() -> int:
       OSError, RuntimeError, LookupError or ValueError: there is a cluster (TPU pod, GKE,
         Slurm, Open MPI), but its settings or its metadata server cannot be read.
     """
+    # JAX can number the pods of Kubernetes only if they belong to an indexed job.
+    ignored = () if "JOB_COMPLETION_INDEX" in os.environ else ("K8sCluster",)
     for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method:
-            continue
-        # JAX can number the pods of Kubernetes only if they belong to an indexed job.
-        kubernetes = cluster.__name__ == "K8sCluster"
-        if kubernetes and "JOB_COMPLETION_INDEX" not in os.environ:
+        if cluster.opt_in_only_method or cluster.__name__ in ignored:
             continue
         if cluster.is_env_present():
             return cluster.get_process_count()

@@ -80,22 +80,16 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
     Raises:
       UserError: a size of the model is not divisible by its mesh axis.
     """
-    sizes = (
-        ("embed_dim", "fsdp"),
-        ("num_heads", "tensor"),
-        ("num_kv_heads", "tensor"),
-        ("mlp_dim", "tensor"),
-        ("vocab_size", "tensor"),
-    )
+    over_tensor = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+    axes = {"embed_dim": "fsdp", **dict.fromkeys(over_tensor, "tensor")}
     indivisible = [
         f"{name}={getattr(config, name)} over {axis}={mesh.shape[axis]}"
-        for name, axis in sizes
+        for name, axis in axes.items()
         if getattr(config, name) % mesh.shape[axis]
     ]
     if indivisible:
         raise UserError(
-            f"the model's {', '.join(indivisible)} cannot be split evenly: choose mesh sizes that "
-            "divide them."
+            f"the model's {', '.join(indivisible)}: choose mesh sizes that divide them."
         )
 
 
@@ -207,10 +201,9 @@ def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
         shardings = jax.tree.map(lambda _: shardings, tree)
 
     def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        floats = dtype is not None and jnp.issubdtype(x.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(
-            x.shape, dtype if floats else x.dtype, sharding=sharding
-        )
+        replaced = dtype is not None and jnp.issubdtype(x.dtype, jnp.floating)
+        new = dtype if replaced else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, new, sharding=sharding)
 
     return jax.tree.map(one, tree, shardings)
 

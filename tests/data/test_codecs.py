@@ -114,8 +114,9 @@ def byte_fallback(*steps: normalizers.Normalizer) -> tokenizers.Tokenizer:
     model = models.BPE(bytes_ | letters, merges, byte_fallback=True)
     built = tokenizers.Tokenizer(model)
     built.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if steps else []  # of a text's first space
     built.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     built.add_special_tokens(ADDED)
     return built

@@ -2,15 +2,21 @@
 
 import dataclasses
 import itertools
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Example, Renderer, Span
 from rlt_jax.data.templates import Template
-from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
 
@@ -337,3 +343,209 @@ def test_sequences_that_do_not_fit_are_named() -> None:
     message = r"mine: sequence 1 has 9 tokens, the limit is 5 \(2 of 4 sequences"
     with pytest.raises(UserError, match=message):
         examples.check_lengths(sequences, 5, "mine")
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}"
+    "{% endfor %}"
+)
+OPEN = (
+    TURNS + "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
+)
+
+
+def embedded_with(folder: Path, chat_template: str) -> Tokenizer:
+    """The embedded tokenizer with another chat template."""
+    shutil.copytree(SHIPPED["embedded"], folder, dirs_exist_ok=True)
+    config = {"eos_token": "<|end|>", "chat_template": chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+def prefix_space_tokenizer(folder: Path) -> Tokenizer:
+    """A SentencePiece model that puts a space before a text, as of Llama 2."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["an ant and a pan in an inn", "sis snaps 12 pins"]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    chat = (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>"
+        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+    )
+    config = {"eos_token": "</s>", "chat_template": chat}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+def test_prompt_and_completion_of_a_teacher_are_one_text(
+    tmp_path: Path, tiny: Template
+) -> None:
+    tokenizer = prefix_space_tokenizer(tmp_path)
+    trace = Trace(Problem("an ant", "12"), "in a pan")
+    example = teacher_example(tokenizer, tiny, trace)
+    prompt, _ = Renderer(tokenizer, tiny, "teacher").prompt(trace.problem)
+    text = prompt + trace.explanation + EXPLANATION[1] + " </s>"
+    assert example.tokens.tolist() == tokenizer.encode(text).ids.tolist()
+    # A space before the whole text, and none in it.
+    assert tokenizer.decode(example.tokens) == " " + text
+    explained = span_pieces(tokenizer, example, example.explanation)
+    assert "".join(explained) == trace.explanation
+    # What a student reads, the reward of the text, and the warm-up agree on the tokens.
+    assert text_example(tokenizer, tiny, "in a pan" + EXPLANATION[1]).tokens.size
+    student = student_example(tokenizer, tiny, trace)
+    assert span_pieces(tokenizer, student, student.explanation) == explained
+
+
+def test_equal_ids_give_equal_segments_with_a_tokenizer_that_trims(
+    tmp_path: Path, padded: Template
+) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)} | {"an": 256, "Ġan": 257}
+    built = Library(models.BPE(vocab, [("a", "n"), ("Ġ", "an")]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.post_processor = processors.ByteLevel()
+    built.add_special_tokens(["</s>", *EXPLANATION, *THOUGHT])
+    built.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "chat_template": "{{ messages[0].content }}</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "an an\n x an\n\n"
+    completion = tokenizer.encode(text + EXPLANATION[1] + "</s>").ids
+    sampled = sampled_example(tokenizer, padded, completion).explanation
+    trace = Trace(PROBLEM, "\n\n" + text)
+    written = teacher_example(tokenizer, padded, trace).explanation
+    student = student_example(tokenizer, padded, trace).explanation
+    count = sampled.end - sampled.start
+    assert count == 10
+    for other in (written, student):
+        np.testing.assert_array_equal(sampled.offsets, other.offsets)
+        for segments in examples.align(sampled, other):
+            np.testing.assert_array_equal(segments, np.arange(count))
+
+
+def test_turns_end_as_the_chat_template_ends_them(
+    tmp_path: Path, tiny: Template
+) -> None:
+    # The end of a turn is another token than the end of a text.
+    chat = TURNS.replace("<|end|>", "<|system|>")
+    tokenizer = embedded_with(tmp_path, chat)
+    ending = int(tokenizer.encode("<|system|>").ids[0])
+    assert tokenizer.end_of_turn == "<|system|>"
+    assert tokenizer.stop_ids == tuple(sorted({ending, tokenizer.eos_id}))
+    for example in (
+        student_example(tokenizer, tiny, TRACE),
+        teacher_example(tokenizer, tiny, TRACE),
+        text_example(tokenizer, tiny, "3+4=7"),
+    ):
+        assert example.tokens[-1] == ending and example.loss_mask[-1]
+        assert tokenizer.eos_id not in example.tokens
+    for stop in tokenizer.stop_ids:
+        completion = np.append(tokenizer.encode("3+4=7").ids, stop)
+        assert examples.decode_completion(tokenizer, completion)[0] == "3+4=7"
+
+
+def test_earlier_turns_stand_before_the_question(
+    tokenizer: Tokenizer, tiny: Template
+) -> None:
+    history = (("user", "1+1?"), ("assistant", "2"))
+    problem = Problem("3+4?", "7", history=history)
+    start = "<|system|>Solve.<|end|><|user|>1+1?<|end|><|assistant|>2<|end|>"
+    question = "<|user|>3+4?<|end|><|assistant|>"
+    renderer = Renderer(tokenizer, tiny, "student")
+    assert renderer.prompt(problem)[0] == start + question
+    example = student_example(tokenizer, tiny, Trace(problem, "3+4=7"))
+    assert span_pieces(tokenizer, example, example.explanation) == STEPS
+    assert span_pieces(tokenizer, example, example.solution) == ["7"]
+    as_user = Renderer(
+        tokenizer, dataclasses.replace(tiny, system_role="user"), "student"
+    )
+    start = "<|user|>Solve.\n\n1+1?<|end|><|assistant|>2<|end|>"
+    assert as_user.prompt(problem)[0] == start + question
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+DROPS = TURNS.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+)
+
+
+@pytest.mark.parametrize("chat", [REFUSES + TURNS, DROPS])
+def test_a_system_prompt_without_a_place_goes_to_the_first_user_turn(
+    chat: str, tmp_path: Path, tiny: Template
+) -> None:
+    tokenizer = embedded_with(tmp_path, chat)
+    assert not tokenizer.takes_system
+    for role, system in (("teacher", "Explain."), ("student", "Solve.")):
+        for place in ("auto", "user"):
+            template = dataclasses.replace(tiny, system_role=place)
+            prompt, _ = Renderer(tokenizer, template, role).prompt(PROBLEM)
+            assert prompt.startswith(f"<|user|>{system}\n\n3+4?<|end|>")
+        template = dataclasses.replace(tiny, system_role="system")
+        with pytest.raises(UserError, match='Set system_role to "auto"'):
+            Renderer(tokenizer, template, role)
+        silent = dataclasses.replace(template, teacher_system="", student_system="")
+        prompt, _ = Renderer(tokenizer, silent, role).prompt(PROBLEM)
+        assert prompt.startswith("<|user|>3+4?<|end|>")
+
+
+def think_template(template: Template, **fields: str) -> Template:
+    tags = {"thought_tags": ("<think>", "</think>"), "pad": "\n"}
+    return dataclasses.replace(template, system_role="auto", **tags | fields)
+
+
+@pytest.mark.parametrize("space", ["", "\n", "\n\n"])
+def test_an_opening_of_the_chat_template_counts_as_the_students(
+    space: str, tmp_path: Path, tiny: Template
+) -> None:
+    tokenizer = embedded_with(tmp_path, OPEN.replace("<think>\\n", f"<think>{space}"))
+    template = think_template(tiny)
+    renderer = Renderer(tokenizer, template, "student")
+    assert renderer.opened == f"<think>{space}"
+    prompt, _ = renderer.prompt(PROBLEM)
+    assert prompt.endswith(f"<|assistant|><think>{space}")
+    example = student_example(tokenizer, template, TRACE)
+    start = "" if space else "\n"  # the pad is there once
+    turn = f"{start}3+4=7\n</think><|begin_of_solution|>7<|end_of_solution|><|end|>"
+    assert tokenizer.decode(example.tokens) == prompt + turn
+    assert tokenizer.decode(example.tokens[example.loss_mask]) == turn
+    span = example.explanation
+    body = "".join(span_pieces(tokenizer, example, span))
+    assert body == "\n3+4=7\n" and span.offsets[0, 0] == 0
+    assert span_pieces(tokenizer, example, example.solution) == ["7"]
+    # The text of the completion alone has no opening tag.
+    assert template.thought_of(renderer.opened + "3+4=7\n</think>") == "\n3+4=7\n"
+
+
+def test_a_teacher_and_other_tags_do_not_stand_in_an_open_thought(
+    tmp_path: Path, tiny: Template
+) -> None:
+    tokenizer = embedded_with(tmp_path, OPEN)
+    teacher, _ = Renderer(tokenizer, think_template(tiny), "teacher").prompt(PROBLEM)
+    assert "<think>" not in teacher
+    assert "<|assistant|><|begin_of_solution|>7" in teacher
+    renderer = Renderer(tokenizer, tiny, "student")
+    assert renderer.opened == ""
+    assert renderer.prompt(PROBLEM)[0].endswith("<|assistant|>")
+    example = student_example(tokenizer, tiny, TRACE)
+    assert "<think>" not in tokenizer.decode(example.tokens)
+    assert span_pieces(tokenizer, example, example.explanation) == STEPS
+    # A model with thought tags of its own.
+    own = embedded_with(tmp_path / "own", OPEN.replace("<think>", THOUGHT[0]))
+    assert Renderer(own, tiny, "student").opened == THOUGHT[0] + "\n"
+    teacher, _ = Renderer(own, tiny, "teacher").prompt(PROBLEM)
+    assert THOUGHT[0] not in teacher
+
+
+def test_questions_that_end_in_a_tag_are_no_openings(
+    tokenizer: Tokenizer, tiny: Template
+) -> None:
+    renderer = Renderer(tokenizer, think_template(tiny), "student")
+    prompt, _ = renderer.prompt(Problem("What is <think>", "7"))
+    assert renderer.opened == "" and "What is <think><|end|>" in prompt

@@ -36,6 +36,53 @@ def test_an_empty_system_prompt_is_left_out() -> None:
     assert PLAIN.messages("student", PROBLEM, True) == [system, user]
 
 
+def test_a_system_prompt_may_stand_in_the_first_user_turn() -> None:
+    user = {"role": "user", "content": "Think.\n\n3+4?"}
+    assert PLAIN.messages("student", PROBLEM, False) == [user]
+    problem = PROBLEM._replace(history=(("user", "1+1?"), ("assistant", "2")))
+    first = {"role": "user", "content": "1+1?"}
+    turns = [{"role": "assistant", "content": "2"}, {"role": "user", "content": "3+4?"}]
+    system = {"role": "system", "content": "Think."}
+    assert PLAIN.messages("student", problem, True) == [system, first, *turns]
+    first = {"role": "user", "content": "Think.\n\n1+1?"}
+    assert PLAIN.messages("student", problem, False) == [first, *turns]
+
+
+def test_a_teacher_may_have_tags_and_a_delimiter_of_its_own() -> None:
+    assert PLAIN.teacher_delimiter == PLAIN.delimiter
+    assert PLAIN.teacher_solution_tags == PLAIN.solution_tags
+    template = dataclasses.replace(
+        PLAIN,
+        teacher_delimiter="",
+        teacher_solution_tags=["<a>", "</a>"],
+        thought_prefix="Well: ",
+    )
+    assert template.teacher_prefix(PROBLEM) == "<a>It is 7.</a><e>\n"
+    turn = template.student_turn(Trace(PROBLEM, "3+4=7"))
+    assert turn == "Well: <t>\n3+4=7\n</t> | <s>It is 7.</s>"
+    with pytest.raises(UserError, match="teacher_solution_tags"):
+        dataclasses.replace(PLAIN, teacher_solution_tags=("<a>", ""))
+
+
+@pytest.mark.parametrize(
+    ("pad", "opened", "start"),
+    [
+        ("\n", "", "Well: <t>\nx\n"),
+        ("\n", "<t>", "\nx\n"),
+        ("\n", "<t>\n", "x\n"),
+        ("\n\n", "<t>\n", "\nx\n\n"),
+        ("\n", "<t>\n\n", "x\n"),
+        ("", "<t>\n", "x"),
+    ],
+)
+def test_an_opened_thought_goes_on_after_the_opening(
+    pad: str, opened: str, start: str
+) -> None:
+    template = dataclasses.replace(PLAIN, pad=pad, thought_prefix="Well: ")
+    turn = template.student_turn(Trace(PROBLEM, "x"), opened)
+    assert turn == start + "</t> | <s>It is 7.</s>"
+
+
 @pytest.mark.parametrize(
     ("text", "body"),
     [

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
+from rlt_jax.data import codecs
 from rlt_jax.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 
@@ -347,3 +355,295 @@ def test_published_problems_survive_a_real_sentencepiece_model(
             continue  # a character that this model cannot write
         # It was trained to fold runs of white space.
         assert tokenizer.decode(ids).split() == library.decode(ids.tolist()).split()
+
+
+def save_fast(folder: Path, built: tokenizers.Tokenizer, **fields: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    built.save(str(folder / "tokenizer.json"))
+    return write_config(folder, **fields)
+
+
+def small_byte_level(**options: object) -> tokenizers.Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)} | {"an": 256, "Ġan": 257}
+    model = models.BPE(vocab, [("a", "n"), ("Ġ", "an")])
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(
+        **{"add_prefix_space": False} | options
+    )
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(["</s>"])
+    return built
+
+
+def small_gemma() -> tokenizers.Tokenizer:
+    """Runs of spaces and newlines are added tokens that are not special."""
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    letters = {char: 256 + i for i, char in enumerate("▁aeinorst\n")}
+    built = tokenizers.Tokenizer(models.BPE(bytes_ | letters, [], byte_fallback=True))
+    built.normalizer = normalizers.Replace(" ", "▁")
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    built.add_tokens([AddedToken(t, normalized=False) for t in ("▁▁", "▁▁▁", "\n\n")])
+    built.add_special_tokens(["</s>"])
+    return built
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        processors.ByteLevel(trim_offsets=True),
+        processors.RobertaProcessing(("</s>", 258), ("</s>", 258), trim_offsets=True),
+        processors.TemplateProcessing(
+            single="</s> $A </s>", special_tokens=[("</s>", 258)]
+        ),
+    ],
+)
+def test_offsets_are_those_of_the_bytes_whatever_the_tokenizer_trims(
+    processor: processors.PostProcessor, tmp_path: Path
+) -> None:
+    built = small_byte_level()
+    built.post_processor = processor
+    tokenizer = load_tokenizer(save_fast(tmp_path, built))
+    text = "  an  (an) \n\n an"
+    ids, offsets = tokenizer.encode(text)
+    assert ids.tolist() == built.encode(text, add_special_tokens=False).ids
+    np.testing.assert_array_equal(offsets, tokenizer.decode_with_offsets(ids)[1])
+    assert "".join(text[start:end] for start, end in offsets) == text
+
+
+def test_offsets_of_a_changed_text_are_those_of_the_library(tmp_path: Path) -> None:
+    built = small_byte_level()
+    built.normalizer = normalizers.NFKC()
+    built.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = load_tokenizer(save_fast(tmp_path, built))
+    text = "ﬁ an e\u0301 ½"
+    ids, offsets = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == "fi an é 1⁄2"
+    parts = [text[start:end] for start, end in offsets]
+    # Characters of several bytes stand at each of their tokens.
+    assert parts == ["ﬁ", "ﬁ", " an", " ", "e", "e", " ", *["½"] * 5]
+    built.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert offsets.tolist() == list(map(list, built.encode(text).offsets))
+
+
+def test_empty_offsets_of_the_library_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in tokenizers 0.19.1 and 0.20.0, for a vocabulary that ignores merges.
+    folder = save_fast(tmp_path, small_byte_level())
+
+    def empty(pairs: list[tuple[int, int]]) -> np.ndarray:
+        return np.zeros((len(pairs), 2), np.int32)
+
+    monkeypatch.setattr(codecs, "_to_offsets", empty)
+    with pytest.raises(UserError, match="offsets .* are wrong.*Install a newer"):
+        load_tokenizer(folder)
+
+
+def test_runs_of_spaces_are_decoded_as_by_the_library(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_fast(tmp_path, small_gemma()))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a▁▁b", "a▁▁▁▁é\n\n\n", "▁▁a", "a  b", "a   e  ▁▁"):
+        ids, offsets = tokenizer.encode(text)
+        assert ids.tolist() == library.encode(text).ids
+        assert tokenizer.decode(ids) == library.decode(ids.tolist())
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+        assert "".join(text[a:b] for a, b in np.unique(offsets, axis=0)) == text
+    run = library.token_to_id("▁▁")
+    assert tokenizer.decode([library.token_to_id("a"), run, run]) == "a    "
+
+
+def test_added_tokens_stand_for_what_the_librarys_decoder_gives(tmp_path: Path) -> None:
+    built = small_byte_level()
+    added = ["a b", "▁", "é", "<｜User▁x｜>", "Ġ"]
+    built.add_tokens([AddedToken(text, normalized=False) for text in added])
+    tokenizer = load_tokenizer(save_fast(tmp_path, built))
+    for text in added:
+        ids = tokenizer.encode(f"n{text}n").ids
+        assert ids[1] == built.token_to_id(text) and len(ids) == 3
+        assert tokenizer.decode(ids) == built.decode(ids.tolist())
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPEDecoder", "none"])
+def test_decoders_that_put_in_spaces_are_refused(kind: str, tmp_path: Path) -> None:
+    vocab = {"[UNK]": 0, "</s>": 1, "an": 2, "##n": 3, "in</w>": 4}
+    built = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    if kind != "none":
+        built.decoder = getattr(decoders, kind)()
+    with pytest.raises(UserError, match="its decoder is not supported"):
+        load_tokenizer(save_fast(tmp_path, built))
+
+
+IM = {"<|im_start|>": 0, "<|im_end|>": 1, "<tool>": 2}  # after the ids of the model
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "added_tokens_decoder"])
+def test_added_tokens_of_a_sentencepiece_model_have_their_ids(
+    place: str, tmp_path: Path
+) -> None:
+    source = SHIPPED["embedded"] / "tokenizer.model"
+    shutil.copy(source, tmp_path)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    ids = {text: library.get_piece_size() + n for text, n in IM.items()}
+    fields: dict[str, object] = {"eos_token": "<|im_end|>", "chat_template": None}
+    if place == "added_tokens.json":
+        (tmp_path / place).write_text(json.dumps(ids))
+    else:
+        fields[place] = {str(i): {"content": text} for text, i in ids.items()}
+    write_config(tmp_path, **fields)
+    tokenizer = load_tokenizer(tmp_path, "chatml")
+    text = "<|im_start|>user\na b<|im_end|>\n<tool>"
+    encoded = tokenizer.encode(text)
+    middle = library.encode("user\na b")
+    newline = library.encode("\n")
+    start, end, tool = ids.values()
+    assert encoded.ids.tolist() == [start, *middle, end, *newline, tool]
+    assert tokenizer.decode(encoded.ids) == text
+    np.testing.assert_array_equal(
+        encoded.offsets, tokenizer.decode_with_offsets(encoded.ids)[1]
+    )
+    assert tokenizer.vocab_size == tool + 1
+    assert tokenizer.stop_ids == (end,) == (tokenizer.eos_id,)
+
+
+def train_llama_2(folder: Path, **options: object) -> int:
+    """A SentencePiece model as of Llama 2; returns its number of pieces."""
+    folder.mkdir(exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["an ant and a pan in an inn", "sis snaps 12 pins"]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **options,
+    )
+    file = str(folder / "tokenizer.model")
+    return sentencepiece.SentencePieceProcessor(model_file=file).get_piece_size()
+
+
+def llama_2_config(size: int, **fields: object) -> dict[str, object]:
+    token = {"content": "<|im_start|>", "normalized": False, "special": True}
+    listed = {"added_tokens_decoder": {str(size): token}}
+    return {"tokenizer_class": "LlamaTokenizer"} | listed | fields
+
+
+@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}])
+def test_ids_after_added_tokens_are_those_of_transformers(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = train_llama_2(tmp_path, **options)
+    fields = llama_2_config(size, legacy=True)
+    if options:
+        fields["add_prefix_space"] = False
+    ours = load_tokenizer(write_config(tmp_path, **fields))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("an <|im_start|>ant", "<|im_start|>a🦉n</s>\nan  a", "</s><s>in"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text).ids.tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "name"),
+    [
+        ({}, {"legacy": False}, "legacy=false"),
+        (
+            {},
+            {"added_tokens_decoder": {"999": {"content": "x", "rstrip": 1}}},
+            "rstrip",
+        ),
+        ({"add_dummy_prefix": False}, {"legacy": False}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_what_a_sentencepiece_model_cannot_do_needs_a_json_file(
+    options: dict[str, object], fields: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    size = train_llama_2(tmp_path, **options)
+    write_config(tmp_path, **llama_2_config(size, **fields))
+    if not name:
+        assert load_tokenizer(tmp_path).vocab_size == size + 1
+        return
+    with pytest.raises(UserError, match=rf": {name}, .* Save .* as tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+FLAGS = dict.fromkeys(["lstrip", "rstrip", "single_word", "normalized"], False)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {259: {"content": "<tool>"} | FLAGS},
+        {259: {"content": "<tool>"} | FLAGS, 270: {"content": "<t2>"} | FLAGS},
+        {258: {"content": "</s>"} | FLAGS | {"lstrip": True, "rstrip": True}},
+        {258: {"content": "</s>"} | FLAGS | {"single_word": True}},
+    ],
+)
+def test_added_tokens_of_the_config_have_the_last_word_over_a_json_file(
+    listed: dict[int, dict[str, object]], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = {"added_tokens_decoder": {str(i): token for i, token in listed.items()}}
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<old>": 300}))
+    ours = load_tokenizer(save_fast(tmp_path, small_byte_level(), **fields))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("an <tool> an </s> an</s>an", "<t2> x<old>"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text).ids.tolist() == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_older_folders_list_added_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    save_fast(tmp_path, small_byte_level(), **fields)
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 259, "</s>": 258}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "an<tool> an</s>"
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(tmp_path).encode(text).ids.tolist() == ids
+    assert 259 in ids
+
+
+def test_ids_without_a_row_in_the_embedding_are_refused_by_name(tmp_path: Path) -> None:
+    built = small_byte_level()
+    rows = built.get_vocab_size()
+    built.add_special_tokens(["<e>", "</e>"])
+    folder = save_fast(tmp_path / "tags", built)
+    message = rf"the embedding of the model has {rows} rows, none for <e>, </e>\."
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder, embeddings=rows)
+    assert load_tokenizer(folder, embeddings=rows + 2).vocab_size == rows + 2
+    with pytest.raises(UserError, match=r"none for .*ids up to 257"):
+        load_tokenizer(folder, embeddings=200)
+    shutil.copytree(SHIPPED["embedded"], tmp_path / "model")
+    size = load_tokenizer("embedded").vocab_size
+    (tmp_path / "model" / "added_tokens.json").write_text(json.dumps({"<e>": size}))
+    with pytest.raises(UserError, match=rf"has {size} rows, none for <e>\."):
+        load_tokenizer(tmp_path / "model", embeddings=size)
+    stops = json.dumps({"eos_token_id": [6, size + 3]})
+    (tmp_path / "model" / "generation_config.json").write_text(stops)
+    with pytest.raises(UserError, match=rf"none for id {size + 3} \(eos_token_id\)\."):
+        load_tokenizer(tmp_path / "model", embeddings=size + 1)
+
+
+def test_tokens_of_images_never_reach_a_model_that_lacks_them(tmp_path: Path) -> None:
+    built = small_byte_level()
+    rows = built.get_vocab_size()
+    built.add_special_tokens(["<image_soft_token>"])
+    tokenizer = load_tokenizer(save_fast(tmp_path, built), embeddings=rows)
+    text = "an <image_soft_token></s>"
+    encoded = tokenizer.encode(text)
+    assert tokenizer.vocab_size == rows and encoded.ids.max() < rows
+    assert tokenizer.decode(encoded.ids) == text
+    whole = load_tokenizer(tmp_path).encode(text).ids
+    assert whole.tolist()[-2:] == [rows, tokenizer.eos_id]

@@ -11,7 +11,6 @@ from rlt_jax.inference.layout import (
     check_memory,
     check_requests,
     make_layout,
-    prefill_sizes,
 )
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
@@ -37,7 +36,8 @@ def test_sizes_follow_from_the_settings(model: Transformer, mesh: Mesh) -> None:
 
 def test_prompts_are_computed_in_few_sizes() -> None:
     sizes = [EngineConfig(page_size=8, prefill_chunk=n) for n in (8, 32, 56)]
-    assert list(map(prefill_sizes, sizes)) == [(8,), (8, 16, 32), (8, 16, 32, 56)]
+    found = [config.prefill_sizes for config in sizes]
+    assert found == [(8,), (8, 16, 32), (8, 16, 32, 56)]
 
 
 def test_a_cache_too_small_for_a_request_names_the_size_that_is_not(

@@ -197,7 +197,7 @@ def test_the_gpu_kernel_agrees(
     cache, keys, values = pool_and_rows(rng, B=3, columns=columns)
     query, positions = normal(rng, 3, 1, 4, H), np.array([[0], [5], [columns * C - 1]])
     operands = jnp.int32(1), jnp.asarray(positions, jnp.int32), jnp.asarray(False)
-    ours = paged_cache._gpu_kernel(softcap, query, cache, *operands)
+    ours = paged_cache._by_kernel(False, softcap, query, cache, *operands)
     expected = dense(query, keys, values, positions, softcap)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -215,7 +215,7 @@ def test_the_tpu_kernel_agrees(columns: int, softcap: float | None) -> None:
     positions = jnp.array([[0], [5], [columns * C - 1]], jnp.int32)
     operands = query, cache, jnp.int32(1), positions, jnp.asarray(False)
     with pallas_tpu.force_tpu_interpret_mode():
-        ours = paged_cache._tpu_kernel(softcap, *operands)
+        ours = paged_cache._by_kernel(True, softcap, *operands)
     as_float = cache._replace(
         keys=cache.keys.astype(jnp.float32), values=cache.values.astype(jnp.float32)
     )

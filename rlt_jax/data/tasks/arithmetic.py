@@ -111,12 +111,9 @@ def explain(
 
 
 def sample_kinds(
-    rng: np.random.Generator,
-    kinds: Mapping[str, float],
-    known: Sequence[str],
-    size: int,
+    rng: np.random.Generator, kinds: Mapping[str, float], known: Sequence[str], n: int
 ) -> np.ndarray:
-    """Samples `size` kinds of explanations with the probabilities `kinds`.
+    """Samples n kinds of explanations with the probabilities `kinds`.
 
     Raises:
       UserError: an unknown kind, or the probabilities do not sum to 1.
@@ -127,7 +124,7 @@ def sample_kinds(
             f"data.kinds={dict(kinds)}: must be probabilities of {', '.join(known)} that "
             "sum to 1."
         )
-    return rng.choice(list(kinds), size, p=probs)
+    return rng.choice(list(kinds), n, p=probs)
 
 
 def problems(
