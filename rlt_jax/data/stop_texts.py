@@ -31,15 +31,17 @@ def stop_finder(tokenizer: Tokenizer, stop: Sequence[str]) -> StopFinder | None:
             )
     if not stop:
         return None
-    # A token has at least one byte.
-    max_tokens = max(len(text.encode("utf-8")) for text in stop)
+    # In bytes, as a part of a character can make the text of its neighbors invalid.
+    pieces, strings = tokenizer.pieces, [text.encode("utf-8") for text in stop]
+    max_tokens = max(map(len, strings))  # a token has at least one byte
 
     def find(tokens: list[int], new: int) -> int | None:
         start = max(0, len(tokens) - new - max_tokens)
 
         def has_stop(end: int) -> bool:
-            text = tokenizer.decode(tokens[start:end])
-            return any(string in text for string in stop)
+            known = [i for i in tokens[start:end] if i < len(pieces)]
+            data = b"".join([pieces[i] for i in known])
+            return any(string in data for string in strings)
 
         if not has_stop(len(tokens)):
             return None

@@ -25,7 +25,7 @@ NO_LIMIT = 2**31
 VARIABLES = "chat_template_kwargs"
 _FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token
 # Tokens of inputs that a language model alone does not read.
-_OTHER_INPUTS = re.compile("image|audio|video|vision|speech", re.IGNORECASE)
+_OTHER_INPUTS = re.compile(r"(?i)(?<![a-z])(image|audio|video|vision|speech)")
 
 
 class Tokenizer:

@@ -5,9 +5,9 @@ A folder has adapter_config.json and adapter_model.safetensors with, for a proje
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -53,20 +53,10 @@ class AdaptedTensor(NamedTuple):
     a: np.ndarray
     b: np.ndarray
 
-    @property
-    def shape(self) -> list[int]:
-        """Shape of the tensor."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of W by its safetensors name."""
-        return self.base.dtype
-
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
-        delta = self.b[rows] @ self.a[:, columns]
-        return self.base[index].astype(np.float32) + delta
+        W = self.base[index].astype(np.float32)
+        return W + self.b[rows] @ self.a[:, columns]
 
 
 def adapter_base(folder: Path) -> str:
@@ -114,7 +104,10 @@ def adapt(
                 f"adapter {folder}: {module} has lora_A {list(a.shape)} and lora_B "
                 f"{list(b.shape)}, the model's tensor {stored[name].shape}."
             )
-        alpha = _of_module(config.get("alpha_pattern"), module, config["lora_alpha"])
+        alphas = (config.get("alpha_pattern") or {}).items()
+        # The first key that matches the end of the module's name, as in PEFT.
+        matching = (x for key, x in alphas if re.match(rf"(.*\.)?({key})$", module))
+        alpha = next(matching, config["lora_alpha"])
         rank = len(a) ** 0.5 if config.get("use_rslora") else len(a)
         tensors[name] = AdaptedTensor(stored[name], a, b * np.float32(alpha / rank))
     return tensors
@@ -135,14 +128,6 @@ def _read_pairs(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     return pairs
 
 
-def _of_module(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
-    """The value of the first key that matches the end of a module's name, as in PEFT."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
 def write_adapter(
     folder: Path, adapters: Params, kind: Family, base: str, alpha: float
 ) -> None:
@@ -156,15 +141,14 @@ def write_adapter(
       alpha: the product of the adapters is multiplied by alpha / rank.
     """
     tensors = dict(_stored(adapters, kind))
-    ranks = {len(x) for name, x in tensors.items() if ".lora_A." in name}
-    modules = {name.split(".")[-3] for name in tensors}
+    rank = next(len(x) for name, x in tensors.items() if ".lora_A." in name)
     content = {key: values[0] for key, values in _PLAIN.items()} | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": ranks.pop(),
+        "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
         "inference_mode": True,
     }
     folder.mkdir(parents=True)
@@ -176,10 +160,8 @@ def _stored(adapters: Params, kind: Family) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values of the tensors, contiguous float32."""
     for path, values in flatten_dict(adapters).items():
         kernel, _, letter = path[-1].rpartition("_lora_")
-        names: Sequence[str] = kind.tensors["/".join((*path[:-1], kernel))].names(
-            len(values)
-        )
+        names = kind.tensors["/".join((*path[:-1], kernel))].names(len(values))
         for name, value in zip(names, np.asarray(values, np.float32), strict=True):
-            module = name.removesuffix(".weight")
-            stored = np.ascontiguousarray(value.T)
-            yield f"base_model.model.{module}.lora_{letter.upper()}.weight", stored
+            lora = f".lora_{letter.upper()}.weight"
+            stored = f"base_model.model.{name.removesuffix('.weight')}{lora}"
+            yield stored, np.ascontiguousarray(value.T)

@@ -53,8 +53,7 @@ class ModelSource:
       tokenizer: tokenizer folder; if empty, the tokenizer of the model.
       chat_template: a file, a shipped one ("chatml", for base models), or the name of one
         of several that the tokenizer has; if empty, the tokenizer's own.
-      chat_template_kwargs: values of the chat template's variables, such as
-        {"enable_thinking": False} or {"date_string": "26 Jul 2024"}.
+      chat_template_kwargs: its variables, such as {"enable_thinking": False}.
       date: ISO date and time for chat templates that ask for it. "{date}" is that of the
         run, which its workdir keeps in run.json.
       dtype: dtype of the activations.
@@ -90,12 +89,7 @@ class LoadedModel(NamedTuple):
 
 
 def load(source: ModelSource, mesh: Mesh, key: jax.Array) -> LoadedModel:
-    """Loads a model with its parameters sharded over the mesh.
-
-    Args:
-      source: source of the model.
-      mesh: mesh of the parameters.
-      key: PRNG key for random initial weights.
+    """Loads a model; its parameters are sharded over the mesh, `key` is for random ones.
 
     Raises:
       UserError: there is no such model, or its tokenizer has ids that it lacks.

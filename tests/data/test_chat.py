@@ -212,6 +212,7 @@ def test_special_tokens_may_stand_in_a_map_of_their_own(tmp_path: Path) -> None:
         (QWEN_3, {"enable_thinking": True}),
         (LLAMA_3, {"date_string": "1 Jan 2020"}),
         (LLAMA_3, {"tools": [{"type": "function", "function": {"name": "é<f>"}}]}),
+        ("{{ function }}{{ args | length }}", {"function": "f", "args": [1]}),
         (MISTRAL, {"bos_token": "", "eos_token": "<|endoftext|>"}),
         (
             "{{ effort }}{{ n + 1 }}{{ xs | tojson }}",

@@ -17,9 +17,13 @@ from tokenizers import (
     processors,
 )
 
+from rlt_jax.data import examples
+from rlt_jax.data.examples import Renderer
+from rlt_jax.data.templates import Template
 from rlt_jax.data.token_bytes import Encoding
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem, Trace
 
 ADDED = ["</s>", "<sep>", "<sep>>", "\n\n"]
 FRAGMENTS = [
@@ -106,6 +110,20 @@ def metaspace(prepend_scheme: str, unk: str = "<unk>") -> tokenizers.Tokenizer:
     return built
 
 
+def unigram_bytes(prepend_scheme: str) -> tokenizers.Tokenizer:
+    """Unigram as of many Japanese models: unknown characters are bytes."""
+    letters = [(piece, -2.0 - len(piece)) for piece in [*"▁aeinpst", "an", "▁an"]]
+    bytes_ = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    vocab = [("<unk>", 0.0), *letters, *bytes_]
+    model = models.Unigram(vocab, unk_id=0, byte_fallback=True)
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    spaces = decoders.Metaspace(prepend_scheme=prepend_scheme)
+    built.decoder = decoders.Sequence([decoders.ByteFallback(), spaces])
+    built.add_special_tokens(["<unk>", *ADDED])
+    return built
+
+
 def byte_fallback(*steps: normalizers.Normalizer) -> tokenizers.Tokenizer:
     """BPE as of Llama 2 and Gemma: no pre-tokenizer, rare characters are bytes."""
     bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
@@ -132,6 +150,8 @@ SPLIT: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "normalized_token": lambda: byte_level([AddedToken("an<sep", normalized=True)]),
     "metaspace_always": lambda: metaspace("always"),
     "metaspace_never": lambda: metaspace("never"),
+    "unigram_bytes_always": lambda: unigram_bytes("always"),
+    "unigram_bytes_never": lambda: unigram_bytes("never"),
     "gemma": byte_fallback,
     "llama_2": lambda: byte_fallback(normalizers.Prepend("▁")),
     "nfkc": lambda: byte_fallback(normalizers.NFKC()),
@@ -282,6 +302,24 @@ def test_texts_are_encoded_whole_if_the_first_differs(
     assert_same(encodings[1], tokenizer.encode("a</s>in"))
 
 
+@pytest.mark.parametrize("prepend_scheme", ["always", "never"])
+def test_each_of_several_unknown_characters_has_its_own_bytes(
+    prepend_scheme: str, tmp_path: Path
+) -> None:
+    built = unigram_bytes(prepend_scheme)
+    tokenizer = save(tmp_path, built)
+    text = "an 🦉é東an"
+    places = [(0, 2), (2, 3), *[(3, 4)] * 4, *[(4, 5)] * 2, *[(5, 6)] * 3, (6, 8)]
+    # The library gives all unknown characters to each of their bytes.
+    given = built.encode(text).offsets
+    assert given == [*places[:2], *[(3, 6)] * 9, (6, 8)]
+    if prepend_scheme == "never":
+        places[0] = given[0]
+    ids, offsets = tokenizer.encode(text)
+    assert ids.tolist() == built.encode(text).ids
+    np.testing.assert_array_equal(offsets, places)
+
+
 Decode = Callable[[list[int]], str]
 
 
@@ -412,3 +450,32 @@ def test_pieces_outside_the_byte_alphabet_stand_for_themselves(tmp_path: Path) -
     tokenizer = save(tmp_path, built)
     ids = [vocab["a b"], vocab["東"], vocab["Ġ"]]
     assert tokenizer.decode(ids) == built.decode(ids) == "a b東 "
+
+
+def test_sequences_are_encoded_as_one_text_with_whole_explanations(
+    any_tokenizer: Tokenizer, rlt: Template
+) -> None:
+    problem = Problem("an ant? é ﬁ", "in a  pan\n")
+    texts = ["an e\u0301 ½ ﬁ 🦉 an \n x", "  an\n\n", "\n\nan", "1</s>23"]
+    traces = [Trace(problem, text) for text in texts]
+    student = Renderer(any_tokenizer, rlt, "student")
+    teacher = Renderer(any_tokenizer, rlt, "teacher")
+    prompt, _ = teacher.prompt(problem)
+    for trace, learned, written in zip(
+        traces,
+        examples.student_examples(student, traces),
+        examples.teacher_examples(teacher, traces),
+        strict=True,
+    ):
+        explained = rlt.body(trace.explanation).removeprefix(rlt.pad)
+        ending = rlt.explanation_tags[1] + any_tokenizer.end_of_turn
+        whole = any_tokenizer.encode(prompt + explained + ending)
+        np.testing.assert_array_equal(written.tokens, whole.ids)
+        assert written.tokens[-1] == learned.tokens[-1]
+        assert int(written.tokens[-1]) in any_tokenizer.stop_ids
+        spans = [(one.tokens, one.explanation) for one in (learned, written)]
+        left, right = (tokens[span.start : span.end] for tokens, span in spans)
+        assert len(left)
+        if np.array_equal(left, right):  # equal ids give equal segments
+            for segments in examples.align(learned.explanation, written.explanation):
+                np.testing.assert_array_equal(segments, np.arange(len(left)))

@@ -520,7 +520,8 @@ def test_an_opening_of_the_chat_template_counts_as_the_students(
     assert body == "\n3+4=7\n" and span.offsets[0, 0] == 0
     assert span_pieces(tokenizer, example, example.solution) == ["7"]
     # The text of the completion alone has no opening tag.
-    assert template.thought_of(renderer.opened + "3+4=7\n</think>") == "\n3+4=7\n"
+    assert template.thought_of(turn) is None
+    assert template.thought_of(renderer.opened + turn).strip() == "3+4=7"
 
 
 def test_a_teacher_and_other_tags_do_not_stand_in_an_open_thought(
@@ -541,6 +542,26 @@ def test_a_teacher_and_other_tags_do_not_stand_in_an_open_thought(
     assert Renderer(own, tiny, "student").opened == THOUGHT[0] + "\n"
     teacher, _ = Renderer(own, tiny, "teacher").prompt(PROBLEM)
     assert THOUGHT[0] not in teacher
+
+
+def test_students_with_other_chat_templates_have_other_prompts(
+    tmp_path: Path, tiny: Template
+) -> None:
+    first, other = embedded_with(tmp_path, TURNS), embedded_with(tmp_path, OPEN)
+    again = embedded_with(tmp_path, TURNS)
+    made = examples.student_renderers([first, other, again], tiny)
+    assert made[0] is made[2] and made[1] is not made[0]
+    assert made[1].tokenizer is other
+    file = tmp_path / "words.jinja"
+    file.write_text("{{ word }}{{ messages[0].content }}")
+    words = [load_tokenizer(tmp_path, str(file), {"word": word}) for word in "ab"]
+    prompts = [
+        renderer.prompt(PROBLEM)[0][0]
+        for renderer in examples.student_renderers(
+            words, dataclasses.replace(tiny, system_role="user")
+        )
+    ]
+    assert prompts == ["a", "b"]
 
 
 def test_questions_that_end_in_a_tag_are_no_openings(

@@ -1,10 +1,14 @@
 """Where a completion ends, whatever tokens its stop text is made of."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models
 
 from rlt_jax.data.stop_texts import stop_finder
-from rlt_jax.data.tokenizer import Tokenizer
+from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 
 TAG = "</think>"
@@ -105,3 +109,29 @@ def test_a_text_that_cannot_occur_is_refused(tokenizer: Tokenizer) -> None:
         UserError, match="'a\u2581' cannot occur; .* decodes it as 'a '"
     ):
         stop_finder(tokenizer, ["</think>", "a\u2581"])
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"), [("aéü", "ü"), ("aé#x", "#"), ("a🦉🦉###é", "###")]
+)
+def test_a_text_is_found_in_a_run_of_bytes(
+    text: str, stop: str, tmp_path: Path
+) -> None:
+    # Where one byte is invalid, this tokenizer's decoder makes all of its run invalid.
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    built = Library(models.BPE(bytes_ | {"a": 256}, [], byte_fallback=True))
+    built.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    built.add_special_tokens(["</s>"])
+    built.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = pieces(tokenizer, text)
+    at = len(pieces(tokenizer, text.partition(stop)[0] + stop))
+    for new in range(1, len(tokens) + 1):
+        ends = [*range(at % new or new, len(tokens), new), len(tokens)]
+        find, seen = stop_finder(tokenizer, [stop]), 0
+        answers = []
+        for end in ends:
+            answers.append(find(tokens[:end], end - seen))
+            seen = end
+        assert next(answer for answer in answers if answer) == at

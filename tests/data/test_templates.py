@@ -48,6 +48,13 @@ def test_a_system_prompt_may_stand_in_the_first_user_turn() -> None:
     assert PLAIN.messages("student", problem, False) == [first, *turns]
 
 
+def test_a_system_prompt_is_not_put_in_a_turn_of_the_assistant() -> None:
+    problem = PROBLEM._replace(history=(("assistant", "Hello!"),))
+    user = {"role": "user", "content": "Think.\n\n3+4?"}
+    greeting = {"role": "assistant", "content": "Hello!"}
+    assert PLAIN.messages("student", problem, False) == [greeting, user]
+
+
 def test_a_teacher_may_have_tags_and_a_delimiter_of_its_own() -> None:
     assert PLAIN.teacher_delimiter == PLAIN.delimiter
     assert PLAIN.teacher_solution_tags == PLAIN.solution_tags

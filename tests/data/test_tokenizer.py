@@ -477,6 +477,34 @@ def test_decoders_that_put_in_spaces_are_refused(kind: str, tmp_path: Path) -> N
         load_tokenizer(save_fast(tmp_path, built))
 
 
+def test_spaces_of_a_sentencepiece_model_are_spaces_wherever_they_are_listed(
+    tmp_path: Path,
+) -> None:
+    # As of Gemma, whose tokenizer_config.json lists its runs of spaces once more.
+    runs = {"user_defined_symbols": ["▁▁", "▁▁▁"], "add_dummy_prefix": False}
+    train_llama_2(tmp_path, **runs)
+    file = str(tmp_path / "tokenizer.model")
+    library = sentencepiece.SentencePieceProcessor(model_file=file)
+    ids = {text: library.piece_to_id(text) for text in ("▁▁", "▁▁▁", "</s>")}
+    listed = {str(token): {"content": text} for text, token in ids.items()}
+    tokenizer = load_tokenizer(write_config(tmp_path, added_tokens_decoder=listed))
+    for text in ("an  an", "   an▁▁in", "an  </s>   "):
+        encoded = tokenizer.encode(text)
+        assert tokenizer.decode(encoded.ids) == text.replace("▁", " ")
+        assert ids["▁▁"] in encoded.ids or ids["▁▁▁"] in encoded.ids
+
+
+def test_a_space_that_is_there_belongs_to_its_token(tmp_path: Path) -> None:
+    train_llama_2(tmp_path, remove_extra_whitespaces=True)
+    tokenizer = load_tokenizer(write_config(tmp_path))
+    # The library counts it as removed, and the same space of its own as added.
+    for text in (" an", "</s> an in", " in</s> sis"):
+        ids, offsets = tokenizer.encode(text)
+        decoded, places = tokenizer.decode_with_offsets(ids)
+        assert decoded == text and offsets[0, 0] == 0
+        np.testing.assert_array_equal(offsets, places)
+
+
 IM = {"<|im_start|>": 0, "<|im_end|>": 1, "<tool>": 2}  # after the ids of the model
 
 
@@ -520,9 +548,8 @@ def train_llama_2(folder: Path, **options: object) -> int:
         byte_fallback=True,
         hard_vocab_limit=False,
         normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
-        **options,
+        **{"remove_extra_whitespaces": False} | options,
     )
     file = str(folder / "tokenizer.model")
     return sentencepiece.SentencePieceProcessor(model_file=file).get_piece_size()
@@ -640,10 +667,41 @@ def test_tokens_of_images_never_reach_a_model_that_lacks_them(tmp_path: Path) ->
     built = small_byte_level()
     rows = built.get_vocab_size()
     built.add_special_tokens(["<image_soft_token>"])
-    tokenizer = load_tokenizer(save_fast(tmp_path, built), embeddings=rows)
+    folder = save_fast(tmp_path, built)
+    tokenizer = load_tokenizer(folder, embeddings=rows)
     text = "an <image_soft_token></s>"
     encoded = tokenizer.encode(text)
     assert tokenizer.vocab_size == rows and encoded.ids.max() < rows
     assert tokenizer.decode(encoded.ids) == text
-    whole = load_tokenizer(tmp_path).encode(text).ids
+    whole = load_tokenizer(folder).encode(text).ids
     assert whole.tolist()[-2:] == [rows, tokenizer.eos_id]
+    built.add_special_tokens(["<|VISION|>", "<revision>"])
+    with pytest.raises(UserError, match="none for <revision>\\."):
+        load_tokenizer(save_fast(tmp_path / "more", built), embeddings=rows)
+
+
+def test_an_end_token_that_is_encoded_as_several_is_refused(tmp_path: Path) -> None:
+    spec = json.loads(small_byte_level().to_str())
+    spec["model"]["vocab"]["<e>"] = 300  # no merges lead to it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    write_config(tmp_path, eos_token="<e>")
+    with pytest.raises(UserError, match="'<e>' is encoded as several tokens"):
+        load_tokenizer(tmp_path)
+    write_config(tmp_path, eos_token="an")
+    assert load_tokenizer(tmp_path).stop_ids == (256,)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_an_end_of_turn_that_takes_whitespace_is_one_token(
+    flag: str, tmp_path: Path
+) -> None:
+    built = small_byte_level()
+    built.add_special_tokens([AddedToken("<|end|>", **{flag: True}, special=True)])
+    chat = "{% for m in messages %}{{ m.content }}\n<|end|>\n{% endfor %}"
+    tokenizer = load_tokenizer(save_fast(tmp_path, built, chat_template=chat))
+    assert tokenizer.end_of_turn == "\n<|end|>"
+    end = built.token_to_id("<|end|>")
+    assert tokenizer.stop_ids == (tokenizer.eos_id, end)
+    ids, offsets = tokenizer.encode("an\n<|end|>\nan")
+    assert ids.tolist().count(end) == 1
+    assert (offsets[1:, 0] == offsets[:-1, 1]).all() and offsets[-1, 1] == 13

@@ -174,7 +174,7 @@ def test_values_of_a_chosen_puzzle() -> None:
         (3, 4, 7), 25, ((7, "*", 4, 28), (28, "-", 3, 25)), "7*4-3"
     )
     rng = np.random.default_rng(0)
-    assert puzzle.problem == (
+    assert puzzle.problem == Problem(
         "Make 25 from 3, 4, 7.",
         "7*4-3",
         ANSWER,

@@ -320,7 +320,7 @@ class Run(NamedTuple):
 
 
 def rollout_of(tokenizer: Tokenizer, template: Template) -> Rollout:
-    closing = template.explanation_tags[1] + tokenizer.eos
+    closing = template.explanation_tags[1] + tokenizer.end_of_turn
     tokens = [tokenizer.encode(body + closing).ids for body in BODIES]
     tokens[3] = tokenizer.encode(BODIES[3]).ids  # cut off
     spelt = [tokenizer.encode(char).ids for char in BODIES[4]]
