@@ -1,7 +1,6 @@
 """Chat templates: Jinja programs that make a text from messages, as transformers runs them."""
 
 import datetime
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -142,18 +141,17 @@ def find_template(
         stored = {entry["name"]: entry["template"] for entry in stored}
     stored = stored or {}
     named = {"default": stored} if isinstance(stored, str) else dict(stored)
-    read = functools.partial(Path.read_text, encoding="utf-8")
     more = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    named |= {file.stem: read(file) for file in more}
+    named |= {file.stem: file.read_text(encoding="utf-8") for file in more}
     if (own := folder / "chat_template.jinja").is_file():
-        named["default"] = read(own)
+        named["default"] = own.read_text(encoding="utf-8")
     source = named.get(choice or "default")
     if source or not (choice or named):
         return source
     shipped = {file.stem: file for file in sorted(ASSETS.glob("*.jinja"))}
     file = shipped.get(choice, Path(choice))
     if file.is_file():
-        return read(file)
+        return file.read_text(encoding="utf-8")
     known = ", ".join([*named, *shipped])
     raise UserError(
         f"tokenizer {folder}: there is no chat template {choice or 'default'!r}; set "

@@ -34,19 +34,15 @@ class SentencePieceCodec:
     """
 
     def __init__(self, file: Path, added: Mapping[int, dict], limit: int) -> None:
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        ids = range(self._model.get_piece_size())
-        self._is_byte = np.array([self._model.is_byte(i) for i in ids], bool)
-        control = {
-            i: self._model.id_to_piece(i) for i in ids if self._model.is_control(i)
-        }
+        self._model = model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        ids = range(model.get_piece_size())
+        self._is_byte = np.array([model.is_byte(i) for i in ids], bool)
+        control = {i: model.id_to_piece(i) for i in ids if model.is_control(i)}
         kept = {i: token["content"] for i, token in added.items() if i < limit}
         self.left_out = [token["content"] for i, token in added.items() if i >= limit]
         self.added = self.separators = control | kept
         # User-defined pieces have the score 0, but so may the first merge of letters.
-        scored = [
-            self._model.id_to_piece(i) for i in ids if not self._model.get_score(i)
-        ]
+        scored = [model.id_to_piece(i) for i in ids if not model.get_score(i)]
         defined = [text for text in scored if re.fullmatch(r"\W.*\W", text)]
         self.marks = [*self.added.values(), *defined]
         self._added_ids = {text: i for i, text in self.added.items()}
@@ -55,7 +51,7 @@ class SentencePieceCodec:
         self._control = re.compile(f"({pattern})")
         pieces = [self._piece(i) for i in range(self.size())]
         self.bytes = TokenBytes(pieces, np.flatnonzero(self._is_byte).tolist())
-        probe = self._model.encode(_PROBE, return_type="offset_mapping")
+        probe = model.encode(_PROBE, return_type="offset_mapping")
         _check_offsets(file, self.bytes, probe["ids"], probe["offsets"])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:

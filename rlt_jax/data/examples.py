@@ -128,9 +128,8 @@ def student_renderers(
 ) -> tuple[Renderer, ...]:
     """A renderer for every student; one object for those with the same prompts."""
 
-    def key(tokenizer: Tokenizer) -> Hashable:
-        chat, variables = tokenizer.chat, repr(tokenizer.variables)
-        return tokenizer.path, tokenizer.vocab_size, chat and chat.source, variables
+    def key(t: Tokenizer) -> Hashable:
+        return t.path, t.vocab_size, t.chat and t.chat.source, repr(t.variables)
 
     made = {key(one): Renderer(one, template, "student") for one in tokenizers}
     return tuple(made[key(one)] for one in tokenizers)
@@ -210,13 +209,11 @@ def teacher_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     the closing tag and the end of the turn.
     """
     template = renderer.template
+    problems = [trace.problem for trace in traces]
     bodies = [template.body(trace.explanation) for trace in traces]
     closing = template.explanation_tags[1]
-    return text_examples(
-        renderer,
-        [trace.problem for trace in traces],
-        [body.removeprefix(template.pad) + closing for body in bodies],
-    )
+    texts = [body.removeprefix(template.pad) + closing for body in bodies]
+    return text_examples(renderer, problems, texts)
 
 
 EXAMPLES: dict[str, Callable[[Renderer, Sequence[Trace]], list[Example]]] = {

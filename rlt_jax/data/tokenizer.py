@@ -65,11 +65,11 @@ class Tokenizer:
         marks = sorted([eos, *codec.marks], key=len, reverse=True)
         found = re.search("|".join(re.escape(m) for m in marks if m.strip()), ending)
         self.end_of_turn = ending[: found.end()] if found else ending.rstrip() + eos
-        last = int(self.encode(self.end_of_turn).ids[-1])
-        if last != codec.token_id(found[0] if found else eos):
+        last, mark = int(self.encode(self.end_of_turn).ids[-1]), found or [eos]
+        if last != codec.token_id(mark[0]):
             raise UserError(
-                f"tokenizer {path}: eos_token {eos!r} is encoded as several tokens; list it "
-                "among the added tokens."
+                f"tokenizer {path}: {mark[0]!r}, which ends a turn, is encoded as several "
+                "tokens; list it among the added tokens."
             )
         self.stop_ids = tuple(sorted({self.eos_id, last, *stop_ids}))
 

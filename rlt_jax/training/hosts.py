@@ -84,7 +84,9 @@ def connect(
             return
     elif ":" not in coordinator_address or process_id not in range(num_processes):
         given = " ".join(f"{name}={value}" for name, value in flags.items())
-        raise UserError(f"{given}: give HOST:PORT and 0 <= process_id < num_processes.")
+        raise UserError(
+            f"{given}: give HOST:PORT, and an id from 0 to num_processes - 1."
+        )
     jax.config.update("jax_enable_preemption_service", True)  # for `stopping`
     address = coordinator_address or "the coordinator that the cluster names"
     who = "this process" if missing else f"process {process_id} of {num_processes}"

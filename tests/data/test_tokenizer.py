@@ -685,7 +685,9 @@ def test_an_end_token_that_is_encoded_as_several_is_refused(tmp_path: Path) -> N
     spec["model"]["vocab"]["<e>"] = 300  # no merges lead to it
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     write_config(tmp_path, eos_token="<e>")
-    with pytest.raises(UserError, match="'<e>' is encoded as several tokens"):
+    with pytest.raises(
+        UserError, match="'<e>', which ends a turn, is encoded as several"
+    ):
         load_tokenizer(tmp_path)
     write_config(tmp_path, eos_token="an")
     assert load_tokenizer(tmp_path).stop_ids == (256,)
