@@ -333,7 +333,8 @@ def test_prompts_are_encoded_and_completions_decoded_once(
     pack(rollout_of(counting, problems, completions), run)
     calls = counting.calls
     # A prompt of the teacher and one of the student for each of four problems.
-    assert len(calls["render"]) == 4 + 4
+    # Of each renderer also a question that shows how its prompts end.
+    assert len(calls["render"]) == (4 + 1) + (4 + 1)
     prompts = [text for (text,) in calls["encode"]]
     assert len(prompts) == len(set(prompts)) == 4 + 4
     prefixes = [prefix for prefix, _ in calls["encode_with_prefix"]]
