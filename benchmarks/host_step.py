@@ -40,6 +40,11 @@ class Run(NamedTuple):
     renderer: Renderer
     student_renderers: Sequence[Renderer]
 
+    @property
+    def student_limit(self) -> int:
+        """Longest sequence of a student."""
+        return self.row_shape.row_length
+
 
 def main() -> None:
     """Times the steps and prints a line a phase."""

@@ -39,12 +39,7 @@ from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem
-from rlt_jax.scoring import (
-    ScoringConfig,
-    make_renderers,
-    make_scorer,
-    text_completion,
-)
+from rlt_jax.scoring import ScoringConfig, make_renderers, make_scorer, text_completion
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.training.checkpoint import LoadedModel

@@ -73,9 +73,9 @@ def text_completion(
 
 def make_renderers(models: Sequence[LoadedModel], template: Template) -> list[Renderer]:
     """A renderer for the teacher, then one for every student."""
-    tokenizers = [model.tokenizer for model in models]
-    students = examples.student_renderers(tokenizers[1:], template)
-    return [Renderer(tokenizers[0], template, "teacher"), *students]
+    teacher, *students = [model.tokenizer for model in models]
+    of_students = examples.student_renderers(students, template)
+    return [Renderer(teacher, template, "teacher"), *of_students]
 
 
 def make_sequences(

@@ -126,6 +126,7 @@ class FastCodec:
         # The settings of whoever saved the file last; and special tokens that nobody asks
         # for here, with trimmed offsets.
         spec |= {"truncation": None, "padding": None, "post_processor": None}
+        spec["model"]["dropout"] = None
         known = {token["content"]: token for token in spec.get("added_tokens", [])}
         flags = tokenizers.AddedToken("").__getstate__()
         for i, token in added.items():  # as in transformers, these have the last word
@@ -164,9 +165,8 @@ class FastCodec:
         text = self._tokenizer.decode(known, skip_special_tokens=False)
         if text != self.bytes.decode(np.array(known))[0]:
             raise UserError(
-                f"{file}: its decoder is not supported: ids do not stand for their own "
-                "text. Supported are byte-level tokenizers and those that write spaces as "
-                "U+2581."
+                f"{file}: its decoder is not supported; supported are byte-level ones and "
+                "those of tokenizers that write spaces as U+2581."
             )
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:

@@ -145,12 +145,16 @@ def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
     return Span(first, last, offsets[first:last] - start)
 
 
-def align(left: Span, right: Span) -> tuple[np.ndarray, np.ndarray]:
+def align(
+    left: Span, right: Span, same_ids: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Finest common segmentation of two tokenisations of one text.
 
     Args:
       left: span in one sequence.
       right: span of the same text in another sequence.
+      same_ids: whether the spans have the same ids, so that tokens that share a
+        character are the same parts of it.
 
     Returns:
       For each token of left and of right the segment it belongs to, -1 for tokens at
@@ -159,7 +163,7 @@ def align(left: Span, right: Span) -> tuple[np.ndarray, np.ndarray]:
         left  |ab|c|d|    cuts 0 2 3 4     common cuts 0 3 4
         right |a|bc|d|    cuts 0 1 3 4     segments 0 0 1 and 0 0 1
     """
-    if np.array_equal(left.offsets, right.offsets):
+    if same_ids and len(left.offsets) == len(right.offsets):
         same = np.arange(len(left.offsets), dtype=np.int32)
         return same, same
     cuts = np.intersect1d(_cuts(left.offsets), _cuts(right.offsets))

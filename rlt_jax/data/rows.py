@@ -42,6 +42,10 @@ class Renderers(Protocol):
         """Renders the sequences of the policy, in its role."""
 
     @property
+    def student_limit(self) -> int:
+        """Longest sequence of a student."""
+
+    @property
     def student_renderers(self) -> Sequence[Renderer]:
         """Render the sequences of each student; one object for equal tokenizers."""
 
@@ -146,7 +150,7 @@ def pack(rollout: Rollout, run: Renderers) -> Batch:
     parsed = [template.parse_completion(text) for text in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
     of_renderer = {
-        renderer: _fitting_examples(renderer, traces, run.row_shape.row_length)
+        renderer: _fitting_examples(renderer, traces, run.student_limit)
         for renderer in dict.fromkeys(run.student_renderers)
     }
     students = [of_renderer[renderer] for renderer in run.student_renderers]
@@ -205,7 +209,8 @@ def _pack_student(
     explanation = [one.explanation for one in student]
     in_policy = [one.explanation for one in policy]
     solution = [one.solution for one in student]
-    aligned = list(map(examples.align, explanation, in_policy))
+    same = [np.array_equal(*map(explained, pair)) for pair in zip(student, policy)]
+    aligned = list(map(examples.align, explanation, in_policy, same))
     ours, theirs = [s for s, _ in aligned], [p for _, p in aligned]
     in_solution = [np.arange(len(span.offsets)) for span in solution]
 
@@ -222,12 +227,17 @@ def _pack_student(
     )
 
 
+def explained(one: Example) -> np.ndarray:
+    """Ids of the explanation."""
+    return one.tokens[one.explanation.start : one.explanation.end]
+
+
 def _fitting_examples(
-    renderer: Renderer, traces: Sequence[Trace], row_length: int
+    renderer: Renderer, traces: Sequence[Trace], limit: int
 ) -> tuple[list[Example], np.ndarray]:
     """A student's sequences, and [E] bool: those whose explanation did not fit."""
     made = examples.student_examples(renderer, traces)
-    overlong = np.array([len(one.tokens) > row_length for one in made])
+    overlong = np.array([len(one.tokens) > limit for one in made])
     for i in np.flatnonzero(overlong):
         without = traces[i]._replace(explanation="")
         (shorter,) = examples.student_examples(renderer, [without])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlt_jax.data.examples import EMPTY, Example, check_lengths
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_minima
 
 # What happens to sequences that are too long.
 OVERLONG = ("error", "drop", "shorter", "truncate")
@@ -33,6 +33,7 @@ class SelectionConfig:
     top_fraction: float = 1.0
 
     def __post_init__(self) -> None:
+        check_minima("select", self, max_tokens=0, best_per_question=0)
         if not 0 < self.top_fraction <= 1:
             raise UserError(f"select.top_fraction={self.top_fraction}: 0 < x <= 1.")
 

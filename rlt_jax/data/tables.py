@@ -86,8 +86,13 @@ def _records(file: Path, columns: Collection[str] | None) -> Iterator[tuple[str,
             csv.field_size_limit(sys.maxsize)  # traces can be long
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 records = csv.DictReader(lines)
-                records = ({k: v or None for k, v in r.items()} for r in records)
-                yield from _numbered(file, records)
+                for where, record in _numbered(file, records):
+                    if None in record:
+                        raise UserError(
+                            f"{where}: it has more fields than the header; put texts with "
+                            "commas in quotes."
+                        )
+                    yield where, {k: v or None for k, v in record.items()}
         elif file.suffix == ".parquet":
             yield from _numbered(file, _parquet_records(file, columns))
         elif file.suffix == ".json" and file.read_bytes().lstrip()[:1] == b"[":

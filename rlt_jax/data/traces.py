@@ -27,6 +27,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from rlt_jax.data.tables import read_records, shown
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError, check_choice
@@ -159,10 +161,7 @@ def _trace(
 def _problem(where: str, record: Record, template: Template) -> Problem:
     turns, reply = _turns(where, record)
     answer = _answer(where, record)
-    if turns:
-        question = turns[-1][1]
-    else:
-        question = _text(where, record, "question", "prompt")
+    question = turns[-1][1] if turns else _text(where, record, "question", "prompt")
     if reply is not None:
         # A thought may quote the solution tags, so the search starts after it.
         _, closed, after = reply.partition(template.thought_tags[1])
@@ -213,9 +212,10 @@ def _turns(where: str, record: Record) -> tuple[list[tuple[str, str]], str | Non
 
 
 def _parsed(where: str, record: Record, name: str) -> Any:
-    """The value of a column; JSON in a CSV file, except for a prompt, is parsed."""
+    """The value of a column; JSON in a CSV file is parsed."""
     value = record.get(name)
-    if not isinstance(value, str) or name == "prompt":
+    is_text = name == "prompt" and not str(value).lstrip().startswith("[{")
+    if not isinstance(value, str) or is_text:
         return value
     try:
         return json.loads(value)
@@ -258,9 +258,7 @@ def _text(where: str, values: Record, *names: str) -> str:
 
 def _answer(where: str, record: Record) -> str | None:
     """`answer`, or the ground truth of data sets for RL."""
-    model = record.get("reward_model")
-    if isinstance(model, str):
-        model = _parsed(where, record, "reward_model")
+    model = _parsed(where, record, "reward_model")
     answer = record.get("answer")
     if answer is None and isinstance(model, dict):
         answer = model.get("ground_truth")
@@ -272,4 +270,4 @@ def _answer(where: str, record: Record) -> str | None:
         raise UserError(
             f"{where}: answer is {shown(answer)}; it must be a string, a number or null."
         )
-    return str(answer)
+    return np.format_float_positional(answer, trim="0") if answer % 1 else str(answer)

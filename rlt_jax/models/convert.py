@@ -128,7 +128,7 @@ def read_params(
     }
     weight_files.check_tensors(path, stored, expected, optional)
     if adapter is not None:
-        stored = peft.adapt(adapter, stored)
+        stored = peft.adapt(adapter, {name: stored[name] for name in expected})
     params = {}
     for leaf, shape in shapes.items():
         tensor = kind.tensors[leaf]

@@ -37,6 +37,8 @@ _PLAIN = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
+    # Others (PiSSA, OLoRA, CorDA) change W when the adapter is made.
+    "init_lora_weights": (True, False, None, "gaussian"),
 }
 
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,8 @@ def run_pipeline(
 
     A config has `seed` and either `stage` (the config is that one stage) or `pipeline`,
     an ordered tuple of names of sections that each have a `stage`, and a `seed` where it
-    is not the config's. In any string of a section `{workdir}` stands for the workdir and
-    `{date}` for the date and time of the run's first start, which run.json keeps.
+    is not the config's. In any string of a section `{workdir}` stands for the workdir .
+    Models get the date and time of the run's first start, which run.json keeps.
 
     Args:
       config: the config.
@@ -205,7 +206,7 @@ def _sessions(folder: Path) -> int:
 
 def _complete(folder: Path, done: Record) -> None:
     """Writes `done.json`; its seconds are those of the last of `sessions`."""
-    _write_json(folder / "done.json", done | {"sessions": _sessions(folder)})
+    _write_json(folder / "done.json", finite(done) | {"sessions": _sessions(folder)})
     (folder / SESSIONS).unlink(missing_ok=True)
 
 
@@ -261,10 +262,14 @@ def _date(root: Path) -> str:
 
 
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
-    """The section as plain JSON values, `{workdir}` and `{date}` filled in."""
+    """The section as plain JSON values, `{workdir}` and dates of models filled in."""
     folder = json.dumps(str(root))[1:-1]
-    text = section.to_json().replace("{workdir}", folder).replace("{date}", date)
-    return {"seed": seed, **json.loads(text)}
+    values = json.loads(section.to_json().replace("{workdir}", folder))
+    models = [values.get(name) for name in ("model", "policy", "teacher")]
+    for model in (*models, *(values.get("students") or ())):
+        if isinstance(model, dict):
+            model["date"] = model.get("date") or date
+    return {"seed": seed, **values}
 
 
 def _difference(folder: Path, values: Record) -> str | None:
@@ -306,9 +311,7 @@ def _set_aside(folder: Path, values: Record) -> None:
 def _remove_untouched(folder: Path) -> None:
     """Removes a stage's folder without any work in it: a mended config may use it."""
     if {path.name for path in folder.iterdir()} == {"settings.json", SESSIONS}:
-        (folder / "settings.json").unlink()
-        (folder / SESSIONS).unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
         if [path.name for path in folder.parent.iterdir()] == [RUN]:
             (folder.parent / RUN).unlink()
 
@@ -316,6 +319,6 @@ def _remove_untouched(folder: Path) -> None:
 def _write_json(file: Path, values: Record) -> None:
     """Writes all of the file or, cut off in between, nothing under its name."""
     unfinished = file.with_name(file.name + ".partial")
-    text = json.dumps(finite(values), indent=1) + "\n"
+    text = json.dumps(values, indent=1) + "\n"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)

@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.models import convert, peft
+from rlt_jax.models.config import DTYPES
 from rlt_jax.models.families import family
+from rlt_jax.models.weight_files import read_json
 from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training.lora import LoRAConfig
+from rlt_jax.types import Params
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
@@ -33,6 +38,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     Returns:
       The path and the number of parameters.
     """
+    check_choice("export.dtype", config.dtype, DTYPES)
     mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
     model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
@@ -41,7 +47,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     # Of a run that was cut off between here and done.json.
     hosts.from_first(lambda: shutil.rmtree(target, ignore_errors=True))
     if config.adapter_base:
-        params, alpha = checkpoint.load_adapters(source)
+        params, alpha = _adapters(source)
         if hosts.is_first():
             kind = family(model_type)
             peft.write_adapter(target, params, kind, config.adapter_base, alpha)
@@ -59,8 +65,26 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     card = _model_card(source, size, str(config.dtype))
     if hosts.is_first():
+        checkpoint.write_chat_template(target, tokenizer)
         (target / "README.md").write_text(card, encoding="utf-8")
     return {"path": str(target), "parameters": size}
+
+
+def _adapters(source: checkpoint.ModelSource) -> tuple[Params, float]:
+    """The adapters of a stage that trained them, and their alpha.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = checkpoint.find_model(source.path)
+    file = path / "settings.json"
+    settings = read_json(file) if file.is_file() else {}
+    lora = build(LoRAConfig, settings.get("lora", {}), "lora")
+    if not lora.rank:
+        raise UserError(
+            f"model {path}: it is no stage that trained adapters (lora.rank)."
+        )
+    return checkpoint.read_item(path, "adapters"), lora.alpha
 
 
 def _model_card(source: checkpoint.ModelSource, size: int, dtype: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlt_jax import scoring
 from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
@@ -24,14 +25,7 @@ from rlt_jax.errors import UserError, check_minima
 from rlt_jax.records import Problem, Record, history_of, problem_record
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
-from rlt_jax.scoring import (
-    ScoringConfig,
-    TextCompletion,
-    make_renderers,
-    make_scorer,
-    make_sequences,
-    text_completion,
-)
+from rlt_jax.scoring import TextCompletion, text_completion
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
@@ -93,13 +87,13 @@ class Scorer:
         self._models = setup.open_models(sections, "teacher")
         if len(self._models) == 1:
             raise UserError("students is (): the reward needs one or more.")
-        self._renderers = make_renderers(self._models, self.template)
+        self._renderers = scoring.make_renderers(self._models, self.template)
 
     def check(self, completions: Iterator[TextCompletion], first: int) -> None:
         """Raises UserError for a completion that does not fit in a model."""
         while batch := list(itertools.islice(completions, self.c.batch_size)):
             for given in (batch, *self._controls(batch, first).values()):
-                make_sequences(self._models, self._renderers, given)
+                scoring.make_sequences(self._models, self._renderers, given)
             first += len(batch)
 
     def load(self) -> None:
@@ -108,8 +102,8 @@ class Scorer:
         mesh = setup.load_mesh(sections)
         models = setup.load_weights(sections, "teacher", self._models, mesh, self._seed)
         ensemble = build(EnsembleConfig, sections["ensemble"], "ensemble")
-        scoring = ScoringConfig(reward, ensemble, c.teacher_temperature)
-        self._score = make_scorer(models, self._renderers, scoring, mesh)
+        settings = scoring.ScoringConfig(reward, ensemble, c.teacher_temperature)
+        self._score = scoring.make_scorer(models, self._renderers, settings, mesh)
         temperatures = c.teacher_temperature, reward.student_temperature
         self._origin = setup.provenance_of(
             models[0], models[1:], self.template, *temperatures

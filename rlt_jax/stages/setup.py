@@ -84,6 +84,12 @@ class Run:
         """Renders the prompts and sequences of the policy."""
         return Renderer(self.policy.tokenizer, self.template, self.role)
 
+    @property
+    def student_limit(self) -> int:
+        """Longest sequence of a student, in a row and in every student's context."""
+        contexts = [student.model.config.max_length for student in self.students]
+        return min([self.row_shape.row_length, *contexts])
+
     @functools.cached_property
     def student_renderers(self) -> tuple[Renderer, ...]:
         """Render the sequences of the students; see `examples.student_renderers`."""
@@ -132,9 +138,7 @@ def load_run(
             "loop.self_teaching) and the role 'teacher', and students need that term."
         )
     rlt_reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
-    check_tokenizers(
-        rlt_reward, policy.tokenizer, *(student.tokenizer for student in students)
-    )
+    check_tokenizers(rlt_reward, *(one.tokenizer for one in (policy, *students)))
     # An explanation's closing tag ends a teacher's completion.
     stop = (template.explanation_tags[1],) if role == "teacher" else ()
     models = [student.model for student in students]
@@ -232,12 +236,9 @@ def student_sections(section: Any) -> list[Any]:
 def model_sources(config: Section, name: str) -> list[checkpoint.ModelSource]:
     """The model of the section `name`, then those of `students`."""
     students = student_sections(config["students"])
-    sections = {name: config[name]}
-    sections |= {f"students[{i}]": section for i, section in enumerate(students)}
-    return [
-        build(checkpoint.ModelSource, section, where)
-        for where, section in sections.items()
-    ]
+    names = [name, *(f"students[{i}]" for i in range(len(students)))]
+    sections = [config[name], *students]
+    return [*map(build, [checkpoint.ModelSource] * len(names), sections, names)]
 
 
 def open_models(config: Section, name: str) -> list[LoadedModel]:
@@ -250,14 +251,11 @@ def load_weights(
 ) -> list[LoadedModel]:
     """Models from `open_models` with their weights."""
     sources, key = model_sources(config, name), jax.random.key(seed)
-    return [
-        opened._replace(
-            params=checkpoint.load_params(
-                source, opened.model, mesh, jax.random.fold_in(key, n)
-            )
-        )
-        for n, (source, opened) in enumerate(zip(sources, models, strict=True))
-    ]
+    loaded = []
+    for n, (source, opened) in enumerate(zip(sources, models, strict=True)):
+        args = source, opened.model, mesh, jax.random.fold_in(key, n)
+        loaded.append(opened._replace(params=checkpoint.load_params(*args)))
+    return loaded
 
 
 def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
@@ -302,11 +300,11 @@ def check_fit(run: Run, problems: Sequence[Problem]) -> None:
     prompts = [len(request.prompt) for request in run.requests(problems)]
     check_room(prompts, new, T, f"{run.role} prompt", "rows.row_length")
     traces = [Trace(problem, "") for problem in problems]
-    lengths: dict[Renderer, list[int]] = {}
+    lengths = {
+        renderer: [len(x.tokens) for x in examples.student_examples(renderer, traces)]
+        for renderer in set(run.student_renderers)
+    }
     for n, (student, renderer) in enumerate(zip(run.students, run.student_renderers)):
-        if renderer not in lengths:
-            made = examples.student_examples(renderer, traces)
-            lengths[renderer] = [len(one.tokens) for one in made]
         what = f"sequence of students[{n}] without an explanation"
         context = student.model.config.max_length
         check_room(lengths[renderer], 0, T, what, "rows.row_length")
@@ -326,18 +324,15 @@ def check_room(
       where: names the limit.
     """
     longest = int(np.argmax(lengths))
-    room = limit - lengths[longest]
-    if room < new or room < 0:
+    tokens, room = lengths[longest], limit - lengths[longest]
+    if room < max(new, 0):
+        fits = (
+            f"Set max_new_tokens to at most {room}, or raise" if room > 0 else "Raise"
+        )
         raise UserError(
-            f"{what} {longest} has {lengths[longest]} tokens, with "
-            f"sampling.max_new_tokens={new} up to {lengths[longest] + new}, more than "
-            f"{where}={limit}. "
-            + (
-                f"Set max_new_tokens to at most {room}, or raise "
-                if room > 0
-                else "Raise "
-            )
-            + "the limit, or drop the problem."
+            f"{what} {longest} has {tokens} tokens, with sampling.max_new_tokens={new} up "
+            f"to {tokens + new}, more than {where}={limit}. {fits} the limit, or drop the "
+            "problem."
         )
 
 

@@ -250,7 +250,7 @@ def load_examples(
         hosts.agree_on_items(f"the traces of {where}", traces)
         used, counts[where] = selection.fit_examples(
             examples.EXAMPLES[c.role](renderer, traces),
-            [trace.problem.question for trace in traces],
+            [str((trace.problem.history, trace.problem.question)) for trace in traces],
             limit,
             c.overlong,
             c.traces_per_question,

@@ -7,7 +7,6 @@ iterator. The folder of a stage also has `model.json` (the model's configuration
 
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 import tempfile
@@ -26,6 +25,7 @@ from rlt_jax.errors import UserError, check_choice
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
+from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.settings import build
 from rlt_jax.training import hosts
 from rlt_jax.training.sharding import abstract, check_model, param_shardings
@@ -54,8 +54,8 @@ class ModelSource:
       chat_template: a file, a shipped one ("chatml", for base models), or the name of one
         of several that the tokenizer has; if empty, the tokenizer's own.
       chat_template_kwargs: its variables, such as {"enable_thinking": False}.
-      date: ISO date and time for chat templates that ask for it. "{date}" is that of the
-        run, which its workdir keeps in run.json.
+      date: ISO date and time for chat templates that ask for it; "" is that of the run,
+        which its workdir keeps in run.json.
       dtype: dtype of the activations.
       param_dtype: dtype of the parameters in memory; "float32" keeps master weights for
         bfloat16 activations, "bfloat16" halves the memory of a frozen model.
@@ -67,7 +67,7 @@ class ModelSource:
     tokenizer: str = ""
     chat_template: str = ""
     chat_template_kwargs: Mapping[str, Any] | None = None
-    date: str = "{date}"
+    date: str = ""
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
@@ -108,15 +108,16 @@ def open_model(source: ModelSource) -> LoadedModel:
         if adapter and (adapter / TOKENIZER_CONFIG).is_file():
             folder = adapter
     else:
-        folder, limit = "", source.architecture.get("vocab_size", NO_LIMIT)
+        path, folder = None, ""
+        limit = source.architecture.get("vocab_size", NO_LIMIT)
     tokenizer = load_tokenizer(
         source.tokenizer or folder,
         source.chat_template,
         source.chat_template_kwargs,
-        source.date.replace("{date}", ""),
+        source.date,
         limit,
     )
-    if source.architecture is not None:
+    if path is None:
         config = _model_config(source, None, tokenizer.vocab_size)
     return LoadedModel(Transformer(config), None, tokenizer)
 
@@ -167,8 +168,7 @@ def _model_config(
         fields = {"vocab_size": vocab_size, **source.architecture, **numerics}
         return build(ModelConfig, fields, "model.architecture")
     if (path / "model.json").is_file():
-        fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
-        return ModelConfig(**{**fields, **numerics})
+        return ModelConfig(**(read_json(path / "model.json") | numerics))
     return convert.read_config(path, **numerics)
 
 
@@ -194,7 +194,7 @@ def find_model(name: str) -> Path:
 def _find_base(name: str) -> tuple[Path, Path | None]:
     """The folder of a model; of an adapter that of its model, and its own."""
     path = find_model(name)
-    if not (path / peft.CONFIG).is_file() or (path / convert.CONFIG).is_file():
+    if not (path / peft.CONFIG).is_file():
         return path, None
     base = find_model(peft.adapter_base(path))
     if not (base / convert.CONFIG).is_file():
@@ -235,25 +235,28 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     folder = stage_dir / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     convert.copy_tokenizer(tokenizer.path, folder)
+    write_chat_template(folder, tokenizer)
+    write_json(stage_dir / "model.json", dataclasses.asdict(model.config))
+
+
+def write_chat_template(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes the chat template that is in use beside the files of a tokenizer."""
     if tokenizer.chat is not None:
         file = folder / "chat_template.jinja"
         file.write_text(tokenizer.chat.source, encoding="utf-8")
     if tokenizer.variables:
-        settings = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        text = json.dumps(settings | {VARIABLES: tokenizer.variables}, indent=1)
-        (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
-    text = json.dumps(dataclasses.asdict(model.config), indent=1)
-    (stage_dir / "model.json").write_text(text + "\n", encoding="utf-8")
+        file = folder / TOKENIZER_CONFIG
+        write_json(file, read_json(file) | {VARIABLES: tokenizer.variables})
 
 
 def _load_stage(
     path: Path, model: Transformer, shardings: Any, dtype: jnp.dtype
 ) -> Params:
     shapes = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-    return _read_item(path, "params", abstract(shapes, shardings, dtype))
+    return read_item(path, "params", abstract(shapes, shardings, dtype))
 
 
-def _read_item(path: Path, name: str, target: Any = None) -> Any:
+def read_item(path: Path, name: str, target: Any = None) -> Any:
     """A tree of the newest checkpoint in a stage's folder; by default as it was saved."""
     folder = _folder(path)
     steps = hosts.from_first(
@@ -269,22 +272,6 @@ def _read_item(path: Path, name: str, target: Any = None) -> Any:
         return _newest(folder, steps, restore)[1]
 
 
-def load_adapters(source: ModelSource) -> tuple[Params, float]:
-    """The adapters of a stage that trained them, and their alpha.
-
-    Raises:
-      UserError: there are none.
-    """
-    path = find_model(source.path)
-    file = path / "settings.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not settings.get("lora", {}).get("rank"):
-        raise UserError(
-            f"model {path}: it is no stage that trained adapters (lora.rank)."
-        )
-    return _read_item(path, "adapters"), settings["lora"]["alpha"]
-
-
 def _newest(
     folder: Path, steps: Sequence[int], restore: Callable[[int], T]
 ) -> tuple[int, T]:
@@ -297,7 +284,7 @@ def _newest(
         try:
             return step, restore(step)
         except Exception as error:  # Orbax has no class of its own for damaged files
-            reason = str(error).strip().splitlines()[0][:300]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             damaged = f"checkpoint {folder / str(step)} cannot be read ({reason})"
             # The other processes may have read theirs.
             if step == min(steps) or jax.process_count() > 1:

@@ -48,6 +48,7 @@ class Run(NamedTuple):
     row_shape: RowShape
     renderer: Renderer
     student_renderers: Sequence[Renderer]
+    student_limit: int = 64
 
 
 class CountingTokenizer:
@@ -482,3 +483,31 @@ def test_sequences_that_fit_in_the_order_of_the_stream_alone_are_packed() -> Non
     assert (batch.segment_ids > 0).all()
     first, second = [1] * 4 + [2] * 2 + [3] * 2, [4] * 3 + [5] * 3 + [6] * 2
     assert batch.tokens.tolist() == [[first, second]]
+
+
+def test_text_beyond_the_context_of_a_student_counts_as_empty(
+    run: Run, rollout: Rollout
+) -> None:
+    whole = one_student(pack(rollout, run))
+    assert not whole.overlong.any()
+    ends = whole.segment_ids.reshape(-1, SHAPE.row_length)
+    longest = max(np.bincount(row[row > 0]).max() for row in ends if row.any())
+    short = one_student(pack(rollout, run._replace(student_limit=int(longest) - 1)))
+    assert 0 < short.overlong.sum() < len(short.overlong)
+    lengths = np.array(lengths_of(short.explanation))
+    assert not lengths[np.asarray(short.overlong)].any()
+
+
+def test_parts_of_a_character_are_compared_by_their_ids() -> None:
+    def spelled(*ids: int) -> examples.Example:
+        offsets = np.array([[0, 1], [1, 2], [1, 2], [2, 3]], np.int32)
+        tokens = np.array(ids, np.int32)
+        span = examples.Span(0, 4, offsets)
+        return examples.Example(tokens, np.ones(4, bool), span, examples.EMPTY)
+
+    canonical, sampled = spelled(1, 2, 3, 4), spelled(1, 5, 6, 4)
+    for student, segments in ((canonical, [0, 1, 2, 3]), (sampled, [0, 1, 1, 2])):
+        batch = rows.pack_examples(SHAPE, [canonical], [[student]], np.array([True]))
+        student_batch = one_student(batch)
+        for span in (student_batch.explanation, student_batch.policy_explanation):
+            assert span.segment[0, :4].tolist() == segments

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from rlt_jax.data.examples import Example, Span
-from rlt_jax.data.selection import OVERLONG, choose, fit_examples
+from rlt_jax.data.selection import (
+    OVERLONG,
+    SelectionConfig,
+    choose,
+    fit_examples,
+)
 from rlt_jax.errors import UserError
 
 LIMIT = 4
@@ -132,3 +137,9 @@ def test_no_trace_left_is_an_error(overlong: str) -> None:
         UserError, match=f"^it: none of 9 .*overlong='{overlong}'.*{limit}"
     ):
         fit(overlong, limit=limit)
+
+
+def test_negative_numbers_are_refused() -> None:
+    for name in ("max_tokens", "best_per_question"):
+        with pytest.raises(UserError, match=f"select.{name}=-1"):
+            SelectionConfig(**{name: -1})

@@ -475,3 +475,36 @@ def test_what_a_run_writes_keeps_the_history(tmp_path: Path) -> None:
     assert history_of(record) == HISTORY
     plain = problem_record(problem._replace(history=()))
     assert "prompt" not in plain and history_of(plain) == ()
+
+
+def test_a_prompt_in_csv_may_be_a_list_or_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines)
+        writer.writerows([["prompt", "answer"], ["[1, 2] or (1, 2)?", "1"]])
+        writer.writerow([json.dumps(messages(*TURNS)["messages"]), "7"])
+    one, two = read_problems(str(file), TEMPLATE)
+    assert (one.question, one.history) == ("[1, 2] or (1, 2)?", ())
+    assert (two.question, two.history) == ("3+4?", HISTORY)
+
+
+def test_a_row_with_more_fields_than_the_header_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("question,answer\n1+1?,2\nHow many, in all?,12\n", encoding="utf-8")
+    with pytest.raises(UserError, match="record 2: it has more fields than the header"):
+        read_problems(str(file), TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (0.00001, "0.00001"),
+        (1e-7, "0.0000001"),
+        (0.5, "0.5"),
+        (27.0, "27.0"),
+        (12, "12"),
+    ],
+)
+def test_numbers_are_written_out(tmp_path: Path, answer: float, text: str) -> None:
+    path = write(tmp_path / "data.jsonl", {"question": "q", "answer": answer})
+    assert read_problems(path, TEMPLATE)[0].answer == text

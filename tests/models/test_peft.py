@@ -1,6 +1,7 @@
 """Adapters in the layout of PEFT, with peft as the reference."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def test_names_of_older_versions_are_read(make: Make) -> None:
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"base_model_name_or_path": None}, "has base_model_name_or_path=None; write"),
         ({"base_model_name_or_path": "/nowhere"}, "model '/nowhere'"),
     ],
@@ -163,3 +166,28 @@ def test_damaged_and_missing_files_are_named(make: Make) -> None:
     file.unlink()
     with pytest.raises(UserError, match="adapter_model.safetensors is missing"):
         log_probs(folder)
+
+
+def test_an_adapter_of_a_head_that_the_model_lacks_is_refused(make: Make) -> None:
+    folder, _ = make()
+    base = folder.with_name("base")
+    config = base / "config.json"
+    changed = json.loads(config.read_text()) | {"tie_word_embeddings": True}
+    config.write_text(json.dumps(changed))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, base / "model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    head = {
+        "base_model.model.lm_head.lora_A.weight": np.ones((2, 32), np.float32),
+        "base_model.model.lm_head.lora_B.weight": np.ones((96, 2), np.float32),
+    }
+    save_file(load_file(file) | head, file)
+    with pytest.raises(UserError, match="lm_head, or the model has no such layer"):
+        log_probs(folder)
+
+
+def test_an_adapter_beside_a_config_is_an_adapter(make: Make) -> None:
+    folder, model = make()
+    shutil.copy(folder.with_name("base") / "config.json", folder)
+    np.testing.assert_allclose(log_probs(folder), their_log_probs(model), atol=1e-5)

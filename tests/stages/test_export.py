@@ -1,6 +1,7 @@
 """Stage `export`: what other tools load, and where it came from."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,39 @@ def test_a_stage_without_adapters_has_none_to_export(
     for path in (str(stage), "embedded"):
         with pytest.raises(UserError, match="it is no stage that trained adapters"):
             export(tmp_path / "out", path, adapter_base="someone/some-model")
+
+
+def test_the_export_has_the_chat_template_that_is_in_use(tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[-1]['content'] }}!")
+    config = {
+        "seed": 0,
+        "stage": "export",
+        "model": {"path": "embedded", "chat_template": str(template)},
+        "model_type": "",
+        "dtype": "float32",
+        "adapter_base": "",
+        "mesh": {},
+    }
+    run_pipeline(ml_collections.ConfigDict(config), tmp_path / "run")
+    folder = tmp_path / "run" / "export" / "model"
+    exported = rlt_jax.load_tokenizer(folder)
+    assert exported.render([{"role": "user", "content": "q"}]) == "q!"
+    config["dtype"] = "int8"
+    with pytest.raises(UserError, match="export.dtype='int8'"):
+        run_pipeline(ml_collections.ConfigDict(config), tmp_path / "other")
+
+
+def test_the_alpha_of_adapters_may_be_the_default(
+    section: Callable[[str], dict[str, Any]],
+    run_stage: Callable[[dict[str, Any], Path], Path],
+    tmp_path: Path,
+) -> None:
+    base = export(tmp_path / "base", "embedded_small")
+    sft = section("sft")
+    sft["model"], sft["lora"] = {"path": str(base)}, {"rank": 2}
+    sft["sft"]["steps"] = 1
+    stage = run_stage(sft, tmp_path / "run")
+    adapter = export(tmp_path / "adapter", str(stage), adapter_base=str(base))
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (2, 16.0)

@@ -245,7 +245,8 @@ def test_a_run_keeps_its_date_and_its_chat_template(
     run_pipeline(ml_collections.ConfigDict(config), tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "second" / "settings.json").read_text())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["date"] == today
-    assert settings["model"].get("date", today) == today
+    # The sections do not name the date.
+    assert settings["model"]["date"] == today
 
 
 def test_the_date_of_the_run_is_that_of_prompts() -> None:
@@ -311,3 +312,38 @@ def damage(folder: Path, how: str) -> None:
         files[-1].unlink()
     else:
         shutil.rmtree(folder / "params")
+
+
+def test_a_setting_may_be_infinite(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    values = section("sft")
+    values["sft"]["steps"] = 1
+    values["optimizer"]["clip_norm"] = float("inf")
+    folder = run_stage(values, tmp_path / "run")
+    (folder / "done.json").unlink()
+    assert (run_stage(values, tmp_path / "run") / "done.json").is_file()
+
+
+def test_questions_are_told_apart_by_their_history(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    file = tmp_path / "data.jsonl"
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": f"{n}+{n}?"},
+                {"role": "assistant", "content": str(2 * n)},
+                {"role": "user", "content": "Explain."},
+            ],
+            "solution": str(2 * n),
+            "reasoning_trace": f"{n}+{n}={2 * n}",
+        }
+        for n in range(1, 5)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = section("sft")
+    values["data"] = {"task": "file", "path": str(file)}
+    values["sft"] |= {"steps": 1, "traces_per_question": 1}
+    done = json.loads((run_stage(values, tmp_path / "run") / "done.json").read_text())
+    assert done["summary"]["traces"]["data"]["used"] == 4
