@@ -58,17 +58,14 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
       **overrides: fields of ModelConfig to replace, such as dtype and remat.
 
     Raises:
-      UserError: no config.json, an unknown family or an unsupported setting.
+      UserError: no config.json, an unknown family, an unsupported setting, or a damaged
+        weight file.
     """
     content = read_json(Path(path) / CONFIG)
     config = config_from_json(content)
     kind = family(content.get("model_type"))
     if config.tie_embeddings and weight_files.has_own_head(Path(path), kind):
-        _LOG.warning(
-            "model %s: config.json says tie_word_embeddings, but the weight files have a "
-            "head that differs from the embedding; it is used",
-            path,
-        )
+        _LOG.warning("%s has a head that differs: tie_word_embeddings is ignored", path)
         config = dataclasses.replace(config, tie_embeddings=False)
     return dataclasses.replace(config, **overrides)
 
@@ -120,15 +117,17 @@ def read_params(
         shardings = traverse_util.flatten_dict(shardings, sep="/")
     sizes = axis_sizes(config)
     stored = weight_files.find_tensors(path, kind)
-    # Some files have a tied head in addition to the embedding.
-    optional = {bare_name(kind.tensors["output"].name)}
+    # Some files have a tied head in addition to the embedding, or in its place.
+    head, embedding = (bare_name(kind.tensors[x].name) for x in ("output", "embedding"))
+    if config.tie_embeddings and head in stored:
+        stored.setdefault(embedding, stored.pop(head))
     expected = {
         bare_name(stored_name): stored_shape(kind.tensors[name], sizes)
         for stored_name, (name, _) in _stored_names(config, kind).items()
     }
-    weight_files.check_tensors(path, stored, expected, optional)
+    weight_files.check_tensors(path, stored, expected)
     if adapter is not None:
-        stored = peft.adapt(adapter, {name: stored[name] for name in expected})
+        stored = peft.adapt(adapter, stored)
     params = {}
     for leaf, shape in shapes.items():
         tensor = kind.tensors[leaf]
@@ -177,8 +176,7 @@ def write_model(
     unfinished = path.with_name(path.name + ".partial")
     is_writer = jax.process_index() == 0
     if is_writer:
-        if unfinished.exists():  # left by an interrupted export
-            shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted export
         unfinished.mkdir(parents=True)
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), unfinished)

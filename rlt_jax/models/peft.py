@@ -7,38 +7,31 @@ A folder has adapter_config.json and adapter_model.safetensors with, for a proje
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from rlt_jax.errors import UserError
+from rlt_jax.models import weight_files
 from rlt_jax.models.families import Family
-from rlt_jax.models.weight_files import (
-    StoredTensor,
-    bare_name,
-    open_safetensors,
-    read_json,
-    write_json,
-)
+from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name
 from rlt_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
-# Settings that change what is computed, with the values that do not.
-_PLAIN = {
+# Settings that change what is computed, with the values that do not; what else does comes
+# with tensors of its own.
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
+    "revision": ("main", None),
+    # Others, such as PiSSA, take the initial adapters out of W.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    **dict.fromkeys(("use_dora", "fan_in_fan_out"), (False, None)),
+    **dict.fromkeys(("modules_to_save", "layer_replication"), ([], None)),
     "alora_invocation_tokens": (None,),
-    # Others (PiSSA, OLoRA, CorDA) change W when the adapter is made.
-    "init_lora_weights": (True, False, None, "gaussian"),
 }
 
 
@@ -47,18 +40,21 @@ class AdaptedTensor(NamedTuple):
 
     Attributes:
       base: the tensor W.
-      a: [r, in] float32.
-      b: [out, r] float32, times the scale.
+      a: [r, in].
+      b: [out, r].
+      scale: factor of the product.
     """
 
     base: StoredTensor
-    a: np.ndarray
-    b: np.ndarray
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
-        W = self.base[index].astype(np.float32)
-        return W + self.b[rows] @ self.a[:, columns]
+        parts = self.base[index], self.b[rows, :], self.a[:, columns]
+        W, B, A = (part.astype(np.float32) for part in parts)
+        return W + np.float32(self.scale) * (B @ A)
 
 
 def adapter_base(folder: Path) -> str:
@@ -67,7 +63,7 @@ def adapter_base(folder: Path) -> str:
     Raises:
       UserError: adapter_config.json does not name it.
     """
-    base = read_json(folder / CONFIG).get("base_model_name_or_path")
+    base = weight_files.read_json(folder / CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(
             f"adapter {folder}: {CONFIG} has base_model_name_or_path={base!r}; write the "
@@ -85,55 +81,62 @@ def adapt(
       UserError: a file is missing or damaged, or the adapter does anything that is not
         W + scale * B A of the model's projections.
     """
-    config = read_json(folder / CONFIG)
+    config = weight_files.read_json(folder / CONFIG)
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(
-                f"adapter {folder}: {key}={config[key]!r} is not supported; merge the "
+                f"adapter {folder}: {key}={config.get(key)!r} is not supported; merge the "
                 "adapter into its model with PEFT."
             )
-    tensors: dict[str, StoredTensor | AdaptedTensor] = dict(stored)
+    unadapted, adapted = dict(stored), {}
     for module, pair in _read_pairs(folder).items():
-        name = bare_name(f"{module}.weight")
-        if set(pair) != {"A", "B"} or name not in stored:
+        rank = _of_module(config, "r", "rank_pattern", module)
+        alpha = _of_module(config, "lora_alpha", "alpha_pattern", module)
+        base = unadapted.pop(name := bare_name(f"{module}.weight"), None)
+        shapes = [pair[key].shape if key in pair else None for key in "AB"]
+        if base is None:
             raise UserError(
-                f"adapter {folder}: {WEIGHTS} has only lora_{'/'.join(pair)} for {module}, "
-                "or the model has no such layer."
+                f"adapter {folder}: {module} is no layer, or has two adapters."
             )
-        a, b = (pair[key].astype(np.float32) for key in "AB")
-        if a.shape[:1] != b.shape[1:] or [len(b), *a.shape[1:]] != stored[name].shape:
+        fits = shapes == [[rank, *base.shape[1:]], [*base.shape[:1], rank]]
+        if not fits or not isinstance(alpha, int | float):
             raise UserError(
-                f"adapter {folder}: {module} has lora_A {list(a.shape)} and lora_B "
-                f"{list(b.shape)}, the model's tensor {stored[name].shape}."
+                f"adapter {folder}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, "
+                f"not for r={rank}, lora_alpha={alpha!r} and the model's {base.shape}."
             )
-        alphas = (config.get("alpha_pattern") or {}).items()
-        # The first key that matches the end of the module's name, as in PEFT.
-        matching = (x for key, x in alphas if re.match(rf"(.*\.)?({key})$", module))
-        alpha = next(matching, config["lora_alpha"])
-        rank = len(a) ** 0.5 if config.get("use_rslora") else len(a)
-        tensors[name] = AdaptedTensor(stored[name], a, b * np.float32(alpha / rank))
-    return tensors
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        adapted[name] = AdaptedTensor(base, pair["A"], pair["B"], scale)
+    return unadapted | adapted
 
 
-def _read_pairs(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+def _of_module(config: Mapping[str, Any], key: str, patterns: str, module: str) -> Any:
+    """The setting of a module: by the first pattern for the end of its name, as in PEFT."""
+    items = (config.get(patterns) or {}).items()
+    matching = (x for end, x in items if re.match(rf"(.*\.)?({end})$", module))
+    return next(matching, config.get(key))
+
+
+def _read_pairs(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Module -> its tensors "A" and "B"."""
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    with open_safetensors(folder, WEIGHTS) as opened:
-        for name in list(opened.keys()):
-            match = _NAME.fullmatch(name)
-            if match is None:
-                raise UserError(
-                    f"adapter {folder}: the tensor {name!r} in {WEIGHTS} is not an adapter "
-                    "of a projection."
-                )
-            pairs.setdefault(match[1], {})[match[2]] = opened.get_tensor(name)
+    pairs: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in weight_files.open_tensors(folder / WEIGHTS):
+        match = _NAME.fullmatch(bare_name(tensor.name))
+        pair = pairs.setdefault(match[1], {}) if match else {}
+        if match is None or match[2] in pair or tensor.dtype not in FLOATS:
+            raise UserError(
+                f"adapter {folder}: the tensor {tensor.name!r} ({tensor.dtype}) in "
+                f"{WEIGHTS} is not an adapter of a projection, or not the only one."
+            )
+        pair[match[2]] = tensor
+    if not pairs:
+        raise UserError(f"adapter {folder}: {WEIGHTS} has no tensors.")
     return pairs
 
 
 def write_adapter(
     folder: Path, adapters: Params, kind: Family, base: str, alpha: float
 ) -> None:
-    """Writes adapters of `training/lora.py` as a PEFT folder.
+    """Writes adapters of `training/lora.py` as a PEFT folder, in float32.
 
     Args:
       folder: folder to create.
@@ -144,18 +147,22 @@ def write_adapter(
     """
     tensors = dict(_stored(adapters, kind))
     rank = next(len(x) for name, x in tensors.items() if ".lora_A." in name)
-    content = {key: values[0] for key, values in _PLAIN.items()} | {
+    content = {  # keys that every version of PEFT reads
+        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
         "target_modules": sorted({name.split(".")[-3] for name in tensors}),
         "inference_mode": True,
     }
     folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / CONFIG, content)
+    weight_files.write_json(folder / CONFIG, content)
+    # `save_file` would set mode 600.
+    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
 
 
 def _stored(adapters: Params, kind: Family) -> Iterator[tuple[str, np.ndarray]]:

@@ -53,9 +53,9 @@ def layer_ropes(config: ModelConfig) -> Rope:
 
 
 def _rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> Rope:
-    """Rotary frequencies of a layer in float64."""
+    """Rotary frequencies of a layer, rounded as in transformers before any scaling."""
     half = head_dim // 2
-    frequency = theta ** (-np.arange(half) / half)
+    frequency = 1 / np.float32(theta ** (np.arange(half) / half))
     one = np.float64(1.0)
     if scaling is None:
         return Rope(frequency, one)

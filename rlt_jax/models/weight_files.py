@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,12 @@ from rlt_jax.models.families import Family
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-# What libraries put around a language model, in front of the names of its tensors.
-_WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|model|language_model)\.)*")
-_FREQUENCIES = "rotary_emb.inv_freq"
+# What libraries put in names of tensors: around the model, and around any module.
+_MODULE = (
+    r"_(?:orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\."
+)
+_WRAPPERS = re.compile(rf"^(?:{_MODULE}|(?:module|model|language_model)\.)+|{_MODULE}")
+_ROTARY = ".rotary_emb."  # buffers of old files, such as the RoPE frequencies
 _ROWS = 4096  # read at once to compare two tensors
 
 
@@ -48,56 +51,59 @@ def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
     Raises:
       UserError: a file is missing or truncated, or has two tensors of one bare name.
     """
-    if (path / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif (path / INDEX).is_file():
-        files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
-    else:
-        raise UserError(f"model {path}: it has neither {WEIGHTS} nor {INDEX}.")
-    stored = {}
-    for file in files:
-        with open_safetensors(path, file) as opened:
-            for name in list(opened.keys()):
-                bare = bare_name(name)
-                # Old files also have the RoPE frequencies.
-                if bare.startswith(kind.skipped) or bare.endswith(_FREQUENCIES):
-                    continue
-                if bare in stored:
-                    raise UserError(
-                        f"model {path}: {stored[bare].name} and {name} in the weight "
-                        "files are the same tensor of the model; remove one of them."
-                    )
-                tensor = opened.get_slice(name)
-                stored[bare] = StoredTensor(
-                    path / file, name, tensor.get_shape(), tensor.get_dtype()
-                )
+    files = _weight_files(path)
+    if not files:
+        raise UserError(f"model {path}: it has neither {WEIGHTS} nor files of {INDEX}.")
+    stored: dict[str, StoredTensor] = {}
+    for tensor in (tensor for file in files for tensor in open_tensors(path / file)):
+        bare = bare_name(tensor.name)
+        if bare.startswith(kind.skipped) or _ROTARY in f".{bare}":
+            continue
+        if bare in stored:
+            raise UserError(
+                f"model {path}: {stored[bare].name} and {tensor.name} (in "
+                f"{tensor.file.name}) are the same tensor of the model; remove one of them."
+            )
+        stored[bare] = tensor
     return stored
+
+
+def _weight_files(path: Path) -> Sequence[str]:
+    """Names of the weight files; none if there are no weights."""
+    if (path / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    return sorted(set(index.get("weight_map", {}).values()))
 
 
 def bare_name(name: str) -> str:
     """The name of a tensor without what it is wrapped in: "layers.0.mlp.up_proj.weight"."""
-    return name[_WRAPPERS.match(name).end() :]
+    return _WRAPPERS.sub("", name)
 
 
 def has_own_head(path: Path, kind: Family) -> bool:
-    """Whether the weight files have a head that differs from the embedding."""
-    if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
+    """Whether the weight files have a head that differs from the embedding.
+
+    False if there are no weights, as where only the shape of a model is needed.
+    """
+    if not any((path / file).is_file() for file in _weight_files(path)):
         return False
     stored = find_tensors(path, kind)
     names = (bare_name(kind.tensors[key].name) for key in ("output", "embedding"))
     head, embedding = (stored.get(name) for name in names)
-    if head is None or embedding is None or head.shape != embedding.shape:
+    if head is None or embedding is None:
         return False
     size = head.shape[0]
     parts = (slice(n, min(n + _ROWS, size)) for n in range(0, size, _ROWS))
-    return not all(np.array_equal(head[part,], embedding[part,]) for part in parts)
+    return head.shape != embedding.shape or not all(
+        np.array_equal(head[part,], embedding[part,]) for part in parts
+    )
 
 
 def check_tensors(
     path: Path,
     stored: Mapping[str, StoredTensor],
     expected: Mapping[str, list[int]],
-    optional: Collection[str],
 ) -> None:
     """Checks that the weight files have the tensors that the config requires.
 
@@ -105,13 +111,12 @@ def check_tensors(
       path: path of the model, for messages.
       stored: tensors in the files, from `find_tensors`.
       expected: name -> shape of the required tensors.
-      optional: names of tensors that are allowed but not required.
 
     Raises:
       UserError: tensors are missing, unexpected, of another shape, or not floating point.
     """
     missing = sorted(set(expected) - set(stored))
-    extra = sorted(set(stored) - set(expected) - set(optional))
+    extra = sorted(set(stored) - set(expected))
     for problem, names in (("missing", missing), ("unexpected", extra)):
         if names:
             raise UserError(
@@ -134,7 +139,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{file} is not JSON: {error}.") from error
 
 
@@ -144,14 +149,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def open_safetensors(path: Path, file: str) -> safe_open:
-    """Opens a file; raises UserError if it is missing or damaged."""
+def open_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors of a file; raises UserError if it is missing or damaged."""
     try:
-        return safe_open(path / file, "numpy")
-    except (FileNotFoundError, SafetensorError) as error:
-        what = f"damaged or truncated ({error})"
-        if isinstance(error, FileNotFoundError):
-            what = "missing"
-        raise UserError(
-            f"model {path}: {file} is {what}; download it again."
-        ) from error
+        with safe_open(file, "numpy") as opened:
+            slices = [(n, opened.get_slice(n)) for n in list(opened.keys())]
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; download it again.") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged; download it again.") from error
+    return [StoredTensor(file, n, x.get_shape(), x.get_dtype()) for n, x in slices]

@@ -1,6 +1,7 @@
 """Stage `export`: writes a model in Hugging Face layout, into `<stage>/model/`."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.types import Params
 
+_LOG = logging.getLogger("rlt_jax")
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "model_type": None,  # the family to write it as, "" for the first that can be
@@ -41,68 +43,70 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     check_choice("export.dtype", config.dtype, DTYPES)
     mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
-    model, params, tokenizer = checkpoint.load(source, mesh, jax.random.key(seed))
-    model_type = config.model_type or convert.model_type_of(model.config)
-    target = workdir / "model"
+    model, _, tokenizer = checkpoint.open_model(source)
+    target, dtype = workdir / "model", str(config.dtype)
     # Of a run that was cut off between here and done.json.
     hosts.from_first(lambda: shutil.rmtree(target, ignore_errors=True))
     if config.adapter_base:
-        params, alpha = _adapters(source)
-        if hosts.is_first():
-            kind = family(model_type)
-            peft.write_adapter(target, params, kind, config.adapter_base, alpha)
-            convert.copy_tokenizer(tokenizer.path, target)
+        params, dtype = _write_adapter(target, source, config.adapter_base), "float32"
+        hosts.from_first(lambda: convert.copy_tokenizer(tokenizer.path, target))
     else:
-        convert.write_model(
-            target,
-            model.config,
-            params,
-            model_type,
-            tokenizer.path,
-            tokenizer.stop_ids,
-            dtype=jnp.dtype(config.dtype),
-        )
+        params = checkpoint.load_params(source, model, mesh, jax.random.key(seed))
+        model_type = config.model_type or convert.model_type_of(model.config)
+        files = (tokenizer.path, tokenizer.stop_ids, jnp.dtype(dtype))
+        convert.write_model(target, model.config, params, model_type, *files)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    card = _model_card(source, size, str(config.dtype))
+    card = _model_card(source, size, dtype)
     if hosts.is_first():
         checkpoint.write_chat_template(target, tokenizer)
         (target / "README.md").write_text(card, encoding="utf-8")
     return {"path": str(target), "parameters": size}
 
 
-def _adapters(source: checkpoint.ModelSource) -> tuple[Params, float]:
-    """The adapters of a stage that trained them, and their alpha.
+def _write_adapter(target: Path, source: checkpoint.ModelSource, base: str) -> Params:
+    """Writes the adapters of a stage in float32, and returns them.
 
     Raises:
-      UserError: there are none.
+      UserError: the stage has none, or PEFT cannot put them on the base.
     """
-    path = checkpoint.find_model(source.path)
-    file = path / "settings.json"
-    settings = read_json(file) if file.is_file() else {}
+    path = Path(source.path)
+    _, settings, began = next(iter(_lineage(path)), (path, {}, ""))
     lora = build(LoRAConfig, settings.get("lora", {}), "lora")
     if not lora.rank:
         raise UserError(
             f"model {path}: it is no stage that trained adapters (lora.rank)."
         )
-    return checkpoint.read_item(path, "adapters"), lora.alpha
+    file = checkpoint.find_model(base) / convert.CONFIG
+    kind = family(read_json(file).get("model_type")) if file.is_file() else None
+    if not kind or kind.skipped:  # PEFT has other names for layers of multimodal models
+        raise UserError(
+            f"adapter_base={base!r} is no text model in Hugging Face format; export it."
+        )
+    if began != base:
+        _LOG.warning("adapter_base=%s has to have the weights of %r", base, began)
+    adapters = checkpoint.read_item(path, "adapters")
+    if hosts.is_first():
+        peft.write_adapter(target, adapters, kind, base, lora.alpha)
+    return adapters
 
 
 def _model_card(source: checkpoint.ModelSource, size: int, dtype: str) -> str:
     """What the model was made from, with the settings of every stage on the way."""
     what = f"{size:,} parameters in {dtype}, exported by rlt_jax from `{source.path}`."
     lines = ["# Model card", "", what, ""]
-    for folder, settings in _lineage(Path(source.path)):
+    for folder, settings, _ in _lineage(Path(source.path)):
         text = json.dumps(settings, indent=1)
         lines += [f"## Stage `{folder.name}`", "", "```json", text, "```", ""]
     return "\n".join(lines)
 
 
-def _lineage(folder: Path) -> list[tuple[Path, Record]]:
-    """Settings of the stage in a folder, and of those that its model came from."""
+def _lineage(folder: Path) -> list[tuple[Path, Record, str]]:
+    """The stage in a folder and those its model came from: settings, path of the model."""
     stages = []
     while (folder / "settings.json").is_file():
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        stages.append((folder, settings))
-        before = settings.get("model") or settings.get("teacher") or {}
-        folder = Path(before.get("path") or "/none")
+        sources = filter(None, map(settings.get, ("model", "policy", "teacher")))
+        began = next(sources, {}).get("path") or ""
+        stages.append((folder, settings, began))
+        folder = Path(began or "/none")
     return stages

@@ -186,7 +186,9 @@ def test_two_processes_read_their_parts_and_write_the_whole(
 def test_tensors_that_carry_nothing_are_passed_over(copy: Path, params: Params) -> None:
     def add(tensors: dict[str, np.ndarray]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+        for buffer in ("inv_freq", "cos_cached"):
+            name = f"model.layers.0.self_attn.rotary_emb.{buffer}"
+            tensors[name] = np.ones(2, np.float32)
 
     change_tensors(copy, add)
     jax.tree.map(np.testing.assert_array_equal, read_params(copy, CONFIG), params)
@@ -197,6 +199,10 @@ def test_tensors_that_carry_nothing_are_passed_over(copy: Path, params: Params) 
     [
         (lambda t: t.pop(GATE), "1 missing tensors: layers.1.mlp.gate_proj.weight"),
         (lambda t: t.update(odd=t[GATE]), "1 unexpected tensors: odd"),
+        (
+            lambda t: t.update({"vision_tower.weight": t[GATE]}),  # of another family
+            "1 unexpected tensors: vision_tower.weight",
+        ),
         (lambda t: t.update({GATE: t[GATE][1:]}), r"has shape \[31, 16\]"),
         (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), "dtype I8"),
     ],
@@ -212,23 +218,62 @@ def test_wrong_tensors_are_refused(
 def test_a_file_cut_short_is_refused(copy: Path) -> None:
     content = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(content[:-100])
-    with pytest.raises(UserError, match="damaged or truncated"):
+    with pytest.raises(UserError, match=f"{WEIGHTS} is damaged; download it again"):
         read_params(copy, CONFIG)
 
 
-def test_a_missing_shard_is_refused(
+@pytest.fixture
+def shards(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> list[Path]:
+    """The files of a model in three shards, to be damaged."""
     monkeypatch.setattr("rlt_jax.models.convert.MAX_SHARD_BYTES", 10_000)
-    write_model(tmp_path, CONFIG, params, "qwen2")
-    (tmp_path / "model-00001-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00001-of-00003.safetensors is missing"):
-        read_params(tmp_path, CONFIG)
+    write_model(tmp_path / "shards", CONFIG, params, "qwen2")
+    return sorted((tmp_path / "shards").glob("*.safetensors"))
+
+
+def test_a_missing_shard_is_refused(shards: list[Path]) -> None:
+    shards[0].unlink()
+    for read in (read_config, lambda path: read_params(path, CONFIG)):
+        with pytest.raises(UserError, match=f"{shards[0].name} is missing"):
+            read(shards[0].parent)
+
+
+def test_a_shape_needs_no_shards(shards: list[Path]) -> None:
+    """Like `plan`, of a folder with only the JSON files of a large model."""
+    for file in shards:
+        file.unlink()
+    assert read_config(shards[0].parent) == CONFIG
+
+
+def test_an_index_without_files_is_refused(shards: list[Path]) -> None:
+    shards[0].with_name(INDEX).write_text("{}")
+    with pytest.raises(UserError, match=f"neither {WEIGHTS} nor files of {INDEX}"):
+        read_params(shards[0].parent, CONFIG)
+
+
+def test_a_tensor_in_two_shards_is_refused(shards: list[Path]) -> None:
+    first, second = (load_file(file) for file in shards[:2])
+    name = next(iter(first))
+    save_file(second | {name: first[name] + 1}, shards[1])
+    twice = rf"{name} and {name} \(in {shards[1].name}\) are the same"
+    with pytest.raises(UserError, match=twice):
+        read_params(shards[0].parent, CONFIG)
+
+
+def test_a_shard_without_what_the_index_says_is_refused(shards: list[Path]) -> None:
+    tensors = load_file(shards[0])
+    name = next(iter(tensors))
+    del tensors[name]
+    save_file(tensors, shards[0])
+    bare = name.removeprefix("model.")
+    with pytest.raises(UserError, match=f"1 missing tensors: {bare}"):
+        read_params(shards[0].parent, CONFIG)
 
 
 def test_a_directory_without_weights_is_refused(copy: Path) -> None:
     (copy / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=f"neither {WEIGHTS} nor {INDEX}"):
+    with pytest.raises(UserError, match=f"neither {WEIGHTS} nor files of {INDEX}"):
         read_params(copy, CONFIG)
 
 
@@ -236,6 +281,9 @@ def test_a_missing_or_broken_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.json is missing"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="config.json is not JSON"):
         read_config(tmp_path)
 
@@ -397,6 +445,31 @@ def test_a_head_is_compared_in_shards_under_other_names(
     assert read_config(copy).tie_embeddings  # as `plan` reads it, without weights
 
 
+def test_a_head_of_another_size_is_refused(copy: Path) -> None:
+    change_tensors(copy, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][1:]}))
+    with pytest.raises(UserError, match=r"lm_head.weight has shape \[63, 16\]"):
+        read_params(copy, read_config(copy))
+
+
+def test_a_tied_model_may_have_its_head_alone(copy: Path, params: Params) -> None:
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        tensors[HEAD] = tensors.pop(EMBEDDING)
+
+    change_tensors(copy, rename)
+    config = read_config(copy)
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, read_params(copy, config), params)
+    # Untied, neither stands for the other.
+    with pytest.raises(UserError, match="1 missing tensors: embed_tokens.weight"):
+        read_params(copy, dataclasses.replace(config, tie_embeddings=False))
+
+
+def test_an_untied_model_without_a_head_is_refused(copy: Path) -> None:
+    change_json(copy / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match="1 missing tensors: lm_head.weight"):
+        read_params(copy, read_config(copy))
+
+
 @pytest.mark.parametrize(
     "renamed",
     [
@@ -406,6 +479,12 @@ def test_a_head_is_compared_in_shards_under_other_names(
         lambda name: f"module._orig_mod.{name}",
         lambda name: name.replace("model.", "model.language_model."),
         lambda name: f"language_model.{name}",
+        lambda name: f"_forward_module.{name}",  # Lightning
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+        lambda name: (
+            "_fsdp_wrapped_module."
+            + name.replace(".1.", ".1._fsdp_wrapped_module._checkpoint_wrapped_module.")
+        ),
     ],
 )
 def test_names_may_be_wrapped(

@@ -1,6 +1,7 @@
 """Every family against transformers, with tiny random models."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
@@ -258,6 +259,20 @@ def test_bfloat16_survives_the_round_trip(
     write_model(tmp_path / "b", config, params, model.model_type, dtype=jnp.bfloat16)
     assert same_bits(stored(tmp_path / "b"), half)
     assert str(load_torch(tmp_path / "b").dtype) == "torch.bfloat16"
+
+
+def test_a_model_without_its_prefix_is_the_same(
+    model: Oracle, params: Params, tmp_path: Path
+) -> None:
+    """As `AutoModel.save_pretrained` names the tensors."""
+    tensors = stored(model.path).items()
+    save_file(
+        {name.removeprefix("model."): value for name, value in tensors},
+        tmp_path / "model.safetensors",
+    )
+    shutil.copyfile(model.path / "config.json", tmp_path / "config.json")
+    read = read_params(tmp_path, read_config(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def test_the_text_part_of_gemma3_is_read(tmp_path: Path, full_logits: Function) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import rlt_jax
 from rlt_jax.errors import UserError
+from rlt_jax.models.families import family
+from rlt_jax.models.peft import AdaptedTensor, adapt
+from rlt_jax.models.weight_files import find_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -42,7 +45,8 @@ def make(tmp_path: Path) -> Make:
     def adapter(model_type: str = "llama", **settings: Any) -> tuple[Path, Any]:
         torch.manual_seed(0)
         config, architecture = FAMILIES[model_type]
-        base = architecture(config(**SHAPE))
+        tied = settings.pop("tied", False)
+        base = architecture(config(**SHAPE, tie_word_embeddings=tied))
         base.save_pretrained(tmp_path / "base")
         settings = {"r": 4, "lora_alpha": 6, "target_modules": ALL} | settings
         model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
@@ -89,15 +93,54 @@ def test_an_adapter_of_peft_is_a_model(
     assert np.abs(ours - log_probs(folder.with_name("base"))).max() > 0.1
 
 
-def test_names_of_older_versions_are_read(make: Make) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (".weight", ".default.weight"),  # of older versions
+        ("base_model.", "_orig_mod.base_model."),
+        ("layers.1.", "layers.1._orig_mod."),
+    ],
+)
+def test_names_may_be_others(old: str, new: str, make: Make) -> None:
     folder, model = make()
     file = folder / "adapter_model.safetensors"
-    renamed = {
-        name.replace(".weight", ".default.weight"): value
-        for name, value in load_file(file).items()
-    }
+    renamed = {k.replace(old, new): value for k, value in load_file(file).items()}
     save_file(renamed, file)
     np.testing.assert_allclose(log_probs(folder), their_log_probs(model), atol=1e-5)
+
+
+class Recorded(NamedTuple):
+    """A stored tensor that remembers what was read of it."""
+
+    values: np.ndarray
+    asked: list[tuple[slice, ...]]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        self.asked.append(index)
+        return self.values[index]
+
+
+def test_only_the_slices_asked_for_are_read() -> None:
+    rng = np.random.default_rng(0)
+    shapes = (12, 8), (2, 8), (12, 2)
+    W, A, B = (Recorded(rng.normal(size=x).astype(np.float16), []) for x in shapes)
+    part = AdaptedTensor(W, A, B, scale=0.5)[4:10, 2:5]
+    product = B.values.astype(np.float32) @ A.values.astype(np.float32)
+    whole = W.values.astype(np.float32) + 0.5 * product
+    assert part.dtype == np.float32
+    np.testing.assert_allclose(part, whole[4:10, 2:5], rtol=1e-6)
+    every, rows, columns = slice(None), slice(4, 10), slice(2, 5)
+    asked = [tensor.asked for tensor in (W, A, B)]
+    assert asked == [[(rows, columns)], [(every, columns)], [(rows, every)]]
+
+
+def test_tensors_without_adapters_stay_as_they_are(make: Make) -> None:
+    folder, _ = make(target_modules=["v_proj"])
+    stored = find_tensors(folder.with_name("base"), family("llama"))
+    adapted = adapt(folder, stored)
+    assert adapted.keys() == stored.keys()
+    changed = {name for name in stored if adapted[name] != stored[name]}
+    assert changed == {f"layers.{i}.self_attn.v_proj.weight" for i in range(2)}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +151,15 @@ def test_names_of_older_versions_are_read(make: Make) -> None:
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is not supported"),
+        ({"revision": "v2"}, "revision='v2' is not supported"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens="),
+        ({"r": 8}, r"lora_A \[4, .* and lora_B .*, not for r=8, lora_alpha=6 and the"),
+        ({"rank_pattern": {"v_proj": 2}}, r"v_proj has lora_A .*, not for r=2"),
+        ({"lora_alpha": None}, "not for r=4, lora_alpha=None and"),
+        ({"alpha_pattern": {"v_proj": "1"}}, "v_proj has .*, lora_alpha='1' and"),
         ({"base_model_name_or_path": None}, "has base_model_name_or_path=None; write"),
         ({"base_model_name_or_path": "/nowhere"}, "model '/nowhere'"),
     ],
@@ -135,15 +185,25 @@ def rename(old: str, new: str) -> Callable[[dict], dict]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("0.mlp.up_proj.lora_B.weight"), "has only lora_A for .*0.mlp.up_proj"),
-        (rename("layers.1.", "layers.7."), "or the model has no such layer"),
+        (drop("0.mlp.up_proj.lora_B.weight"), "0.mlp.up_proj has .* lora_B None, not"),
+        (rename("layers.1.", "layers.7."), "layers.7.* is no layer, or"),
         (rename("lora_A", "lora_embedding_A"), "is not an adapter of a projection"),
-        (rename("down_proj", "fc_down"), "or the model has no such layer"),
+        (rename("down_proj", "fc_down"), "fc_down is no layer, or"),
         (
             lambda x: {k: v[:2] for k, v in x.items()},
-            "has lora_A .* the model's tensor",
+            "has lora_A .* the model's ",
         ),
         (lambda x: {k: v[:, :1] for k, v in x.items()}, "has lora_A "),
+        (lambda x: {}, "has no tensors"),
+        (
+            lambda x: {k: v.astype(np.int8) for k, v in x.items()},
+            r"\(I8\) .* is not an",
+        ),
+        (
+            lambda x: x | rename("lora_A.", "lora_A.default.")(x),
+            "lora_A.weight' .*, or not the only one",
+        ),
+        (lambda x: x | rename("l.layers", "l.model.layers")(x), "or has two adapters"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -157,6 +217,20 @@ def test_tensors_that_do_not_fit_are_refused(
         log_probs(folder)
 
 
+def test_an_adapter_of_a_tied_head_is_refused(make: Make) -> None:
+    """The head beside the embedding is not read, so neither is its adapter."""
+    folder, _ = make(tied=True)
+    file, base = folder / "adapter_model.safetensors", folder.with_name("base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors")
+    head = {"A": np.ones((4, 32), np.float32), "B": np.ones((96, 4), np.float32)}
+    named = {f"base_model.model.lm_head.lora_{k}.weight": x for k, x in head.items()}
+    save_file(load_file(file) | named, file)
+    with pytest.raises(UserError, match="lm_head is no layer, or"):
+        log_probs(folder)
+
+
 def test_damaged_and_missing_files_are_named(make: Make) -> None:
     folder, _ = make()
     file = folder / "adapter_model.safetensors"
@@ -165,25 +239,6 @@ def test_damaged_and_missing_files_are_named(make: Make) -> None:
         log_probs(folder)
     file.unlink()
     with pytest.raises(UserError, match="adapter_model.safetensors is missing"):
-        log_probs(folder)
-
-
-def test_an_adapter_of_a_head_that_the_model_lacks_is_refused(make: Make) -> None:
-    folder, _ = make()
-    base = folder.with_name("base")
-    config = base / "config.json"
-    changed = json.loads(config.read_text()) | {"tie_word_embeddings": True}
-    config.write_text(json.dumps(changed))
-    tensors = load_file(base / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    save_file(tensors, base / "model.safetensors")
-    file = folder / "adapter_model.safetensors"
-    head = {
-        "base_model.model.lm_head.lora_A.weight": np.ones((2, 32), np.float32),
-        "base_model.model.lm_head.lora_B.weight": np.ones((96, 2), np.float32),
-    }
-    save_file(load_file(file) | head, file)
-    with pytest.raises(UserError, match="lm_head, or the model has no such layer"):
         log_probs(folder)
 
 

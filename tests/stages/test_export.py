@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
 import rlt_jax
 from rlt_jax.errors import UserError
+from rlt_jax.models.families import FAMILIES
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.settings import build
 from rlt_jax.stages import run_pipeline
@@ -128,9 +131,29 @@ def test_adapters_are_exported_for_peft(
     sft["lora"] = {"rank": 4, "alpha": 6.0, "modules": ("query", "out", "down")}
     stage = run_stage(sft, tmp_path / "run")
     merged = export(tmp_path / "merged", str(stage))
-    adapter = export(tmp_path / "adapter", str(stage), adapter_base=str(base))
+    adapter = export(tmp_path / "adapter", str(stage), "bfloat16", str(base))
     assert (adapter / "tokenizer_config.json").is_file()
     assert not (adapter / "model.safetensors").exists()
+    modes = {file.stat().st_mode for file in adapter.iterdir() if file.is_file()}
+    assert len(modes) == 1
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}
+    size = sum(x.size for x in tensors.values())
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert f"{size:,} parameters in float32" in card
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": 4,
+        "lora_alpha": 6.0,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": ["down_proj", "o_proj", "q_proj"],
+        "inference_mode": True,
+    }
     tokens = np.arange(3, 35, dtype=np.int32)[None]
     expected = rlt_jax.token_log_probs(*rlt_jax.load_model(str(merged)), tokens)
     before = rlt_jax.token_log_probs(*rlt_jax.load_model(str(base)), tokens)
@@ -146,6 +169,52 @@ def test_adapters_are_exported_for_peft(
         logits = theirs(ids).logits[0, :-1]
     picked = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(expected[0, 1:], picked, atol=1e-4)
+
+
+def test_the_base_of_adapters_has_to_be_their_model(
+    section: Callable[[str], dict[str, Any]],
+    run_stage: Callable[[dict[str, Any], Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = export(tmp_path / "base", "embedded_small")
+    moved = Path(shutil.copytree(base, tmp_path / "moved"))
+    sft = section("sft")
+    sft["model"] = {"path": str(base)}
+    sft["sft"]["steps"] = 1
+    sft["lora"] = {"rank": 2, "alpha": 2.0, "modules": ("query",)}
+    stage = str(run_stage(sft, tmp_path / "run"))
+    refused = "is no text model in Hugging Face format; export it"
+    with pytest.raises(UserError, match=f"adapter_base='{stage}' {refused}"):
+        export(tmp_path / "out", stage, adapter_base=stage)
+    export(tmp_path / "same", stage, adapter_base=str(base))
+    assert "has to have the weights" not in caplog.text
+    export(tmp_path / "else", stage, adapter_base=str(moved))
+    warning = f"adapter_base={moved} has to have the weights of '{base}'"
+    assert warning in caplog.text
+    multimodal = FAMILIES["llama"]._replace(skipped=("vision_tower.",))
+    monkeypatch.setitem(FAMILIES, "llama", multimodal)
+    with pytest.raises(UserError, match=refused):
+        export(tmp_path / "out", stage, adapter_base=str(base))
+
+
+def test_the_card_has_every_stage_on_the_way(
+    section: Callable[[str], dict[str, Any]],
+    run_stage: Callable[[dict[str, Any], Path], Path],
+    tmp_path: Path,
+) -> None:
+    sft = section("sft")
+    sft["sft"]["steps"] = 1
+    first = run_stage(sft, tmp_path / "run")
+    for after, role in (("second", "policy"), ("third", "model")):
+        folder = Path(shutil.copytree(first, tmp_path / after))
+        settings = json.dumps({role: {"path": str(first)}, "of": after})
+        (folder / "settings.json").write_text(settings)
+        first = folder
+    card = (export(tmp_path, str(first)) / "README.md").read_text(encoding="utf-8")
+    stages = [line for line in card.splitlines() if line.startswith("## ")]
+    assert stages == ["## Stage `third`", "## Stage `second`", "## Stage `part`"]
 
 
 def test_a_stage_without_adapters_has_none_to_export(
