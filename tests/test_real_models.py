@@ -33,7 +33,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
 PROBLEMS = 200
-SCORED = 200
+SCORED = 60
 GENERATED = 20
 NEW_TOKENS = 64
 
