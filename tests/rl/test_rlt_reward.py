@@ -317,6 +317,7 @@ class Run(NamedTuple):
     row_shape: RowShape
     renderer: Renderer
     student_renderers: Sequence[Renderer]
+    student_limit: int = LENGTH
 
 
 def rollout_of(tokenizer: Tokenizer, template: Template) -> Rollout:
