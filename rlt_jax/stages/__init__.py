@@ -50,7 +50,7 @@ def run_pipeline(
 
     A config has `seed` and either `stage` (the config is that one stage) or `pipeline`,
     an ordered tuple of names of sections that each have a `stage`, and a `seed` where it
-    is not the config's. In any string of a section `{workdir}` stands for the workdir .
+    is not the config's. In any string of a section `{workdir}` stands for the workdir.
     Models get the date and time of the run's first start, which run.json keeps.
 
     Args:
