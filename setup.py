@@ -5,6 +5,7 @@ from pathlib import Path
 import setuptools
 
 EXPERIMENTS = ["pandas", "tabulate"]  # tabulate writes Markdown for pandas
+REASONING_GYM = ["reasoning-gym>=0.1.25"]
 
 setuptools.setup(
     name="rlt_jax",
@@ -46,8 +47,10 @@ setuptools.setup(
         "plan": ["jax[tpu]>=0.10"],  # libtpu compiles without a TPU
         "cuda": ["jax[cuda13]>=0.10"],
         "experiments": EXPERIMENTS,
+        "reasoning_gym": REASONING_GYM,
         "dev": [
             *EXPERIMENTS,
+            *REASONING_GYM,
             "gguf",  # the slow test of real models makes them from GGUF files
             "ipykernel",
             "jax[tpu]>=0.10",  # libtpu compiles without a TPU

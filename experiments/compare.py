@@ -23,7 +23,7 @@ from experiments.statistics import Record
 from experiments.study import Claim, Measure, Study
 from rlt_jax.errors import UserError
 from rlt_jax.report.files import read_evaluation, read_json, read_lines
-from rlt_jax.report.statistics import accuracy_by_question, check_same_questions
+from rlt_jax.report.statistics import by_question, check_same_questions
 
 
 def compare(workdir: Path, study: Study, seeds: Sequence[int]) -> Record:
@@ -67,7 +67,7 @@ def read_accuracies(workdir: Path, study: Study, seeds: Sequence[int]) -> pd.Ser
     for route in study.routes:
         for seed in seeds:
             folder = workdir / route.evaluation.format(seed=seed)
-            answers = accuracy_by_question(read_evaluation(folder), str(folder))
+            answers = by_question(read_evaluation(folder), str(folder))
             series[route.name, seed] = pd.Series(answers)
     return pd.concat(series, names=["route", "seed", "question"])
 

@@ -7,9 +7,9 @@ Any value of the config can be set on the command line:
     python -m rlt_jax.main --config=configs/quickstart.py --workdir=runs/other \\
         --config.seed=1 --config.rl.loop.steps=20
 
-Each stage works in <workdir>/<name>/. A stage that is complete is skipped; one that was
-cut off continues from its last checkpoint. --only=NAME runs one stage alone, afresh if it
-was complete (its earlier folder is kept under another name). SIGTERM saves and stops.
+Each stage works in <workdir>/<name>/; a complete one is skipped, one that was cut off
+continues from its last checkpoint. --only=NAME runs one alone, afresh if it was complete
+(the earlier folder is kept). SIGTERM saves and stops. `chat --help`: how to try a model.
 
 On several hosts run it on each; a TPU pod, GKE and Slurm tell the processes about each
 other, elsewhere --coordinator_address, --num_processes and --process_id do.
@@ -88,6 +88,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def cli() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["chat"]:
+        from rlt_jax import chat
+
+        return chat.main(sys.argv[1:])
     app.run(main, flags_parser=parse_flags)
 
 

@@ -20,6 +20,7 @@ from rlt_jax.inference import log_probs
 from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem, Trace
+from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
 from rlt_jax.rl import rlt_reward
 from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
 from rlt_jax.training import sharding
@@ -115,8 +116,9 @@ def make_scorer(
 ) -> Callable[..., list[dict[str, Any]]]:
     """A function from completions to their scores; see `rlt_jax.score_explanations`.
 
-    It compiles once for each bucket of sequence lengths and number of completions. Besides
-    the completions it takes the weight of the explanation KL and `per_token`.
+    It compiles once for each bucket of sequence lengths and of rows, and number of
+    completions. Besides the completions it takes the weight of the explanation KL,
+    `per_token`, and a number of completions to compile for, where there may be fewer.
 
     Args:
       models: the teacher, then the students.
@@ -142,14 +144,17 @@ def make_scorer(
         given: Sequence[TextCompletion],
         kl_coef: float | None = None,
         per_token: bool = False,
+        count: int | None = None,
     ) -> list[dict[str, Any]]:
         policy, *of_students = make_sequences(models, renderers, given)
         closed = np.array([one.closed for one in given])
-        packed = _pack(policy, of_students, closed, groups)
+        shape = row_shape([policy, *of_students], groups)
+        packed = rows.pack_examples(shape, policy, of_students, closed, count)
         batch = sharding.put_rows(packed, mesh)
         batch = log_probs.fill(programs, batch, teacher, students)
         coef = reward.explanation_kl_coef if kl_coef is None else kl_coef
         rewards = jax.device_get(compute(batch, jnp.float32(coef)))
+        rewards = {name: x[: len(given)] for name, x in rewards.items()}
         check_finite(rewards, [one.trace.problem.question for one in given])
         records = []
         for n in range(len(given)):
@@ -228,20 +233,72 @@ def check_tokenizers(
             )
 
 
-def _pack(
-    policy: Sequence[Example],
-    students: Sequence[Sequence[Example]],
-    closed: np.ndarray,
-    groups: int,
-) -> Batch:
-    """A batch in the bucket of the longest sequence.
+def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> RowShape:
+    """A shape from few: the bucket of the longest sequence, and the rows that are needed.
 
-    The rows of a micro-batch are a multiple of `groups`.
+    Args:
+      sequences: of every model.
+      groups: the rows of a micro-batch are a multiple of it.
     """
-    longest = max(len(one.tokens) for some in (policy, *students) for one in some)
-    length = next(bucket for bucket in BUCKETS if bucket >= longest)
-    size = max(1, TOKENS_PER_MICRO_BATCH // (length * groups)) * groups
-    return rows.pack_examples(RowShape(size, length), policy, students, closed)
+    lengths = [[len(one.tokens) for one in some] for some in sequences]
+    longest = max(map(max, lengths))
+    T = next(bucket for bucket in BUCKETS if bucket >= longest)
+    most = max(1, TOKENS_PER_MICRO_BATCH // (T * groups))
+    needed = max(row for some in lengths for row, _ in rows.first_fit(some, T)) + 1
+    size = 1 << (-(-needed // groups) - 1).bit_length()
+    return RowShape(min(size, most) * groups, T)
+
+
+def make_solution_scorer(
+    loaded: LoadedModel, renderer: Renderer, count: int, mesh: Mesh
+) -> Callable[[Sequence[Problem], Sequence[str]], list[dict[str, float | None]]]:
+    """A function from problems and a student's completions to log-probs of the solutions.
+
+    They are those of the problem's own solution, after the thought in the completion and
+    after none: means over the solution's tokens, in nats, at temperature 1; None where no
+    token is wholly inside the solution. A thought with which the sequence is longer than
+    the model's context counts as empty.
+
+    Args:
+      loaded: the student.
+      renderer: of its sequences.
+      count: the most completions that it is given.
+      mesh: where everything runs.
+    """
+    limit = min(BUCKETS[-1], loaded.model.config.max_length)
+    model = loaded.model, 1.0
+    programs = log_probs.compile_programs(model, [model], mesh)
+    replicated = sharding.replicated(mesh)
+    of_solutions = sharding.jit(
+        rlt_reward.solution_log_probs, mesh, out_shardings=replicated
+    )
+
+    def means(traces: Sequence[Trace]) -> list[float | None]:
+        made, _ = rows.fitting_examples(renderer, traces, limit)
+        shape = row_shape([made], sharding.num_groups(mesh))
+        closed = np.ones(len(made), bool)
+        packed = rows.pack_examples(shape, made, [made], closed, count)
+        (student,) = sharding.put_rows(packed, mesh).students
+        found = programs.students[0](loaded.params, student)
+        values, mask = jax.device_get(of_solutions(student._replace(log_probs=found)))
+        pairs = zip(values[: len(made)], mask[: len(made)], strict=True)
+        return [float(x[m].mean()) if m.any() else None for x, m in pairs]
+
+    def score(
+        problems: Sequence[Problem], completions: Sequence[str]
+    ) -> list[dict[str, float | None]]:
+        texts = [renderer.opened + text for text in completions]
+        thoughts = map(renderer.template.own_thought, texts)
+        after = means([Trace(*pair) for pair in zip(problems, thoughts, strict=True)])
+        distinct = list(dict.fromkeys(problems))
+        alone = means([Trace(problem, "") for problem in distinct])
+        without = dict(zip(distinct, alone, strict=True))
+        return [
+            dict(zip(SOLUTION_LOG_PROBS, (value, without[problem]), strict=True))
+            for problem, value in zip(problems, after, strict=True)
+        ]
+
+    return score
 
 
 def _values_of_tokens(

@@ -38,6 +38,48 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
     return config
 
 
+class _Derived(config_dict.FieldReference):
+    """A value that a function computes once its config is resolved, until it is set."""
+
+    def __init__(self, value: Any, function: Callable[[], Any]) -> None:
+        super().__init__(value)
+        self.function: Callable[[], Any] | None = function
+        self.resolved = False
+
+    def get(self) -> Any:
+        """The value."""
+        computed = self.resolved and self.function is not None
+        return self.function() if computed else super().get()
+
+    def set(self, value: Any, type_safe: bool = True) -> None:
+        """Replaces the function by a value."""
+        self.function = None
+        super().set(value, type_safe)
+
+
+def link(config: ml_collections.ConfigDict, **values: Callable[[], Any]) -> None:
+    """Makes values of a config follow from others, which the command line may set.
+
+    They are computed whenever they are read after `resolve`; one that is set itself is
+    kept. The config must not become a part of another afterwards.
+
+    Args:
+      config: the section; each value has the type of the one that is in it.
+      **values: functions that compute them.
+    """
+    for name, function in values.items():
+        config[name] = _Derived(config[name], function)
+
+
+def resolve(config: ml_collections.ConfigDict) -> None:
+    """Lets linked values follow from what is set by now."""
+    for value in config.values(preserve_field_references=True):
+        if isinstance(value, _Derived):
+            value.resolved = True
+        elif isinstance(value, ml_collections.ConfigDict):
+            resolve(value)
+
+
 def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
     """Calls `factory` with the keys of a config section.
 

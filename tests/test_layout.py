@@ -31,7 +31,8 @@ RANKS = {
     "scoring": 6,
     "api": 7,
     "stages": 7,
-    "main": 8,
+    "chat": 8,
+    "main": 9,
 }
 DEVICE_LIBRARIES = {"jax", "flax", "optax", "orbax"}
 LINES_PER_FILE = 400

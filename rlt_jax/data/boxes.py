@@ -1,7 +1,11 @@
-"""The answer that LaTeX marks: `\\boxed{...}`."""
+"""The answer in a solution: what LaTeX marks, `\\boxed{...}`, or a final number."""
 
 import re
 
+_FINAL = re.compile(
+    r"####\s*(\S+)\s*\Z|"  # as in GSM8K
+    r"(?<![\w.])(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)%?[\s.!)*]*\Z"
+)
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
 
@@ -22,3 +26,10 @@ def last_box(text: str) -> str | None:
         elif match[0] == "}" and open_braces and open_braces.pop() == last:
             content = text[last : match.start()]
     return content
+
+
+def final_answer(solution: str) -> str | None:
+    """The last box of a solution, or the number that it ends with; None without both."""
+    match = _FINAL.search(solution)
+    number = match and (match[1] or match[2]).replace(",", "")
+    return last_box(solution) or number

@@ -1,7 +1,9 @@
 """Sources of problems and traces, and the Grain iterators over them."""
 
 import functools
+import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,9 +12,9 @@ import grain
 from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
-from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k
+from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k, reasoning_gym
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import Section, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
@@ -31,6 +33,7 @@ PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "gsm8k": gsm8k.problems,
     **{key: functools.partial(benchmarks.problems, key) for key in benchmarks.SOURCES},
     "gpqa": gpqa.problems,
+    "reasoning_gym": reasoning_gym.problems,
     "file": file_problems,
 }
 TRACES: dict[str, Callable[..., list[Trace]]] = {
@@ -49,7 +52,8 @@ def load_problems(config: Section, template: Template, seed: int) -> list[Proble
     """Problems of a `data` section: `task` picks the source, the rest is passed on.
 
     A task of the user's is a function, "module:function", with keyword arguments or one
-    dataclass for the other keys; see experiments/countdown.py.
+    dataclass for the other keys; see experiments/countdown.py. `part` and
+    `held_out_share` choose a part of what any source gives, see `split`.
     Sources that parse tags get the template, sources that generate get the run's seed.
     """
     return _load(PROBLEMS, config, {"template": template, "seed": seed}, "data")
@@ -116,6 +120,7 @@ def _load(
     sources: dict[str, Callable[..., list]], config: Section, given: Section, where: str
 ) -> list:
     keys = dict(config)
+    part, share = keys.pop("part", "all"), keys.pop("held_out_share", 0.1)
     task = keys.pop("task", None)
     if task not in sources and ":" not in str(task):
         raise UserError(
@@ -130,7 +135,45 @@ def _load(
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    return build(source, keys, where)
+    return split(build(source, keys, where), part, share, where)
+
+
+def split(
+    loaded: list[Problem] | list[Trace], part: str, share: float, where: str
+) -> list:
+    """The part of problems or traces that is for training, or held out.
+
+    A question is wholly in one part. Which one depends on the set of questions alone, so
+    problems and traces of the same files, and other seeds, agree.
+
+    Args:
+      loaded: problems or traces.
+      part: "train", "held_out", or "all".
+      share: of the questions that is held out, rounded up to two questions at least.
+      where: names the data in messages.
+
+    Raises:
+      UserError: a wrong part or share, or fewer than four questions.
+    """
+    check_choice(f"{where}: part", part, ("all", "train", "held_out"))
+    if part == "all":
+        return loaded
+    if not 0 < share < 1:
+        raise UserError(f"{where}: held_out_share={share}: between 0 and 1.")
+    problems = [one.problem if isinstance(one, Trace) else one for one in loaded]
+    keys = [f"{p.history}{p.question}" if p.history else p.question for p in problems]
+    hashes = {key: hashlib.sha256(key.encode()).digest() for key in keys}
+    if len(hashes) < 4:
+        raise UserError(
+            f"{where} has {len(hashes)} different questions; to hold some out it needs "
+            "four or more. Give held-out questions of their own instead."
+        )
+    count = max(2, math.ceil(share * len(hashes)))
+    held_out = set(sorted(hashes, key=hashes.get)[:count])
+    kept = [
+        one for one, key in zip(loaded, keys) if (key in held_out) == (part != "train")
+    ]
+    return kept
 
 
 def packed_batches(

@@ -30,6 +30,12 @@ class RowShape:
         check_minima("rows", self, micro_batch_size=1, row_length=1)
 
 
+# Fills up a batch.
+ABSENT = Example(
+    np.zeros(0, np.int32), np.zeros(0, bool), examples.EMPTY, examples.EMPTY
+)
+
+
 class Renderers(Protocol):
     """What `pack` reads of a run."""
 
@@ -125,7 +131,7 @@ def pack_sequences(
     return packed, np.array(starts, np.int32)
 
 
-def pack(rollout: Rollout, run: Renderers) -> Batch:
+def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
     """The batch of a rollout: the policy's sequences, and those of every student.
 
     The policy's sequences keep the sampled ids. A student's sequence is the canonical
@@ -134,8 +140,9 @@ def pack(rollout: Rollout, run: Renderers) -> Batch:
     untrained model samples bytes that are not valid UTF-8) counts as empty.
 
     Args:
-      rollout: E completions, decoded.
+      rollout: completions, decoded.
       run: row shape and renderers.
+      count: E, see `pack_examples`.
 
     Returns:
       NumPy arrays, with sampler_log_probs and without any other log-probs.
@@ -150,21 +157,26 @@ def pack(rollout: Rollout, run: Renderers) -> Batch:
     parsed = [template.parse_completion(text) for text in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
     of_renderer = {
-        renderer: _fitting_examples(renderer, traces, run.student_limit)
+        renderer: fitting_examples(renderer, traces, run.student_limit)
         for renderer in dict.fromkeys(run.student_renderers)
+    }
+    absent = (0, (count or len(problems)) - len(problems))
+    of_renderer = {
+        renderer: (made, np.pad(overlong, absent))
+        for renderer, (made, overlong) in of_renderer.items()
     }
     students = [of_renderer[renderer] for renderer in run.student_renderers]
     closed = np.array([closed for _, closed in parsed])
     made = [one for one, _ in students]
-    batch = pack_examples(run.row_shape, policy, made, closed)
+    batch = pack_examples(run.row_shape, policy, made, closed, count)
     return batch._replace(
         students=tuple(
             student._replace(overlong=overlong)
             for student, (_, overlong) in zip(batch.students, students, strict=True)
         ),
-        finished=np.asarray(rollout.finished),
+        finished=np.pad(np.asarray(rollout.finished, bool), absent),
         sampler_log_probs=_lay_out(
-            rollout.log_probs, batch.completion.start, batch.tokens.shape
+            rollout.log_probs, batch.completion.start[: len(closed)], batch.tokens.shape
         ),
     )
 
@@ -174,6 +186,7 @@ def pack_examples(
     policy: Sequence[Example],
     students: Sequence[Sequence[Example]],
     closed: np.ndarray,
+    count: int | None = None,
 ) -> Batch:
     """Packs E examples of the policy and of every student, with their spans.
 
@@ -182,10 +195,17 @@ def pack_examples(
       policy: the policy's sequences.
       students: sequences of the same examples for each student; one object where two
         students have the same tokenizer, which is then packed once.
-      closed: [E] bool, whether the explanation's closing tag is there.
+      closed: bool, whether the explanation's closing tag is there.
+      count: E, where it is to be more than the examples: the others have no tokens and
+        cost nothing, and nothing is compiled for a smaller number.
     """
+    absent = [ABSENT] * ((count or len(policy)) - len(policy))
+    policy = [*policy, *absent]
+    filled = {id(one): [*one, *absent] for one in students}
+    students = [filled[id(one)] for one in students]
+    closed = np.pad(closed, (0, len(absent)))
     batch, starts = pack_sequences([one.tokens for one in policy], shape)
-    first = [one.loss_mask.argmax() for one in policy]
+    first = [np.append(one.loss_mask, True).argmax() for one in policy]
     sampled = [np.arange(one.loss_mask.sum()) for one in policy]
     packed = {
         key: _pack_student(shape, one, policy, starts)
@@ -232,7 +252,7 @@ def explained(one: Example) -> np.ndarray:
     return one.tokens[one.explanation.start : one.explanation.end]
 
 
-def _fitting_examples(
+def fitting_examples(
     renderer: Renderer, traces: Sequence[Trace], limit: int
 ) -> tuple[list[Example], np.ndarray]:
     """A student's sequences, and [E] bool: those whose explanation did not fit."""

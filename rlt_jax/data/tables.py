@@ -1,15 +1,18 @@
 """Records of JSON Lines, JSON, CSV and Parquet files."""
 
 import csv
+import functools
 import glob
 import json
 import os.path
+import re
 import reprlib
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,6 +20,8 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Record
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+# Data set, revision, and path in it.
+_HUB_PATH = r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?(?:/(.*))?"
 
 
 def read_records(
@@ -26,7 +31,8 @@ def read_records(
 
     Args:
       path: a .jsonl, .json (a list, or one object per line), .csv or .parquet file, a
-        directory with such files, or a glob pattern.
+        directory with such files, or a glob pattern; or one of these in a data set of the
+        Hugging Face Hub, "hf://datasets/ORG/NAME[@REVISION]/PATH".
       source: where the file can be downloaded, for the message when it is missing.
       columns: columns to read from a Parquet file; the others are None. None reads all.
 
@@ -57,20 +63,27 @@ def shown(value: Any) -> str:
 
 
 def find_files(path: str, source: str = "") -> list[Path]:
-    """The files that `read_records` reads; raises UserError if there are none."""
-    endings = ", ".join(ENDINGS)
+    """The files that `read_records` reads; raises UserError if there are none.
+
+    Those of the Hub are downloaded once, and then read from its cache, also offline.
+    """
+    given, endings = path, ", ".join(ENDINGS)
+    hint = f" Download it: {source}." if source else ""
+    if str(path).startswith("hf:"):
+        path, hint = _download(path)
     if os.path.isdir(path):
         files = [f for f in Path(path).iterdir() if f.suffix in ENDINGS and f.is_file()]
         if not files:
-            raise UserError(f"{path}: it has no file that ends in {endings}; add one.")
+            raise UserError(
+                f"{given}: it has no file that ends in {endings}; add one.{hint}"
+            )
         return sorted(files)
     names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
     files = sorted(Path(name) for name in names if os.path.isfile(name))
     if not files:
         raise UserError(
-            f"{path!r}: no such file or directory, and no match as a glob pattern; give "
-            f"a file that ends in {endings}, a directory of them, or a glob pattern."
-            + (f" Download it: {source}." if source else "")
+            f"{given!r}: no such file or directory, and no match as a glob pattern; give "
+            f"a file that ends in {endings}, a directory of them, or a glob pattern.{hint}"
         )
     for file in files:
         if file.suffix not in ENDINGS:
@@ -78,6 +91,43 @@ def find_files(path: str, source: str = "") -> list[Path]:
                 f"{file}: unknown file type {file.suffix!r}; convert to one of {endings}."
             )
     return files
+
+
+@functools.cache  # a run reads one commit, however often it asks
+def _download(path: str) -> tuple[str, str]:
+    """Downloads the files of a path in a data set of the Hub to the Hub's cache.
+
+    Returns:
+      The path in the cache, and a hint where to find the data set's files.
+    """
+    match = re.fullmatch(_HUB_PATH, path)
+    if match is None:
+        raise UserError(f"{path!r}: write hf://datasets/ORG/NAME[@REVISION]/PATH.")
+    name, revision, inside = match[1], match[2] or "main", (match[3] or "").strip("/")
+    literal = glob.escape(inside)
+    folder = f"{literal}/" if inside else ""
+    wanted = [f"{folder}*{ending}" for ending in ENDINGS]
+    if inside:
+        wanted += [literal, inside, inside.replace("**/", "")]
+    # A * of the Hub also stands for slashes: what lies deeper is not wanted.
+    depth = folder.count("/") if inside == literal else inside.count("/")
+    deeper = None if "**" in inside else "*/" * (depth + 1) + "*"
+    try:
+        root = huggingface_hub.snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=deeper,
+        )
+    except Exception as error:  # the HTTP library has its own
+        raise UserError(
+            f"{path!r} cannot be read: {' '.join(str(error).split())} Check the name and "
+            "the network; for a private or gated data set, log in with `hf auth login` "
+            "or set HF_TOKEN."
+        ) from error
+    page = f"https://huggingface.co/datasets/{name}/tree/{revision}"
+    return os.path.join(root, inside), f" Its files are listed on {page}."
 
 
 def _records(file: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:

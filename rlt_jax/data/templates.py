@@ -160,6 +160,11 @@ class Template:
         text, closed, _ = rest.partition(self.thought_tags[1])
         return text if opened and closed else None
 
+    def own_thought(self, completion: str) -> str:
+        """The student's thought, or what there is of it; without a tag, everything."""
+        _, opened, rest = completion.partition(self.thought_tags[0])
+        return (rest if opened else completion).partition(self.thought_tags[1])[0]
+
 
 def load_template(name: str) -> Template:
     """Reads a template by the name of a shipped one or the path of a JSON file.

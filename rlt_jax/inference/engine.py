@@ -28,7 +28,7 @@ from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
-from rlt_jax.types import Array, PagedCache, Params, Request
+from rlt_jax.types import Array, PagedCache, Params, Request, Rollout
 
 SHARD_AXES = ("data", "fsdp")
 
@@ -67,6 +67,20 @@ class Engine(Sampler):
         Raises:
           UserError: a request is empty or too long.
         """
+        return (part for part, _ in self._dispatches(params, requests, key))
+
+    def follow(self, params: Params, request: Request, key: Array) -> Iterator[Rollout]:
+        """A completion as it grows: what there is of it after each dispatch.
+
+        The last is the whole completion, the one that `generate` returns.
+        """
+        for (ended, whole), scheduler in self._dispatches(params, [request], key):
+            growing = scheduler.under_way()
+            yield whole if ended else decode_texts(growing, self.tokenizer)
+
+    def _dispatches(
+        self, params: Params, requests: Sequence[Request], key: Array
+    ) -> Iterator[tuple[Part, Scheduler]]:
         check_requests(self.layout, requests)
         params = self.to_decode(params)
         cache, slots = self.new_cache()
@@ -80,7 +94,7 @@ class Engine(Sampler):
             if under_way is not None:
                 before, owned = under_way
                 indices, rollout = scheduler.absorb(jax.device_get(before), owned)
-                yield indices, decode_texts(rollout, self.tokenizer)
+                yield (indices, decode_texts(rollout, self.tokenizer)), scheduler
             under_way = sampled, owners
 
 

@@ -127,13 +127,21 @@ class Scheduler:
             if self._ends(running, count):
                 self._release(b)
                 done.append(running)
-        return [running.index for running in done], Rollout(
-            requests=[self._requests[running.index] for running in done],
-            tokens=[np.array(running.tokens, np.int32) for running in done],
-            log_probs=[np.array(running.log_probs, np.float32) for running in done],
-            finished=np.array([running.finished for running in done], bool),
+        return [running.index for running in done], self._rollout(done)._replace(
             steps_used=int(sampled.mask.sum()),
             steps_computed=int(sampled.mask.any(axis=1).sum()) * sampled.mask.shape[1],
+        )
+
+    def under_way(self) -> Rollout:
+        """The completions that slots hold, as far as their tokens were taken."""
+        return self._rollout([self._slots[b] for b in self._running()])
+
+    def _rollout(self, completions: Sequence[_Running]) -> Rollout:
+        return Rollout(
+            requests=[self._requests[running.index] for running in completions],
+            tokens=[np.array(running.tokens, np.int32) for running in completions],
+            log_probs=[np.array(one.log_probs, np.float32) for one in completions],
+            finished=np.array([running.finished for running in completions], bool),
         )
 
     def _running(self) -> list[int]:

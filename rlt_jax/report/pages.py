@@ -16,8 +16,10 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import read_json, read_lines, write_page
+from rlt_jax.report.statistics import SOLUTION_LOG_PROBS, PairedDifference
 
 OUT = "report"  # folder of the report in the workdir
+QUANTITIES = ("accuracy", *SOLUTION_LOG_PROBS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ReportConfig:
       rl: folder of the teacher's RL stage.
       traces: (label, folder of a collect stage) pairs, in the order of the report.
       evaluations: (label, folder of an evaluate stage) pairs, all on the same questions;
-        the last one is compared with the one before it.
+        the last one is compared with each of the others.
       num_examples: number of questions shown with explanations, and with answers.
     """
 
@@ -82,6 +84,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
 
 
 def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) -> Record:
+    """Results of every evaluation, and the last one compared with each of the others."""
     if not results:
         return {}
     sizes = {(r["num_questions"], r["samples_per_question"]) for r in results.values()}
@@ -94,15 +97,34 @@ def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) ->
     for label, result in results.items():
         summary[f"accuracy_{label}"] = result["accuracy"]
         summary[f"accuracy_{label}_standard_error"] = result["standard_error"]
-    if len(results) > 1:
-        before, after = list(results)[-2:]
-        a = statistics.accuracy_by_question(answers[after], after)
-        b = statistics.accuracy_by_question(answers[before], before)
-        compared = statistics.compare(a, b, (after, before))._asdict()
-        summary["accuracy_difference"] = compared.pop("difference")
-        summary |= {f"accuracy_difference_{k}": x for k, x in compared.items()}
+        for name in QUANTITIES[1:]:
+            if name in result:
+                summary[f"{name}_{label}"] = result[name]
+                error = f"{name}_standard_error"
+                summary[f"{name}_{label}_standard_error"] = result[error]
+    *others, last = results
+    comparisons = [
+        {"of": last, "with": other, "quantity": quantity, **compared}
+        for quantity in QUANTITIES
+        for other in others
+        if (compared := _compared(answers, last, other, quantity))
+    ]
+    for found in comparisons:
+        if found["quantity"] == "accuracy" and found["with"] == others[-1]:
+            summary["accuracy_difference"] = found["difference"]
+            for name in PairedDifference._fields[1:]:
+                summary[f"accuracy_difference_{name}"] = found[name]
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
-    return summary
+    return summary | ({"comparisons": comparisons} if comparisons else {})
+
+
+def _compared(
+    answers: dict[str, list[Record]], last: str, other: str, quantity: str
+) -> Record:
+    """The paired difference of two evaluations; {} where the quantity is unknown."""
+    column = "correct" if quantity == "accuracy" else quantity
+    a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
+    return statistics.compare(a, b, (last, other))._asdict() if a or b else {}
 
 
 def _seconds(workdir: Path) -> Record:
@@ -119,9 +141,11 @@ def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, by
         for group, names in plots.metric_groups(metrics).items()
     }
     if results:
-        accuracies = {label: result["accuracy"] for label, result in results.items()}
-        errors = {label: result["standard_error"] for label, result in results.items()}
-        pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
+        graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
+        accuracies = {label: result["accuracy"] for label, result in graded.items()}
+        errors = {label: result["standard_error"] for label, result in graded.items()}
+        if graded:
+            pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
     return pictures
 
 

@@ -12,6 +12,9 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
 
+# Columns of samples.jsonl: after the student's own thought, and after none.
+SOLUTION_LOG_PROBS = ("solution_log_prob", "solution_log_prob_without_thought")
+
 
 class PairedDifference(NamedTuple):
     """The mean of a minus b over questions that both have answered.
@@ -105,19 +108,24 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
 
 
-def accuracy_by_question(samples: Iterable[Section], where: str) -> dict[str, float]:
-    """Question -> share of right samples.
+def by_question(
+    samples: Iterable[Section], where: str, name: str = "correct"
+) -> dict[str, float]:
+    """Question -> mean of a column over its samples, such as the share of right ones.
 
     Args:
-      samples: rows of `samples.jsonl`.
+      samples: rows of `samples.jsonl`; those without a value are left out.
       where: the file, for messages.
+      name: the column.
 
     Raises:
       UserError: two questions have the same text, which cannot be told apart here.
     """
     answers: Record = {}
-    counts, right = Counter(), Counter()
+    values: dict[str, list[float]] = {}
     for row in samples:
+        if row.get(name) is None:
+            continue
         question, answer = row["question"], row.get("answer")
         if answers.setdefault(question, answer) != answer:
             raise UserError(
@@ -125,8 +133,8 @@ def accuracy_by_question(samples: Iterable[Section], where: str) -> dict[str, fl
                 f"{answers[question]!r} and {answer!r}; evaluations are compared by the "
                 "text of the question, so give each question a text of its own."
             )
-        counts[question] += 1
-        right[question] += bool(row["correct"])
+        values.setdefault(question, []).append(float(row[name]))
+    counts = Counter({question: len(some) for question, some in values.items()})
     if len(set(counts.values())) > 1:
         (most, many), (least, few) = counts.most_common(1)[0], counts.most_common()[-1]
         raise UserError(
@@ -134,7 +142,7 @@ def accuracy_by_question(samples: Iterable[Section], where: str) -> dict[str, fl
             f"{least[:60]!r}. Either the evaluation is not complete: give its command "
             "again; or questions have the same text: leave one of them in the data."
         )
-    return {question: right[question] / count for question, count in counts.items()}
+    return {question: sum(some) / len(some) for question, some in values.items()}
 
 
 def compare(

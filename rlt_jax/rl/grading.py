@@ -1,21 +1,27 @@
 """Graders: is an answer correct, and what does it count as in a majority vote?"""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import wait
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
+from rlt_jax.rl import math_answers
 from rlt_jax.rl.math_answers import Pair, Verdict, compare
 from rlt_jax.settings import load_function
 
 MAX_CHARACTERS = 2000  # searched for the letter of a choice, from the end
+SECONDS = 20.0  # for a grader in a process of its own, with the import of its library
 
 
 def grade(
     problems: Sequence[Problem], predictions: Sequence[str | None]
 ) -> list[Verdict]:
     """Grades predictions, each by the grader of its problem.
+
+    A grader "module:function?argument" is called with the argument as its third, in a
+    process with limits: it may evaluate what a model has written.
 
     Args:
       problems: the problem of each prediction.
@@ -29,7 +35,8 @@ def grade(
         None if text is None else (problem.grader, text, problem.answer)
         for problem, text in zip(problems, predictions, strict=True)
     ]
-    graded = {key: _grade(*key) for key in keys if key is not None}
+    apart = {key for key in keys if key is not None and "?" in key[0]}
+    graded = {key: _grade(*key) for key in set(keys) - apart - {None}} | _apart(apart)
     compared = compare([pair for pair in graded.values() if isinstance(pair, Pair)])
     verdicts = [Verdict(False) if key is None else graded[key] for key in keys]
     return [compared[v] if isinstance(v, Pair) else v for v in verdicts]
@@ -44,7 +51,7 @@ def check_gradable(problems: Sequence[Problem]) -> None:
                 f"{what} no `answer`: grading needs an 'answer' for every question."
             )
         if ":" in problem.grader:
-            load_function(problem.grader)
+            load_function(problem.grader.partition("?")[0])
         elif problem.grader not in GRADERS:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
             raise UserError(
@@ -55,8 +62,22 @@ def check_gradable(problems: Sequence[Problem]) -> None:
 def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:
     if grader in GRADERS:
         return GRADERS[grader](prediction, answer)
-    correct = bool(load_function(grader)(prediction, answer))
+    path, *argument = grader.split("?", 1)
+    correct = bool(load_function(path)(prediction, answer, *argument))
     return Verdict(correct, answer.strip() if correct else prediction.strip() or None)
+
+
+def _apart(keys: Collection[tuple[str, str, str]]) -> dict[tuple, Verdict]:
+    """`_grade` in the processes of `math_answers`."""
+    pool, verdicts = math_answers._running() if keys else None, {}
+    futures = {key: pool.schedule(_grade, key, timeout=SECONDS) for key in keys}
+    for key, future in futures.items():
+        while pool.active and not future.done():
+            wait([future], timeout=1)  # a broken pool forgets what waits in its queue
+        error = future.exception() if future.done() else RuntimeError()
+        kind = "timeout" if isinstance(error, TimeoutError) else "crash"
+        verdicts[key] = Verdict(False, error=kind) if error else future.result()
+    return verdicts
 
 
 def _math(prediction: str, answer: str) -> Verdict | Pair:

@@ -54,14 +54,14 @@ class Verdict(NamedTuple):
     """Result of grading a prediction.
 
     Attributes:
-      correct: whether it gives the reference answer.
+      correct: whether it gives the reference answer; None where there is none.
       answer: its canonical form for majority votes: the reference answer where it is
         correct, None where there is no prediction or an empty one.
       error: "timeout" or "crash" where comparing it failed; it then counts as wrong and
         has no vote.
     """
 
-    correct: bool
+    correct: bool | None
     answer: str | None = None
     error: str | None = None
 

@@ -137,8 +137,9 @@ def compute(
 
     Args:
       reward: terms.
-      batch: of the rollout, with the log-probs that the RLT reward needs.
-      rollout: the completions.
+      batch: of the rollout, with the log-probs that the RLT reward needs; it may be
+        filled up with examples that the rollout lacks.
+      rollout: E completions.
       kl_coef: weight of the explanation KL.
 
     Returns:
@@ -148,6 +149,9 @@ def compute(
     if reward.rlt:
         values = reward.rlt(batch, jnp.float32(kl_coef))
         values = {RLT: values["value"]} | values
+        E = len(rollout.requests)
+        if E < len(batch.closed):
+            values = {name: value[:E] for name, value in values.items()}
     for term in reward.terms:
         if term.function:
             values[term.name] = _on_first_host(term, rollout, reward.template)

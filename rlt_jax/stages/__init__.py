@@ -87,6 +87,7 @@ def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
       UserError: neither `stage` nor `pipeline`, a name without section, or a section
         with unknown or missing keys.
     """
+    settings.resolve(config)
     if "seed" not in config:
         raise UserError("config: the key 'seed' is missing.")
     if "stage" in config:

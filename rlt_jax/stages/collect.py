@@ -87,10 +87,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         stream = source.stream(teacher.params, requests, key)
         for rollout in sampler.in_order(stream, c.batch_size):
             count = len(rollout.requests)
-            # A last, smaller batch is filled up, so that nothing is compiled for it.
-            indices = [min(i, count - 1) for i in range(c.batch_size)]
-            rollout = sampler.take(rollout, indices)
-            batch = sharding.put_rows(rows.pack(rollout, run), mesh)
+            packed = rows.pack(rollout, run, c.batch_size)
+            batch = sharding.put_rows(packed, mesh)
             batch = log_probs.fill(run.programs, batch, teacher.params, params)
             reward = run.reward.rlt(batch, np.float32(kl_coef))
             records = setup.sample_records(run, rollout, reward, slice(count))

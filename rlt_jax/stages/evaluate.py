@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
@@ -28,6 +29,8 @@ from rlt_jax.records import Problem, Record, problem_record
 from rlt_jax.report import statistics
 from rlt_jax.report.files import read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
+from rlt_jax.rl.math_answers import Verdict
+from rlt_jax.scoring import make_solution_scorer
 from rlt_jax.settings import Section, build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
@@ -48,6 +51,9 @@ class EvaluateConfig:
       compare_with: folder of another evaluation of the same questions, or its
         samples.jsonl; "" for none.
       keep_right: whether right completions with a thought are written as traces.
+      solution_log_probs: whether also to compute the log-probability of each problem's own
+        solution, after the thought that was sampled and after none: it tells smaller
+        effects than the accuracy. Problems without an answer are then not graded.
     """
 
     batch_size: int
@@ -55,6 +61,7 @@ class EvaluateConfig:
     untagged: str = "wrong"
     compare_with: str = ""
     keep_right: bool = False
+    solution_log_probs: bool = False
 
     def __post_init__(self) -> None:
         check_minima("evaluate", self, batch_size=1, samples_per_problem=1)
@@ -88,11 +95,18 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """
     c = build(EvaluateConfig, config.evaluate, "evaluate")
     template = load_template(config.template)
-    problems = setup.load_problems(config.data, template, seed)
-    check_gradable(problems)
+    problems = [
+        problem._replace(answer=problem.answer or final_answer(problem.solution))
+        for problem in setup.load_problems(config.data, template, seed)
+    ]
+    check_gradable([p for p in problems if p.answer or not c.solution_log_probs])
     other = _read_other(c.compare_with, problems)
-    texts, k, opened = [], c.samples_per_problem, ""
+    texts, k, opened, scorer = [], c.samples_per_problem, "", None
     if config.predictions:
+        if c.solution_log_probs:
+            raise UserError(
+                "evaluate.solution_log_probs needs a model, no predictions."
+            )
         predictions = read_predictions(config.predictions, problems)
         hosts.agree_on_items("the predictions", predictions)
         texts = [text for of_question in predictions for text in of_question]
@@ -109,6 +123,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         else:
             loaded, renderer, engine = _load(config, template, problems, seed)
             opened = renderer.opened
+            if c.solution_log_probs:
+                mesh = setup.load_mesh(config)
+                scorer = make_solution_scorer(loaded, renderer, size, mesh)
             limit = config.sampling.max_new_tokens
             requests = setup.requests_of(renderer, asked, limit)[first:]
             completions = workdir / "completions.jsonl"
@@ -118,8 +135,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         for rollout in batches:
             count = len(rollout.texts)
             part = asked[first : first + count]
+            found = scorer(part, rollout.texts) if scorer else [{}] * count
             graded = functools.partial(_graded, template, c.untagged, part, rollout)
-            hosts.from_first(lambda graded=graded: metrics.append_jsonl(file, graded()))
+            hosts.from_first(functools.partial(_append, file, graded, found))
             first += count
             bar.update(count)
             hosts.stop_if_asked()
@@ -131,7 +149,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             traces = workdir / "traces.jsonl"
             results["traces"] = _write_right(traces, template, opened, rows)
         if other:
-            ours = statistics.accuracy_by_question(rows, str(file))
+            ours = statistics.by_question(rows, str(file))
             names = ("this one", c.compare_with)
             difference = statistics.compare(ours, other, names)._asdict()
             results["difference"] = {"compared_with": c.compare_with, **difference}
@@ -148,12 +166,41 @@ def summarise(rows: Sequence[Section], questions: int) -> Record:
     Returns:
       accuracy (pass@1, the mean over samples and questions) with its standard error
       over questions, pass_at_<k> for powers of two and majority_at_<k>, each with a
-      `_standard_error`, and counts.
+      `_standard_error`, of the questions with an answer; `SOLUTION_LOG_PROBS` likewise,
+      where they were computed; and counts.
     """
-    correct = np.array([row["correct"] for row in rows]).reshape(questions, -1)
-    k = correct.shape[1]
+    k = len(rows) // questions
+    results = _accuracies([row for row in rows if row["correct"] is not None], k)
+    for name in statistics.SOLUTION_LOG_PROBS:
+        if name in rows[0]:
+            values = np.array([row[name] for row in rows], float).reshape(-1, k)
+            means = values.mean(axis=1)
+            mean, error = statistics.mean_and_error(means[np.isfinite(means)])
+            results |= {name: mean, f"{name}_standard_error": error}
+    errors = Counter(row["error"] for row in rows)
+    lengths = [row["tokens"] for row in rows]
+    has_lengths = None not in lengths  # predictions have none
+    return results | {
+        "num_questions": questions,
+        "samples_per_question": k,
+        "unreadable": sum(
+            row["correct"] is not None and row["read"] is None and row["error"] is None
+            for row in rows
+        ),
+        "timed_out": errors["timeout"],
+        "crashed": errors["crash"],
+        "truncated": sum(row["truncated"] for row in rows) if has_lengths else None,
+        "mean_tokens": float(np.mean(lengths)) if has_lengths else None,
+    }
+
+
+def _accuracies(rows: Sequence[Section], k: int) -> Record:
+    """What `summarise` says of graded rows, k of every question."""
+    if not rows:
+        return {"accuracy": None, "standard_error": None, "num_graded": 0}
+    correct = np.array([row["correct"] for row in rows]).reshape(-1, k)
     read = [row["read"] for row in rows]
-    votes = [read[k * n : k * (n + 1)] for n in range(questions)]
+    votes = [read[k * n : k * (n + 1)] for n in range(len(correct))]
     powers = [2**i for i in range(k.bit_length())]
     scores = {f"pass_at_{n}": statistics.pass_at_k(correct, n) for n in powers}
     scores[f"majority_at_{k}"] = statistics.majority_at_k(correct, votes)
@@ -162,18 +209,7 @@ def summarise(rows: Sequence[Section], questions: int) -> Record:
     for name, by_question in scores.items():
         mean, error = statistics.mean_and_error(by_question)
         results |= {name: mean, f"{name}_standard_error": error}
-    errors = Counter(row["error"] for row in rows)
-    lengths = [row["tokens"] for row in rows]
-    has_lengths = None not in lengths  # predictions have none
-    return results | {
-        "num_questions": questions,
-        "samples_per_question": k,
-        "unreadable": sum(r["read"] is None and r["error"] is None for r in rows),
-        "timed_out": errors["timeout"],
-        "crashed": errors["crash"],
-        "truncated": sum(row["truncated"] for row in rows) if has_lengths else None,
-        "mean_tokens": float(np.mean(lengths)) if has_lengths else None,
-    }
+    return results | {"num_graded": len(correct)}
 
 
 def _load(
@@ -195,6 +231,13 @@ def _load(
     return opened._replace(params=params), renderer, engine
 
 
+def _append(
+    file: Path, graded: Callable[[], list[Record]], more: Sequence[Record]
+) -> None:
+    rows = [row | found for row, found in zip(graded(), more, strict=True)]
+    metrics.append_jsonl(file, rows)
+
+
 def _graded(
     template: Template, untagged: str, problems: Sequence[Problem], rollout: Rollout
 ) -> list[Record]:
@@ -203,8 +246,11 @@ def _graded(
     if untagged == "whole":
         pairs = zip(extracted, rollout.texts, strict=True)
         extracted = [whole if text is None else text for text, whole in pairs]
-    verdicts, rows = grade(problems, extracted), []
-    for n, (problem, verdict) in enumerate(zip(problems, verdicts, strict=True)):
+    gradable = [n for n, problem in enumerate(problems) if problem.answer]
+    graded = grade([problems[n] for n in gradable], [extracted[n] for n in gradable])
+    verdicts, rows = dict(zip(gradable, graded, strict=True)), []
+    for n, problem in enumerate(problems):
+        verdict = verdicts.get(n, Verdict(None))
         row = {
             **problem_record(problem),
             "completion": rollout.texts[n],
@@ -265,6 +311,6 @@ def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
             "the folder of a complete evaluate stage, or its samples.jsonl."
         )
     rows = metrics.read_jsonl(place) if place.is_file() else read_evaluation(place)
-    other = statistics.accuracy_by_question(rows, path)
+    other = statistics.by_question(rows, path)
     statistics.check_same_questions(questions, other, ("this one", path))
     return other

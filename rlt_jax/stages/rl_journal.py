@@ -176,11 +176,10 @@ class Journal:
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out results of the current policy; calls differ by the policy alone."""
         run, c = self.run, self.c
-        count = c.batch_size * c.group_size  # as in a step, so that nothing is compiled
-        problems = [self.held_out[i % len(self.held_out)] for i in range(count)]
         policy, key = self.policy(), jax.random.fold_in(self.key, _HELD_OUT_KEY)
-        rollout = run.sampler.generate(policy, run.requests(problems), key)
-        batch = sharding.put_rows(rows.pack(rollout, run), run.mesh)
+        rollout = run.sampler.generate(policy, run.requests(self.held_out), key)
+        count = c.batch_size * c.group_size  # as in a step, so that nothing is compiled
+        batch = sharding.put_rows(rows.pack(rollout, run, count), run.mesh)
         needed = policy if run.students else None
         batch = log_probs.fill(run.programs, batch, needed, self.students())
         if self.kl_coef == "auto":
@@ -188,18 +187,18 @@ class Journal:
             names = ("solution_score", "explanation_kl")
             self.kl_coef = balanced_kl_coef(*(terms[name] for name in names))
         reward = rewards.compute(run.reward, batch, rollout, self.kl_coef)
-        shown = slice(min(32, len(self.held_out)))
+        shown = slice(32)
         self._append(step, "held_out", rollout, reward, shown)
         values = jax.device_get(reward)
         values["reward"] = values.pop("value")
-        answered = all(problem.answer is not None for problem in problems)
+        answered = all(problem.answer is not None for problem in self.held_out)
         if run.role == "student" and answered:
             values["accuracy"] = rewards.correctness(
                 rollout, run.template, right=1.0, wrong=0.0, unreadable=0.0
             )
         results = {}
         for name, value in values.items():
-            mean, error = mean_and_error(np.asarray(value)[: len(self.held_out)])
+            mean, error = mean_and_error(np.asarray(value))
             results |= {name: mean, f"{name}_standard_error": error}
         text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
         _LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)

@@ -89,12 +89,17 @@ class Scorer:
             raise UserError("students is (): the reward needs one or more.")
         self._renderers = scoring.make_renderers(self._models, self.template)
 
-    def check(self, completions: Iterator[TextCompletion], first: int) -> None:
-        """Raises UserError for a completion that does not fit in a model."""
+    def check(self, completions: Iterator[TextCompletion], first: int) -> int:
+        """Raises UserError for a completion that does not fit in a model.
+
+        Returns:
+          The number of completions, with the `first` that are scored already.
+        """
         while batch := list(itertools.islice(completions, self.c.batch_size)):
             for given in (batch, *self._controls(batch, first).values()):
                 scoring.make_sequences(self._models, self._renderers, given)
             first += len(batch)
+        return first
 
     def load(self) -> None:
         """Loads the weights of the models."""
@@ -113,10 +118,8 @@ class Scorer:
         self, batch: list[TextCompletion], per_token: bool = False
     ) -> list[Record]:
         """Scores of at most `batch_size` completions; see `make_scorer`."""
-        # A smaller batch is filled up, so that nothing is compiled for its size.
-        filled = batch + batch[-1:] * (self.c.batch_size - len(batch))
         kl_coef = 0.0 if self.kl_coef == "auto" else self.kl_coef
-        return self._score(filled, kl_coef, per_token)[: len(batch)]
+        return self._score(batch, kl_coef, per_token, self.c.batch_size)
 
     def rows(self, batch: list[TextCompletion], first: int) -> list[Record]:
         """Rows for a batch whose first completion has the index `first`."""
@@ -195,9 +198,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         completions = _completions(path, scorer.template, c.assume_closed)
         return itertools.islice(completions, first, None)
 
-    scorer.check(left(), first)
+    total = scorer.check(left(), first)
     scorer.load()
-    if not write_scores(scorer, left(), file, first):
+    if not write_scores(scorer, left(), file, first, total):
         raise UserError(
             f"{path}: there is nothing to score; write one or more texts into the "
             "`completions` of a row, or a `reasoning_trace` instead."
@@ -238,7 +241,11 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
 
 
 def write_scores(
-    scorer: Scorer, todo: Iterator[TextCompletion], file: Path, first: int
+    scorer: Scorer,
+    todo: Iterator[TextCompletion],
+    file: Path,
+    first: int,
+    total: int | None = None,
 ) -> int:
     """Scores completions batch by batch and appends a row for each.
 
@@ -247,11 +254,12 @@ def write_scores(
       todo: completions that are left to score.
       file: where rows are appended.
       first: number of rows in the file.
+      total: number of completions, those in the file included, where it is known.
 
     Returns:
       Number of rows in the file at the end.
     """
-    with metrics.progress(first, None, "score", unit="completion") as bar:
+    with metrics.progress(first, total, "score", unit="completion") as bar:
         while batch := list(itertools.islice(todo, scorer.c.batch_size)):
             hosts.agree_on_items("the completions of the data", batch)
             if scorer.kl_coef == "auto":

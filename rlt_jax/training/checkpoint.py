@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -257,7 +258,7 @@ def _load_stage(
 
 
 def read_item(path: Path, name: str, target: Any = None) -> Any:
-    """A tree of the newest checkpoint in a stage's folder; by default as it was saved."""
+    """A tree of the newest checkpoint in a stage's folder; by default of NumPy arrays."""
     folder = _folder(path)
     steps = hosts.from_first(
         lambda: list(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
@@ -266,7 +267,11 @@ def read_item(path: Path, name: str, target: Any = None) -> Any:
         raise UserError(f"model {path}: the stage has no checkpoint yet; run it first.")
 
     def restore(step: int) -> Any:
-        return checkpointer.restore(folder / str(step) / name, target)
+        item, wanted = folder / str(step) / name, target
+        if wanted is None:  # the devices may be others than those it was saved from
+            shapes = checkpointer.metadata(item).item_metadata
+            wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+        return checkpointer.restore(item, wanted)
 
     with ocp.StandardCheckpointer() as checkpointer:
         return _newest(folder, steps, restore)[1]

@@ -108,6 +108,7 @@ def workdir(tmp_path: Path) -> Path:
 
 def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
     summary = write_report(workdir, CONFIG, seed=7)
+    comparisons = summary.pop("comparisons")
     # Accuracy of each question, after minus before: 1, 0, 0, 0.5.
     mean = 1.5 / 4
     variance = ((1 - mean) ** 2 + 2 * mean**2 + (0.5 - mean) ** 2) / 3
@@ -142,7 +143,15 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
             "eval_student_rlt": 6.5,
         },
     }
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert json.loads((workdir / "summary.json").read_text()) == summary | {
+        "comparisons": comparisons
+    }
+    found = {(row["with"], row["quantity"]): row for row in comparisons}
+    assert list(found) == [("base", "accuracy"), ("student_warmup_traces", "accuracy")]
+    last = found["student_warmup_traces", "accuracy"]
+    assert last["of"] == "student_<i>$rlt_traces"
+    assert last["p_value"] == summary["accuracy_difference_p_value"]
+    assert found["base", "accuracy"]["difference"] == 0.625
 
 
 def test_a_second_report_does_not_count_the_first(workdir: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rlt_jax.errors import UserError
 from rlt_jax.report.statistics import (
     PairedDifference,
-    accuracy_by_question,
+    by_question,
     compare,
     majority_at_k,
     mean_and_error,
@@ -101,7 +101,7 @@ def test_intervals_hold_what_they_promise() -> None:
 
 def test_evaluations_are_joined_by_the_question() -> None:
     rows = [{"question": q, "correct": mark} for q, mark in zip("abab", (1, 0, 0, 0))]
-    ours = accuracy_by_question(rows, "x")
+    ours = by_question(rows, "x")
     assert ours == {"a": 0.5, "b": 0.0}
     found = compare(ours, {"b": 1.0, "a": 0.0}, ("x", "y"))
     assert found.difference == -0.25
@@ -129,4 +129,4 @@ def test_questions_of_one_text_are_not_merged(
 ) -> None:
     samples = [{"question": q, "answer": a, "correct": True} for q, a in rows]
     with pytest.raises(UserError, match=message):
-        accuracy_by_question(samples, "x")
+        by_question(samples, "x")

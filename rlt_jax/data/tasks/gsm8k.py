@@ -18,23 +18,42 @@ SOURCE = (
 _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
-def traces(path: str, limit: int | None = None) -> list[Trace]:
+def traces(
+    path: str,
+    limit: int | None = None,
+    max_calculations: int | None = None,
+    first: int = 0,
+) -> list[Trace]:
     """Reads problems with explanations.
 
     Args:
       path: `train.jsonl` or `test.jsonl` of the data set, or its Parquet files.
-      limit: maximum number of records to read.
+      limit: maximum number of problems.
+      max_calculations: leaves out problems whose explanation has more annotations such as
+        `<<48/2=24>>`.
+      first: problems to skip, of those with so few calculations.
 
     Raises:
       UserError: the file is missing or invalid, or a record has no `####`.
     """
-    records = itertools.islice(read_records(path, SOURCE), limit)
-    return [_trace(where, record) for where, record in records]
+    records = (
+        (where, record)
+        for where, record in read_records(path, SOURCE)
+        if max_calculations is None
+        or len(_CALCULATION.findall(str(record.get("answer")))) <= max_calculations
+    )
+    end = None if limit is None else first + limit
+    return [_trace(*item) for item in itertools.islice(records, first, end)]
 
 
-def problems(path: str, limit: int | None = None) -> list[Problem]:
+def problems(
+    path: str,
+    limit: int | None = None,
+    max_calculations: int | None = None,
+    first: int = 0,
+) -> list[Problem]:
     """Reads problems; see `traces`."""
-    return [trace.problem for trace in traces(path, limit)]
+    return [one.problem for one in traces(path, limit, max_calculations, first)]
 
 
 def _trace(where: str, record: Record) -> Trace:
