@@ -150,7 +150,7 @@ def _make_small(c: ConfigDict) -> None:
             # Other questions than those of the evaluations.
             stage.held_out.update(max_calculations=2, limit=32, first=200)
         if stage.stage == "sft":
-            stage.sft.epochs = 2.0
+            stage.sft.update(epochs=2.0, batch_size=4)
             stage.optimizer.learning_rate = 5e-5
         if stage.stage == "rl":
             stage.optimizer.learning_rate = 1e-5
