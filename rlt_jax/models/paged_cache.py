@@ -17,6 +17,8 @@ from rlt_jax.models.attention_kernels import pad, split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import Array, PagedCache
 
+# Keys and values that a thread block reads at once; an L4 has 99 KiB of shared memory.
+GPU_TILE_BYTES = 64 * 1024
 TPU_PAGES_PER_BLOCK = 8
 PAGES_PER_BLOCK = 4  # of the XLA path
 
@@ -217,6 +219,7 @@ def _by_kernel(
     _: Array,
 ) -> Array:
     """One query per row, by the paged kernel of TPU or else of GPU; CPU imports none."""
+    K, L, pages, C, H = cache.keys.shape
     if tpu:
         from jax.experimental.pallas.ops.tpu import paged_attention as kernel
 
@@ -225,12 +228,13 @@ def _by_kernel(
     else:
         from jax.experimental.pallas.ops.gpu import paged_attention as kernel
 
-        splits = 16  # of the pages of a row; each split reads 1, 2, 4 or 8 at a time
+        splits = 16  # of the pages of a row; each split reads some at a time
         each = -(-cache.table.shape[1] // splits)
-        multiple, name = splits * min(8, 1 << (each - 1).bit_length()), "block_tables"
-        options = {"k_splits": splits}
+        fitting = max(1, GPU_TILE_BYTES // (2 * C * H * cache.keys.dtype.itemsize))
+        at_once = min(8, 1 << (each - 1).bit_length(), 1 << (fitting.bit_length() - 1))
+        multiple, name = splits * at_once, "block_tables"
+        options = {"k_splits": splits, "pages_per_compute_block": at_once}
     # Layers and pages become one axis, so that no layer has to be sliced.
-    K, L, pages, C, H = cache.keys.shape
     pools = (x.reshape(K, L * pages, C, H) for x in (cache.keys, cache.values))
     options[name] = pad(cache.table, multiple) + layer * pages
     options |= {"lengths": positions[:, 0] + 1, "attn_logits_soft_cap": softcap}

@@ -1,6 +1,7 @@
 """Attention over pages against attention over whole rows, on every path."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +258,32 @@ def test_accelerators_use_their_kernels_where_these_take_the_sizes(
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
         lowered = traced.lower(lowering_platforms=(platform,)).as_text()
         assert (call in lowered) == (platform in kernels)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("columns", [6, 80, 256])
+def test_the_gpu_kernel_reads_no_more_than_shared_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, columns: int, head_dim: int, dtype: str
+) -> None:
+    given = {}
+
+    def stub(query: jax.Array, *_: jax.Array, **options: Any) -> jax.Array:
+        given.update(options)
+        return query
+
+    monkeypatch.setattr(gpu_kernel, "paged_attention", stub)
+    pool = jnp.zeros((1, 1, 2, 64, head_dim), dtype)
+    cache = PagedCache(pool, pool, jnp.zeros((1, columns), jnp.int32))
+    query, positions = jnp.zeros((1, 1, 2, head_dim)), jnp.zeros((1, 1), jnp.int32)
+    paged_cache._by_kernel(False, None, query, cache, 0, positions, False)
+    at_once, splits = given["pages_per_compute_block"], given["k_splits"]
+    a_page = 2 * 64 * head_dim * pool.dtype.itemsize  # keys and values
+    assert at_once == 1 or at_once * a_page <= 64 * 1024
+    assert at_once.bit_count() == 1
+    padded = given["block_tables"].shape[1]
+    assert padded >= columns
+    assert padded % (splits * at_once) == 0
 
 
 def test_decoding_compiles_for_tpu_with_the_kernel(tpus: Mesh) -> None:
