@@ -4,7 +4,7 @@
 #   launch/gke.sh --cluster=NAME --zone=ZONE --tpu_type=TYPE --workload=NAME \
 #       --config=FILE --workdir=DIR [flags] [-- flags of rlt_jax.main]
 #   launch/gke.sh --cluster=pods --zone=us-central1-a --tpu_type=tpu7x-16 \
-#       --workload=rlt-1 --config=configs/gsm8k.py --storage=runs --workdir=/runs/rlt-1
+#       --workload=rlt-1 --config=configs/rlt.py:gsm8k --storage=runs --workdir=/runs/rlt-1
 #
 # Submits a workload to an existing cluster and waits until it ends. The last commit of
 # this checkout is added to --base_image and installed when the workload starts, unless

@@ -3,7 +3,7 @@
 #
 #   launch/hosts.sh --hosts=HOST,HOST,... --config=FILE --workdir=DIR \
 #       [flags] [-- flags of rlt_jax.main]
-#   launch/hosts.sh --hosts=ann@10.0.0.1,ann@10.0.0.2 --config=configs/gsm8k.py \
+#   launch/hosts.sh --hosts=ann@10.0.0.1,ann@10.0.0.2 --config=configs/rlt.py:gsm8k \
 #       --workdir=/shared/gsm8k -- --config.seed=1
 #
 # Installs rlt_jax on every host, runs it on all hosts with the first as coordinator,

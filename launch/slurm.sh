@@ -4,7 +4,7 @@
 #   launch/slurm.sh --gpus_per_node=8 --config=FILE --workdir=DIR \
 #       [flags] [-- flags of rlt_jax.main]
 #   launch/slurm.sh --nodes=2 --gpus_per_node=8 --time=24:00:00 \
-#       --config=configs/gsm8k.py --workdir=/shared/gsm8k
+#       --config=configs/rlt.py:gsm8k --workdir=/shared/gsm8k
 #
 # jax.distributed reads the coordinator, number and id of the processes from Slurm's
 # environment, and assigns one GPU of the node to each of its tasks. This requires one task

@@ -4,7 +4,7 @@
 #   launch/tpu_pod.sh --name=NAME --zone=ZONE --accelerator_type=TYPE --config=FILE \
 #       --workdir=DIR [flags] [-- flags of rlt_jax.main]
 #   launch/tpu_pod.sh --name=rlt --zone=us-east5-b --accelerator_type=v6e-64 --queued \
-#       --spot --config=configs/gsm8k.py --workdir=gs://bucket/gsm8k -- --config.seed=1
+#       --spot --config=configs/rlt.py:gsm8k --workdir=gs://bucket/gsm8k -- --config.seed=1
 #
 # Uses the slice with the given name or creates it, installs rlt_jax on its workers, runs
 # the config on all workers and prints their output, copies the workdir from worker 0

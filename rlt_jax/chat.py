@@ -9,12 +9,11 @@ may also come from a pipe. Role, template, students, sampling and reward are tho
 stage that has trained the model, if one has, where no flag says otherwise.
 """
 
+import contextlib
 import functools
 import itertools
-import math
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from rlt_jax.data.examples import ROLES, Renderer
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, EngineConfig
+from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import DTYPES
 from rlt_jax.models.weight_files import read_json
 from rlt_jax.records import Problem, Record
@@ -35,8 +35,8 @@ from rlt_jax.report.explanations import MAX_NATS
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
-from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.types import Request
+from rlt_jax.training import checkpoint, hosts
+from rlt_jax.training.sharding import MeshConfig, make_mesh, num_groups
 
 FLAGS = (
     (flags.DEFINE_string, "model", None, "A folder, a Hub id, embedded; or a stage."),
@@ -52,6 +52,8 @@ FLAGS = (
 )
 HELP = """A backslash at the end of a line continues it on the next. Ctrl-C stops an answer,
 :quit or Ctrl-D ends."""
+SAMPLING = {"temperature": 0.7, "max_new_tokens": 1024}
+KEPT = ("dtype", "param_dtype", "date")  # of a stage's section of the model
 # Of the 256 colors of terminals, pale to deep; text on them is black.
 REDS, BLUES = (224, 217, 210, 203, 196), (189, 147, 111, 69, 33)
 
@@ -71,59 +73,49 @@ class Chat:
         trained = stage.get("policy") or stage.get("model") or {}
         own_role = (stage.get("loop") or stage.get("sft") or {}).get("role")
         if own_role and options.role not in (None, own_role):
-            raise UserError(f"--role={options.role}: {path} is a {own_role}.")
+            raise UserError(f"--role={options.role}: {path} is a {own_role}'s stage.")
         role = options.role or own_role or "student"
         name = "tiny" if path in checkpoint.SHIPPED else stage.get("template", "rlt")
         template = load_template(options.template or name)
-        self.sampling = {"temperature": 0.7, "max_new_tokens": 1024}
-        self.sampling |= stage.get("sampling", {})
-        asked = {
-            name: getattr(options, name) for name in self.sampling if name in options
-        }
-        self.sampling |= {name: x for name, x in asked.items() if x is not None}
-
-        dtype = options.dtype or trained.get("dtype", "float32")
-        model = {"path": path, "date": trained.get("date", "")}
+        asked = {name: getattr(options, name) for name in SAMPLING}
+        asked = {name: x for name, x in asked.items() if x is not None}
+        self.sampling = SAMPLING | stage.get("sampling", {}) | asked
+        build(SamplingConfig, self.sampling, "sampling")  # checks them before loading
         students = [{"path": name} for name in options.students or ()]
         students = students or stage.get("students", []) if role == "teacher" else []
-        numbers = {"dtype": dtype, "param_dtype": dtype}
-        model, *students = [one | numbers for one in (model, *students)]
+        kept = {name: x for name, x in trained.items() if name in KEPT}
+        given = dict.fromkeys(KEPT[:2], options.dtype) if options.dtype else {}
+        model, *students = [one | given for one in (kept | {"path": path}, *students)]
         sections = {"model": model, "students": students}
-        self.key, self.mesh = (
-            jax.random.key(options.seed),
-            setup.load_mesh({"mesh": {}}),
+        # The weight that a run has found for "auto" is not in its settings.
+        reward = {k: v for k, v in stage.get("rlt_reward", {}).items() if v != "auto"}
+        ensemble = {} if options.students else stage.get("ensemble", {})
+        self.scoring = scoring.ScoringConfig(
+            build(RLTRewardConfig, reward, "rlt_reward"),
+            build(EnsembleConfig, ensemble, "ensemble"),
+            self.sampling["temperature"],
         )
+        self.key, self.mesh = jax.random.key(options.seed), make_mesh(MeshConfig())
         models = setup.open_models(sections, "model")
         self.renderer = Renderer(models[0].tokenizer, template, role)
         models = setup.load_weights(sections, "model", models, self.mesh, options.seed)
         self.loaded, self.engine = models[0], functools.cache(self._engine)
         if role == "teacher":
             if not students:
-                print(
-                    "The student is the model itself; --students=MODEL names another."
-                )
+                print("The model is also the student; --students=MODEL names another.")
                 models *= 2
-            # The weight that a run has found for "auto" is not in its settings.
-            reward = stage.get("rlt_reward", {}).items()
-            reward = {name: x for name, x in reward if x != "auto"}
-            ensemble = {} if options.students else stage.get("ensemble", {})
-            self.scoring = scoring.ScoringConfig(
-                build(RLTRewardConfig, reward, "rlt_reward"),
-                build(EnsembleConfig, ensemble, "ensemble"),
-                float(self.sampling["temperature"]),
-            )
             renderers = scoring.make_renderers(models, template)
             args = models, renderers, self.scoring, self.mesh
             self.score = scoring.make_scorer(*args)
 
     def _engine(self, length: int) -> Engine:
         """Decodes one completion of at most this length, its prompt included."""
-        groups, role = sharding.num_groups(self.mesh), self.renderer.role
+        groups = num_groups(self.mesh)
         cache = (length + 2 * EngineConfig.page_size) * groups
         sizes = {"slots": groups, "cache_tokens": cache, "steps": 1}
-        tags = self.renderer.template.explanation_tags
         sections = {"sampling": self.sampling, "engine": sizes}
-        stop = tags[1:] if role == "teacher" else ()
+        tags = self.renderer.template.explanation_tags
+        stop = tags[1:] if self.renderer.role == "teacher" else ()
         return setup.load_sampler(self.loaded, sections, self.mesh, length, stop)
 
     def answer(self, problem: Problem, n: int) -> str:
@@ -140,7 +132,7 @@ class Chat:
         new = min(self.sampling["max_new_tokens"], limit - len(prompt))
         # A power of two, so that most questions share the programs.
         length = min(1 << (len(prompt) + new - 1).bit_length(), limit)
-        request = Request(prompt, n, new, problem)
+        (request,) = setup.requests_of(self.renderer, [problem], new, n)
         # A byte after which a character at the end may turn out to be invalid.
         byte = [i for i, piece in enumerate(tokenizer.pieces) if piece == b"\xff"][:1]
         shown, times = 0, []
@@ -179,7 +171,7 @@ class Chat:
 
 def colored(text: str, nats: float) -> str:
     """Text on red for a positive and on blue for a negative value, by its square root."""
-    level = round(len(REDS) * min(math.sqrt(abs(nats) / MAX_NATS), 1.0))
+    level = round(len(REDS) * min(abs(nats) / MAX_NATS, 1) ** 0.5)
     if not level:
         return text
     color = (REDS if nats > 0 else BLUES)[level - 1]
@@ -197,7 +189,7 @@ def main(arguments: Sequence[str]) -> None:
         hosts.guard(lambda: _run(_parse(arguments)))
     except KeyboardInterrupt:
         print()
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(130)  # what shells report of SIGINT
 
 
 def _parse(arguments: Sequence[str]) -> flags.FlagValues:
@@ -221,6 +213,8 @@ def _run(options: flags.FlagValues) -> None:
     chat = Chat(options)
     role, at_terminal = chat.renderer.role, sys.stdin.isatty()
     if at_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (`input` edits lines with it)
         print(f"{options.model} as a {role}. :help says what can be typed, :quit ends.")
     for n in itertools.count():
         question = ""
@@ -230,7 +224,7 @@ def _run(options: flags.FlagValues) -> None:
         except EOFError:
             if question and not at_terminal:
                 raise UserError(f"no solution follows {question[:60]!r}.") from None
-            return
+            return print() if at_terminal else None
         problem = Problem(question, solution)
         try:
             text = chat.answer(problem, n)
@@ -260,8 +254,9 @@ def _stage(model: str, workdir: str | None) -> tuple[str, Record]:
     """The path of a model, and the settings of its stage; {} where it has none."""
     path = Path(workdir or "", model)
     if workdir and not path.is_dir():
-        stages = [file.parent.name for file in Path(workdir).glob("*/model.json")]
-        raise UserError(f"--model={model}: {workdir} has {', '.join(sorted(stages))}.")
+        stages = sorted(file.parent.name for file in Path(workdir).glob("*/model.json"))
+        found = ", ".join(stages) or "no model"
+        raise UserError(f"--model={model}: no such stage; {workdir} has {found}.")
     folder = path.parent if path.name == "best" else path
     file = folder / "settings.json"
     return str(path) if workdir else model, read_json(file) if file.is_file() else {}

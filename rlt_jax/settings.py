@@ -68,7 +68,9 @@ def link(config: ml_collections.ConfigDict, **values: Callable[[], Any]) -> None
       **values: functions that compute them.
     """
     for name, function in values.items():
-        config[name] = _Derived(config[name], function)
+        derived = _Derived(config[name], function)
+        del config[name]  # it can be a reference, which would keep its place
+        config[name] = derived
 
 
 def resolve(config: ml_collections.ConfigDict) -> None:

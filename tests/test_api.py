@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,16 +14,21 @@ import pytest
 
 import rlt_jax
 import rlt_jax.scoring
-from rlt_jax.data.templates import Template
+from rlt_jax.data.examples import Example, Renderer, student_examples
+from rlt_jax.data.rows import RowShape
+from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
+from rlt_jax.inference import log_probs
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.convert import write_model
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.records import Problem
+from rlt_jax.records import Problem, Trace
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
-from rlt_jax.scoring import ScoringConfig
-from rlt_jax.types import Params
+from rlt_jax.scoring import ScoringConfig, text_completion
+from rlt_jax.training.checkpoint import LoadedModel
+from rlt_jax.training.sharding import MeshConfig, make_mesh
+from rlt_jax.types import Batch, Params
 
 PROBLEMS = [
     {"question": "3+4?", "solution": "7"},
@@ -87,6 +93,66 @@ def test_a_score_does_not_depend_on_the_other_completions(
     np.testing.assert_allclose(
         rewards(together), rewards([alone]), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_few_completions_need_few_rows() -> None:
+    def of_lengths(*lengths: int) -> list[Example]:
+        return [Example(np.zeros(n, np.int32), None, None, None) for n in lengths]
+
+    shape = rlt_jax.scoring.row_shape
+    assert shape([of_lengths(100), of_lengths(90)], 1) == RowShape(1, 128)
+    assert shape([of_lengths(100, 20, 8, 100, 100)], 1) == RowShape(4, 128)
+    assert shape([of_lengths(*[128] * 100)], 1) == RowShape(32, 128)
+    assert shape([of_lengths(300)], 4) == RowShape(4, 512)
+    assert shape([of_lengths(5000)], 1) == RowShape(1, 8192)
+
+
+def test_a_batch_is_compiled_for_its_largest_size(
+    teacher: Role, student: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One completion of four at most: the same score, and one row is computed."""
+    template = load_template("tiny")
+    models = [LoadedModel(*teacher), LoadedModel(*student)]
+    renderers = rlt_jax.scoring.make_renderers(models, template)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    score = rlt_jax.scoring.make_scorer(models, renderers, ScoringConfig(), mesh)
+    problem = Problem(**PROBLEMS[0])
+    given = [text_completion(template, problem, COMPLETIONS[0][0], False)]
+    computed = []
+
+    def fill(programs: object, batch: Batch, *others: object) -> Batch:
+        computed.append(int(batch.num_micro_batches) * batch.tokens.shape[1])
+        return log_probs.fill(programs, batch, *others)
+
+    monkeypatch.setattr(rlt_jax.scoring, "log_probs", SimpleNamespace(fill=fill))
+    (alone,) = score(given)
+    (filled,) = score(given, count=4)
+    assert filled["reward"] == pytest.approx(alone["reward"], rel=1e-6)
+    assert computed == [1, 1]
+
+
+def test_log_probs_of_solutions_by_hand(
+    student: Role, naive_log_probs: Callable[..., np.ndarray]
+) -> None:
+    model, params, tokenizer = student
+    template = load_template("tiny")
+    renderer = Renderer(tokenizer, template, "student")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    score = rlt_jax.scoring.make_solution_scorer(
+        LoadedModel(*student), renderer, 4, mesh
+    )
+    problems = [Problem(**PROBLEMS[1]), Problem(**PROBLEMS[0]), Problem(**PROBLEMS[1])]
+    opening, closing = template.thought_tags
+    found = score(problems, [f"{opening}2*3=6{closing}5", f"{opening}3+", "no tags"])
+    for thoughts, name in (
+        (("2*3=6", "3+", "no tags"), "solution_log_prob"),
+        (("", "", ""), "solution_log_prob_without_thought"),
+    ):
+        for problem, thought, row in zip(problems, thoughts, found, strict=True):
+            (made,) = student_examples(renderer, [Trace(problem, thought)])
+            span = slice(made.solution.start, made.solution.end)
+            values = naive_log_probs(model, params, made.tokens[None])[0, span]
+            assert row[name] == pytest.approx(values.mean(), rel=1e-4)
 
 
 def test_assume_closed_takes_back_the_penalty(teacher: Role, student: Role) -> None:

@@ -11,50 +11,38 @@ class Device(NamedTuple):
     """How to use a kind of device.
 
     Attributes:
-      memory: of one, as its vendor counts it, in GB.
-      dtype: of activations, and of parameters that are not trained.
+      kind: part of its name in JAX, in lower case.
+      memory: of one, as its vendor counts it, in GB; 0 for that of the host.
       tokens: in the rows of a micro-batch on each device.
       slots: completions decoded at once on each device.
+      dtype: of activations, and of parameters that are not trained.
       remat: what the backward pass recomputes, see `ModelConfig`.
       offload: whether reference and students stay in the host's memory between uses.
     """
 
+    kind: str
     memory: float
+    tokens: int
+    slots: int
     dtype: str = "bfloat16"
-    tokens: int = 4096
-    slots: int = 32
     remat: str = "full"
     offload: bool = False
 
 
+# The first whose kind is found counts. On CPU "dots" saves
+# memory for activations at next to no cost.
 DEVICES = {
-    "cpu": Device(0, "float32", tokens=512, slots=16, remat="dots"),
-    "t4": Device(16, tokens=2048, slots=16, offload=True),
-    "l4": Device(24, tokens=2048, slots=32, offload=True),
-    "a100-40": Device(40, slots=64),
-    "a100": Device(80, tokens=8192, slots=128),
-    "h100": Device(80, tokens=8192, slots=128),
-    "h200": Device(141, tokens=16384, slots=256),
-    "v4": Device(32, slots=64),
-    "v5e": Device(16, tokens=2048, slots=32, offload=True),
-    "v5p": Device(95, tokens=8192, slots=128),
-    "v6e": Device(32, slots=64),
-}
-# Part of a JAX device kind, in lower case -> name; the first that is found counts.
-_KINDS = {
-    "cpu": "cpu",
-    "t4": "t4",
-    "l4": "l4",
-    "a100-sxm4-40": "a100-40",
-    "a100-pcie-40": "a100-40",
-    "a100": "a100",
-    "h100": "h100",
-    "h200": "h200",
-    "v4": "v4",
-    "v5 lite": "v5e",
-    "v5e": "v5e",
-    "v5": "v5p",
-    "v6": "v6e",
+    "cpu": Device("cpu", 0, 512, 16, "float32", "dots"),
+    "t4": Device("t4", 16, 2048, 16, offload=True),
+    "l4": Device("l4", 24, 2048, 32, offload=True),
+    "a100-40": Device("-40gb", 40, 4096, 64),
+    "a100": Device("a100", 80, 8192, 128),
+    "h100": Device("h100", 80, 8192, 128),
+    "h200": Device("h200", 141, 16384, 256),
+    "v4": Device("v4", 32, 4096, 64),
+    "v5e": Device("v5 lite", 16, 2048, 32, offload=True),
+    "v5p": Device("v5", 95, 8192, 128),
+    "v6e": Device("v6 lite", 32, 4096, 64),
 }
 
 
@@ -68,8 +56,8 @@ def find_device(name: str) -> tuple[Device, int]:
     """
     if name == "auto":
         kind = jax.devices()[0].device_kind.lower()
-        found = next((known for part, known in _KINDS.items() if part in kind), kind)
-        name = f"{found}-{jax.device_count()}"
+        found = (name for name, device in DEVICES.items() if device.kind in kind)
+        name = f"{next(found, kind)}-{jax.device_count()}"
     kind, _, count = name.rpartition("-")
     if name in DEVICES or not count.isdecimal() or int(count) < 1:
         kind, count = name, "1"

@@ -36,7 +36,8 @@ def grade(
         for problem, text in zip(problems, predictions, strict=True)
     ]
     apart = {key for key in keys if key is not None and "?" in key[0]}
-    graded = {key: _grade(*key) for key in set(keys) - apart - {None}} | _apart(apart)
+    graded = {key: _grade(*key) for key in set(keys) - apart - {None}}
+    graded |= _apart(apart) if apart else {}
     compared = compare([pair for pair in graded.values() if isinstance(pair, Pair)])
     verdicts = [Verdict(False) if key is None else graded[key] for key in keys]
     return [compared[v] if isinstance(v, Pair) else v for v in verdicts]
@@ -69,7 +70,8 @@ def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:
 
 def _apart(keys: Collection[tuple[str, str, str]]) -> dict[tuple, Verdict]:
     """`_grade` in the processes of `math_answers`."""
-    pool, verdicts = math_answers._running() if keys else None, {}
+    compare([Pair("1/2", "0.5")])  # starts them, or says why they do not start
+    pool, verdicts = math_answers._running(), {}
     futures = {key: pool.schedule(_grade, key, timeout=SECONDS) for key in keys}
     for key, future in futures.items():
         while pool.active and not future.done():

@@ -12,6 +12,7 @@ import pytest
 
 from rlt_jax.data import pipeline
 from rlt_jax.data.predictions import read_predictions
+from rlt_jax.data.tasks import gsm8k
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
@@ -262,3 +263,21 @@ def test_predictions_need_different_questions(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "q", "completion": "a"}])
     with pytest.raises(UserError, match="only 1 distinct"):
         read_predictions(path, PROBLEMS[:1] * 2)
+
+
+def test_gsm8k_problems_with_few_calculations(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"q{n}", "answer": "x <<1+1=2>>2 " * n + f"\n#### {n}"}
+        for n in (1, 3, 2, 0, 2)
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def answers(**options: int) -> list[str | None]:
+        return [p.answer for p in gsm8k.problems(str(file), **options)]
+
+    assert answers() == ["1", "3", "2", "0", "2"]
+    assert answers(max_calculations=2) == ["1", "2", "0", "2"]
+    assert answers(max_calculations=2, limit=2) == ["1", "2"]
+    assert answers(max_calculations=2, first=1, limit=2) == ["2", "0"]
+    assert gsm8k.traces(str(file), 1)[0].explanation == "x 2"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlt_jax.data.boxes import last_box
+from rlt_jax.data.boxes import final_answer, last_box
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,23 @@ def test_braces_are_counted(text: str, content: str | None) -> None:
 def test_long_texts_take_no_longer() -> None:
     assert last_box(r"\boxed{" * 100_000) is None
     assert last_box(r"\boxed{" * 100_000 + "}" * 100_000) == ""
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so 3, \boxed{4}. 5", "4"),
+        ("6*7 = 42", "42"),
+        ("It is 42.", "42"),
+        ("It costs $1,234.50.", "1234.50"),
+        ("That is -7 **", "-7"),
+        ("in all 35%.", "35"),
+        ("steps #### 1,200", "1200"),
+        ("steps\n#### x+1", "x+1"),
+        ("12 eggs", None),
+        ("see v1.2b3", None),
+        ("", None),
+    ],
+)
+def test_the_answer_that_a_solution_ends_with(solution: str, answer: str) -> None:
+    assert final_answer(solution) == answer

@@ -50,6 +50,60 @@ def test_files_are_read_with_the_template(tmp_path: Path, tiny: Template) -> Non
     assert pipeline.load_traces(data, tiny, 0) == [Trace(Problem("q", "s", "a"), "z")]
 
 
+def write_numbered(file: Path, count: int) -> dict[str, object]:
+    """A section of `count` traces, of which two have the same question."""
+    rows = [
+        {"question": f"q{max(n, 1)}", "solution": "s", "reasoning_trace": f"z{n}"}
+        for n in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"task": "file", "path": str(file)}
+
+
+def test_a_part_of_the_questions_is_held_out(tmp_path: Path, tiny: Template) -> None:
+    data = write_numbered(tmp_path / "q.jsonl", 41)
+    everything = pipeline.load_problems(data | {"part": "all"}, tiny, 0)
+    train = pipeline.load_problems(data | {"part": "train"}, tiny, 0)
+    held_out = pipeline.load_problems(data | {"part": "held_out"}, tiny, 1)
+    assert len(everything) == 41
+    assert len({problem.question for problem in held_out}) == 4
+    assert not {p.question for p in held_out} & {p.question for p in train}
+    assert sorted([*train, *held_out]) == sorted(everything)
+    assert train == [p for p in everything if p not in held_out]
+    # Traces of the same file are split alike.
+    traces = pipeline.load_traces(data | {"part": "train"}, tiny, 2)
+    assert [trace.problem for trace in traces] == train
+    half = pipeline.load_problems(
+        data | {"part": "held_out", "held_out_share": 0.5}, tiny, 0
+    )
+    assert len({problem.question for problem in half}) == 20
+
+
+def test_few_questions_hold_out_two(tmp_path: Path, tiny: Template) -> None:
+    data = write_numbered(tmp_path / "q.jsonl", 5)
+    held_out = pipeline.load_problems(data | {"part": "held_out"}, tiny, 0)
+    assert len({problem.question for problem in held_out}) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"part": "test"}, "part='test'"),
+        (
+            {"part": "train", "held_out_share": 1.0},
+            "held_out_share=1.0: between 0 and 1",
+        ),
+        ({"part": "train"}, "3 different questions; to hold some out it needs four"),
+    ],
+)
+def test_bad_parts_are_refused(
+    keys: dict[str, object], message: str, tmp_path: Path, tiny: Template
+) -> None:
+    data = write_numbered(tmp_path / "q.jsonl", 4)
+    with pytest.raises(UserError, match=message):
+        pipeline.load_problems(data | keys, tiny, 0)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -241,6 +241,28 @@ def test_spans_lead_to_their_texts(tokenizer: Tokenizer, batch: Batch) -> None:
     assert not student.overlong.any()
 
 
+def test_a_batch_is_filled_up_at_no_cost(
+    rollout: Rollout, run: Any, batch: Batch
+) -> None:
+    filled = pack(rollout, run, count=9)
+    assert filled.num_micro_batches == batch.num_micro_batches
+    E = len(batch.closed)
+    student, ours = one_student(filled), one_student(batch)
+    for spans, expected in (
+        (filled.completion, batch.completion),
+        (student.explanation, ours.explanation),
+        (student.solution, ours.solution),
+    ):
+        np.testing.assert_array_equal(spans.start[:E], expected.start)
+        np.testing.assert_array_equal(spans.segment[:E], expected.segment)
+        assert len(spans.start) == 9
+        assert (spans.segment[E:] == -1).all()
+    M = len(batch.tokens)
+    np.testing.assert_array_equal(filled.tokens[:M], batch.tokens)
+    assert not filled.tokens[M:].any()
+    assert len(filled.closed) == len(filled.finished) == len(student.overlong) == 9
+
+
 def test_the_policy_is_trained_on_every_sampled_token(
     batch: Batch, rollout: Rollout
 ) -> None:

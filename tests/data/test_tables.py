@@ -169,7 +169,7 @@ def names(outcome: dict) -> list[str]:
         ("/main/train-*.jsonl", ["main/train-0.jsonl", "main/train-1.jsonl"]),
         ("/main/train-[12].jsonl", ["main/train-1.jsonl"]),
         ("/*/*/train-*.jsonl", ["main/more/train-2.jsonl"]),
-        ("/**/train-*.jsonl", [name for name in sorted(NAMES) if "train" in name]),
+        ("/main/**/train-*.jsonl", [name for name in sorted(NAMES) if "train" in name]),
         ("", ["all.jsonl"]),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from rlt_jax.data.tasks import benchmarks, gsm8k
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
-from rlt_jax.rl import math_answers
+from rlt_jax.rl import grading, math_answers
 from rlt_jax.rl.grading import Verdict, grade
 
 HANGS = r"\boxed{9^{9^{9^9}}}"  # one computation in C that no signal handler interrupts
@@ -377,6 +377,42 @@ def test_processes_that_are_ended_from_outside_are_replaced() -> None:
     for worker in math_answers._running()._pool_manager.worker_manager.workers:
         os.kill(worker, signal.SIGKILL)
     assert graded("1/4", "0.25").correct
+
+
+# A grader with an argument: re.sub(prediction, answer, argument), whose result is right
+# if it is not empty. The answer is the first group of the prediction.
+SUB, FIRST = "re:sub?", r"\1"
+
+
+def test_graders_with_an_argument_run_in_other_processes() -> None:
+    assert graded("(a)", FIRST, f"{SUB}a?") == Verdict(True, FIRST)
+    assert graded("(x)|a\\?", FIRST, f"{SUB}a?") == Verdict(False, "(x)|a\\?")
+    assert graded("a", FIRST, f"{SUB}a") == Verdict(False, error="crash")
+    assert graded(None, FIRST, f"{SUB}a") == Verdict(False)
+    mixed = [("1/2", "0.5", "math"), ("(b)", FIRST, f"{SUB}a"), ("7", "7", "exact")]
+    problems = [Problem("q", "s", answer, grader) for _, answer, grader in mixed]
+    verdicts = grade(problems, [prediction for prediction, *_ in mixed])
+    assert [verdict.answer for verdict in verdicts] == ["0.5", FIRST, "7"]
+    with pytest.raises(UserError, match="'re:no' is not a"):
+        graded("x", "y", "re:no?argument")
+
+
+def test_a_grader_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "SECONDS", 2.0)
+    slow = f"{SUB}{'a' * 99}b"
+    problems = [Problem("q", "s", FIRST, slow)] * 3
+    began = time.monotonic()
+    verdicts = grade(problems, ["(a+)+$", "(b)", "(a+)"])
+    assert time.monotonic() - began < 30
+    assert verdicts[0] == Verdict(False, error="timeout")
+    assert verdicts[1] == verdicts[2] == Verdict(True, FIRST)
+
+
+def test_graders_with_an_argument_outlive_processes_that_are_ended() -> None:
+    assert graded("(a)", FIRST, f"{SUB}a").correct
+    for worker in math_answers._running()._pool_manager.worker_manager.workers:
+        os.kill(worker, signal.SIGKILL)
+    assert graded("(a)", FIRST, f"{SUB}a").correct
 
 
 def test_grading_in_a_thread() -> None:

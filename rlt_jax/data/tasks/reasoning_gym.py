@@ -82,7 +82,8 @@ def problems(config: PuzzleConfig) -> list[Problem]:
                 f"{len(made)} questions with an answer for {c.split!r}.{failure}"
             )
         if n % CHUNK == 0:
-            random.seed(f"{c.seed} {c.stream} {n}")  # a few data sets use this generator
+            # A few data sets draw from the global generator.
+            random.seed(f"{c.seed} {c.stream} {n}")
             entries = _create(c.dataset, settings, random.getrandbits(31))
         try:
             entry = entries[n % CHUNK]
@@ -121,7 +122,7 @@ def _create(dataset: str, settings: str, seed: int) -> Any:
     if dataset not in factory.DATASETS:
         names = sorted(factory.DATASETS)
         near = ", ".join(difflib.get_close_matches(dataset, names) or names)
-        raise UserError(f"data.dataset={dataset!r} is not in reasoning_gym; it has {near}.")
+        raise UserError(f"data.dataset={dataset!r}: unknown; reasoning_gym has {near}.")
     config = json.loads(settings)
     try:
         if parts := config.get("datasets"):
