@@ -5,11 +5,11 @@
 
 A student is asked questions. A teacher is given a question and its solution; it explains
 the solution, and the RLT reward of the explanation is shown, token by token. What is typed
-may also come from a pipe. Role, template, students, sampling and reward are those of the
-stage that has trained the model, if one has, where no flag says otherwise.
+may also come from a pipe; a backslash at the end of a line continues it on the next. Role,
+template, students, sampling and reward are those of the stage that has trained the model,
+if one has, where no flag says otherwise.
 """
 
-import contextlib
 import functools
 import itertools
 import os
@@ -50,8 +50,6 @@ FLAGS = (
     (flags.DEFINE_enum, "dtype", None, DTYPES, "By default the stage's, or float32."),
     (flags.DEFINE_boolean, "help", False, "Shows this."),
 )
-HELP = """A backslash at the end of a line continues it on the next. Ctrl-C stops an answer,
-:quit or Ctrl-D ends."""
 SAMPLING = {"temperature": 0.7, "max_new_tokens": 1024}
 KEPT = ("dtype", "param_dtype", "date")  # of a stage's section of the model
 # Of the 256 colors of terminals, pale to deep; text on them is black.
@@ -208,14 +206,17 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
 
 def _run(options: flags.FlagValues) -> None:
     if options.help:
-        print(__doc__, options.get_help(), HELP, sep="\n")
+        print(__doc__, options.get_help(), sep="\n")
         return
     chat = Chat(options)
     role, at_terminal = chat.renderer.role, sys.stdin.isatty()
     if at_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (`input` edits lines with it)
-        print(f"{options.model} as a {role}. :help says what can be typed, :quit ends.")
+        import readline  # noqa: F401 (`input` edits lines with it)
+
+        print(
+            f"{options.model} as a {role}: \\ at the end of a line continues it, Ctrl-C"
+        )
+        print("stops an answer, :quit or Ctrl-D ends.")
     for n in itertools.count():
         question = ""
         try:
@@ -232,6 +233,10 @@ def _run(options: flags.FlagValues) -> None:
                 chat.judge(problem, text)
         except KeyboardInterrupt:
             print("\n[stopped]")
+        except UserError as error:
+            if not at_terminal:
+                raise
+            print(f"rlt_jax: {error}")
 
 
 def _ask(what: str, at_terminal: bool) -> str:
@@ -244,9 +249,6 @@ def _ask(what: str, at_terminal: bool) -> str:
         text = text.strip()
         if text == ":quit":
             raise EOFError
-        if text == ":help":
-            print(HELP)
-            text = ""
     return text
 
 

@@ -52,8 +52,8 @@ def load_problems(config: Section, template: Template, seed: int) -> list[Proble
     """Problems of a `data` section: `task` picks the source, the rest is passed on.
 
     A task of the user's is a function, "module:function", with keyword arguments or one
-    dataclass for the other keys; see experiments/countdown.py. `part` and
-    `held_out_share` choose a part of what any source gives, see `split`.
+    dataclass for the other keys; see experiments/countdown.py. `part` chooses a part of
+    what any source gives, see `split`.
     Sources that parse tags get the template, sources that generate get the run's seed.
     """
     return _load(PROBLEMS, config, {"template": template, "seed": seed}, "data")
@@ -120,8 +120,7 @@ def _load(
     sources: dict[str, Callable[..., list]], config: Section, given: Section, where: str
 ) -> list:
     keys = dict(config)
-    part, share = keys.pop("part", "all"), keys.pop("held_out_share", 0.1)
-    task = keys.pop("task", None)
+    part, task = keys.pop("part", "all"), keys.pop("task", None)
     if task not in sources and ":" not in str(task):
         raise UserError(
             f"{where}.task={task!r}: choose one of {', '.join(sources)}; or name a "
@@ -135,45 +134,37 @@ def _load(
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    return split(build(source, keys, where), part, share, where)
+    return split(build(source, keys, where), part, where)
 
 
-def split(
-    loaded: list[Problem] | list[Trace], part: str, share: float, where: str
-) -> list:
+def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
     """The part of problems or traces that is for training, or held out.
 
-    A question is wholly in one part. Which one depends on the set of questions alone, so
-    problems and traces of the same files, and other seeds, agree.
+    A tenth of the questions is held out, two at least. A question is wholly in one part,
+    which depends on the set of questions alone: problems and traces of the same files, and
+    other seeds, agree.
 
     Args:
       loaded: problems or traces.
       part: "train", "held_out", or "all".
-      share: of the questions that is held out, rounded up to two questions at least.
       where: names the data in messages.
 
     Raises:
-      UserError: a wrong part or share, or fewer than four questions.
+      UserError: an unknown part, or fewer than four questions.
     """
     check_choice(f"{where}: part", part, ("all", "train", "held_out"))
     if part == "all":
         return loaded
-    if not 0 < share < 1:
-        raise UserError(f"{where}: held_out_share={share}: between 0 and 1.")
-    problems = [one.problem if isinstance(one, Trace) else one for one in loaded]
-    keys = [f"{p.history}{p.question}" if p.history else p.question for p in problems]
-    hashes = {key: hashlib.sha256(key.encode()).digest() for key in keys}
-    if len(hashes) < 4:
+    questions = [getattr(one, "problem", one).question for one in loaded]
+    ordered = sorted(set(questions), key=lambda q: hashlib.sha256(q.encode()).digest())
+    if len(ordered) < 4:
         raise UserError(
-            f"{where} has {len(hashes)} different questions; to hold some out it needs "
+            f"{where} has {len(ordered)} different questions; to hold some out it needs "
             "four or more. Give held-out questions of their own instead."
         )
-    count = max(2, math.ceil(share * len(hashes)))
-    held_out = set(sorted(hashes, key=hashes.get)[:count])
-    kept = [
-        one for one, key in zip(loaded, keys) if (key in held_out) == (part != "train")
-    ]
-    return kept
+    held_out = set(ordered[: max(2, math.ceil(len(ordered) / 10))])
+    pairs = zip(loaded, questions, strict=True)
+    return [one for one, q in pairs if (q in held_out) == (part == "held_out")]
 
 
 def packed_batches(

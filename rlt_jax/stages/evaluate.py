@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -136,8 +136,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             count = len(rollout.texts)
             part = asked[first : first + count]
             found = scorer(part, rollout.texts) if scorer else [{}] * count
-            graded = functools.partial(_graded, template, c.untagged, part, rollout)
-            hosts.from_first(functools.partial(_append, file, graded, found))
+            args = template, c.untagged, part, rollout, found
+            graded = functools.partial(_graded, *args)
+            hosts.from_first(lambda graded=graded: metrics.append_jsonl(file, graded()))
             first += count
             bar.update(count)
             hosts.stop_if_asked()
@@ -231,17 +232,14 @@ def _load(
     return opened._replace(params=params), renderer, engine
 
 
-def _append(
-    file: Path, graded: Callable[[], list[Record]], more: Sequence[Record]
-) -> None:
-    rows = [row | found for row, found in zip(graded(), more, strict=True)]
-    metrics.append_jsonl(file, rows)
-
-
 def _graded(
-    template: Template, untagged: str, problems: Sequence[Problem], rollout: Rollout
+    template: Template,
+    untagged: str,
+    problems: Sequence[Problem],
+    rollout: Rollout,
+    found: Sequence[Record],
 ) -> list[Record]:
-    """Rows of `samples.jsonl`: completions with their verdicts."""
+    """Rows of `samples.jsonl`: completions with verdicts, and what else was found."""
     extracted = [template.solution_of(text) for text in rollout.texts]
     if untagged == "whole":
         pairs = zip(extracted, rollout.texts, strict=True)
@@ -261,6 +259,7 @@ def _graded(
             "prompt_tokens": None,
             "tokens": None,
             "truncated": None,
+            **found[n],
         }
         if rollout.tokens:
             row["prompt_tokens"] = len(rollout.requests[n].prompt)

@@ -279,5 +279,4 @@ def test_gsm8k_problems_with_few_calculations(tmp_path: Path) -> None:
     assert answers() == ["1", "3", "2", "0", "2"]
     assert answers(max_calculations=2) == ["1", "2", "0", "2"]
     assert answers(max_calculations=2, limit=2) == ["1", "2"]
-    assert answers(max_calculations=2, first=1, limit=2) == ["2", "0"]
     assert gsm8k.traces(str(file), 1)[0].explanation == "x 2"

@@ -5,6 +5,7 @@ explanation; the number is the answer, and in a box the solution.
 """
 
 import itertools
+import math
 import re
 
 from rlt_jax.data.tables import read_records
@@ -19,10 +20,7 @@ _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
 def traces(
-    path: str,
-    limit: int | None = None,
-    max_calculations: int | None = None,
-    first: int = 0,
+    path: str, limit: int | None = None, max_calculations: int | None = None
 ) -> list[Trace]:
     """Reads problems with explanations.
 
@@ -31,29 +29,24 @@ def traces(
       limit: maximum number of problems.
       max_calculations: leaves out problems whose explanation has more annotations such as
         `<<48/2=24>>`.
-      first: problems to skip, of those with so few calculations.
 
     Raises:
       UserError: the file is missing or invalid, or a record has no `####`.
     """
+    most = math.inf if max_calculations is None else max_calculations
     records = (
-        (where, record)
-        for where, record in read_records(path, SOURCE)
-        if max_calculations is None
-        or len(_CALCULATION.findall(str(record.get("answer")))) <= max_calculations
+        item
+        for item in read_records(path, SOURCE)
+        if len(_CALCULATION.findall(str(item[1].get("answer")))) <= most
     )
-    end = None if limit is None else first + limit
-    return [_trace(*item) for item in itertools.islice(records, first, end)]
+    return [_trace(*item) for item in itertools.islice(records, limit)]
 
 
 def problems(
-    path: str,
-    limit: int | None = None,
-    max_calculations: int | None = None,
-    first: int = 0,
+    path: str, limit: int | None = None, max_calculations: int | None = None
 ) -> list[Problem]:
     """Reads problems; see `traces`."""
-    return [one.problem for one in traces(path, limit, max_calculations, first)]
+    return [one.problem for one in traces(path, limit, max_calculations)]
 
 
 def _trace(where: str, record: Record) -> Trace:

@@ -1,0 +1,119 @@
+"""Which models `configs/rlt.py` can train on which devices, by arithmetic.
+
+    python -m benchmarks.fits
+
+Prints a Markdown table: the bytes of the fullest moment of an RL step on each device,
+with the presets of the recipe and its default rows of 2,048 tokens.
+
+Bytes a parameter, split over the devices (mesh axis fsdp), with all parameters trained:
+4 for the master weights, 8 for AdamW's moments, 4 for the reference (0 where it is
+offloaded), 2 for the judging student (0 likewise); in an update 8 for the gradients of a
+step and of a micro-batch, in a rollout 2 on every device for the weights that decode.
+With adapters: 2 for the frozen weights, 2 for the merged ones, 2 for the reference. To
+that come the cache of keys and values of every slot, or, in an update, the activations of
+a micro-batch: the input of each layer, one layer's own values, and the logits of a chunk.
+"""
+
+import runpy
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.published import published_config
+from rlt_jax.models.transformer import init_params
+
+RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rlt.py"))
+DEVICES, Device = RECIPE["DEVICES"], RECIPE["Device"]
+MODELS = {
+    size: f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")
+}
+MACHINES = (
+    *(("t4", 1), ("l4", 1), ("a100-40", 1), ("a100", 1), ("h100", 1), ("h100", 8)),
+    *(("v5e", 1), ("v5e", 8), ("v6e", 8)),
+)
+ROW_LENGTH = 2048
+RANK = 32
+USABLE = 0.75  # of a GPU's memory, what JAX takes by default; TPU programs have 0.9
+CHUNK = 3 * 2**26  # logits, their exponentials and their gradient
+
+
+class Need(NamedTuple):
+    """Bytes on each device in the two fullest moments of a step."""
+
+    rollout: float
+    update: float
+
+
+def num_params(config: ModelConfig) -> int:
+    """P, parameters of a model."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def adapter_params(config: ModelConfig, rank: int) -> int:
+    """Parameters of adapters on all projections."""
+    D, H, F = config.embed_dim, config.head_dim, config.mlp_dim
+    query, key = config.num_heads * H, config.num_kv_heads * H
+    pairs = ((D, query), (D, key), (D, key), (query, D), (D, F), (D, F), (F, D))
+    return config.num_layers * rank * sum(map(sum, pairs))
+
+
+def need(config: ModelConfig, device: Device, count: int, rank: int) -> Need:
+    """Bytes on each device of a step of RL; see the module docstring."""
+    P = num_params(config)
+    held = 0 if device.offload else 1
+    if rank:
+        trained = 12 * adapter_params(config, rank) / count
+        resident = trained + (2 + 2 * held + 2 * held) * P / count
+        merged, gradients = 2 * P / count, 8 * adapter_params(config, rank) / count
+    else:
+        resident = (4 + 8 + 4 * held + 2 * held) * P / count
+        merged, gradients = 0.0, 8 * P / count
+    fetched = (0 if held else 2 if rank else 4) * P / count  # one of the offloaded
+    tokens = max(device.tokens, ROW_LENGTH)
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    a_layer = tokens * (6 * config.embed_dim + heads + 4 * config.mlp_dim) * 2
+    head = 4 * config.embed_dim * config.vocab_size * (1 if rank else 2) / count
+    activations = tokens * config.embed_dim * 2 * config.num_layers + 2 * a_layer
+    of_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    cache = device.slots * (ROW_LENGTH + 64) * of_token
+    return Need(
+        resident + merged + 2 * P + cache + CHUNK,
+        resident + max(gradients + activations + head, fetched) + CHUNK,
+    )
+
+
+def usable(name: str, device: Device) -> float:
+    """Bytes of a device that a program may use."""
+    return (0.9 if name.startswith("v") else USABLE) * device.memory * 1e9
+
+
+def cell(config: ModelConfig, name: str, count: int, rank: int) -> str:
+    """GB of the fullest moment, bold where it fits."""
+    device = DEVICES[name]
+    most = max(need(config, device, count, rank))
+    text = f"{most / 1e9:.0f}"
+    return f"**{text}**" if most <= usable(name, device) else text
+
+
+def main() -> None:
+    """Prints the table."""
+    configs = {size: published_config(name) for size, name in MODELS.items()}
+    columns = [f"{size}{part}" for size in MODELS for part in ("", " LoRA")]
+    print("| device | usable GB |", " | ".join(columns), "|")
+    print("|---|---|" + "---|" * len(columns))
+    for name, count in MACHINES:
+        label = f"{name}-{count}" if count > 1 else name
+        cells = [
+            cell(config, name, count, rank)
+            for config in configs.values()
+            for rank in (0, RANK)
+        ]
+        limit = usable(name, DEVICES[name]) / 1e9
+        print(f"| `{label}` | {limit:.0f} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()
