@@ -12,7 +12,8 @@ class Problem(NamedTuple):
       question: text of the question.
       solution: text that a student should generate as its solution.
       answer: the text that a grader compares with; None where there is none.
-      grader: one of `rlt_jax.rl.grading.GRADERS`, or "module:function".
+      grader: one of `rlt_jax.rl.grading.GRADERS`, or "module:function", or
+        "module:function?argument".
       history: (role, text) of the turns before the question, in a longer conversation.
     """
 

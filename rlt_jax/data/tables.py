@@ -71,20 +71,15 @@ def find_files(path: str, source: str = "") -> list[Path]:
     hint = f" Download it: {source}." if source else ""
     if str(path).startswith("hf:"):
         path, hint = _download(path)
+    names, why = [path], f"{given}: it has no file that ends in {endings}; add one."
     if os.path.isdir(path):
-        files = [f for f in Path(path).iterdir() if f.suffix in ENDINGS and f.is_file()]
-        if not files:
-            raise UserError(
-                f"{given}: it has no file that ends in {endings}; add one.{hint}"
-            )
-        return sorted(files)
-    names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+        names = [name for name in Path(path).iterdir() if name.suffix in ENDINGS]
+    elif not os.path.isfile(path):
+        names = glob.glob(path, recursive=True)
+        why = f"{given!r}: no such file, folder or glob pattern; name one of {endings}."
     files = sorted(Path(name) for name in names if os.path.isfile(name))
     if not files:
-        raise UserError(
-            f"{given!r}: no such file or directory, and no match as a glob pattern; give "
-            f"a file that ends in {endings}, a directory of them, or a glob pattern.{hint}"
-        )
+        raise UserError(why + hint)
     for file in files:
         if file.suffix not in ENDINGS:
             raise UserError(
@@ -105,12 +100,11 @@ def _download(path: str) -> tuple[str, str]:
         raise UserError(f"{path!r}: write hf://datasets/ORG/NAME[@REVISION]/PATH.")
     name, revision, inside = match[1], match[2] or "main", (match[3] or "").strip("/")
     literal = glob.escape(inside)
-    folder = f"{literal}/" if inside else ""
-    wanted = [f"{folder}*{ending}" for ending in ENDINGS]
+    wanted = [os.path.join(literal, f"*{ending}") for ending in ENDINGS]
     if inside:
         wanted += [literal, inside, inside.replace("**/", "")]
     # A * of the Hub also stands for slashes: what lies deeper is not wanted.
-    depth = folder.count("/") if inside == literal else inside.count("/")
+    depth = (wanted[0] if inside == literal else inside).count("/")
     deeper = None if "**" in inside else "*/" * (depth + 1) + "*"
     try:
         root = huggingface_hub.snapshot_download(
@@ -131,50 +125,35 @@ def _download(path: str) -> tuple[str, str]:
 
 
 def _records(file: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:
+    failure, remedy = f"{file} cannot be read", "Create or download it again"
     try:
         if file.suffix == ".csv":
             csv.field_size_limit(sys.maxsize)  # traces can be long
             with file.open(encoding="utf-8-sig", newline="") as lines:
-                records = csv.DictReader(lines)
-                for where, record in _numbered(file, records):
+                rows = csv.DictReader(lines)
+                for where, record in _numbered(f"{file}, record", rows):
                     if None in record:
-                        raise UserError(
-                            f"{where}: it has more fields than the header; put texts with "
-                            "commas in quotes."
-                        )
+                        failure, remedy = where, "Put texts with commas in quotes"
+                        raise csv.Error("it has more fields than the header")
                     yield where, {k: v or None for k, v in record.items()}
         elif file.suffix == ".parquet":
-            yield from _numbered(file, _parquet_records(file, columns))
+            yield from _numbered(f"{file}, record", _parquet_records(file, columns))
         elif file.suffix == ".json" and file.read_bytes().lstrip()[:1] == b"[":
-            yield from _numbered(file, json.loads(file.read_bytes()))
+            yield from _numbered(f"{file}, record", json.loads(file.read_bytes()))
         else:
-            yield from _json_lines(file)
-    except UserError:
-        raise
+            with file.open("rb") as lines:  # bytes: texts may contain other separators
+                for where, line in _numbered(f"{file}, line", lines):
+                    failure = f"{where}: not valid JSON"  # or not UTF-8
+                    remedy = "Write one JSON object per line"
+                    if line.strip():
+                        yield where, json.loads(line)
     except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-        raise UserError(
-            f"{file} cannot be read: {error}. Create or download it again."
-        ) from error
+        raise UserError(f"{failure}: {error}. {remedy}.") from error
 
 
-def _numbered(file: Path, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def _numbered(name: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for number, record in enumerate(records, 1):
-        yield f"{file}, record {number}", record
-
-
-def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:  # bytes: texts may contain other line separators
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise UserError(
-                    f"{where}: not valid JSON: {error}. Write one JSON object per line."
-                ) from error
-            yield where, record
+        yield f"{name} {number}", record
 
 
 def _parquet_records(file: Path, columns: Collection[str] | None) -> Iterator[Record]:

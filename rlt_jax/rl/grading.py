@@ -1,18 +1,15 @@
 """Graders: is an answer correct, and what does it count as in a majority vote?"""
 
 import re
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import wait
+from collections.abc import Sequence
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
-from rlt_jax.rl import math_answers
-from rlt_jax.rl.math_answers import Pair, Verdict, compare
+from rlt_jax.rl.math_answers import Pair, Verdict, call_grader, compare
 from rlt_jax.settings import load_function
 
 MAX_CHARACTERS = 2000  # searched for the letter of a choice, from the end
-SECONDS = 20.0  # for a grader in a process of its own, with the import of its library
 
 
 def grade(
@@ -31,66 +28,46 @@ def grade(
       UserError: a problem has no answer or an unknown grader.
     """
     check_gradable(problems)
-    keys = [
-        None if text is None else (problem.grader, text, problem.answer)
+    pairs = [
+        None if text is None else Pair(text, problem.answer, problem.grader)
         for problem, text in zip(problems, predictions, strict=True)
     ]
-    apart = {key for key in keys if key is not None and "?" in key[0]}
-    graded = {key: _grade(*key) for key in set(keys) - apart - {None}}
-    graded |= _apart(apart) if apart else {}
-    compared = compare([pair for pair in graded.values() if isinstance(pair, Pair)])
-    verdicts = [Verdict(False) if key is None else graded[key] for key in keys]
-    return [compared[v] if isinstance(v, Pair) else v for v in verdicts]
+    verdicts = {pair: _grade(pair) for pair in set(pairs)}
+    verdicts |= compare([pair for pair in verdicts if verdicts[pair] is None])
+    return [verdicts[pair] for pair in pairs]
 
 
 def check_gradable(problems: Sequence[Problem]) -> None:
     """Refuses problems without an answer, or a blank one, or an unknown grader."""
     for problem in problems:
-        what = f"the problem {problem.question[:60]!r} has"
+        what, grader = f"the problem {problem.question[:60]!r} has", problem.grader
         if not (problem.answer or "").strip():
             raise UserError(
                 f"{what} no `answer`: grading needs an 'answer' for every question."
             )
-        if ":" in problem.grader:
-            load_function(problem.grader.partition("?")[0])
-        elif problem.grader not in GRADERS:
+        if ":" in grader:
+            load_function(grader.partition("?")[0])
+        elif grader not in GRADERS:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
-            raise UserError(
-                f"{what} the unknown grader {problem.grader!r}; known are {known}."
-            )
+            raise UserError(f"{what} the unknown grader {grader!r}; known are {known}.")
 
 
-def _grade(grader: str, prediction: str, answer: str) -> Verdict | Pair:
-    if grader in GRADERS:
-        return GRADERS[grader](prediction, answer)
-    path, *argument = grader.split("?", 1)
-    correct = bool(load_function(path)(prediction, answer, *argument))
-    return Verdict(correct, answer.strip() if correct else prediction.strip() or None)
+def _grade(pair: Pair | None) -> Verdict | None:
+    """None for a pair that is to be compared in a process with limits."""
+    if pair is None:
+        return Verdict(False)
+    if pair.grader in GRADERS:
+        return GRADERS[pair.grader](pair.prediction, pair.answer)
+    return None if "?" in pair.grader else call_grader(pair)
 
 
-def _apart(keys: Collection[tuple[str, str, str]]) -> dict[tuple, Verdict]:
-    """`_grade` in the processes of `math_answers`."""
-    compare([Pair("1/2", "0.5")])  # starts them, or says why they do not start
-    pool, verdicts = math_answers._running(), {}
-    futures = {key: pool.schedule(_grade, key, timeout=SECONDS) for key in keys}
-    for key, future in futures.items():
-        while pool.active and not future.done():
-            wait([future], timeout=1)  # a broken pool forgets what waits in its queue
-        error = future.exception() if future.done() else RuntimeError()
-        kind = "timeout" if isinstance(error, TimeoutError) else "crash"
-        verdicts[key] = Verdict(False, error=kind) if error else future.result()
-    return verdicts
-
-
-def _math(prediction: str, answer: str) -> Verdict | Pair:
+def _math(prediction: str, answer: str) -> Verdict | None:
     """Equal as mathematics, by math-verify as lighteval and Open R1 use it.
 
     A prediction with the same text as the answer needs no parsing.
     """
-    pair = Pair(prediction.strip(), answer.strip())
-    if pair.prediction == pair.answer:
-        return Verdict(True, pair.answer)
-    return pair if pair.prediction else Verdict(False)
+    verdict = _exact(prediction, answer)
+    return verdict if verdict.correct or verdict.answer is None else None
 
 
 # LaTeX around a letter.
@@ -159,8 +136,4 @@ def _exact(prediction: str, answer: str) -> Verdict:
     return Verdict(text == answer.strip(), text or None)
 
 
-GRADERS: dict[str, Callable[[str, str], Verdict | Pair]] = {
-    "math": _math,
-    "choice": _choice,
-    "exact": _exact,
-}
+GRADERS = {"math": _math, "choice": _choice, "exact": _exact}

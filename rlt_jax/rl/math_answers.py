@@ -1,14 +1,16 @@
-"""Mathematical equality by math-verify, in a pool of processes with limits.
+"""Mathematical equality by math-verify, and other graders, in processes with limits.
 
 Completions are parsed and compared as lighteval and Open R1 do for AIME and MATH-500
-(see `_compare_pair`), so that accuracies can be compared with theirs.
+(see `_equal`), so that accuracies can be compared with theirs.
 
 A completion may keep a parser busy forever or fill all memory, so each comparison has a
-time limit and each process a memory limit. The processes start with the first comparison,
-do not import JAX, and end with the interpreter.
+time limit and each process a memory limit; so have graders that are functions with an
+argument. The processes start with the first comparison, do not import JAX, and end with the
+interpreter.
 """
 
 import atexit
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -24,8 +26,10 @@ from typing import NamedTuple
 import pebble
 
 from rlt_jax.errors import UserError
+from rlt_jax.settings import load_function
 
 SECONDS = 5.0  # for one comparison; the start of a process does not count
+FUNCTION_SECONDS = 20.0  # the same for other graders, with the import of a library
 MEMORY = 4 * 2**30  # bytes of address space of a process
 MAX_PROCESSES = 8
 ATTEMPTS = 3
@@ -44,10 +48,14 @@ _IGNORED = re.compile(
 
 
 class Pair(NamedTuple):
-    """Texts to compare: a completion and the reference answer."""
+    """Texts to compare: a completion and the reference answer.
+
+    `grader` is "math", or the function that compares them, "module:function?argument".
+    """
 
     prediction: str
     answer: str
+    grader: str = "math"
 
 
 class Verdict(NamedTuple):
@@ -82,9 +90,8 @@ def compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
             verdicts |= _compare(left)
     if len(verdicts) < len(set(pairs)):
         raise UserError(
-            "the processes that grade answers do not start, or something ends them. A "
-            'script has to keep its work under `if __name__ == "__main__":`, as each '
-            "process imports it; on a machine short of memory, the system may end processes."
+            "the processes that grade answers are ended, as by a system short of memory, or "
+            'do not start: a script has to keep its work under `if __name__ == "__main__":`.'
         )
     return verdicts
 
@@ -92,21 +99,17 @@ def compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
 def _compare(pairs: Collection[Pair]) -> dict[Pair, Verdict]:
     """Like `compare`, but without the pairs that a broken pool did not get to."""
     pool, futures, verdicts = _running(), {}, {}
-    try:
+    with contextlib.suppress(RuntimeError):  # the pool has just broken
         for pair in pairs:
-            arguments = (pair, 2 * SECONDS)
-            futures[pair] = pool.schedule(_compare_pair, arguments, timeout=SECONDS)
-    except RuntimeError:  # the pool has just broken
-        return {}
+            limit = SECONDS if pair.grader == "math" else FUNCTION_SECONDS
+            futures[pair] = pool.schedule(_judge, (pair, 2 * limit), timeout=limit)
     for pair, future in futures.items():
         while pool.active and not future.done():
             wait([future], timeout=1)  # a broken pool forgets what waits in its queue
         error = future.exception() if future.done() else BrokenProcessPool()
-        if error is None:
-            verdicts[pair] = future.result()
-        elif not isinstance(error, BrokenProcessPool):  # raised by sympy, or its end
-            timed_out = isinstance(error, TimeoutError)
-            verdicts[pair] = Verdict(False, error="timeout" if timed_out else "crash")
+        if not isinstance(error, BrokenProcessPool):  # else it waits for the next pool
+            kind = "timeout" if isinstance(error, TimeoutError) else "crash"
+            verdicts[pair] = Verdict(False, error=kind) if error else future.result()
     return verdicts
 
 
@@ -115,13 +118,9 @@ def _running() -> pebble.ProcessPool:
     with _lock:
         if _pool is None or not _pool.active:  # idle processes that die break a pool
             _stop()
-            _pool = pebble.ProcessPool(
-                min(MAX_PROCESSES, os.cpu_count() or 1),
-                initializer=_begin,
-                initargs=(MEMORY,),
-                # Never fork: JAX has threads.
-                context=multiprocessing.get_context("spawn"),
-            )
+            count = min(MAX_PROCESSES, os.cpu_count() or 1)
+            spawn = multiprocessing.get_context("spawn")  # never fork: JAX has threads
+            _pool = pebble.ProcessPool(count, initializer=_begin, context=spawn)
         return _pool
 
 
@@ -137,18 +136,39 @@ def _exit() -> None:
     _stop()
 
 
-def _begin(memory: int) -> None:
+def _begin() -> None:
     """Prepares a process before its first pair."""
     logging.disable()  # math-verify warns that its own time limits are off
     # Imports and compiles now, when no time limit counts.
-    _compare_pair(Pair("2/4", "0.5"), alarm=0)
+    _judge(Pair("2/4", "0.5"), alarm=0)
     # The handler of the pool would wait for the end of a long computation.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def _compare_pair(pair: Pair, alarm: float) -> Verdict:
-    """Compares in a process of the pool, as lighteval and Open R1 do.
+def _judge(pair: Pair, alarm: float) -> Verdict:
+    """Compares in a process of the pool.
+
+    Args:
+      pair: the texts to compare.
+      alarm: seconds after which the process ends itself, should the pool be gone.
+    """
+    signal.setitimer(signal.ITIMER_REAL, alarm)
+    verdict = _equal(pair) if pair.grader == "math" else call_grader(pair)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return verdict
+
+
+def call_grader(pair: Pair) -> Verdict:
+    """Compares with a grader "module:function" or "module:function?argument"."""
+    path, *argument = pair.grader.split("?", 1)
+    correct = bool(load_function(path)(pair.prediction, pair.answer, *argument))
+    vote = pair.answer if correct else pair.prediction
+    return Verdict(correct, vote.strip() or None)
+
+
+def _equal(pair: Pair) -> Verdict:
+    """Compares as lighteval and Open R1 do.
 
     This is the protocol of their `latex_gold_metric` and `expr_gold_metric`. From the
     prediction math-verify extracts the `\\boxed{}` (those that stand close together are
@@ -158,22 +178,16 @@ def _compare_pair(pair: Pair, alarm: float) -> Verdict:
     Numbers are compared to 5 decimals. Before that the signs − and √ are rewritten, and
     separators of thousands and signs of currencies left out, which math-verify does not
     parse everywhere.
-
-    Args:
-      pair: the texts to compare.
-      alarm: seconds after which the process ends itself, should the pool be gone.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    signal.setitimer(signal.ITIMER_REAL, alarm)
+    answer = pair.answer.strip()
     latex = LatexExtractionConfig(boxed_match_priority=0)
-    prediction, answer = _ascii(pair.prediction), _ascii(f"\\boxed{{{pair.answer}}}")
+    prediction, boxed = _ascii(pair.prediction.strip()), _ascii(f"\\boxed{{{answer}}}")
     parsed = parse(prediction, [ExprExtractionConfig(), latex], parsing_timeout=None)
-    gold = parse(answer, [latex], parsing_timeout=None)
+    gold = parse(boxed, [latex], parsing_timeout=None)
     correct = verify(gold, parsed, float_rounding=5, timeout_seconds=None)
-    vote = pair.answer if correct else _canonical(prediction, parsed)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return Verdict(correct, vote)
+    return Verdict(correct, answer if correct else _canonical(prediction, parsed))
 
 
 def _ascii(text: str) -> str:

@@ -100,9 +100,7 @@ def test_every_process_generates_the_same() -> None:
 def test_the_environment_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
     monkeypatch.setenv("PYTHONHASHSEED", "5")
-    with pytest.raises(
-        UserError, match="data.dataset='gdc': unknown; reasoning_gym has gcd"
-    ):
+    with pytest.raises(UserError, match="data.dataset='gdc': one of .* gcd,"):
         puzzles("gdc")
     assert os.environ["PYTHONHASHSEED"] == "5"
 
@@ -161,9 +159,8 @@ def test_composites_are_generated_from_a_config(tiny: Template) -> None:
     [
         (
             {"dataset": "chain_sums"},
-            "dataset='chain_sums': .* has chain_sum, .*decimal",
+            "dataset='chain_sums': one of ab, acre, .* chain_sum, .* zebra_puzzles",
         ),
-        ({"dataset": "qqqqqqqq"}, "has ab, acre, .* zebra_puzzles"),
         ({"split": "dev"}, "data.split='dev': one of train, test"),
         ({"config": {"max_valu": 3}}, "'max_valu'.* 'gcd' are .* max_value"),
         ({"config": {"max_numbers": 1}}, "data.config={.*max_numbers must be >="),

@@ -210,7 +210,7 @@ def test_private_data_sets_are_read_with_a_token(hub: Hub, tmp_path: Path) -> No
         (f"{OPEN}@v9/all.jsonl", ["Revision Not Found", "/v9"]),
         (f"{OPEN}/all.json", ["no such file", "/datasets/org/open/tree/main."]),
         (f"{OPEN}@v1/none", ["no such file", "/datasets/org/open/tree/v1."]),
-        (f"{OPEN}/*.csv", ["no match as a glob pattern"]),
+        (f"{OPEN}/*.csv", ["no such file, folder or glob pattern"]),
         (f"{OPEN}/README.md", ["unknown file type '.md'"]),
         ("hf://org/open/all.jsonl", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
         ("hf://datasets/open", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),

@@ -14,7 +14,7 @@ import pytest
 from rlt_jax.data.tasks import benchmarks, gsm8k
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
-from rlt_jax.rl import grading, math_answers
+from rlt_jax.rl import math_answers
 from rlt_jax.rl.grading import Verdict, grade
 
 HANGS = r"\boxed{9^{9^{9^9}}}"  # one computation in C that no signal handler interrupts
@@ -398,7 +398,7 @@ def test_graders_with_an_argument_run_in_other_processes() -> None:
 
 
 def test_a_grader_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading, "SECONDS", 2.0)
+    monkeypatch.setattr(math_answers, "FUNCTION_SECONDS", 2.0)
     slow = f"{SUB}{'a' * 99}b"
     problems = [Problem("q", "s", FIRST, slow)] * 3
     began = time.monotonic()

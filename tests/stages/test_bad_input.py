@@ -114,7 +114,8 @@ def test_a_question_longer_than_the_context(
 def test_a_question_without_answer_cannot_be_graded(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:
-    values = section("evaluate") | {"data": write(tmp_path / "data.jsonl", GOOD_ROW)}
+    row = GOOD_ROW | {"solution": "It is so."}  # a number at its end would be graded
+    values = section("evaluate") | {"data": write(tmp_path / "data.jsonl", row)}
     with pytest.raises(UserError, match="needs an 'answer' for every question"):
         run_stage(values, tmp_path / "run")
 

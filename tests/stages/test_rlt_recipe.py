@@ -138,6 +138,7 @@ def test_traces_warm_the_teacher_up(model: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_gsm8k_compares_all_students(shared: Path, tmp_path: Path) -> None:
     tokenizer = shared / DEEPSEEK
     model = write_tiny(tmp_path / "tiny", tokenizer, 128_815)

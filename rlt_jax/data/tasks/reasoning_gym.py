@@ -15,7 +15,6 @@ Train and test questions are disjoint, as those of `arithmetic`: a question belo
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import multiprocessing
@@ -117,12 +116,8 @@ def _create(dataset: str, settings: str, seed: int) -> Any:
     try:
         from reasoning_gym import composite, factory
     except ImportError as error:
-        missing = f"data.task='reasoning_gym' needs more packages ({error})"
-        raise UserError(f"{missing}: pip install 'rlt_jax[reasoning_gym]'.") from error
-    if dataset not in factory.DATASETS:
-        names = sorted(factory.DATASETS)
-        near = ", ".join(difflib.get_close_matches(dataset, names) or names)
-        raise UserError(f"data.dataset={dataset!r}: unknown; reasoning_gym has {near}.")
+        raise UserError(f"{error}: pip install 'rlt_jax[reasoning_gym]'.") from error
+    check_choice("data.dataset", dataset, sorted(factory.DATASETS))
     config = json.loads(settings)
     try:
         if parts := config.get("datasets"):
