@@ -150,7 +150,7 @@ def compute(
         values = reward.rlt(batch, jnp.float32(kl_coef))
         values = {RLT: values["value"]} | values
         E = len(rollout.requests)
-        if E < len(batch.closed):
+        if E < len(values[RLT]):
             values = {name: value[:E] for name, value in values.items()}
     for term in reward.terms:
         if term.function:

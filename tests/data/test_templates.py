@@ -157,7 +157,7 @@ def test_a_shipped_template_can_be_copied_and_named_by_path(
 
 
 def test_bad_template_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither a file nor .* \(rlt, tiny\)"):
+    with pytest.raises(UserError, match=r"neither a file nor .* \(rlt, short, tiny\)"):
         load_template("no_such_template")
     file = tmp_path / "mine.json"
     file.write_text("{")
