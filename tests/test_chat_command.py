@@ -1,5 +1,6 @@
 """`rlt_jax chat`: what is typed, what is printed, and what bad input ends in."""
 
+import contextlib
 import io
 import json
 import os
@@ -334,13 +335,12 @@ def test_what_can_be_typed(
     run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = asked(monkeypatch)
-    typed = "1+1?\n:help\n\n two \\\nlines\n"
+    typed = "1+1?\n\n two \\\nlines\n"
     printed = run("--model=embedded", typed=typed, at_terminal=True)
     assert questions == [(0, "1+1?"), (1, "two \nlines")]
-    assert printed.startswith("embedded as a student.")
-    _, interrupted, shown, empty, continued, end = printed.split("question> ")
+    assert printed.startswith("embedded as a student:")
+    _, interrupted, empty, continued, end = printed.split("question> ")
     assert interrupted == "\n[stopped]\n"
-    assert shown == f"{chat.HELP}\n"
     assert not empty
     assert continued.startswith("... fine\n[1 tokens")
     assert end == "\n"
@@ -381,8 +381,12 @@ def test_a_real_terminal() -> None:
         os.write(main, f"{QUESTIONS[0]}\n".encode())
         wait_for("tokens/s]")
         wait_for("question> ")
-        time.sleep(1)  # Python's readline misses a signal just after the prompt
-        process.send_signal(signal.SIGINT)
+        for _ in range(5):  # Python's readline can miss a signal after the prompt
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+                break
         assert process.wait(60) == 130
         while select.select([main], [], [], 0)[0]:
             try:
