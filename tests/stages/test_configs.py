@@ -101,17 +101,21 @@ def test_every_setting_can_be_overridden(file: Path) -> None:
 @each_config
 def test_none_is_a_placeholder(file: Path) -> None:
     """A value of any type, or of the placeholder's own, may take its place."""
-    config = parse(file)
-    for section_path, section in sections(config):
-        for key in section:
-            path = f"{section_path}.{key}" if section_path else key
-            if section[key] is not None:
-                continue
-            for value in (2, 0.5, "text", (1, 2), {"task": "file"}):
-                expected = section.get_type(key)
-                if expected is object or isinstance(value, expected):
-                    changed = dict(sections(parse(file, f"{path}={value}")))
-                    assert changed[section_path].to_dict()[key] == value, path
+    before = dict(sections(parse(file)))
+    for value in (2, 0.5, "text", (1, 2), {"task": "file"}):
+        paths = {
+            f"{where}.{key}" if where else key: (where, key)
+            for where, section in before.items()
+            for key in section
+            if section[key] is None
+            and (
+                section.get_type(key) is object
+                or isinstance(value, section.get_type(key))
+            )
+        }
+        changed = dict(sections(parse(file, *(f"{path}={value}" for path in paths))))
+        for path, (where, key) in paths.items():
+            assert changed[where].to_dict()[key] == value, path
 
 
 def sections(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
