@@ -17,8 +17,8 @@ with a number or a box, and the log-probability that it gives to the solutions.
 --config.compare=True adds what RLT is compared with: students of the worked solutions,
 of the warmed-up teacher, and of a solver that was trained by correctness RL.
 
-`configs/rlt.py:gsm8k` runs on GSM8K, `configs/rlt.py:smollm2_cpu` is the study of
-docs/real_model.md, SmolLM2-135M on two CPU cores in about four hours.
+`configs/rlt.py:gsm8k` runs on GSM8K, `configs/rlt.py:smollm2_cpu` compares everything with
+SmolLM2-135M on two CPU cores, sized for about four hours.
 
 Hardware: `device` picks settings for it, such as "t4", "h100-8" or "v5e-8"; "auto" goes
 by what JAX finds. The guide has a table of models that fit. With `lora_rank=0` all
@@ -75,8 +75,7 @@ class Device(NamedTuple):
     offload: bool = False
 
 
-# The first whose kind is found counts. On CPU "dots" saves
-# memory for activations at next to no cost.
+# The first whose kind is found counts. On CPU "dots" saves memory for activations.
 DEVICES = {
     "cpu": Device("cpu", 0, 512, 16, "float32", "dots"),
     "t4": Device("t4", 16, 2048, 16, offload=True),

@@ -199,14 +199,20 @@ def test_the_base_of_adapters_has_to_be_their_model(
         export(tmp_path / "out", stage, adapter_base=str(base))
 
 
-def test_the_card_has_every_stage_on_the_way(
+@pytest.fixture
+def trained(
     section: Callable[[str], dict[str, Any]],
     run_stage: Callable[[dict[str, Any], Path], Path],
     tmp_path: Path,
-) -> None:
+) -> Path:
+    """The folder of a stage that trained all parameters for a step."""
     sft = section("sft")
     sft["sft"]["steps"] = 1
-    first = run_stage(sft, tmp_path / "run")
+    return run_stage(sft, tmp_path / "run")
+
+
+def test_the_card_has_every_stage_on_the_way(trained: Path, tmp_path: Path) -> None:
+    first = trained
     for after, role in (("second", "policy"), ("third", "model")):
         folder = Path(shutil.copytree(first, tmp_path / after))
         settings = json.dumps({role: {"path": str(first)}, "of": after})
@@ -218,14 +224,9 @@ def test_the_card_has_every_stage_on_the_way(
 
 
 def test_a_stage_without_adapters_has_none_to_export(
-    section: Callable[[str], dict[str, Any]],
-    run_stage: Callable[[dict[str, Any], Path], Path],
-    tmp_path: Path,
+    trained: Path, tmp_path: Path
 ) -> None:
-    sft = section("sft")
-    sft["sft"]["steps"] = 1
-    stage = run_stage(sft, tmp_path / "run")
-    for path in (str(stage), "embedded"):
+    for path in (str(trained), "embedded"):
         with pytest.raises(UserError, match="it is no stage that trained adapters"):
             export(tmp_path / "out", path, adapter_base="someone/some-model")
 
