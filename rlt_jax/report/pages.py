@@ -65,7 +65,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         for statistic in ("", "_standard_error"):
             value = teacher[f"held_out_reward{statistic}_{when}"]
             summary[f"teacher_reward_{label}{statistic}"] = value
-    summary |= _accuracies(results, answers) | {"seed": seed} | _seconds(workdir)
+    summary |= _accuracies(results, answers) | {"seed": seed} | _costs(workdir)
     write_page(
         workdir / OUT,
         "page.html",
@@ -127,12 +127,17 @@ def _compared(
     return statistics.compare(a, b, (last, other))._asdict() if a or b else {}
 
 
-def _seconds(workdir: Path) -> Record:
-    """Seconds of every finished stage except the report, in the order of their ends."""
+def _costs(workdir: Path) -> Record:
+    """Seconds and peak memory of every finished stage but the report, oldest first."""
     done = [path for path in workdir.glob("*/done.json") if path.parent.name != OUT]
     done.sort(key=lambda path: (path.stat().st_mtime_ns, path))
-    seconds = {path.parent.name: read_json(path)["seconds"] for path in done}
-    return {"seconds_total": math.fsum(seconds.values()), "seconds": seconds}
+    stages = {path.parent.name: read_json(path) for path in done}
+    seconds = {name: stage["seconds"] for name, stage in stages.items()}
+    return {
+        "seconds_total": math.fsum(seconds.values()),
+        "seconds": seconds,
+        "peak_gib": {name: stage.get("peak_gib") for name, stage in stages.items()},
+    }
 
 
 def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, bytes]:

@@ -2,7 +2,8 @@
 
 A stage is a module with `SECTIONS`, the owners of the keys of its config, and
 `run(config, workdir, seed)`, which is given that config, the folder of the stage and the
-seed of everything random, and returns a summary that goes into `done.json`.
+seed of everything random, and returns a summary that goes into `done.json`, beside the
+seconds and the peak memory of the stage (on accelerators, of all stages so far).
 """
 
 import datetime
@@ -26,7 +27,7 @@ from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
 from rlt_jax.training import hosts
-from rlt_jax.training.metrics import finite
+from rlt_jax.training.metrics import finite, peak_gib, reset_peak
 
 _LOG = logging.getLogger("rlt_jax")
 
@@ -160,6 +161,7 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
         )
     stage = values["stage"]
     _LOG.info("stage %s (%s) begins", name, stage)
+    reset_peak()
     start = time.monotonic()
     config = ConfigDict(values)
     del config.seed, config.stage
@@ -170,7 +172,8 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
             _remove_untouched(folder)
         raise
     seconds = time.monotonic() - start
-    done = {"stage": stage, "seconds": seconds, "summary": summary}
+    done = {"stage": stage, "seconds": seconds, "peak_gib": peak_gib()}
+    done["summary"] = summary
     hosts.from_first(lambda: _complete(folder, done))
     _LOG.info("stage %s took %.0f s", name, seconds)
 

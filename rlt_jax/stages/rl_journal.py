@@ -29,7 +29,7 @@ from rlt_jax.training.metrics import (
     MetricWriter,
     append_jsonl,
     keep_records,
-    memory_metrics,
+    peak_gib,
     phase_metrics,
     steps,
 )
@@ -135,7 +135,7 @@ class Journal:
         c, done = self.c, step + 1
         metrics = reward_metrics(reward, self._advantage, c.group_size)
         metrics |= over_updates(updates) | rollout_metrics(rollout)
-        metrics |= _overlong(batch) | memory_metrics()
+        metrics |= _overlong(batch) | {"memory/peak_gib": peak_gib()}
         metrics |= self._phases(rollout, len(updates))
         if is_due(done, c.evaluate_every, c.steps):
             result = self._evaluate(done)

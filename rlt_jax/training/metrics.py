@@ -18,6 +18,8 @@ import tqdm
 
 from rlt_jax.training import hosts
 
+RESET = Path("/proc/self/clear_refs")
+
 
 class MetricWriter:
     """Writes the metrics of a stage one step late, so that the device never waits.
@@ -71,14 +73,20 @@ class MetricWriter:
         self._events.close()
 
 
-def memory_metrics() -> dict[str, float]:
-    """Peak memory so far in GiB of the first device; on CPU, of the process."""
+def reset_peak() -> None:
+    """Lets the peak memory of the process begin anew, where it runs on Linux."""
+    if RESET.exists():
+        RESET.write_text("5")
+
+
+def peak_gib() -> float:
+    """Peak memory in GiB of the first device; on CPU, of the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
         peak = stats["peak_bytes_in_use"]
-    return {"memory/peak_gib": peak / 2**30}
+    return peak / 2**30
 
 
 def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:

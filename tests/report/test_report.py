@@ -59,6 +59,8 @@ def workdir(tmp_path: Path) -> Path:
     for seconds, stage in enumerate(stages, start=1):
         summary = held_out if stage == "rl" else {}
         done = {"stage": stage, "seconds": seconds + 0.5, "summary": summary}
+        if seconds < len(stages):
+            done["peak_gib"] = seconds + 1.0
         _write(tmp_path / stage / "done.json", done)
     rows: list[dict[str, Any]] = [
         {"step": 0, "reward/value_mean": -0.5, "reward/value_std": 0.1},
@@ -141,6 +143,14 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
             "eval_base": 4.5,
             "eval_student_warmup": 5.5,
             "eval_student_rlt": 6.5,
+        },
+        "peak_gib": {
+            "rl": 2.0,
+            "collect_warmup": 3.0,
+            "collect_rlt": 4.0,
+            "eval_base": 5.0,
+            "eval_student_warmup": 6.0,
+            "eval_student_rlt": None,  # of a version that did not measure it
         },
     }
     assert json.loads((workdir / "summary.json").read_text()) == summary | {

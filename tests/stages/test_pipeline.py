@@ -82,6 +82,7 @@ def test_stages_run_in_order_and_leave_what_they_did(
     assert done(tmp_path / "b")["summary"] == {"path": f"{tmp_path}/a", "seed": 7}
     assert done(tmp_path / "b")["stage"] == "sft"
     assert done(tmp_path / "b")["seconds"] >= 0
+    assert done(tmp_path / "b")["peak_gib"] > 0
     written = json.loads((tmp_path / "b" / "settings.json").read_text("utf-8"))
     assert written["options"] == {"path": f"{tmp_path}/a", "sizes": [1, 2.5]}
 

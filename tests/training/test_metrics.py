@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from rlt_jax.training.metrics import (
+    RESET,
     MetricWriter,
     append_jsonl,
     keep_records,
     keep_whole_batches,
+    peak_gib,
     read_jsonl,
+    reset_peak,
     steps,
 )
 
@@ -162,3 +165,15 @@ def test_a_loop_that_ends_early_keeps_its_trace(tmp_path: Path) -> None:
         if step == 2:
             break
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="the peak can be reset on Linux only")
+def test_the_peak_counts_from_its_last_reset() -> None:
+    size = 1 << 29
+    reset_peak()
+    before = peak_gib()
+    np.ones(size, np.uint8)
+    high = peak_gib()
+    assert high > before + 0.4
+    reset_peak()
+    assert peak_gib() < high - 0.4
