@@ -159,6 +159,7 @@ def get_config(variant: str = "own") -> ConfigDict:
     _add_evaluate(c, "solve", "solver", "train")
     c.solve.evaluate.update(SOLVE)
     _add_sft(c, "distil_solved", "student", "solve")
+    c.distil_solved.sft.allow_empty = True  # no answer may be right
     for name, model in EVALUATED.items():
         _add_evaluate(c, name, model, "held_out")
     c.report = section(ReportConfig, rl="rl", traces=(), evaluations=())

@@ -50,6 +50,7 @@ FLAGS = (
     (flags.DEFINE_enum, "dtype", None, DTYPES, "By default the stage's, or float32."),
     (flags.DEFINE_boolean, "help", False, "Shows this."),
 )
+KEYS = "\\ at the end of a line goes on, Ctrl-C stops an answer, Ctrl-D or :quit ends."
 SAMPLING = {"temperature": 0.7, "max_new_tokens": 1024}
 KEPT = ("dtype", "param_dtype", "date")  # of a stage's section of the model
 # Of the 256 colors of terminals, pale to deep; text on them is black.
@@ -213,10 +214,7 @@ def _run(options: flags.FlagValues) -> None:
     if at_terminal:
         import readline  # noqa: F401 (`input` edits lines with it)
 
-        print(
-            f"{options.model} as a {role}: \\ at the end of a line continues it, Ctrl-C"
-        )
-        print("stops an answer, :quit or Ctrl-D ends.")
+        print(f"{options.model} as a {role}: {KEYS}")
     for n in itertools.count():
         question = ""
         try:

@@ -159,9 +159,8 @@ def make_scorer(
         records = []
         for n in range(len(given)):
             terms = {name: float(x[n]) for name, x in rewards.items()}
-            tokens = len(of_students[0][n].tokens)
             record = {"reward": terms.pop("value"), "terms": terms}
-            records.append(record | {"student_tokens": tokens})
+            records.append(record | {"student_tokens": len(of_students[0][n].tokens)})
         if per_token:
             values = jax.device_get(values_of_tokens(batch))
             segments = packed.students[0].explanation.segment
@@ -290,9 +289,8 @@ def make_solution_scorer(
         texts = [renderer.opened + text for text in completions]
         thoughts = map(renderer.template.own_thought, texts)
         after = means([Trace(*pair) for pair in zip(problems, thoughts, strict=True)])
-        distinct = list(dict.fromkeys(problems))
-        alone = means([Trace(problem, "") for problem in distinct])
-        without = dict(zip(distinct, alone, strict=True))
+        alone = [Trace(problem, "") for problem in dict.fromkeys(problems)]
+        without = dict(zip(dict.fromkeys(problems), means(alone), strict=True))
         return [
             dict(zip(SOLUTION_LOG_PROBS, (value, without[problem]), strict=True))
             for problem, value in zip(problems, after, strict=True)

@@ -16,7 +16,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import read_json, read_lines, write_page
-from rlt_jax.report.statistics import SOLUTION_LOG_PROBS, PairedDifference
+from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
 
 OUT = "report"  # folder of the report in the workdir
 QUANTITIES = ("accuracy", *SOLUTION_LOG_PROBS)
@@ -95,12 +95,10 @@ def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) ->
         )
     summary: Record = {}
     for label, result in results.items():
-        summary[f"accuracy_{label}"] = result["accuracy"]
-        summary[f"accuracy_{label}_standard_error"] = result["standard_error"]
-        for name in QUANTITIES[1:]:
+        for name in QUANTITIES:
+            error = "standard_error" if name == "accuracy" else f"{name}_standard_error"
             if name in result:
                 summary[f"{name}_{label}"] = result[name]
-                error = f"{name}_standard_error"
                 summary[f"{name}_{label}_standard_error"] = result[error]
     *others, last = results
     comparisons = [
@@ -109,11 +107,6 @@ def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) ->
         for other in others
         if (compared := _compared(answers, last, other, quantity))
     ]
-    for found in comparisons:
-        if found["quantity"] == "accuracy" and found["with"] == others[-1]:
-            summary["accuracy_difference"] = found["difference"]
-            for name in PairedDifference._fields[1:]:
-                summary[f"accuracy_difference_{name}"] = found[name]
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
     return summary | ({"comparisons": comparisons} if comparisons else {})
 

@@ -171,11 +171,10 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
         if hosts.is_first():
             _remove_untouched(folder)
         raise
-    seconds = time.monotonic() - start
-    done = {"stage": stage, "seconds": seconds, "peak_gib": peak_gib()}
-    done["summary"] = summary
+    costs = {"seconds": time.monotonic() - start, "peak_gib": peak_gib()}
+    done = {"stage": stage, **costs, "summary": summary}
     hosts.from_first(lambda: _complete(folder, done))
-    _LOG.info("stage %s took %.0f s", name, seconds)
+    _LOG.info("stage %s took %.0f s", name, costs["seconds"])
 
 
 def _is_complete(name: str, folder: Path, values: Record) -> bool:

@@ -19,7 +19,7 @@ from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.errors import UserError, check_minima
+from rlt_jax.errors import UserError, check_choice, check_minima
 from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampler import in_order
@@ -65,8 +65,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_minima("evaluate", self, batch_size=1, samples_per_problem=1)
-        if self.untagged not in ("wrong", "whole"):
-            raise UserError(f"evaluate.untagged={self.untagged!r}: wrong or whole.")
+        check_choice("evaluate.untagged", self.untagged, ("wrong", "whole"))
 
 
 SECTIONS = {
@@ -246,27 +245,22 @@ def _graded(
         extracted = [whole if text is None else text for text, whole in pairs]
     gradable = [n for n, problem in enumerate(problems) if problem.answer]
     graded = grade([problems[n] for n in gradable], [extracted[n] for n in gradable])
-    verdicts, rows = dict(zip(gradable, graded, strict=True)), []
-    for n, problem in enumerate(problems):
-        verdict = verdicts.get(n, Verdict(None))
-        row = {
+    verdicts, sampled = dict(zip(gradable, graded, strict=True)), bool(rollout.tokens)
+    return [
+        {
             **problem_record(problem),
             "completion": rollout.texts[n],
             "extracted": extracted[n],
-            "read": verdict.answer,
+            "read": (verdict := verdicts.get(n, Verdict(None))).answer,
             "correct": verdict.correct,
             "error": verdict.error,
-            "prompt_tokens": None,
-            "tokens": None,
-            "truncated": None,
+            "prompt_tokens": len(rollout.requests[n].prompt) if sampled else None,
+            "tokens": len(rollout.tokens[n]) if sampled else None,
+            "truncated": not rollout.finished[n] if sampled else None,
             **found[n],
         }
-        if rollout.tokens:
-            row["prompt_tokens"] = len(rollout.requests[n].prompt)
-            row["tokens"] = len(rollout.tokens[n])
-            row["truncated"] = not rollout.finished[n]
-        rows.append(row)
-    return rows
+        for n, problem in enumerate(problems)
+    ]
 
 
 def _write_right(

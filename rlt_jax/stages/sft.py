@@ -52,6 +52,8 @@ class SFTConfig:
       overlong: what happens to a trace whose sequence is longer: "error" raises, "drop"
         leaves it out, "shorter" uses another one of the same question that fits, if
         there is one, "truncate" cuts its sequence.
+      allow_empty: whether a file without any trace saves the model as it is, with a
+        warning, instead of ending the run.
       traces_per_question: maximum traces of each question of a source, chosen by the
         seed among those that fit; 0 for all.
       evaluate_every: steps between evaluations on the held-out traces, besides the first
@@ -70,6 +72,7 @@ class SFTConfig:
     epochs: float = 0.0
     micro_batch_size: int = 0
     overlong: str = "error"
+    allow_empty: bool = False
     traces_per_question: int = 0
     evaluate_every: int = 0
     checkpoint_every: int = 100
@@ -126,16 +129,22 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     check_rows(c, mesh)
     source = build(checkpoint.ModelSource, config.model, "model")
     opened = checkpoint.open_model(source)
+    file = Path(config.data.get("path") or "")
+    if c.allow_empty and file.is_file() and not file.stat().st_size:
+        _LOG.warning(f"{file} has no traces: the model is saved as it is")
+        params = checkpoint.load_params(
+            source, opened.model, mesh, jax.random.key(seed)
+        )
+        checkpoint.save_model(workdir, 0, opened, params)
+        return {"steps": 0, "traces": {}}
     renderer = Renderer(opened.tokenizer, load_template(config.template), c.role)
     context = opened.model.config.max_length
     sources = pipeline.load_sources(config.data, renderer.template, seed)
     made, counts = load_examples(c, sources, renderer, seed, context)
     held_out: list[Batch] = []
     if config.held_out is not None:
-        traces = pipeline.load_traces(
-            config.held_out, renderer.template, seed, "held_out"
-        )
-        others = [pipeline.Source("held_out", 1.0, traces)]
+        args = config.held_out, renderer.template, seed, "held_out"
+        others = [pipeline.Source("held_out", 1.0, pipeline.load_traces(*args))]
         # All are used: none is replaced by another trace of its question.
         overlong = "drop" if c.overlong == "shorter" else c.overlong
         every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)

@@ -83,10 +83,8 @@ def peak_gib() -> float:
     """Peak memory in GiB of the first device; on CPU, of the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        peak = stats["peak_bytes_in_use"]
-    return peak / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return stats["peak_bytes_in_use"] / 2**30
 
 
 def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:

@@ -127,11 +127,6 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
         "accuracy_student_warmup_traces_standard_error": 0.125,
         "accuracy_student_<i>$rlt_traces": 0.75,
         "accuracy_student_<i>$rlt_traces_standard_error": 0.125,
-        "accuracy_difference": pytest.approx(mean),
-        "accuracy_difference_standard_error": pytest.approx(error),
-        "accuracy_difference_low": pytest.approx(mean - t_975 * error),
-        "accuracy_difference_high": pytest.approx(mean + t_975 * error),
-        "accuracy_difference_p_value": pytest.approx(0.2152, abs=1e-4),
         "n_eval": 4,
         "samples_per_question": 2,
         "seed": 7,
@@ -160,7 +155,11 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
     assert list(found) == [("base", "accuracy"), ("student_warmup_traces", "accuracy")]
     last = found["student_warmup_traces", "accuracy"]
     assert last["of"] == "student_<i>$rlt_traces"
-    assert last["p_value"] == summary["accuracy_difference_p_value"]
+    assert last["difference"] == pytest.approx(mean)
+    assert last["standard_error"] == pytest.approx(error)
+    assert last["low"] == pytest.approx(mean - t_975 * error)
+    assert last["high"] == pytest.approx(mean + t_975 * error)
+    assert last["p_value"] == pytest.approx(0.2152, abs=1e-4)
     assert found["base", "accuracy"]["difference"] == 0.625
 
 

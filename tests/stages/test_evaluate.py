@@ -125,7 +125,7 @@ def test_a_whole_text_can_be_graded(
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         assert results["accuracy"] == pytest.approx(accuracy)
     predicting["evaluate"]["untagged"] = "right"
-    with pytest.raises(UserError, match="untagged='right': wrong or whole"):
+    with pytest.raises(UserError, match="untagged='right'.*wrong, whole"):
         run_stage(predicting, tmp_path / "right")
 
 

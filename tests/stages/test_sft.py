@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from jax.sharding import Mesh
 
+from rlt_jax.api import load_model
 from rlt_jax.data import pipeline, rows
 from rlt_jax.data.examples import Example, Renderer, student_examples
 from rlt_jax.data.rows import RowShape
@@ -137,6 +138,25 @@ def test_traces_beyond_the_context(
     for name, number in other.items():
         assert f"{number} {name}" in messages[0]
     assert messages[1].startswith("held_out: traces longer")
+
+
+def test_a_student_of_no_traces_is_the_model_itself(
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "none.jsonl").touch()
+    values = section("sft") | {"model": {"path": "embedded"}}
+    values["data"] = {"task": "file", "path": str(tmp_path / "none.jsonl")}
+    with pytest.raises(UserError, match="the file has no records"):
+        run_stage(values, tmp_path / "run")
+    values["sft"]["allow_empty"] = True
+    folder = run_stage(values, tmp_path / "run")
+    assert "has no traces: the model is saved as it is" in caplog.text
+    assert summary(folder) == {"steps": 0, "traces": {}}
+    (_, params), (_, kept) = map(load_model, ("embedded", folder))
+    jax.tree.map(np.testing.assert_array_equal, params, kept)
 
 
 def test_a_row_longer_than_the_model_reads_is_refused(
