@@ -1,8 +1,11 @@
-"""Which models `configs/rlt.py` can train on which devices, by arithmetic.
+"""Which models `configs/rlt.py` can train on which devices, by arithmetic and by `plan`.
 
     python -m benchmarks.fits
+    JAX_PLATFORMS=cpu python -m benchmarks.fits --plan
 
-Prints a Markdown table: the bytes of the fullest moment of an RL step on each device,
+The second command compares the arithmetic with what libtpu says of the compiled programs
+of stage `rl`, all parameters trained, on the TPU slices of the table (pip install
+'rlt_jax[plan]'; half an hour on two CPU cores). The first one prints a Markdown table: the bytes of the fullest moment of an RL step on each device,
 with the presets of the recipe and its default rows of 2,048 tokens.
 
 Bytes a parameter, split over the devices (mesh axis fsdp), with all parameters trained:
@@ -15,6 +18,7 @@ a micro-batch: the input of each layer, one layer's own values, and the logits o
 """
 
 import runpy
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,7 @@ import jax
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.published import published_config
 from rlt_jax.models.transformer import init_params
+from rlt_jax.stages.plan import PlanConfig, plan
 
 RECIPE = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "rlt.py"))
 DEVICES, Device = RECIPE["DEVICES"], RECIPE["Device"]
@@ -98,8 +103,40 @@ def cell(config: ModelConfig, name: str, count: int, rank: int) -> str:
     return f"**{text}**" if most <= usable(name, device) else text
 
 
+SLICES = {("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v6e", 8): "v6e:2x4"}
+
+
 def main() -> None:
-    """Prints the table."""
+    """Prints the table that the arguments ask for."""
+    if "--plan" in sys.argv[1:]:
+        print_plans()
+    else:
+        print_needs()
+
+
+def print_plans() -> None:
+    """Prints what the compiler says of the largest program, a row a slice and model."""
+    print("| slice | model | usable GB | arithmetic | plan | largest program |")
+    print("|---|---|---|---|---|---|")
+    for (name, count), topology in SLICES.items():
+        for size, model in MODELS.items():
+            changes = (f'model="{model}"',)
+            recipe = "configs/rlt.py:gsm8k"
+            found = plan(PlanConfig(recipe, topology, ("rl",), changes))
+            largest = max(found["programs"], key=lambda one: one["bytes"]["total"])
+            sizes = largest["bytes"]
+            total = f"{sizes['total'] / 1e9:.1f}"
+            print(
+                f"| `{topology}` | {size} | {sizes['limit'] / 1e9:.1f} |",
+                f"{cell(published_config(model), name, count, 0)} |",
+                f"**{total}**" if found["fits"] else total,
+                f"| {largest['name']} |",
+                flush=True,
+            )
+
+
+def print_needs() -> None:
+    """Prints the arithmetic."""
     configs = {size: published_config(name) for size, name in MODELS.items()}
     columns = [f"{size}{part}" for size in MODELS for part in ("", " LoRA")]
     print("| device | usable GB |", " | ".join(columns), "|")

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict, config_dict
 
+from rlt_jax.costs.chips import num_chips
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_traces
@@ -141,9 +142,19 @@ EVALUATED = {
 
 
 def get_config(variant: str = "own") -> ConfigDict:
-    """The pipeline; its settings are at the top, and all others follow from them."""
+    """The pipeline; its settings are at the top, and all others follow from them.
+
+    Args:
+      variant: one of `VARIANTS`. The stage `plan` adds a slice, as in "gsm8k:v5e:2x4";
+        a slice alone is one for "own".
+    """
+    variant, _, topology = variant.partition(":")
+    if topology and variant not in VARIANTS:
+        variant, topology = "own", f"{variant}:{topology}"
     check_choice("configs/rlt.py", variant, VARIANTS)
     c = ConfigDict(TOP | VARIANTS[variant])
+    if topology:
+        c.device = f"{topology.partition(':')[0]}-{num_chips(topology)}"
     c.task = "file" if variant == "own" else "gsm8k"
     c.pipeline = ()
     link(c, pipeline=lambda: _pipeline(c))

@@ -28,7 +28,7 @@ from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import UserError
 from rlt_jax.records import Record
-from rlt_jax.settings import Section, build
+from rlt_jax.settings import Section, build, resolve
 from rlt_jax.stages import setup
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
@@ -137,6 +137,7 @@ def read_recipe(c: PlanConfig, topology: str) -> Record:
                 config.update_from_flattened_dict({key: json.loads(value)})
         except (KeyError, ValueError) as error:
             raise UserError(f"plan.changes: {change!r}: {error}") from error
+    resolve(config)
     values = config.to_dict()
     if "stage" in values:
         values = {values["stage"]: values, "pipeline": (values["stage"],)}

@@ -241,6 +241,21 @@ def test_a_recipe_is_given_what_stands_behind_its_file() -> None:
     assert section["mesh"]["tensor"] == 8
 
 
+def test_values_that_follow_from_the_slice_and_from_changes() -> None:
+    changes = ('model="Qwen/Qwen2.5-3B-Instruct"', "row_length=1024")
+    file = f"{ROOT}/configs/rlt.py:gsm8k"
+    recipe = read_recipe(PlanConfig(file, "v5e:2x4", changes=changes), "v5e:2x4")
+    assert recipe["pipeline"][:2] == ("eval_base", "warmup")
+    assert recipe["warmup"]["model"]["path"] == "Qwen/Qwen2.5-3B-Instruct"
+    assert recipe["rl"]["policy"]["path"] == "{workdir}/warmup"
+    # The preset of v5e has 2,048 tokens in a micro-batch and 32 slots on each device.
+    assert recipe["rl"]["rows"] == {"micro_batch_size": 16, "row_length": 1024}
+    assert recipe["rl"]["engine"]["slots"] == 256
+    assert recipe["rl"]["loop"]["offload"]
+    changed = PlanConfig(file, "v5e", changes=("rl.engine.slots=7",))
+    assert read_recipe(changed, "v6e:1x1")["rl"]["engine"]["slots"] == 7
+
+
 def test_steps_of_epochs_are_estimated(recipe: Path) -> None:
     """Three passes over 100 sequences of 256 tokens, in steps of two rows of 1024."""
     changes = ("warmup.sft.steps=0", "warmup.sft.epochs=3.0")

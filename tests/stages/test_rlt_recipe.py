@@ -112,6 +112,25 @@ def test_the_command_line_on_questions_with_solutions(
     assert (run / "export_student" / "model" / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("variant", "device", "task"),
+    [
+        ("own", "auto", "file"),
+        ("v5e:2x4", "v5e-8", "file"),
+        ("gsm8k:v6e:1x1", "v6e-1", "gsm8k"),
+    ],
+)
+def test_variants_and_slices(variant: str, device: str, task: str) -> None:
+    config = recipe(variant)
+    assert (config.device, config.task) == (device, task)
+
+
+@pytest.mark.parametrize("variant", ["mine", "mine:v5e:1x1"])
+def test_an_unknown_variant_is_refused(variant: str) -> None:
+    with pytest.raises(UserError, match="mine"):
+        recipe(variant)
+
+
 def test_traces_warm_the_teacher_up(model: str, tmp_path: Path) -> None:
     data = write_rows(
         tmp_path / "mine.jsonl",
