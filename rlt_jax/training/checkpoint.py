@@ -6,6 +6,7 @@ iterator. The folder of a stage also has `model.json` (the model's configuration
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import re
@@ -33,6 +34,7 @@ from rlt_jax.training.sharding import abstract, check_model, param_shardings
 from rlt_jax.types import Params
 
 T = TypeVar("T")
+LIBC = ctypes.CDLL(None)
 _LOG = logging.getLogger("rlt_jax")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _DESCRIPTIONS = ("model.json", convert.CONFIG, peft.CONFIG)
@@ -143,9 +145,7 @@ def load_params(
             params = read(path, model.config, shardings, dtype, adapter)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    _LOG.info(
-        "%s: %s parameters, %.3f GB as %s", origin, f"{count:,}", size / 1e9, dtype
-    )
+    _LOG.info(f"{origin}: {count:,} parameters, {size / 1e9:.3f} GB as {dtype}")
     return params
 
 
@@ -223,8 +223,7 @@ def _random_params(
     model: Transformer, key: jax.Array, shardings: Any, dtype: jnp.dtype
 ) -> Params:
     def init(key: jax.Array) -> Params:
-        params = init_params(model.config, key)
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        return jax.tree.map(lambda x: x.astype(dtype), init_params(model.config, key))
 
     return jax.jit(init, out_shardings=shardings)(key)
 
@@ -243,8 +242,7 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 def write_chat_template(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes the chat template that is in use beside the files of a tokenizer."""
     if tokenizer.chat is not None:
-        file = folder / "chat_template.jinja"
-        file.write_text(tokenizer.chat.source, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(tokenizer.chat.source, "utf-8")
     if tokenizer.variables:
         file = folder / TOKENIZER_CONFIG
         write_json(file, read_json(file) | {VARIABLES: tokenizer.variables})
@@ -347,6 +345,9 @@ def save(
       trees: name -> tree of arrays; `load` reads "params".
       data: JSON values, such as the state of the data iterator.
     """
+    # Writing takes buffers, and glibc keeps those that a step has freed.
+    if jax.default_backend() == "cpu" and hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
     manager.save(step, args=args)
