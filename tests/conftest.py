@@ -6,6 +6,8 @@ from pathlib import Path
 
 # The numbers are compared in float32, which accelerators round on the way.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little, also those that run commands.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -23,9 +25,6 @@ from rlt_jax.models.transformer import (
 )
 from rlt_jax.training.sharding import MeshConfig, make_mesh
 from rlt_jax.types import Params
-
-# Tests compile much and compute little.
-jax.config.update("jax_disable_most_optimizations", True)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
