@@ -78,8 +78,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         answers=_side_by_side(answers, config.num_examples),
         z_95=plots.Z_95,
     )
-    text = json.dumps(summary, indent=2) + "\n"
-    (workdir / "summary.json").write_text(text, encoding="utf-8")
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     return summary
 
 
@@ -114,10 +113,11 @@ def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) ->
 def _compared(
     answers: dict[str, list[Record]], last: str, other: str, quantity: str
 ) -> Record:
-    """The paired difference of two evaluations; {} where the quantity is unknown."""
+    """The paired difference of two evaluations; {} with fewer than two questions."""
     column = "correct" if quantity == "accuracy" else quantity
     a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
-    return statistics.compare(a, b, (last, other))._asdict() if a or b else {}
+    args = a, b, (last, other)
+    return statistics.compare(*args)._asdict() if len(a | b) > 1 else {}
 
 
 def _costs(workdir: Path) -> Record:

@@ -163,6 +163,17 @@ def test_summary_equals_hand_computed_numbers(workdir: Path) -> None:
     assert found["base", "accuracy"]["difference"] == 0.625
 
 
+@pytest.mark.parametrize("graded", [0, 1])
+def test_too_few_graded_questions_are_not_compared(workdir: Path, graded: int) -> None:
+    for folder in MARKS:
+        file = workdir / folder / "samples.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows[2 * graded :]:
+            row["correct"] = None
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "comparisons" not in write_report(workdir, CONFIG, seed=0)
+
+
 def test_a_second_report_does_not_count_the_first(workdir: Path) -> None:
     first = write_report(workdir, CONFIG, seed=0)
     _write(workdir / "report" / "done.json", {"seconds": 100.0})
