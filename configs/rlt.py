@@ -27,6 +27,7 @@ parameters are trained.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,8 @@ from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.sharding import MeshConfig
+
+_LOG = logging.getLogger("rlt_jax")
 
 
 class Device(NamedTuple):
@@ -127,7 +130,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 SFT_TOKENS = 8192  # in a step, or a row on each device if that is more
-WORKING = 15  # words of a solution that shows its working
+WORKING = 80  # characters of a solution that shows its working
 SOLVE = {"keep_right": True, "samples_per_problem": 4, "solution_log_probs": False}
 # Evaluation -> stage of its model; "" is the student before it is trained. The last one
 # is compared with the others.
@@ -261,8 +264,17 @@ def _has_working(c: ConfigDict) -> bool:
 def _shows_working(path: str, template: Template) -> bool:
     """Whether most of the first rows have a trace, or a solution with its working."""
     traces = read_traces(path, template, 100, missing_trace="solution")
-    worked = [len(one.explanation.split()) >= WORKING for one in traces]
-    return 2 * sum(worked) > len(worked)
+    worked = [
+        one.explanation != one.problem.solution or len(one.explanation) >= WORKING
+        for one in traces
+    ]
+    found = 2 * sum(worked) > len(worked)
+    if not found:
+        _LOG.warning(
+            f"{path}: most rows have neither a reasoning_trace nor a solution of {WORKING} "
+            "characters, so no teacher is warmed up on them."
+        )
+    return found
 
 
 def _reported(c: ConfigDict, kind: str) -> tuple[tuple[str, str], ...]:

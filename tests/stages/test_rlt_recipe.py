@@ -15,6 +15,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.convert import write_model
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.settings import resolve
 from rlt_jax.stages import run_pipeline, stage_sections
 from tests.conftest import random_params
 
@@ -129,6 +130,28 @@ def test_variants_and_slices(variant: str, device: str, task: str) -> None:
 def test_an_unknown_variant_is_refused(variant: str) -> None:
     with pytest.raises(UserError, match="mine"):
         recipe(variant)
+
+
+@pytest.mark.parametrize(
+    ("columns", "warmed_up"),
+    [
+        ({"solution": "{n}"}, False),
+        ({"solution": "{n}", "reasoning_trace": "1+{n}={m}"}, True),
+        ({"solution": "one step after the other " * 4}, True),
+        ({"solution": "先算第一步，再算第二步。" * 7}, True),
+    ],
+)
+def test_what_there_is_to_warm_up_on(
+    columns: dict[str, str],
+    warmed_up: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = write_rows(tmp_path / "mine.jsonl", question="{n}+1?", **columns)
+    config = recipe(model="embedded", data=data)
+    resolve(config)
+    assert ("warmup" in config.pipeline) == warmed_up
+    assert ("no teacher is warmed up" in caplog.text) != warmed_up
 
 
 def test_traces_warm_the_teacher_up(model: str, tmp_path: Path) -> None:
