@@ -165,6 +165,8 @@ def get_config(variant: str = "own") -> ConfigDict:
     _add_rl(c, "rl", "teacher")
     _add_collect(c, "collect", "rl")
     _add_sft(c, "distil", "student", "collect")
+    # Without a warm-up a teacher may never close an explanation.
+    link(c.distil.data, keep_cut_off=lambda: not _has_working(c))
     # What RLT is compared with.
     _add_sft(c, "distil_worked", "student")
     _add_collect(c, "collect_warmup", "warmup")

@@ -79,7 +79,6 @@ def test_the_command_line_on_questions_with_solutions(
             *(f"--config.model={model}", f"--config.data={data}"),
             f"--workdir={tmp_path / 'run'}",
             *(f"--config.{key}={value}" for key, value in SHORT.items()),
-            "--config.distil.data.keep_cut_off=True",
             "--config.export=True",
         ],
         cwd=ROOT,
@@ -151,6 +150,7 @@ def test_what_there_is_to_warm_up_on(
     config = recipe(model="embedded", data=data)
     resolve(config)
     assert ("warmup" in config.pipeline) == warmed_up
+    assert config.distil.data.keep_cut_off != warmed_up
     assert ("no teacher is warmed up" in caplog.text) != warmed_up
 
 
