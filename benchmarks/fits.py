@@ -3,10 +3,11 @@
     python -m benchmarks.fits
     JAX_PLATFORMS=cpu python -m benchmarks.fits --plan
 
-The second command compares the arithmetic with what libtpu says of the compiled programs
-of stage `rl`, all parameters trained, on the TPU slices of the table (pip install
-'rlt_jax[plan]'; half an hour on two CPU cores). The first one prints a Markdown table: the bytes of the fullest moment of an RL step on each device,
-with the presets of the recipe and its default rows of 2,048 tokens.
+The first command prints a Markdown table: the bytes of the fullest moment of an RL step on
+each device, with the presets of the recipe and its default rows of 2,048 tokens. The second
+one compares that with what libtpu says of the compiled programs of stage `rl`, all
+parameters trained, on the TPU slices of the table (pip install 'rlt_jax[plan]'; half an
+hour on two CPU cores).
 
 Bytes a parameter, split over the devices (mesh axis fsdp), with all parameters trained:
 4 for the master weights, 8 for AdamW's moments, 4 for the reference (0 where it is
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import jax
 
+from rlt_jax.costs.chips import CHIPS
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.published import published_config
 from rlt_jax.models.transformer import init_params
@@ -41,9 +43,10 @@ MACHINES = (
     *(("t4", 1), ("l4", 1), ("a100-40", 1), ("a100", 1), ("h100", 1), ("h100", 8)),
     *(("v5e", 1), ("v5e", 8), ("v6e", 8)),
 )
+SLICES = {("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v6e", 8): "v6e:2x4"}
 ROW_LENGTH = 2048
 RANK = 32
-USABLE = 0.75  # of a GPU's memory, what JAX takes by default; TPU programs have 0.9
+USABLE = 0.75  # of a GPU's memory, what JAX takes by default
 CHUNK = 3 * 2**26  # logits, their exponentials and their gradient
 
 
@@ -100,7 +103,8 @@ def need(config: ModelConfig, name: str, count: int, rank: int) -> Need:
 
 def usable(name: str) -> float:
     """Bytes of a device that a program may use."""
-    return (0.9 if name.startswith("v") else USABLE) * DEVICES[name].memory * 1e9
+    known = CHIPS.get(name)
+    return known.usable_bytes if known else USABLE * DEVICES[name].memory * 1e9
 
 
 def cell(config: ModelConfig, name: str, count: int, rank: int) -> str:
@@ -108,9 +112,6 @@ def cell(config: ModelConfig, name: str, count: int, rank: int) -> str:
     most = max(need(config, name, count, rank))
     text = f"{most / 1e9:.0f}"
     return f"**{text}**" if most <= usable(name) else text
-
-
-SLICES = {("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v6e", 8): "v6e:2x4"}
 
 
 def main() -> None:
