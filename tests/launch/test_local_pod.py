@@ -11,7 +11,8 @@ flags = dict(word[2:].split("=") for word in sys.argv[3:])
 address, count, index = flags["coordinator_address"], flags["num_processes"], flags["process_id"]
 jax.distributed.initialize(address, int(count), int(index))
 total = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 1)).sum()
-print(jax.local_device_count(), jax.device_count(), total, flush=True)
+# One write: what Gloo prints from another thread may not come in between.
+sys.stdout.write(f"\n{jax.local_device_count()} {jax.device_count()} {total}\n")
 """
 
 
