@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from rlt_jax.data import examples
-from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.examples import EMPTY, Example, Renderer
 from rlt_jax.errors import UserError, check_minima
 from rlt_jax.records import Trace
 from rlt_jax.types import Batch, Rollout, Spans
@@ -31,9 +31,7 @@ class RowShape:
 
 
 # Fills up a batch.
-ABSENT = Example(
-    np.zeros(0, np.int32), np.zeros(0, bool), examples.EMPTY, examples.EMPTY
-)
+ABSENT = Example(np.zeros(0, np.int32), np.zeros(0, bool), EMPTY, EMPTY)
 
 
 class Renderers(Protocol):
@@ -110,8 +108,7 @@ def pack_sequences(
             f"than row_length={T}. Raise row_length."
         )
     M = -(-(num_rows or len(sequences)) // B)
-    tokens = np.zeros((M * B, T), np.int32)
-    segment_ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    tokens, positions, segment_ids = arrays = np.zeros((3, M * B, T), np.int32)
     segments = [0] * (M * B)  # sequences of each row so far
     places = first_fit(lengths, T) if places is None else places
     for sequence, (row, start) in zip(sequences, places, strict=True):
@@ -121,14 +118,8 @@ def pack_sequences(
         segment_ids[row, start:end] = segments[row]
         positions[row, start:end] = np.arange(len(sequence))
     used = sum(count > 0 for count in segments)
-    packed = Batch(
-        tokens.reshape(M, B, T),
-        positions.reshape(M, B, T),
-        segment_ids.reshape(M, B, T),
-        np.int32(-(-used // B)),
-    )
-    starts = [row * T + start for row, start in places]
-    return packed, np.array(starts, np.int32)
+    packed = Batch(*arrays.reshape(3, M, B, T), np.int32(-(-used // B)))
+    return packed, np.array([row * T + start for row, start in places], np.int32)
 
 
 def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
@@ -147,24 +138,20 @@ def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
     Returns:
       NumPy arrays, with sampler_log_probs and without any other log-probs.
     """
-    template = run.renderer.template
     problems = [request.problem for request in rollout.requests]
     columns = problems, rollout.tokens, rollout.texts, rollout.offsets
     policy = [
         examples.completion_example(run.renderer, *completion)
         for completion in zip(*columns, strict=True)
     ]
+    template = run.renderer.template
     parsed = [template.parse_completion(text) for text in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
-    of_renderer = {
-        renderer: fitting_examples(renderer, traces, run.student_limit)
-        for renderer in dict.fromkeys(run.student_renderers)
-    }
     absent = (0, (count or len(problems)) - len(problems))
-    of_renderer = {
-        renderer: (made, np.pad(overlong, absent))
-        for renderer, (made, overlong) in of_renderer.items()
-    }
+    of_renderer = {}
+    for renderer in dict.fromkeys(run.student_renderers):
+        made, overlong = fitting_examples(renderer, traces, run.student_limit)
+        of_renderer[renderer] = made, np.pad(overlong, absent)
     students = [of_renderer[renderer] for renderer in run.student_renderers]
     closed = np.array([closed for _, closed in parsed])
     made = [one for one, _ in students]
@@ -201,19 +188,16 @@ def pack_examples(
     """
     absent = [ABSENT] * ((count or len(policy)) - len(policy))
     policy = [*policy, *absent]
-    filled = {id(one): [*one, *absent] for one in students}
-    students = [filled[id(one)] for one in students]
-    closed = np.pad(closed, (0, len(absent)))
     batch, starts = pack_sequences([one.tokens for one in policy], shape)
     first = [np.append(one.loss_mask, True).argmax() for one in policy]
     sampled = [np.arange(one.loss_mask.sum()) for one in policy]
     packed = {
-        key: _pack_student(shape, one, policy, starts)
+        key: _pack_student(shape, [*one, *absent], policy, starts)
         for key, one in {id(one): one for one in students}.items()
     }
     return batch._replace(
         completion=make_spans(starts + first, sampled, shape.row_length),
-        closed=closed,
+        closed=np.pad(closed, (0, len(absent))),
         students=tuple(packed[id(one)] for one in students),
     )
 
@@ -261,7 +245,7 @@ def fitting_examples(
     for i in np.flatnonzero(overlong):
         without = traces[i]._replace(explanation="")
         (shorter,) = examples.student_examples(renderer, [without])
-        made[i] = shorter._replace(explanation=examples.EMPTY)
+        made[i] = shorter._replace(explanation=EMPTY)
     return made, overlong
 
 
