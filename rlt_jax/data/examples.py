@@ -212,12 +212,8 @@ def teacher_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     `loss_mask` covers what the teacher generates: the explanation after its opening tag,
     the closing tag and the end of the turn.
     """
-    template = renderer.template
-    problems = [trace.problem for trace in traces]
-    bodies = [template.body(trace.explanation) for trace in traces]
-    closing = template.explanation_tags[1]
-    texts = [body.removeprefix(template.pad) + closing for body in bodies]
-    return text_examples(renderer, problems, texts)
+    texts = [renderer.template.teacher_turn(trace.explanation) for trace in traces]
+    return text_examples(renderer, [trace.problem for trace in traces], texts)
 
 
 EXAMPLES: dict[str, Callable[[Renderer, Sequence[Trace]], list[Example]]] = {
@@ -267,10 +263,9 @@ def text_examples(
     """
     template = renderer.template
     parsed = [template.parse_completion(text) for text in completions]
+    closing, end = template.explanation_tags[1], renderer.tokenizer.end_of_turn
     turns = [
-        text
-        + ("" if closed else template.explanation_tags[1])
-        + renderer.tokenizer.end_of_turn
+        (text if closed else text + closing) + end
         for text, (_, closed) in zip(completions, parsed, strict=True)
     ]
     encoded = renderer.encode(problems, turns)
@@ -290,8 +285,7 @@ def decode_completion(
     stopped = len(completion) > 0 and int(completion[-1]) in tokenizer.stop_ids
     text, offsets = tokenizer.decode_with_offsets(completion[: -1 if stopped else None])
     if stopped:
-        end = np.full((1, 2), len(text), np.int32)
-        offsets = np.concatenate([offsets, end])
+        offsets = np.pad(offsets, ((0, 1), (0, 0)), constant_values=len(text))
     return text, offsets
 
 

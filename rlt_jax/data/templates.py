@@ -59,12 +59,9 @@ class Template:
     system_role: str = "system"
 
     def __post_init__(self) -> None:
-        for name, default in (
-            ("teacher_solution_tags", self.solution_tags),
-            ("teacher_delimiter", self.delimiter),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        for name in ("solution_tags", "delimiter"):
+            if getattr(self, f"teacher_{name}") is None:
+                object.__setattr__(self, f"teacher_{name}", getattr(self, name))
         for name in (name for name in vars(self) if name.endswith("_tags")):
             tags = getattr(self, name)
             if len(tags) != 2 or not all(isinstance(t, str) and t for t in tags):
@@ -80,9 +77,7 @@ class Template:
 
     def body(self, text: str) -> str:
         """An explanation as it stands between its tags, padded unless it already is."""
-        if text.startswith(self.pad):
-            return text
-        return self.pad + text + self.pad
+        return text if text.startswith(self.pad) else self.pad + text + self.pad
 
     def messages(self, role: str, problem: Problem, as_system: bool) -> list[Message]:
         """Chat messages of the teacher or the student before its turn.
@@ -109,8 +104,12 @@ class Template:
     def teacher_prefix(self, problem: Problem) -> str:
         """Start of the teacher's turn that belongs to its prompt."""
         solution = problem.solution.join(self.teacher_solution_tags)
-        opening = self.explanation_tags[0] + self.pad
-        return solution + self.teacher_delimiter + opening
+        return solution + self.teacher_delimiter + self.explanation_tags[0] + self.pad
+
+    def teacher_turn(self, explanation: str, closed: bool = True) -> str:
+        """The teacher's turn after `teacher_prefix`: the explanation, its closing tag."""
+        text = self.body(explanation).removeprefix(self.pad)
+        return text + self.explanation_tags[1] if closed else text
 
     def student_turn(self, trace: Trace, opened: str = "") -> str:
         """The student's turn: tagged thought, delimiter, tagged solution.

@@ -76,15 +76,12 @@ def read_traces(
             "them with a larger sampling.max_new_tokens, or train on them with "
             "data.keep_cut_off=True."
         )
-    total = len(records)
-    if cut := total - len(kept):
+    if cut := len(records) - len(kept):
         _LOG.warning(
-            "%s: skipped %d of %d traces, which were cut off", path, cut, total
+            "%s: skipped %d of %d traces, which were cut off", path, cut, len(records)
         )
-    return [
-        _trace(where, record, template, missing_trace == "solution")
-        for where, record in kept
-    ]
+    from_solution = missing_trace == "solution"
+    return [_trace(*item, template, from_solution) for item in kept]
 
 
 def read_problems(
@@ -122,10 +119,8 @@ def read_completions(
         if completions is None:
             trace = _trace(where, record, template)
             # As in the student sequence: padded, and closed unless it was cut off.
-            text = template.body(trace.explanation).removeprefix(template.pad)
-            if not _was_cut_off(where, record):
-                text += template.explanation_tags[1]
-            completions = [text]
+            closed = not _was_cut_off(where, record)
+            completions = [template.teacher_turn(trace.explanation, closed)]
         if not isinstance(completions, list) or not all(
             isinstance(text, str) for text in completions
         ):
