@@ -147,8 +147,7 @@ def fit_examples(
     fits = [len(one.tokens) <= limit for one in made]
     if overlong == "truncate":
         fits = [bool(one.loss_mask[1:limit].any()) for one in made]
-    refill = overlong == "shorter"
-    chosen, counts = choose(questions, fits, per_question, refill, seed)
+    chosen, counts = choose(questions, fits, per_question, overlong == "shorter", seed)
     if not chosen:
         raise UserError(
             f"{what}: none of {len(made)} traces is left, as overlong={overlong!r} "

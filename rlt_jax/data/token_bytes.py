@@ -153,6 +153,5 @@ def concatenate(parts: Sequence[Encoding], lengths: Iterable[int]) -> Encoding:
     """Encoding of a text from those of its parts; lengths are in characters."""
     starts = itertools.accumulate(lengths, initial=0)
     offsets = [part.offsets + np.int32(start) for part, start in zip(parts, starts)]
-    return Encoding(
-        np.concatenate([part.ids for part in parts]), np.concatenate(offsets)
-    )
+    ids = np.concatenate([part.ids for part in parts])
+    return Encoding(ids, np.concatenate(offsets))
