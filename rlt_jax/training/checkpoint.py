@@ -19,6 +19,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -129,20 +130,24 @@ def load_params(
     source: ModelSource, model: Transformer, mesh: Mesh, key: jax.Array
 ) -> Params:
     """The parameters of a model that was opened; see `load`."""
-    check_model(model.config, mesh)
+    config, dtype = model.config, jnp.dtype(source.param_dtype)
+    check_model(config, mesh)
     shardings = param_shardings(model, mesh)
-    dtype = jnp.dtype(source.param_dtype)
+
+    def init(key: jax.Array) -> Params:
+        return optax.tree.cast(init_params(config, key), dtype)
+
     if source.architecture is not None:
         origin = "random weights"
-        params = _random_params(model, key, shardings, dtype)
+        params = jax.jit(init, out_shardings=shardings)(key)
     else:
         path, adapter = _find_base(source.path)
         origin = adapter or path
         if (path / "model.json").is_file():
-            params = _load_stage(path, model, shardings, dtype)
+            shapes = abstract(jax.eval_shape(init, key), shardings)
+            params = read_item(path, "params", shapes)
         else:
-            read = convert.read_params
-            params = read(path, model.config, shardings, dtype, adapter)
+            params = convert.read_params(path, config, shardings, dtype, adapter)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     _LOG.info(f"{origin}: {count:,} parameters, {size / 1e9:.3f} GB as {dtype}")
@@ -219,15 +224,6 @@ def _download(name: str) -> str:
         ) from error
 
 
-def _random_params(
-    model: Transformer, key: jax.Array, shardings: Any, dtype: jnp.dtype
-) -> Params:
-    def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), init_params(model.config, key))
-
-    return jax.jit(init, out_shardings=shardings)(key)
-
-
 def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Writes model.json and the tokenizer, which `load` needs, to the folder of a stage."""
     if not hosts.is_first():
@@ -246,13 +242,6 @@ def write_chat_template(folder: Path, tokenizer: Tokenizer) -> None:
     if tokenizer.variables:
         file = folder / TOKENIZER_CONFIG
         write_json(file, read_json(file) | {VARIABLES: tokenizer.variables})
-
-
-def _load_stage(
-    path: Path, model: Transformer, shardings: Any, dtype: jnp.dtype
-) -> Params:
-    shapes = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-    return read_item(path, "params", abstract(shapes, shardings, dtype))
 
 
 def read_item(path: Path, name: str, target: Any = None) -> Any:
@@ -349,8 +338,7 @@ def save(
     if jax.default_backend() == "cpu" and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
-    manager.save(step, args=args)
+    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
 
 
 def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> None:
