@@ -58,8 +58,7 @@ def make_learner(
       max_norm: a step with a longer gradient is skipped; None for never.
     """
     jitted = jit_update(loss_fn, tuning.model, tx, mesh, shardings, max_norm)
-    forward = functools.partial(batch_loss, loss_fn, tuning.model)
-    forward = sharding.jit(forward, mesh, out_shardings=sharding.replicated(mesh))
+    forward = sharding.jit(functools.partial(batch_loss, loss_fn, tuning.model), mesh)
     mixed = jit_mix()
     return Learner(
         lambda state, batch: jitted(state, batch, tuning.frozen),
