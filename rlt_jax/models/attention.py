@@ -199,8 +199,7 @@ def _first_blocks(settings: Settings, tokens: Tokens) -> Array:
         distance = jnp.where(tokens.windowed, limited, distance)
     B, T = distance.shape
     C = min(BLOCK, T)
-    first_key = (jnp.arange(T) - distance).reshape(B, T // C, C)
-    return first_key.min(axis=(0, 2)) // C
+    return (jnp.arange(T) - distance).reshape(B, T // C, C).min(axis=(0, 2)) // C
 
 
 def _scores(
@@ -216,9 +215,8 @@ def _scores(
     positions, segment_ids, windowed = tokens
     distance = block_of(positions, i, C)[..., None] - block_of(positions, j, C)[:, None]
     ids = block_of(segment_ids, i, C)[..., None]
-    same_segment = ids == block_of(segment_ids, j, C)[:, None]
     # Padding tokens all have position 0, so they attend to their own block only.
-    visible = same_segment & (distance >= 0)
+    visible = (ids == block_of(segment_ids, j, C)[:, None]) & (distance >= 0)
     if settings.window is not None:
         visible &= (distance < settings.window) | ~windowed
     return jnp.where(visible[:, None, None], scores, MASKED), softcap_grad

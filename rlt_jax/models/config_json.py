@@ -42,12 +42,8 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     # Old files may lack the number of key/value heads and the head dim.
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     head_dim = width // heads if heads and width else None
-    content = {
-        "num_key_value_heads": heads,
-        "head_dim": head_dim,
-        **_given(content),
-        **thetas,
-    }
+    older = {"num_key_value_heads": heads, "head_dim": head_dim}
+    content = older | _given(content) | thetas
     fields = {field: content.get(key) for field, key in kind.settings.items()}
     for field in dataclasses.fields(ModelConfig):
         if fields.get(field.name, "") is None and field.default is not None:
@@ -156,10 +152,8 @@ def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
 def _write_windows(config: ModelConfig, kind: Family) -> dict[str, Any]:
     windowed = config.windowed_layers or (False,) * config.num_layers
     names = {is_windowed: name for name, is_windowed in LAYER_TYPES.items()}
-    content = {
-        "sliding_window": config.sliding_window,
-        "layer_types": [names[w] for w in windowed],
-    }
+    types = [names[w] for w in windowed]
+    content = {"sliding_window": config.sliding_window, "layer_types": types}
     if "use_sliding_window" in kind.defaults:
         content["use_sliding_window"] = any(windowed)
         content["max_window_layers"] = windowed.count(False)

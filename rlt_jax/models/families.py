@@ -188,7 +188,6 @@ def family(model_type: str | None) -> Family:
       UserError: the family is not supported.
     """
     if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
         unknown = f"model_type {model_type!r} is not supported"
-        raise UserError(f"{unknown}; supported are {known}.")
+        raise UserError(f"{unknown}; supported are {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]

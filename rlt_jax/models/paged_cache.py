@@ -156,8 +156,7 @@ def paged_attention(
     specs = (heads, PagedCache(pool, pool, Spec()), Spec(), Spec(), Spec())
 
     def kernel(tpu: bool) -> Callable[..., Array]:
-        program = functools.partial(_by_kernel, tpu, softcap)
-        return split_by_hand(program, specs, heads)
+        return split_by_hand(functools.partial(_by_kernel, tpu, softcap), specs, heads)
 
     return jax.lax.platform_dependent(
         *operands,

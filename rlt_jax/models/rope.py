@@ -19,7 +19,7 @@ class Rope(NamedTuple):
     """
 
     frequency: Array | np.ndarray
-    amplitude: Array | np.ndarray
+    amplitude: Array | np.ndarray | float = 1.0
 
 
 def rotate(x: Array, positions: Array, rope: Rope) -> Array:
@@ -56,17 +56,16 @@ def _rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> Rope:
     """Rotary frequencies of a layer, rounded as in transformers before any scaling."""
     half = head_dim // 2
     frequency = 1 / np.float32(theta ** (np.arange(half) / half))
-    one = np.float64(1.0)
     if scaling is None:
-        return Rope(frequency, one)
+        return Rope(frequency)
     if scaling.kind == "linear":
-        return Rope(frequency / scaling.factor, one)
+        return Rope(frequency / scaling.factor)
     if scaling.kind == "llama3":
         # Rotations of each pair over the original context.
         rotations = scaling.original_length * frequency / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = np.clip((rotations - low) / (high - low), 0, 1)
-        return Rope(_interpolate(frequency, scaling.factor, kept), one)
+        return Rope(_interpolate(frequency, scaling.factor, kept))
     return _yarn(frequency, theta, scaling)
 
 
@@ -83,7 +82,7 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> Rope:
     if amplitude is None:
         amplitude = 0.1 * math.log(scaling.factor) + 1.0
     kept = 1 - np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
-    return Rope(_interpolate(frequency, scaling.factor, kept), np.float64(amplitude))
+    return Rope(_interpolate(frequency, scaling.factor, kept), amplitude)
 
 
 def _interpolate(frequency: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:

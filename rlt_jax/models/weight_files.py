@@ -101,9 +101,7 @@ def has_own_head(path: Path, kind: Family) -> bool:
 
 
 def check_tensors(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    expected: Mapping[str, list[int]],
+    path: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, list[int]]
 ) -> None:
     """Checks that the weight files have the tensors that the config requires.
 
