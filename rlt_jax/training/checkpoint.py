@@ -114,13 +114,8 @@ def open_model(source: ModelSource) -> LoadedModel:
     else:
         path, folder = None, ""
         limit = source.architecture.get("vocab_size", NO_LIMIT)
-    tokenizer = load_tokenizer(
-        source.tokenizer or folder,
-        source.chat_template,
-        source.chat_template_kwargs,
-        source.date,
-        limit,
-    )
+    chat = source.chat_template, source.chat_template_kwargs, source.date
+    tokenizer = load_tokenizer(source.tokenizer or folder, *chat, limit)
     if path is None:
         config = _model_config(source, None, tokenizer.vocab_size)
     return LoadedModel(Transformer(config), None, tokenizer)
