@@ -134,8 +134,7 @@ def make_engine(
     # Each part of slots and pages by itself; tensor is left to the compiler.
     axes_by_hand = set(SHARD_AXES) if mesh.size > 1 else set()
     split = functools.partial(split_by_hand, axes=axes_by_hand)
-    fill = functools.partial(prefill, reader)
-    fill = split(fill, (whole, pools, *[rows] * 3), pools)
+    fill = split(functools.partial(prefill, reader), (whole, pools, *[rows] * 3), pools)
     draw = functools.partial(decode, static)
     draw = split(draw, (whole, pools, rows, rows, whole), (pools, rows, tokens))
     jit = functools.partial(sharding.jit, mesh=mesh, rules=sharding.DECODING_RULES)

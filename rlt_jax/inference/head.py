@@ -131,12 +131,9 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
             slope *= 1 - (logits / config.final_softcap) ** 2
         hit = _hits(logits, block_of(targets, i, C))
         d_logits = (slope * (hit - weights)).astype(hidden.dtype)
-        if config.tie_embeddings:
-            dk = jnp.einsum("BCV,BCD->VD", d_logits, h)
-            dh = jnp.einsum("BCV,VD->BCD", d_logits, kernel.astype(h.dtype))
-        else:
-            dk = jnp.einsum("BCD,BCV->DV", h, d_logits)
-            dh = jnp.einsum("BCV,DV->BCD", d_logits, kernel.astype(h.dtype))
+        axes = "VD" if config.tie_embeddings else "DV"
+        dk = jnp.einsum(f"BCV,BCD->{axes}", d_logits, h)
+        dh = jnp.einsum(f"BCV,{axes}->BCD", d_logits, kernel.astype(h.dtype))
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * C, 1)
         return d_kernel + dk.astype(kernel.dtype), d_hidden
 

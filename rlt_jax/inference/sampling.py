@@ -122,10 +122,9 @@ def _threshold(logits: Array, is_enough: Callable[[Array], Array]) -> Array:
         enough = is_enough(logits >= middle)[:, None]
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # The most likely token may be enough by itself.
-    top_is_enough = is_enough(logits >= top)[:, None]
     low, _ = jax.lax.fori_loop(0, 40, bisect, (bottom, top))
-    return jnp.where(top_is_enough, top, low)
+    # The most likely token may be enough by itself.
+    return jnp.where(is_enough(logits >= top)[:, None], top, low)
 
 
 def _categorical(logits: Array, keys: Array) -> Array:
