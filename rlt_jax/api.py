@@ -42,7 +42,6 @@ from rlt_jax.records import Problem
 from rlt_jax.scoring import ScoringConfig, make_renderers, make_scorer, text_completion
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
-from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.types import Params, Request, Rollout
 
 __all__ = [
@@ -189,11 +188,10 @@ def score_explanations(
     for problem, texts in zip(problems, completions, strict=True):
         if not isinstance(problem, Problem):
             problem = Problem(problem["question"], problem["solution"])
-        for text in texts:
-            args = template, problem, text, scoring.assume_closed
-            given.append(text_completion(*args))
+        closed = scoring.assume_closed
+        given += [text_completion(template, problem, text, closed) for text in texts]
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    models = [LoadedModel(*model) for model in (teacher, *students)]
+    models = [checkpoint.LoadedModel(*model) for model in (teacher, *students)]
     score = make_scorer(models, make_renderers(models, template), scoring, mesh)
     scores = iter(score(given, per_token=scoring.per_token) if given else ())
     return [list(itertools.islice(scores, len(texts))) for texts in completions]

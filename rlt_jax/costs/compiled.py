@@ -71,8 +71,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
     names = ("argument", "output", "temp", "alias", "generated_code")
     values = [getattr(sizes, f"{name}_size_in_bytes") for name in names]
     arguments, outputs, temporaries, aliased, code = values
-    peak = arguments + outputs + temporaries - aliased + code
-    return Memory(*values, peak)
+    return Memory(*values, arguments + outputs + temporaries - aliased + code)
 
 
 def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:

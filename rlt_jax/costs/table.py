@@ -21,12 +21,11 @@ def render(plan: Mapping[str, Any]) -> str:
         sentences. A program that was not compiled has no `roofline` and fewer `bytes`,
         shown as "-".
     """
-    programs = plan["programs"]
     fits = "fits" if plan["fits"] else "does not fit"
     memory = [("program", "fits", *_BYTES, "free")]
     costs = [("program", "runs/step", "model", "at best", "bound", "compile")]
     traffic = [("program", "between devices", "times", "per device")]
-    for p in programs:
+    for p in plan["programs"]:
         name, limits = p["name"], p.get("roofline")
         memory.append((name, "yes" if p["fits"] else "NO", *_gigabytes(p["bytes"])))
         runs, flops = _number(p["runs_per_step"]), _amount(p["model_flops"], "FLOP")

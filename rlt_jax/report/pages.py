@@ -16,10 +16,9 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import read_json, read_lines, write_page
-from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
 
 OUT = "report"  # folder of the report in the workdir
-QUANTITIES = ("accuracy", *SOLUTION_LOG_PROBS)
+QUANTITIES = ("accuracy", *statistics.SOLUTION_LOG_PROBS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +137,11 @@ def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, by
         group: plots.metric_curves(metrics, names)
         for group, names in plots.metric_groups(metrics).items()
     }
-    if results:
-        graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
-        accuracies = {label: result["accuracy"] for label, result in graded.items()}
-        errors = {label: result["standard_error"] for label, result in graded.items()}
-        if graded:
-            pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
+    graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
+    accuracies = {label: result["accuracy"] for label, result in graded.items()}
+    errors = {label: result["standard_error"] for label, result in graded.items()}
+    if graded:
+        pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
     return pictures
 
 
