@@ -32,8 +32,7 @@ def sequence_ratio(log_ratio: Array, batch: Batch) -> Array:
     """
 
     def row(values: Array, segment_ids: Array) -> Array:
-        sums = jax.ops.segment_sum(values, segment_ids, len(values) + 1)
-        return sums[segment_ids]
+        return jax.ops.segment_sum(values, segment_ids, len(values) + 1)[segment_ids]
 
     rows = jnp.vectorize(row, signature="(t),(t)->(t)")
     return jnp.exp(rows(log_ratio * batch.inverse_length, batch.segment_ids))
@@ -135,15 +134,12 @@ def policy_loss(
     """
 
     def loss(model: Transformer, params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        in_completion = batch.inverse_length > 0
-        log_probs, entropy = log_probs_and_entropy(
-            model, params, batch, temperature, in_completion
-        )
+        args = batch, temperature, batch.inverse_length > 0
+        log_probs, entropy = log_probs_and_entropy(model, params, *args)
         if batch.log_probs is None:
             # The only update of a rollout: the policy is the one that sampled.
             batch = batch._replace(log_probs=jax.lax.stop_gradient(log_probs))
-        losses = token_loss(objective, log_probs, batch)
-        total = (losses * batch.loss_weights).sum()
+        total = (token_loss(objective, log_probs, batch) * batch.loss_weights).sum()
         metrics = policy_metrics(objective, log_probs, batch, num_completions)
         entropy = (entropy * batch.inverse_length).sum() / num_completions
         return total, {"policy/loss": total, "policy/entropy": entropy, **metrics}
@@ -166,8 +162,7 @@ def importance_weights(cap: float, batch: Batch) -> Array:
 
     Truncated importance sampling (Ionides, 2008; rho in arXiv 1802.01561, section 4.1).
     """
-    ratio = jnp.exp(batch.log_probs - batch.sampler_log_probs)
-    return jnp.minimum(ratio, cap)
+    return jnp.minimum(jnp.exp(batch.log_probs - batch.sampler_log_probs), cap)
 
 
 def token_loss(objective: ObjectiveConfig, log_probs: Array, batch: Batch) -> Array:
