@@ -94,24 +94,20 @@ def sample(
 def _filter(logits: Array, config: SamplingConfig) -> Array:
     """Logits [B, V] with those of the tokens that the filters drop set to -inf."""
     if config.top_k:
-        cutoff = _threshold(logits, lambda kept: kept.sum(-1) >= config.top_k)
-        logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
+        logits = _keep(logits, lambda kept: kept.sum(-1) >= config.top_k)
     if config.top_p < 1:
         probs = jax.nn.softmax(logits, axis=-1)
-        cutoff = _threshold(
-            logits, lambda kept: probs.sum(-1, where=kept) >= config.top_p
-        )
-        logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
+        logits = _keep(logits, lambda kept: probs.sum(-1, where=kept) >= config.top_p)
     if config.min_p:
         cutoff = logits.max(-1, keepdims=True) + jnp.log(config.min_p)
         logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
     return logits
 
 
-def _threshold(logits: Array, is_enough: Callable[[Array], Array]) -> Array:
-    """The largest threshold [B, 1] such that the tokens at or above it are enough.
+def _keep(logits: Array, is_enough: Callable[[Array], Array]) -> Array:
+    """Drops all but the most likely tokens of each row that are enough together.
 
-    Bisection takes one pass over the logits per bit and no sorting.
+    Bisection for the lowest logit takes one pass over the logits per bit and no sorting.
     """
     top = logits.max(-1, keepdims=True)
     bottom = jnp.where(jnp.isfinite(logits), logits, top).min(-1, keepdims=True)
@@ -124,7 +120,8 @@ def _threshold(logits: Array, is_enough: Callable[[Array], Array]) -> Array:
 
     low, _ = jax.lax.fori_loop(0, 40, bisect, (bottom, top))
     # The most likely token may be enough by itself.
-    return jnp.where(is_enough(logits >= top)[:, None], top, low)
+    cutoff = jnp.where(is_enough(logits >= top)[:, None], top, low)
+    return jnp.where(logits >= cutoff, logits, -jnp.inf)
 
 
 def _categorical(logits: Array, keys: Array) -> Array:
