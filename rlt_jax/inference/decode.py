@@ -189,9 +189,8 @@ def _step(
     position = jnp.where(slots.active, slots.position, 0)[:, None]
     token = slots.token[:, None]
     hidden, cache = hidden_states(config.model, params, token, position, kv_cache=cache)
-    keys = jax.vmap(lambda r, t: jax.random.fold_in(jax.random.fold_in(key, r), t))(
-        slots.request, slots.num_sampled
-    )
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.request)
+    keys = jax.vmap(jax.random.fold_in)(keys, slots.num_sampled)
     next_logits = logits(config.model, params, hidden[:, 0])
     token, log_prob = sample(next_logits, keys, config.sampling, slots.seen)
     num_sampled = slots.num_sampled + 1
