@@ -41,10 +41,9 @@ def train_flops(
     last product, which no gradient needs, for "full".
     """
     c = config
-    attention = _attention_flops(c, tokens, context)
     recomputed = 2 * c.embed_dim * c.vocab_size * head_tokens
     if c.remat != "none":
-        recomputed += attention
+        recomputed += _attention_flops(c, tokens, context)
     if c.remat == "full":
         last = 0 if c.post_norms else c.num_layers * c.embed_dim * c.mlp_dim
         recomputed += 2 * (params_in_products(c) - last) * tokens

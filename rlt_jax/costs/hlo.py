@@ -35,11 +35,6 @@ class Array(NamedTuple):
         width = int(bits[0]) if bits else 8 * (self.dtype == "pred")
         return math.prod(self.shape) * width // 8
 
-    @property
-    def hbm_bytes(self) -> int:
-        """Size in bytes in HBM; 0 for other memory spaces."""
-        return 0 if self.space else self.bytes
-
 
 class Instruction(NamedTuple):
     """An HLO instruction, one line of text.
@@ -74,7 +69,7 @@ class Instruction(NamedTuple):
     @property
     def hbm_bytes(self) -> int:
         """Size of the part of the result in HBM, in bytes."""
-        return sum(array.hbm_bytes for array in self.arrays)
+        return sum(array.bytes for array in self.arrays if not array.space)
 
 
 class Computation(NamedTuple):
