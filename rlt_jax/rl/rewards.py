@@ -161,9 +161,7 @@ def compute(
 
 def _on_first_host(term: Term, rollout: Rollout, template: Template) -> np.ndarray:
     """Computed on one host for all: time limits or a user's function may differ."""
-    values = hosts.from_first(
-        lambda: np.asarray(term.function(rollout, template)).tolist()
-    )
+    values = hosts.from_first(lambda: term.function(rollout, template).tolist())
     return np.asarray(values, np.float32)
 
 
