@@ -104,8 +104,7 @@ class Chat:
                 print("The model is also the student; --students=MODEL names another.")
                 models *= 2
             renderers = scoring.make_renderers(models, template)
-            args = models, renderers, self.scoring, self.mesh
-            self.score = scoring.make_scorer(*args)
+            self.score = scoring.make_scorer(models, renderers, self.scoring, self.mesh)
 
     def _engine(self, length: int) -> Engine:
         """Decodes one completion of at most this length, its prompt included."""

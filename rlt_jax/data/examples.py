@@ -187,10 +187,9 @@ def student_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     """
     template = renderer.template
     turns = [template.student_turn(trace, renderer.opened) for trace in traces]
-    end_of_turn = renderer.tokenizer.end_of_turn
-    encoded = renderer.encode(
-        [trace.problem for trace in traces], [turn + end_of_turn for turn in turns]
-    )
+    problems = [trace.problem for trace in traces]
+    ended = [turn + renderer.tokenizer.end_of_turn for turn in turns]
+    encoded = renderer.encode(problems, ended)
     examples = []
     for trace, turn, one in zip(traces, turns, encoded, strict=True):
         prompt, (tokens, offsets) = one

@@ -137,8 +137,7 @@ def on_each_device(kernel: Kernel, query: Array) -> Kernel:
     mesh = jax.sharding.get_abstract_mesh()
     if query.shape[0] % math.prod(mesh.shape[name] for name in rows):
         rows = ()
-    heads = HEAD_AXIS if HEAD_AXIS in axes else None
-    array = Spec(rows or None, None, heads)
+    array = Spec(rows or None, None, HEAD_AXIS if HEAD_AXIS in axes else None)
     specs = (array, array, array, Spec(rows or None), Spec())
     return split_by_hand(kernel, specs, array)
 

@@ -115,8 +115,7 @@ def _compared(
     """The paired difference of two evaluations; {} with fewer than two questions."""
     column = "correct" if quantity == "accuracy" else quantity
     a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
-    args = a, b, (last, other)
-    return statistics.compare(*args)._asdict() if len(a | b) > 1 else {}
+    return statistics.compare(a, b, (last, other))._asdict() if len(a | b) > 1 else {}
 
 
 def _costs(workdir: Path) -> Record:

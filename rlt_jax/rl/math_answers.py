@@ -197,8 +197,7 @@ def _ascii(text: str) -> str:
     """
     text = _IGNORED.sub("", text.replace("−", "-"))
     dollar = "" if _ENVIRONMENT.search(text) else "$"
-    root = rf"{dollar}\1\\sqrt{{\2\3}}{dollar}"
-    return _ROOT.sub(root, text)
+    return _ROOT.sub(rf"{dollar}\1\\sqrt{{\2\3}}{dollar}", text)
 
 
 def _canonical(prediction: str, parsed: list) -> str:
