@@ -15,6 +15,7 @@ from rlt_jax.errors import UserError
 Message = dict[str, str]  # "role" and "content"
 ASSETS = Path(__file__).parent / "assets" / "chat_templates"
 _PROBE = "probe"
+_QUESTION = {"role": "user", "content": "question"}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -79,8 +80,7 @@ class ChatTemplate:
         It is "" for a template that renders no such turn.
         """
         system = {"role": "system", "content": "instruction"}
-        user = {"role": "user", "content": "question"}
-        chat = [user, {"role": "assistant", "content": _PROBE}]
+        chat = [_QUESTION, {"role": "assistant", "content": _PROBE}]
         for messages in (chat, [system, *chat]):  # some templates need a system prompt
             _, found, ending = self._attempt(messages, False).rpartition(_PROBE)
             if found:
@@ -89,9 +89,8 @@ class ChatTemplate:
 
     def takes_system(self) -> bool:
         """Whether a system message is rendered, not refused or left out."""
-        user = {"role": "user", "content": "question"}
         system = {"role": "system", "content": _PROBE}
-        return _PROBE in self._attempt([system, user], True)
+        return _PROBE in self._attempt([system, _QUESTION], True)
 
     def _attempt(self, messages: Sequence[Message], open_turn: bool) -> str:
         try:
