@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from rlt_jax.data import examples, rows
 from rlt_jax.data.examples import Example, Renderer
+from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
+from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem, Trace
 from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
@@ -125,13 +127,18 @@ def make_scorer(
       mesh: where everything runs.
     """
     reward = scoring.rlt_reward
-    check_tokenizers(reward, *(model.tokenizer for model in models))
-    transformer, *others = [model.model for model in models]
-    temperature = scoring.teacher_temperature
-    programs = compile_log_probs(transformer, others, temperature, reward, mesh)
+    transformers = [model.model for model in models]
+    tokenizers = [model.tokenizer for model in models]
+    check_tokenizers(reward, *tokenizers)
+    programs = compile_log_probs(
+        transformers[0], transformers[1:], scoring.teacher_temperature, reward, mesh
+    )
     compute = jit_rlt_reward(reward, scoring.ensemble, len(models) - 1, mesh)
-    of_tokens = sharding.jit(functools.partial(_values_of_tokens, reward), mesh)
+    of_tokens = functools.partial(_values_of_tokens, reward)
+    replicated = sharding.replicated(mesh)
+    values_of_tokens = sharding.jit(of_tokens, mesh, out_shardings=replicated)
     teacher, *students = [model.params for model in models]
+    groups = sharding.num_groups(mesh)
 
     def score(
         given: Sequence[TextCompletion],
@@ -141,7 +148,7 @@ def make_scorer(
     ) -> list[dict[str, Any]]:
         policy, *of_students = make_sequences(models, renderers, given)
         closed = np.array([one.closed for one in given])
-        shape = row_shape([policy, *of_students], sharding.num_groups(mesh))
+        shape = row_shape([policy, *of_students], groups)
         packed = rows.pack_examples(shape, policy, of_students, closed, count)
         batch = sharding.put_rows(packed, mesh)
         batch = log_probs.fill(programs, batch, teacher, students)
@@ -155,7 +162,7 @@ def make_scorer(
             record = {"reward": terms.pop("value"), "terms": terms}
             records.append(record | {"student_tokens": len(of_students[0][n].tokens)})
         if per_token:
-            values = jax.device_get(of_tokens(batch))
+            values = jax.device_get(values_of_tokens(batch))
             segments = packed.students[0].explanation.segment
             for n, record in enumerate(records):
                 arrays = {name: (x[n], mask[n]) for name, (x, mask) in values.items()}
@@ -172,7 +179,7 @@ def compile_log_probs(
     temperature: float,
     reward: RLTRewardConfig,
     mesh: Mesh,
-) -> log_probs.LogProbPrograms:
+) -> LogProbPrograms:
     """The programs of the policy at a temperature, and of the reward's students."""
     return log_probs.compile_programs(
         (policy, temperature),
@@ -193,7 +200,7 @@ def jit_rlt_reward(
     """
     ensemble.check(num_students)
     program = functools.partial(rlt_reward.ensemble_reward, reward, ensemble)
-    return sharding.jit(program, mesh)
+    return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
 
 
 def check_finite(reward: Reward, questions: Sequence[str]) -> None:
@@ -225,7 +232,7 @@ def check_tokenizers(
             )
 
 
-def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> rows.RowShape:
+def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> RowShape:
     """A shape from few: the bucket of the longest sequence, and the rows that are needed.
 
     Args:
@@ -238,7 +245,7 @@ def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> rows.RowSh
     most = max(1, TOKENS_PER_MICRO_BATCH // (T * groups))
     needed = max(row for some in lengths for row, _ in rows.first_fit(some, T)) + 1
     size = 1 << (-(-needed // groups) - 1).bit_length()
-    return rows.RowShape(min(size, most) * groups, T)
+    return RowShape(min(size, most) * groups, T)
 
 
 def make_solution_scorer(
@@ -260,7 +267,10 @@ def make_solution_scorer(
     limit = min(BUCKETS[-1], loaded.model.config.max_length)
     model = loaded.model, 1.0
     programs = log_probs.compile_programs(model, [model], mesh)
-    of_solutions = sharding.jit(rlt_reward.solution_log_probs, mesh)
+    replicated = sharding.replicated(mesh)
+    of_solutions = sharding.jit(
+        rlt_reward.solution_log_probs, mesh, out_shardings=replicated
+    )
 
     def means(traces: Sequence[Trace]) -> list[float | None]:
         made, _ = rows.fitting_examples(renderer, traces, limit)

@@ -56,7 +56,7 @@ def compile_programs(
 
     def divergence(student: tuple[Transformer, float]) -> Callable:
         program = functools.partial(vocabulary_kl, policy, student, top_k)
-        return sharding.jit(program, mesh)
+        return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
 
     return LogProbPrograms(
         per_token(*policy),

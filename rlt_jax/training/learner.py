@@ -58,7 +58,8 @@ def make_learner(
       max_norm: a step with a longer gradient is skipped; None for never.
     """
     jitted = jit_update(loss_fn, tuning.model, tx, mesh, shardings, max_norm)
-    forward = sharding.jit(functools.partial(batch_loss, loss_fn, tuning.model), mesh)
+    forward = functools.partial(batch_loss, loss_fn, tuning.model)
+    forward = sharding.jit(forward, mesh, out_shardings=sharding.replicated(mesh))
     mixed = jit_mix()
     return Learner(
         lambda state, batch: jitted(state, batch, tuning.frozen),

@@ -121,10 +121,7 @@ def check_rows(mesh: Mesh, rows: int, row_length: int, names: str) -> None:
 def jit(
     function: Callable, mesh: Mesh, rules: Rules = RULES, **options: Any
 ) -> Wrapped:
-    """`jax.jit` with the mesh and the logical axis rules in scope.
-
-    What it returns is replicated, unless `out_shardings` is among the options.
-    """
+    """`jax.jit` with the mesh and the logical axis rules in scope."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -132,7 +129,6 @@ def jit(
             return function(*args)
 
     # Without them, logical constraints do nothing, as on a single device.
-    options = {"out_shardings": replicated(mesh), **options}
     return jax.jit(traced if mesh.size > 1 else function, **options)
 
 
@@ -167,10 +163,11 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
     B in [M, B, T] and E in [E, ...] are sharded over data and fsdp; arrays whose axis
     is not divisible are replicated.
     """
+    groups = num_groups(mesh)
 
     def one(x: Any) -> NamedSharding:
         axis = 1 if np.ndim(x) == 3 else 0
-        if np.ndim(x) and np.shape(x)[axis] % num_groups(mesh) == 0:
+        if np.ndim(x) and np.shape(x)[axis] % groups == 0:
             return batch_sharding(mesh, axis)
         return replicated(mesh)
 
