@@ -8,8 +8,9 @@ Any value of the config can be set on the command line:
         --config.seed=1 --config.rl.loop.steps=20
 
 Each stage works in <workdir>/<name>/; a complete one is skipped, one that was cut off
-continues from its last checkpoint. --only=NAME runs one alone, afresh if it was complete
-(the earlier folder is kept). SIGTERM saves and stops. `chat --help`: how to try a model.
+continues from its last checkpoint. --only=NAME runs one alone, afresh if it was complete;
+stages that read from it run afresh the next time (earlier folders are kept). SIGTERM or
+Ctrl-C saves and stops. `chat --help`: how to try a model.
 
 On several hosts run it on each; a TPU pod, GKE and Slurm tell the processes about each
 other, elsewhere --coordinator_address, --num_processes and --process_id do.
@@ -47,7 +48,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    """Runs the config; bad input ends in one message and exit status 1, SIGTERM in 143."""
+    """Runs the config; bad input ends in one message and exit status 1, a stop in 143."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown argument {argv[1]!r}; all settings are flags.")
     # The libraries' own progress messages stay out of sight, ours are shown.

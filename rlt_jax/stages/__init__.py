@@ -3,7 +3,8 @@
 A stage is a module with `SECTIONS`, the owners of the keys of its config, and
 `run(config, workdir, seed)`, which is given that config, the folder of the stage and the
 seed of everything random, and returns a summary that goes into `done.json`, beside the
-seconds and the peak memory of the stage (on accelerators, of all stages so far).
+seconds and the peak memory of the stage (on accelerators, of all stages so far). One with
+`prepare(config, seed)` is checked before the first stage of a run works, see `preflight`.
 """
 
 import datetime
@@ -21,11 +22,10 @@ import jax
 from ml_collections import ConfigDict
 
 from rlt_jax import settings
-from rlt_jax.data.tables import find_files
-from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, check_choice
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
+from rlt_jax.stages import preflight
 from rlt_jax.training import hosts
 from rlt_jax.training.metrics import finite, peak_gib, reset_peak
 
@@ -57,7 +57,8 @@ def run_pipeline(
     Args:
       config: the config.
       workdir: folder that holds a folder for each stage.
-      only: name of the one stage to run, afresh if it was complete.
+      only: name of the one stage to run, afresh if it was complete. Later stages that read
+        from it run afresh the next time.
 
     Raises:
       UserError: bad input, anywhere in a stage.
@@ -69,9 +70,14 @@ def run_pipeline(
         if only not in sections:
             raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
         sections = {only: sections[only]}
-    for name, section in sections.items():
-        if only is not None or not (root / name / "done.json").is_file():
-            _check_files(section.to_dict(), root)
+    left = {
+        name: _settings(section, root, "", config.seed)
+        for name, section in sections.items()
+        if only is not None or not (root / name / "done.json").is_file()
+    }
+    # The first of several checks itself at once.
+    first, to_make = (0, {}) if only is not None else (1, left)
+    preflight.check([*left.values()][first:], to_make, root)
     date = hosts.from_first(lambda: _date(root))
     if only is not None:
         values = _settings(sections[only], root, date, config.seed)
@@ -172,7 +178,7 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
             _remove_untouched(folder)
         raise
     costs = {"seconds": time.monotonic() - start, "peak_gib": peak_gib()}
-    done = {"stage": stage, **costs, "summary": summary}
+    done = {"stage": stage, "finished": _now(), **costs, "summary": summary}
     hosts.from_first(lambda: _complete(folder, done))
     _LOG.info("stage %s took %.0f s", name, costs["seconds"])
 
@@ -180,7 +186,7 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
 def _is_complete(name: str, folder: Path, values: Record) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     how = ""
-    if renamed := _renamed(_stored_settings(folder)):
+    if renamed := _renamed(_read_json(folder / "settings.json")):
         how = (
             "by an earlier version of rlt_jax ({} is now called {}). Its models still "
         )
@@ -192,24 +198,38 @@ def _is_complete(name: str, folder: Path, values: Record) -> bool:
             f"stage {name}: {folder} was made {how}. Use another --workdir, or "
             f"--only={name} to run this stage afresh."
         )
-    if (folder / "done.json").is_file():
+    complete, inputs = (folder / "done.json").is_file(), _inputs(folder, values)
+    begun = _read_json(folder / ("done.json" if complete else SESSIONS))
+    known = begun.get("inputs", inputs)  # earlier versions did not keep them
+    if changed := sorted(dict(known.items() ^ inputs.items())):
+        _LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
+        _keep_aside(folder)
+        complete, begun = False, {}
+    if complete:
         return True
+    # One that died told nobody how long it was.
+    sessions = begun.get("sessions", int((folder / "settings.json").is_file())) + 1
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SESSIONS, {"sessions": _sessions(folder) + 1})
+    _write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
     _write_json(folder / "settings.json", values)
     return False
 
 
-def _sessions(folder: Path) -> int:
-    """How many sessions have begun the stage; one that died told nobody how long."""
-    if (folder / SESSIONS).is_file():
-        return json.loads((folder / SESSIONS).read_text(encoding="utf-8"))["sessions"]
-    return int((folder / "settings.json").is_file())
+def _inputs(folder: Path, values: Record) -> dict[str, str]:
+    """Complete stages that a stage reads -> when they were complete."""
+    read = preflight.stages_read(values, folder.parent)
+    if values["stage"] == "report":  # it has their names
+        read += re.findall(r'"(\w+)"', json.dumps(values))
+    times = {
+        name: _read_json(folder.with_name(name) / "done.json").get("finished")
+        for name in {*read} - {folder.name}
+    }
+    return {name: time for name, time in times.items() if time}
 
 
 def _complete(folder: Path, done: Record) -> None:
     """Writes `done.json`; its seconds are those of the last of `sessions`."""
-    _write_json(folder / "done.json", finite(done) | {"sessions": _sessions(folder)})
+    _write_json(folder / "done.json", finite(done) | _read_json(folder / SESSIONS))
     (folder / SESSIONS).unlink(missing_ok=True)
 
 
@@ -244,24 +264,16 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     hosts.agree("the devices", {"their number": jax.local_device_count()})
 
 
-def _check_files(values: Record, root: Path) -> None:
-    """Raises UserError for a template or a data file that no stage of the run makes."""
-    if values.get("template"):
-        load_template(values["template"])
-    for part in ("data", "held_out"):
-        for key, path in _flat(values.get(part)).items():
-            made = "{workdir}" in str(path) or str(path).startswith(f"{root}/")
-            if key.rpartition(".")[2] == "path" and path and not made:
-                find_files(path)
-
-
 def _date(root: Path) -> str:
     """Date and time of the run's first start: chat templates may have them in prompts."""
     if not (root / RUN).is_file():
         root.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now().astimezone()
-        _write_json(root / RUN, {"date": now.isoformat(timespec="seconds")})
-    return json.loads((root / RUN).read_text(encoding="utf-8"))["date"]
+        _write_json(root / RUN, {"date": _now()})
+    return _read_json(root / RUN)["date"]
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat()
 
 
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
@@ -277,15 +289,15 @@ def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
 
 def _difference(folder: Path, values: Record) -> str | None:
     """The first key in which the folder's settings differ from these."""
-    before, now = _flat(_stored_settings(folder)), _flat(values)
+    before, now = _flat(_read_json(folder / "settings.json")), _flat(values)
     for key in sorted(before.keys() | now.keys()) if before else ():
         if before.get(key) != now.get(key):
             return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
     return None
 
 
-def _stored_settings(folder: Path) -> Record:
-    file = folder / "settings.json"
+def _read_json(file: Path) -> Record:
+    """The values in a file; {} where there is none."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -302,8 +314,12 @@ def _flat(values: Any, prefix: str = "") -> Record:
 def _set_aside(folder: Path, values: Record) -> None:
     """Renames the folder of a complete stage, or of one with other settings."""
     done = (folder / "done.json").is_file()
-    if not done and _difference(folder, values) is None:
-        return
+    if done or _difference(folder, values) is not None:
+        _keep_aside(folder)
+
+
+def _keep_aside(folder: Path) -> None:
+    """Renames a folder, so that the stage begins afresh and what it did is kept."""
     number = 1
     while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

@@ -17,12 +17,13 @@ from rlt_jax.data import rows
 from rlt_jax.errors import UserError, check_minima
 from rlt_jax.inference import log_probs, sampler
 from rlt_jax.inference.layout import check_memory
-from rlt_jax.records import Record
+from rlt_jax.records import Problem, Record
 from rlt_jax.rl.rewards import RLT, Term
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.settings import build, load_function
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
+from rlt_jax.training.checkpoint import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
-    mesh = setup.load_mesh(config)
-    opened = setup.open_models(config, "teacher")
-    terms = (Term(RLT, 1.0, None),)
-    run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
-    problems = setup.load_problems(config.data, run.template, seed)
-    setup.check_fit(run, problems)
-    kl_coef = fixed_kl_coef(run.rlt_reward)
+    run, opened, problems = prepare(config, seed)
+    mesh, kl_coef = run.mesh, fixed_kl_coef(run.rlt_reward)
     teacher, *students = setup.load_weights(config, "teacher", opened, mesh, seed)
     check_memory(teacher.model, run.sampler.layout, mesh)
     asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
@@ -103,6 +99,19 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             bar.update(count)
             hosts.stop_if_asked()
     return hosts.from_first(lambda: _summary(metrics.read_jsonl(file)))
+
+
+def prepare(
+    config: ConfigDict, seed: int
+) -> tuple[setup.Run, list[LoadedModel], list[Problem]]:
+    """Models without weights and data of the stage; raises UserError for bad input."""
+    mesh = setup.load_mesh(config)
+    opened = setup.open_models(config, "teacher")
+    terms = (Term(RLT, 1.0, None),)
+    run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
+    problems = setup.load_problems(config.data, run.template, seed)
+    setup.check_fit(run, problems)
+    return run, opened, problems
 
 
 def fixed_kl_coef(config: RLTRewardConfig) -> float:

@@ -94,18 +94,10 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """
     c = build(EvaluateConfig, config.evaluate, "evaluate")
     template = load_template(config.template)
-    problems = [
-        problem._replace(answer=problem.answer or final_answer(problem.solution))
-        for problem in setup.load_problems(config.data, template, seed)
-    ]
-    check_gradable([p for p in problems if p.answer or not c.solution_log_probs])
+    problems, model, renderer, engine = prepare(config, seed)
     other = _read_other(c.compare_with, problems)
     texts, k, opened, scorer = [], c.samples_per_problem, "", None
     if config.predictions:
-        if c.solution_log_probs:
-            raise UserError(
-                "evaluate.solution_log_probs needs a model, no predictions."
-            )
         predictions = read_predictions(config.predictions, problems)
         hosts.agree_on_items("the predictions", predictions)
         texts = [text for of_question in predictions for text in of_question]
@@ -120,16 +112,19 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             starts = range(first, len(texts), size)
             batches = (unknown._replace(texts=texts[n : n + size]) for n in starts)
         else:
-            loaded, renderer, engine = _load(config, template, problems, seed)
-            opened = renderer.opened
+            mesh, opened = setup.load_mesh(config), renderer.opened
+            key = jax.random.key(seed)
+            source = build(checkpoint.ModelSource, config.model, "model")
+            params = checkpoint.load_params(source, model.model, mesh, key)
+            check_memory(model.model, engine.layout, mesh)
+            loaded = model._replace(params=params)
             if c.solution_log_probs:
-                mesh = setup.load_mesh(config)
                 scorer = make_solution_scorer(loaded, renderer, size, mesh)
             limit = config.sampling.max_new_tokens
             requests = setup.requests_of(renderer, asked, limit)[first:]
             completions = workdir / "completions.jsonl"
             stored = StoredSampler(engine, completions, loaded.tokenizer, bar)
-            stream = stored.stream(loaded.params, requests, jax.random.key(seed))
+            stream = stored.stream(params, requests, key)
             batches = in_order(stream, size)
         for rollout in batches:
             count = len(rollout.texts)
@@ -212,10 +207,25 @@ def _accuracies(rows: Sequence[Section], k: int) -> Record:
     return results | {"num_graded": len(correct)}
 
 
-def _load(
-    config: ConfigDict, template: Template, problems: Sequence[Problem], seed: int
-) -> tuple[LoadedModel, Renderer, Engine]:
-    """Model, renderer of its prompts and sampler; the model is loaded last."""
+def prepare(
+    config: ConfigDict, seed: int
+) -> tuple[list[Problem], LoadedModel | None, Renderer | None, Engine | None]:
+    """The problems; and the model without weights, the renderer of its prompts and its
+    sampler, or None where there are predictions; raises UserError for bad input.
+    """
+    c = build(EvaluateConfig, config.evaluate, "evaluate")
+    template = load_template(config.template)
+    problems = [
+        problem._replace(answer=problem.answer or final_answer(problem.solution))
+        for problem in setup.load_problems(config.data, template, seed)
+    ]
+    check_gradable([p for p in problems if p.answer or not c.solution_log_probs])
+    if config.predictions:
+        if c.solution_log_probs:
+            raise UserError(
+                "evaluate.solution_log_probs needs a model, no predictions."
+            )
+        return problems, None, None, None
     mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
     opened = checkpoint.open_model(source)
@@ -225,10 +235,7 @@ def _load(
     context = opened.model.config.max_length
     setup.check_room(prompts, limit, context, "question", "the model's context")
     engine = setup.load_sampler(opened, config, mesh, max(prompts) + limit)
-    key = jax.random.key(seed)
-    params = checkpoint.load_params(source, opened.model, mesh, key)
-    check_memory(opened.model, engine.layout, mesh)
-    return opened._replace(params=params), renderer, engine
+    return problems, opened, renderer, engine
 
 
 def _graded(

@@ -1,6 +1,7 @@
 """What a plan knows about a run without running it: shapes, shardings, mean lengths."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,11 @@ from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.published import published_config
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.settings import Section, build
+from rlt_jax.stages.preflight import origin_of, stages_read
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.types import Batch, Params, Spans
 
-_STAGE = "{workdir}/"
+WORKDIR = "{workdir}"  # of a recipe that does not run
 
 
 class Lengths(NamedTuple):
@@ -62,13 +64,11 @@ def load_shape(section: Section, recipe: Section, mesh: Mesh) -> Shape:
 
 
 def _config(source: checkpoint.ModelSource, recipe: Section) -> ModelConfig:
-    origin = source
-    while origin.path.startswith(_STAGE):
-        name = origin.path.removeprefix(_STAGE).partition("/")[0]
-        if name not in recipe:
-            raise UserError(f"plan: {origin.path}: the recipe has no stage {name!r}.")
-        section = recipe[name].get("model") or recipe[name].get("policy")
-        origin = build(checkpoint.ModelSource, section, name)
+    stages = {k: v for k, v in recipe.items() if isinstance(v, Mapping)}
+    section = origin_of(dataclasses.asdict(source), stages, WORKDIR)
+    origin = build(checkpoint.ModelSource, section, "model")
+    if unknown := stages_read(origin.path, WORKDIR):
+        raise UserError(f"plan: {origin.path}: the recipe has no stage {unknown[0]!r}.")
     numerics = {"dtype": source.dtype, "remat": source.remat}
     known = published_config(origin.path, **numerics)
     return known or checkpoint.shape_of(dataclasses.replace(origin, **numerics))

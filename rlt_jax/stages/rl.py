@@ -10,7 +10,9 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -29,6 +31,7 @@ from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.rl_journal import Journal, Weights
 from rlt_jax.stages.setup import Run
 from rlt_jax.training import checkpoint, offload, sharding
+from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
@@ -62,17 +65,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
-    mesh = setup.load_mesh(config)
-    terms = make_terms(config.reward_terms)
-    if c.self_teaching and setup.student_sections(config["students"]):
-        raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
-    opened = setup.open_models(config, "policy")
-    students = opened if c.self_teaching else opened[1:]
-    run = setup.load_run(config, c.role, opened[0], students, mesh, terms)
-    problems = setup.load_problems(config.data, run.template, seed)
-    held_out = setup.load_problems(config.held_out, run.template, seed)
-    setup.check_fit(run, [*problems, *held_out])
-    prompts = pipeline.problem_batches(problems, c.batch_size, seed)
+    run, opened, problems, held_out, prompts = prepare(config, seed)
+    mesh = run.mesh
     policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
     check_memory(policy.model, run.sampler.layout, mesh)
 
@@ -102,6 +96,41 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     with journal.open(objective.advantage):
         train(c, run, learner, fill_advantages, problems, journal)
     return journal.summary()
+
+
+class Prepared(NamedTuple):
+    """What `run` works with, before the weights are loaded.
+
+    Attributes:
+      run: what rollouts, log-probs and rewards are made with.
+      opened: the policy, then the students that are models of their own.
+      problems: to train on.
+      held_out: to evaluate on.
+      prompts: endless batches of indices of `problems`.
+    """
+
+    run: Run
+    opened: list[LoadedModel]
+    problems: list[Problem]
+    held_out: list[Problem]
+    prompts: grain.DatasetIterator
+
+
+def prepare(config: ConfigDict, seed: int) -> Prepared:
+    """Models without weights and data of the stage; raises UserError for bad input."""
+    c = build(RLConfig, config.loop, "loop")
+    mesh = setup.load_mesh(config)
+    terms = make_terms(config.reward_terms)
+    if c.self_teaching and setup.student_sections(config["students"]):
+        raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
+    opened = setup.open_models(config, "policy")
+    students = opened if c.self_teaching else opened[1:]
+    run = setup.load_run(config, c.role, opened[0], students, mesh, terms)
+    problems = setup.load_problems(config.data, run.template, seed)
+    held_out = setup.load_problems(config.held_out, run.template, seed)
+    setup.check_fit(run, [*problems, *held_out])
+    prompts = pipeline.problem_batches(problems, c.batch_size, seed)
+    return Prepared(run, opened, problems, held_out, prompts)
 
 
 def train(

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training.checkpoint import LoadedModel, ModelSource
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
@@ -106,7 +108,7 @@ class SFTConfig:
 
 
 SECTIONS = {
-    "model": checkpoint.ModelSource,
+    "model": ModelSource,
     "template": None,
     "data": None,
     "held_out": None,  # traces like those of `data`, without a mix; or None
@@ -125,39 +127,18 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
       loss and, where it was evaluated, the first.
     """
     c = build(SFTConfig, config.sft, "sft")
-    mesh = setup.load_mesh(config)
-    check_rows(c, mesh)
-    source = build(checkpoint.ModelSource, config.model, "model")
-    opened = checkpoint.open_model(source)
+    source = build(ModelSource, config.model, "model")
+    mesh, key = setup.load_mesh(config), jax.random.key(seed)
     file = Path(config.data.get("path") or "")
     if c.allow_empty and file.is_file() and not file.stat().st_size:
         _LOG.warning(f"{file} has no traces: the model is saved as it is")
-        params = checkpoint.load_params(
-            source, opened.model, mesh, jax.random.key(seed)
-        )
+        opened = checkpoint.open_model(source)
+        params = checkpoint.load_params(source, opened.model, mesh, key)
         checkpoint.save_model(workdir, 0, opened, params)
         return {"steps": 0, "traces": {}}
-    renderer = Renderer(opened.tokenizer, load_template(config.template), c.role)
-    context = opened.model.config.max_length
-    sources = pipeline.load_sources(config.data, renderer.template, seed)
-    made, counts = load_examples(c, sources, renderer, seed, context)
-    held_out: list[Batch] = []
-    if config.held_out is not None:
-        args = config.held_out, renderer.template, seed, "held_out"
-        others = [pipeline.Source("held_out", 1.0, pipeline.load_traces(*args))]
-        # All are used: none is replaced by another trace of its question.
-        overlong = "drop" if c.overlong == "shorter" else c.overlong
-        every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
-        (fitting,), more = load_examples(every, others, renderer, seed, context)
-        held_out = pipeline.all_batches(fitting, c.shape, c.batch_size)
-        counts |= more
-    elif c.evaluate_every:
-        raise UserError("sft.evaluate_every needs traces in the section held_out.")
-    weights = [source.weight for source in sources]
-    batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
-    c = with_steps(c, batches, sum(map(len, made)))
+    c, opened, batches, held_out, counts = prepare(config, seed)
 
-    params = checkpoint.load_params(source, opened.model, mesh, jax.random.key(seed))
+    params = checkpoint.load_params(source, opened.model, mesh, key)
     loaded = opened._replace(params=params)
     learner, tuning, state = setup.load_learner(
         config, next_token_loss, loaded, mesh, c.steps, seed
@@ -202,6 +183,51 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         manager.wait_until_finished()
     losses = hosts.from_first(lambda: _losses(workdir / "metrics.jsonl"))
     return {"steps": c.steps, "traces": counts} | losses
+
+
+class Prepared(NamedTuple):
+    """What `run` works with, before the weights are loaded.
+
+    Attributes:
+      c: settings with a number of steps.
+      opened: the model.
+      batches: endless packed rows.
+      held_out: batches that hold every held-out trace once.
+      counts: numbers of traces of each data section.
+    """
+
+    c: SFTConfig
+    opened: LoadedModel
+    batches: PackedBatches
+    held_out: list[Batch]
+    counts: dict[str, dict[str, int]]
+
+
+def prepare(config: ConfigDict, seed: int) -> Prepared:
+    """Model without weights and data of the stage; raises UserError for bad input."""
+    c = build(SFTConfig, config.sft, "sft")
+    check_rows(c, setup.load_mesh(config))
+    opened = checkpoint.open_model(build(ModelSource, config.model, "model"))
+    renderer = Renderer(opened.tokenizer, load_template(config.template), c.role)
+    context = opened.model.config.max_length
+    sources = pipeline.load_sources(config.data, renderer.template, seed)
+    made, counts = load_examples(c, sources, renderer, seed, context)
+    held_out: list[Batch] = []
+    if config.held_out is not None:
+        args = config.held_out, renderer.template, seed, "held_out"
+        others = [pipeline.Source("held_out", 1.0, pipeline.load_traces(*args))]
+        # All are used: none is replaced by another trace of its question.
+        overlong = "drop" if c.overlong == "shorter" else c.overlong
+        every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
+        (fitting,), more = load_examples(every, others, renderer, seed, context)
+        held_out = pipeline.all_batches(fitting, c.shape, c.batch_size)
+        counts |= more
+    elif c.evaluate_every:
+        raise UserError("sft.evaluate_every needs traces in the section held_out.")
+    weights = [source.weight for source in sources]
+    batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
+    c = with_steps(c, batches, sum(map(len, made)))
+    return Prepared(c, opened, batches, held_out, counts)
 
 
 def next_token_loss(

@@ -26,6 +26,7 @@ from rlt_jax.training import private_jax
 
 T = TypeVar("T")
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PREEMPTED = 128 + signal.SIGTERM  # exit status
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
 EXIT_SECONDS = 10  # that processes wait for each other when one has failed
@@ -38,7 +39,7 @@ _stopping_calls = itertools.count(1)
 
 
 class Stopped(Exception):
-    """SIGTERM asked the run to stop, and everything needed to resume is saved."""
+    """A signal asked the run to stop, and everything needed to resume is saved."""
 
 
 def is_first() -> bool:
@@ -134,7 +135,7 @@ def _time_out(who: str, address: str, timeout: int) -> NoReturn:
 
 
 def listen() -> None:
-    """Makes the first SIGTERM ask the run to stop, the second end it at once.
+    """Makes the first SIGTERM or Ctrl-C ask the run to stop, the second end it at once.
 
     Call it after `connect`, as it replaces the handler of JAX's preemption service, which
     ignores a second SIGTERM and does not exist in a run of one process.
@@ -144,17 +145,22 @@ def listen() -> None:
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in STOP_SIGNALS:
+        # Shells let background jobs ignore Ctrl-C.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     threading.Thread(target=_handle_signals, args=[read_fd], daemon=True).start()
 
 
 def _handle_signals(read_fd: int) -> None:
     while number := os.read(read_fd, 1):
-        if number[0] != signal.SIGTERM:
+        if number[0] not in STOP_SIGNALS:
             continue
         if _stop_requested.is_set():
             os._exit(PREEMPTED)
         _stop_requested.set()
+        message = "stops after this step and saves; a second signal ends it at once."
+        print(f"\nrlt_jax: {message}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
             # In a thread of its own, as it waits if process 0 is dead.
             announce = private_jax.announce_preemption
@@ -252,7 +258,7 @@ def guard(work: Callable[[], None]) -> None:
     except UserError as error:
         _fail(str(error))
     except Stopped:
-        message = "stopped by SIGTERM, all is saved; the same command resumes the run."
+        message = "stopped by a signal, all is saved; the same command resumes the run."
         print(f"rlt_jax: {message}", file=sys.stderr)
         sys.exit(PREEMPTED)
     except (Exception, KeyboardInterrupt):

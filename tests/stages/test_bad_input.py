@@ -71,19 +71,76 @@ def test_stages_before_the_bad_one_are_kept_and_not_run_again(
     second["data"] = {"task": "file", "path": str(tmp_path / "data.jsonl")}
     values = {"seed": 0, "pipeline": ("first", "second")}
     config = ml_collections.ConfigDict(values | {"first": first, "second": second})
-    # That a file is missing is known at the start, what is in it is not.
+    # What is missing, or wrong in it, is known at the start.
     with pytest.raises(UserError, match="data.jsonl.*no such file"):
         run_pipeline(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
     write(tmp_path / "data.jsonl", {"question": "1+1?"})
     with pytest.raises(UserError, match="data.jsonl, line 1"):
         run_pipeline(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    write(tmp_path / "data.jsonl", GOOD_ROW)
+    run_pipeline(config, tmp_path / "run", only="first")
     done = tmp_path / "run" / "first" / "done.json"
     before = done.read_bytes()
+    write(tmp_path / "data.jsonl", {"question": "1+1?"})
+    with pytest.raises(UserError, match="data.jsonl, line 1"):
+        run_pipeline(config, tmp_path / "run")
     write(tmp_path / "data.jsonl", GOOD_ROW)
     run_pipeline(config, tmp_path / "run")
     assert done.read_bytes() == before
     assert (tmp_path / "run" / "second" / "done.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loop": {"steps": 1, "batch_size": 11, "group_size": 2}}, "but only 10 prob"),
+        ({"rows": {"micro_batch_size": 2, "row_length": 32}}, "rows.row_length=32"),
+        ({"students": [{"path": "no/such/model"}]}, "no/such/model"),
+        ({"policy": {"path": "{workdir}/frist"}}, "frist"),
+        ({"template": "distilqwen"}, "template 'distilqwen'"),
+    ],
+)
+def test_later_stages_are_checked_before_the_first_one_works(
+    changes: dict[str, Any], message: str, section: Section, tmp_path: Path
+) -> None:
+    sft, rl = section("sft"), section("rl")
+    rl["policy"] = {"path": "{workdir}/first"}
+    rl["students"] = [{"path": "{workdir}/first"}]
+    values = {"seed": 0, "pipeline": ("first", "second", "third"), "first": sft}
+    rl["loop"] |= {"steps": 1}
+    values["second"] = sft | {"model": {"path": "{workdir}/first"}}
+    values["third"] = rl | changes
+    with pytest.raises(UserError, match=message):
+        run_pipeline(ml_collections.ConfigDict(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_stage_makes_is_not_looked_for(section: Section, tmp_path: Path) -> None:
+    sft, collect, distil = section("sft"), section("collect"), section("sft")
+    sft["sft"]["steps"] = distil["sft"]["steps"] = 1
+    collect["teacher"] = {"path": "{workdir}/warmup"}
+    collect["students"] = [{"path": "{workdir}/warmup"}]
+    distil["data"] = {"task": "file", "path": "{workdir}/collect/traces.jsonl"}
+    values = {"seed": 0, "pipeline": ("warmup", "collect", "distil"), "warmup": sft}
+    config = ml_collections.ConfigDict(values | {"collect": collect, "distil": distil})
+    distil["data"]["keep_cut_off"] = True
+    config.distil = distil
+    run_pipeline(config, tmp_path / "run")
+    assert (tmp_path / "run/distil/done.json").is_file()
+
+
+def test_one_stage_afresh_keeps_the_old_folder_if_it_cannot_run(
+    section: Section, tmp_path: Path
+) -> None:
+    sft = section("sft")
+    sft["sft"]["steps"] = 1
+    config = ml_collections.ConfigDict({"seed": 0, "pipeline": ("a",), "a": sft})
+    run_pipeline(config, tmp_path)
+    config.a.model = {"path": "{workdir}/b"}
+    with pytest.raises(UserError, match="b"):
+        run_pipeline(config, tmp_path, only="a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run.json"]
 
 
 @pytest.mark.parametrize(

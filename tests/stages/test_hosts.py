@@ -57,6 +57,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if count > 1:
             command += [f"--coordinator_address={address}", f"--process_id={index}"]
             command += [f"--num_processes={count}"]
+        # Tests in the background of a shell ignore Ctrl-C, which processes would inherit.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -65,6 +67,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stderr=subprocess.PIPE,
             text=True,
         )
+        signal.signal(signal.SIGINT, before)
         started.append(process)
         return process
 
@@ -177,12 +180,16 @@ def test_a_process_that_dies_ends_the_other(
 
 # Checkpoints of every step, as Orbax has a way of its own to react to preemption.
 @pytest.mark.parametrize(
-    ("stage", "count", "flags"),
-    [("sft", 1, []), ("rl", 2, ["--config.it.loop.checkpoint_every=1"])],
+    ("stage", "count", "number", "flags"),
+    [
+        ("sft", 1, signal.SIGINT, []),
+        ("rl", 2, signal.SIGTERM, ["--config.it.loop.checkpoint_every=1"]),
+    ],
 )
-def test_sigterm_saves_and_stops_all(
+def test_a_signal_saves_and_stops_all(
     stage: str,
     count: int,
+    number: signal.Signals,
     flags: list[str],
     config: Path,
     start: Callable,
@@ -190,10 +197,10 @@ def test_sigterm_saves_and_stops_all(
 ) -> None:
     processes = [start(f"{config}:{stage}", i, count, *flags) for i in range(count)]
     wait_for(tmp_path / "run/it/metrics.jsonl", processes[0])
-    processes[-1].terminate()
+    processes[-1].send_signal(number)
     for status, messages in map(ended, processes):
         assert status == 143
-        assert "stopped by SIGTERM, all is saved" in messages
+        assert "stopped by a signal, all is saved" in messages
         assert "Traceback" not in messages
     (saved,) = (tmp_path / "run/it/checkpoints").iterdir()
     rows = (tmp_path / "run/it/metrics.jsonl").read_text().splitlines()
@@ -201,14 +208,16 @@ def test_sigterm_saves_and_stops_all(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_second_sigterm_kills(
+def test_a_second_signal_kills(
     count: int, config: Path, start: Callable, tmp_path: Path
 ) -> None:
     process, *_ = [start(config, index, count) for index in range(count)]
     wait_for(tmp_path / "run/it/settings.json", process)
-    for _ in range(2):  # the first step is still to be compiled
-        process.terminate()
+    # The first step is still to be compiled.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
         time.sleep(0.2)
     status, messages = ended(process)
     assert status == 143
+    assert "a second signal ends it at once" in messages
     assert "all is saved" not in messages

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
-from rlt_jax.stages import RENAMED, run_pipeline, sft, stage_sections
+from rlt_jax.stages import RENAMED, report, run_pipeline, sft, stage_sections
 from rlt_jax.training import checkpoint
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
@@ -44,6 +44,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stand_in = Stage()
     monkeypatch.setattr(sft, "run", stand_in)
     monkeypatch.setattr(sft, "SECTIONS", {"options": None})
+    monkeypatch.delattr(sft, "prepare")
     return stand_in
 
 
@@ -127,6 +128,65 @@ def test_sessions_of_a_stage_are_counted(
     assert done(tmp_path / "b")["sessions"] == 2
     run_pipeline(config, tmp_path, only="b")
     assert done(tmp_path / "b")["sessions"] == 1
+
+
+def test_stages_that_read_from_one_that_ran_afresh_run_afresh(
+    stage: Stage, tmp_path: Path
+) -> None:
+    config = config_of(
+        a=section_of(),
+        b=section_of("{workdir}/a/traces.jsonl"),
+        c=section_of("a"),  # a name is no path
+        d=section_of(f"{tmp_path}/b"),
+    )
+    run_pipeline(config, tmp_path)
+    run_pipeline(config, tmp_path, only="a")
+    stage.ran.clear()
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["b", "d"]
+    assert {"b.1", "d.1"} < {path.name for path in tmp_path.iterdir()}
+    assert done(tmp_path / "b")["sessions"] == done(tmp_path / "b.1")["sessions"] == 1
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["b", "d"]
+    # Half of the work on an earlier input is of no use.
+    run_pipeline(config, tmp_path, only="a")
+    stage.fails["b"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(config, tmp_path)
+    run_pipeline(config, tmp_path, only="a")
+    stage.fails.clear()
+    run_pipeline(config, tmp_path)
+    assert (tmp_path / "b" / "work").read_text(encoding="utf-8") == "x"
+
+
+def test_stages_of_earlier_versions_did_not_keep_what_they_read(
+    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    run_pipeline(config, tmp_path)
+    file = tmp_path / "b" / "done.json"
+    file.write_text(json.dumps({**done(file.parent), "inputs": {"a": "earlier"}}))
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["a", "b", "b"]
+    old = done(file.parent)
+    del old["inputs"]
+    file.write_text(json.dumps(old))
+    run_pipeline(config, tmp_path)
+    assert stage.ran == ["a", "b", "b"]
+
+
+def test_the_report_names_the_stages_that_it_reads(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "run", stage)
+    monkeypatch.setattr(report, "SECTIONS", {"options": None})
+    config = config_of(a=section_of(), b=section_of(), report=section_of("a"))
+    config.report.stage = "report"
+    run_pipeline(config, tmp_path)
+    for name in ("b", "a"):
+        run_pipeline(config, tmp_path, only=name)
+        stage.ran.clear()
+        run_pipeline(config, tmp_path)
+        assert stage.ran == ["report"] * (name == "a")
 
 
 def test_only_runs_one_stage_afresh_and_keeps_the_old_folders(
@@ -232,9 +292,10 @@ def test_bad_input_found_later_keeps_the_work(
     stage.fails["b"] = UserError("the disk is full")
     with pytest.raises(UserError, match="disk"):
         run_pipeline(config, tmp_path)
-    assert json.loads(before.pop("b/sessions.json")) == {"sessions": 1}
+    begun = [json.loads(before.pop("b/sessions.json"))]
     after = contents(tmp_path)
-    assert json.loads(after.pop("b/sessions.json")) == {"sessions": 2}
+    begun.append(json.loads(after.pop("b/sessions.json")))
+    assert [one["sessions"] for one in begun] == [1, 2]
     assert after == before
 
 

@@ -1,0 +1,71 @@
+"""What can be known of all stages of a run before the first one works."""
+
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlt_jax.records import Record
+from rlt_jax.settings import Section
+
+MODELS = ("model", "policy", "teacher")  # sections of the model that a stage works with
+
+
+def check(
+    stages: Sequence[Record], to_make: Mapping[str, Record], root: str | Path
+) -> None:
+    """Opens the models and the data of stages, without any weights.
+
+    Where a stage of the run makes the model, the one that it starts from is opened instead;
+    where it makes the data, the stage that reads them is left out.
+
+    Args:
+      stages: settings of the stages to check, with their seeds.
+      to_make: name -> settings of the stages that the run has yet to work on.
+      root: the workdir.
+
+    Raises:
+      UserError: bad input in a stage.
+    """
+    checked = []
+    for settings in stages:
+        stage = importlib.import_module(f"rlt_jax.stages.{settings['stage']}")
+        data = [settings.get("data"), settings.get("held_out")]
+        if not hasattr(stage, "prepare") or to_make.keys() & {*stages_read(data, root)}:
+            continue
+        values = settings | {
+            key: origin_of(settings[key], to_make, root)
+            for key in MODELS
+            if key in settings
+        }
+        if students := values.get("students"):
+            values["students"] = [origin_of(x, to_make, root) for x in students]
+        if values not in checked:
+            checked.append(values)
+            config = ConfigDict(values)
+            del config.stage, config.seed
+            stage.prepare(config, values["seed"])
+
+
+def origin_of(model: Section, stages: Section, root: str | Path) -> Section:
+    """The model that the stages of a run start from to make a model.
+
+    Args:
+      model: section whose path can be the folder of a stage.
+      stages: name -> settings of the stages that make models.
+      root: the workdir.
+    """
+    while made := [n for n in stages_read(model.get("path"), root) if n in stages]:
+        stage = stages[made[0]]
+        model = next(stage[key] for key in MODELS if key in stage)
+    return model
+
+
+def stages_read(values: Any, root: str | Path) -> list[str]:
+    """Names in the workdir `root` that paths anywhere in the values begin with."""
+    folder = re.escape(json.dumps(str(root))[1:-1])
+    return re.findall(rf'"{folder}/([^/"]+)', json.dumps(values))
