@@ -120,7 +120,9 @@ def _compared(
 
 def _costs(workdir: Path) -> Record:
     """Seconds and peak memory of every finished stage but the report, oldest first."""
-    done = [path for path in workdir.glob("*/done.json") if path.parent.name != OUT]
+    # A folder with a suffix is that of a stage that was run afresh.
+    done = [path for path in workdir.glob("*/done.json") if not path.parent.suffix]
+    done = [path for path in done if path.parent.name != OUT]
     done.sort(key=lambda path: (path.stat().st_mtime_ns, path))
     stages = {path.parent.name: read_json(path) for path in done}
     seconds = {name: stage["seconds"] for name, stage in stages.items()}

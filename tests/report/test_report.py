@@ -174,9 +174,12 @@ def test_too_few_graded_questions_are_not_compared(workdir: Path, graded: int) -
     assert "comparisons" not in write_report(workdir, CONFIG, seed=0)
 
 
-def test_a_second_report_does_not_count_the_first(workdir: Path) -> None:
+@pytest.mark.parametrize("folder", ["report", "rl.1"])
+def test_what_a_run_costs_is_that_of_the_stages_read(
+    workdir: Path, folder: str
+) -> None:
     first = write_report(workdir, CONFIG, seed=0)
-    _write(workdir / "report" / "done.json", {"seconds": 100.0})
+    _write(workdir / folder / "done.json", {"seconds": 100.0})
     assert write_report(workdir, CONFIG, seed=0) == first
 
 
