@@ -7,10 +7,9 @@ Any value of the config can be set on the command line:
     python -m rlt_jax.main --config=configs/quickstart.py --workdir=runs/other \\
         --config.seed=1 --config.rl.loop.steps=20
 
-Each stage works in <workdir>/<name>/; a complete one is skipped, one that was cut off
-continues from its last checkpoint. --only=NAME runs one alone, afresh if it was complete;
-stages that read from it run afresh the next time (earlier folders are kept). SIGTERM or
-Ctrl-C saves and stops. `chat --help`: how to try a model.
+Each stage works in <workdir>/<name>/; a complete one is skipped, one that was cut off goes
+on from its last checkpoint. --only=NAME runs one afresh; those that read from it follow the
+next time. Ctrl-C or SIGTERM saves and stops. `chat --help`: how to try a model.
 
 On several hosts run it on each; a TPU pod, GKE and Slurm tell the processes about each
 other, elsewhere --coordinator_address, --num_processes and --process_id do.
