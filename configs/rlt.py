@@ -18,7 +18,7 @@ with a number or a box, and the log-probability that it gives to the solutions.
 of the warmed-up teacher, and of a solver that was trained by correctness RL.
 
 `configs/rlt.py:gsm8k` runs on GSM8K, `configs/rlt.py:smollm2_cpu` compares everything with
-SmolLM2-135M on two CPU cores, sized for about four hours.
+SmolLM2-135M on two CPU cores, sized for about four hours; docs/real_model.md has its results.
 
 Hardware: `device` picks settings for it, such as "t4", "h100-8" or "v5e-8"; "auto" goes
 by what JAX finds. The guide has a table of models that fit. With `lora_rank=0` all

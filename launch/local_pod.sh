@@ -45,6 +45,7 @@ process() { # process ID
   local command=(
     env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=${flag[devices]}"
     JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo PYTHONUNBUFFERED=1
+    "XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false ${XLA_FLAGS:-}"
     "${flag[python]}" -m rlt_jax.main "--config=${flag[config]}"
     "--workdir=${flag[workdir]}" "--coordinator_address=127.0.0.1:${flag[port]}"
     "--num_processes=${flag[processes]}" "--process_id=$1" "${main_args[@]}"

@@ -8,6 +8,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little, also those that run commands.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Devices of one machine otherwise enter collectives in any order, and where cores are few
+# all threads can wait in different ones, for ever.
+ONE_BY_ONE = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{ONE_BY_ONE} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import numpy as np

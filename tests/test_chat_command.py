@@ -361,9 +361,12 @@ def test_a_real_terminal() -> None:
     command = [sys.executable, "-m", "rlt_jax.main", "chat", "--model=embedded"]
     files = {"stdin": side, "stdout": side, "stderr": side}
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
+    # Tests in the background of a shell ignore Ctrl-C, which the process would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, **files, env=environment, cwd=Path(__file__).parents[1]
     )
+    signal.signal(signal.SIGINT, before)
     os.close(side)
     printed = ""
 

@@ -37,11 +37,9 @@ def check(
         data = [settings.get("data"), settings.get("held_out")]
         if not hasattr(stage, "prepare") or to_make.keys() & {*stages_read(data, root)}:
             continue
-        values = settings | {
-            key: origin_of(settings[key], to_make, root)
-            for key in MODELS
-            if key in settings
-        }
+        values = dict(settings)
+        for key in settings.keys() & set(MODELS):
+            values[key] = origin_of(settings[key], to_make, root)
         if students := values.get("students"):
             values["students"] = [origin_of(x, to_make, root) for x in students]
         if values not in checked:

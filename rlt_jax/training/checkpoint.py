@@ -329,11 +329,16 @@ def save(
       trees: name -> tree of arrays; `load` reads "params".
       data: JSON values, such as the state of the data iterator.
     """
-    # Writing takes buffers, and glibc keeps those that a step has freed.
-    if jax.default_backend() == "cpu" and hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
+    free_memory()
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
+    free_memory()
+
+
+def free_memory() -> None:
+    """Hands back what is free; glibc keeps what a step or the buffers of a save have freed."""
+    if jax.default_backend() == "cpu" and hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> None:

@@ -12,7 +12,7 @@ address, count, index = flags["coordinator_address"], flags["num_processes"], fl
 jax.distributed.initialize(address, int(count), int(index))
 total = multihost_utils.process_allgather(jax.numpy.array(jax.process_index() + 1)).sum()
 # One write: what Gloo prints from another thread may not come in between.
-sys.stdout.write(f"\n{jax.local_device_count()} {jax.device_count()} {total}\n")
+sys.stdout.write(f"\\n{jax.local_device_count()} {jax.device_count()} {total}\\n")
 """
 
 
@@ -32,11 +32,16 @@ def test_every_process_gets_its_place(stubs, hard_words) -> None:
 def test_environment_and_prefix(stubs) -> None:
     stubs.write(
         stubs.bin / "python",
-        'echo "$JAX_PLATFORMS $JAX_NUM_CPU_DEVICES $JAX_CPU_COLLECTIVES_IMPLEMENTATION"\n',
+        'echo "$JAX_PLATFORMS $JAX_NUM_CPU_DEVICES $JAX_CPU_COLLECTIVES_IMPLEMENTATION"\n'
+        'echo "$XLA_FLAGS"\n',
     )
-    result = stubs.launch("local_pod", "2", *FLAGS, "--devices=3")
+    given = "--xla_dump_to=/tmp/x y"
+    result = stubs.launch("local_pod", "2", *FLAGS, "--devices=3", XLA_FLAGS=given)
     lines = [line for line in result.stdout.splitlines() if "+ env" not in line]
-    assert sorted(lines) == ["[0] cpu 3 gloo", "[1] cpu 3 gloo"]
+    flags = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {given}"
+    assert sorted(lines) == sorted(
+        f"[{n}] {x}" for n in "01" for x in ("cpu 3 gloo", flags)
+    )
 
 
 def test_one_failure_ends_all_and_its_status_is_the_status(stubs) -> None:
