@@ -70,11 +70,13 @@ def run_pipeline(
         if only not in sections:
             raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
         sections = {only: sections[only]}
-    left = {
-        name: _settings(section, root, "", config.seed)
-        for name, section in sections.items()
-        if only is not None or not (root / name / "done.json").is_file()
-    }
+    left: dict[str, Record] = {}
+    for name, section in sections.items():
+        values, folder = _settings(section, root, "", config.seed), root / name
+        reads = {*preflight.stages_read(values, root)} & left.keys()
+        complete = (folder / "done.json").is_file() and not _changed(folder, values)
+        if only is not None or reads or not complete:
+            left[name] = values
     # The first of several checks itself at once.
     first, to_make = (0, {}) if only is not None else (1, left)
     preflight.check([*left.values()][first:], to_make, root)
@@ -187,10 +189,8 @@ def _is_complete(name: str, folder: Path, values: Record) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     how = ""
     if renamed := _renamed(_read_json(folder / "settings.json")):
-        how = (
-            "by an earlier version of rlt_jax ({} is now called {}). Its models still "
-        )
-        how = how.format(*renamed) + "load"
+        how = "by an earlier version of rlt_jax ({} is now called {}); its models load"
+        how = how.format(*renamed)
     elif difference := _difference(folder, values):
         how = f"with other settings ({difference})"
     if how:
@@ -198,21 +198,26 @@ def _is_complete(name: str, folder: Path, values: Record) -> bool:
             f"stage {name}: {folder} was made {how}. Use another --workdir, or "
             f"--only={name} to run this stage afresh."
         )
-    complete, inputs = (folder / "done.json").is_file(), _inputs(folder, values)
-    begun = _read_json(folder / ("done.json" if complete else SESSIONS))
-    known = begun.get("inputs", inputs)  # earlier versions did not keep them
-    if changed := sorted(dict(known.items() ^ inputs.items())):
+    if changed := _changed(folder, values):
         _LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
         _keep_aside(folder)
-        complete, begun = False, {}
-    if complete:
+    if (folder / "done.json").is_file():
         return True
+    begun, inputs = _read_json(folder / SESSIONS), _inputs(folder, values)
     # One that died told nobody how long it was.
     sessions = begun.get("sessions", int((folder / "settings.json").is_file())) + 1
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
     _write_json(folder / "settings.json", values)
     return False
+
+
+def _changed(folder: Path, values: Record) -> list[str]:
+    """Stages that were run afresh since a stage has read from them."""
+    complete, inputs = (folder / "done.json").is_file(), _inputs(folder, values)
+    begun = _read_json(folder / ("done.json" if complete else SESSIONS))
+    known = begun.get("inputs", inputs)  # earlier versions did not keep them
+    return sorted(dict(known.items() ^ inputs.items()))
 
 
 def _inputs(folder: Path, values: Record) -> dict[str, str]:

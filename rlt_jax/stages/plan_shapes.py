@@ -1,7 +1,6 @@
 """What a plan knows about a run without running it: shapes, shardings, mean lengths."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +63,7 @@ def load_shape(section: Section, recipe: Section, mesh: Mesh) -> Shape:
 
 
 def _config(source: checkpoint.ModelSource, recipe: Section) -> ModelConfig:
-    stages = {k: v for k, v in recipe.items() if isinstance(v, Mapping)}
-    section = origin_of(dataclasses.asdict(source), stages, WORKDIR)
+    section = origin_of(dataclasses.asdict(source), recipe, WORKDIR)
     origin = build(checkpoint.ModelSource, section, "model")
     if unknown := stages_read(origin.path, WORKDIR):
         raise UserError(f"plan: {origin.path}: the recipe has no stage {unknown[0]!r}.")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,7 @@ def check(
             values["students"] = [origin_of(x, to_make, root) for x in students]
         if values not in checked:
             checked.append(values)
-            config = ConfigDict(values)
-            del config.stage, config.seed
-            stage.prepare(config, values["seed"])
+            stage.prepare(ConfigDict(values), values["seed"])
 
 
 def origin_of(model: Section, stages: Section, root: str | Path) -> Section:
@@ -57,13 +56,15 @@ def origin_of(model: Section, stages: Section, root: str | Path) -> Section:
       stages: name -> settings of the stages that make models.
       root: the workdir.
     """
-    while made := [n for n in stages_read(model.get("path"), root) if n in stages]:
-        stage = stages[made[0]]
-        model = next(stage[key] for key in MODELS if key in stage)
+    left = dict(stages)  # each is followed once
+    while made := [n for n in stages_read(model.get("path"), root) if n in left]:
+        stage = left.pop(made[0])
+        model = next((stage[key] for key in MODELS if key in stage), model)
     return model
 
 
 def stages_read(values: Any, root: str | Path) -> list[str]:
     """Names in the workdir `root` that paths anywhere in the values begin with."""
-    folder = re.escape(json.dumps(str(root))[1:-1])
-    return re.findall(rf'"{folder}/([^/"]+)', json.dumps(values))
+    texts = re.findall(r'"([^"]+)"', json.dumps(values, ensure_ascii=False))
+    paths = [os.path.relpath(text, root) for text in texts]
+    return [path.partition("/")[0] for path in paths if not path.startswith(".")]

@@ -276,8 +276,7 @@ def load_sampler(
     sampling = build(SamplingConfig, config["sampling"], "sampling")
     sampling = dataclasses.replace(sampling, stop=(*stop, *sampling.stop))
     sizes = build(EngineConfig, config["engine"], "engine")
-    transformer, _, tokenizer = model
-    return make_engine(transformer, tokenizer, sampling, sizes, mesh, max_length)
+    return make_engine(model.model, model.tokenizer, sampling, sizes, mesh, max_length)
 
 
 def requests_of(

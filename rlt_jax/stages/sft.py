@@ -129,16 +129,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(SFTConfig, config.sft, "sft")
     source = build(ModelSource, config.model, "model")
     mesh, key = setup.load_mesh(config), jax.random.key(seed)
-    file = Path(config.data.get("path") or "")
-    if c.allow_empty and file.is_file() and not file.stat().st_size:
-        _LOG.warning(f"{file} has no traces: the model is saved as it is")
-        opened = checkpoint.open_model(source)
-        params = checkpoint.load_params(source, opened.model, mesh, key)
-        checkpoint.save_model(workdir, 0, opened, params)
-        return {"steps": 0, "traces": {}}
     c, opened, batches, held_out, counts = prepare(config, seed)
-
     params = checkpoint.load_params(source, opened.model, mesh, key)
+    if batches is None:
+        _LOG.warning(f"{config.data.path} has no traces: the model is saved as it is")
+        checkpoint.save_model(workdir, 0, opened, params)
+        return {"steps": 0, "traces": counts}
     loaded = opened._replace(params=params)
     learner, tuning, state = setup.load_learner(
         config, next_token_loss, loaded, mesh, c.steps, seed
@@ -191,14 +187,14 @@ class Prepared(NamedTuple):
     Attributes:
       c: settings with a number of steps.
       opened: the model.
-      batches: endless packed rows.
+      batches: endless packed rows; None where there is no trace, see `allow_empty`.
       held_out: batches that hold every held-out trace once.
       counts: numbers of traces of each data section.
     """
 
     c: SFTConfig
     opened: LoadedModel
-    batches: PackedBatches
+    batches: PackedBatches | None
     held_out: list[Batch]
     counts: dict[str, dict[str, int]]
 
@@ -208,6 +204,9 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     c = build(SFTConfig, config.sft, "sft")
     check_rows(c, setup.load_mesh(config))
     opened = checkpoint.open_model(build(ModelSource, config.model, "model"))
+    file = Path(config.data.get("path") or "")
+    if c.allow_empty and file.is_file() and not file.stat().st_size:
+        return Prepared(c, opened, None, [], {})
     renderer = Renderer(opened.tokenizer, load_template(config.template), c.role)
     context = opened.model.config.max_length
     sources = pipeline.load_sources(config.data, renderer.template, seed)

@@ -1,6 +1,7 @@
 """Bad input is one clear message, and whatever was done before it is kept."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,62 @@ def test_what_a_stage_makes_is_not_looked_for(section: Section, tmp_path: Path) 
     config.distil = distil
     run_pipeline(config, tmp_path / "run")
     assert (tmp_path / "run/distil/done.json").is_file()
+
+
+@pytest.mark.parametrize("loop", [{"first": "first"}, {"first": "second"}, {}])
+def test_a_stage_that_needs_its_own_model(
+    loop: dict[str, str], section: Section, tmp_path: Path
+) -> None:
+    """Itself, each other, or one that makes no model: a message, and no endless search."""
+    values: dict[str, Any] = {"seed": 0, "pipeline": ("zero", "first", "second")}
+    values["zero"] = section("sft")
+    values["second"] = section("sft") | {"model": {"path": "{workdir}/first"}}
+    model = {"path": f"{{workdir}}/{loop.get('first', 'last')}"}
+    values["first"] = section("sft") | {"model": model}
+    values["last"] = {"stage": "report", "rl": "rl", "traces": (), "evaluations": ()}
+    values["last"] |= {"num_examples": 1}
+    values["pipeline"] += ("last",)
+    with pytest.raises(UserError, match="neither a config.json"):
+        run_pipeline(ml_collections.ConfigDict(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{workdir}//first", "{workdir}/./first", "{relative}/first"]
+)
+def test_the_folder_of_a_stage_can_be_spelled_in_other_ways(
+    spelling: str, section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = section("sft"), section("sft")
+    first["sft"]["steps"] = second["sft"]["steps"] = 1
+    second["model"] = {"path": spelling.replace("{relative}", "run")}
+    values = {"seed": 0, "pipeline": ("zero", "first", "second"), "zero": first}
+    config = ml_collections.ConfigDict(values | {"first": first, "second": second})
+    run_pipeline(config, tmp_path / "run")
+    run_pipeline(config, tmp_path / "run", only="first")
+    run_pipeline(config, tmp_path / "run")
+    assert (tmp_path / "run" / "second.1").is_dir()
+
+
+def test_data_that_will_be_made_again_are_not_looked_at(
+    section: Section, tmp_path: Path
+) -> None:
+    sft, collect, distil = section("sft"), section("collect"), section("sft")
+    sft["sft"]["steps"] = distil["sft"]["steps"] = 1
+    collect["teacher"] = {"path": "{workdir}/warmup"}
+    distil["data"] = {"task": "file", "path": "{workdir}/collect/traces.jsonl"}
+    distil["data"]["keep_cut_off"] = True
+    values = {"seed": 0, "pipeline": ("zero", "warmup", "collect", "distil")}
+    values |= {"zero": sft, "warmup": sft, "collect": collect, "distil": distil}
+    config = ml_collections.ConfigDict(values)
+    run_pipeline(config, tmp_path)
+    (tmp_path / "collect" / "traces.jsonl").write_text("{", encoding="utf-8")
+    (tmp_path / "distil" / "done.json").unlink()
+    shutil.rmtree(tmp_path / "warmup")
+    run_pipeline(config, tmp_path)
+    assert (tmp_path / "collect.1").is_dir()
+    assert (tmp_path / "distil" / "done.json").is_file()
 
 
 def test_one_stage_afresh_keeps_the_old_folder_if_it_cannot_run(
