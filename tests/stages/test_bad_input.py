@@ -117,20 +117,6 @@ def test_later_stages_are_checked_before_the_first_one_works(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_stage_makes_is_not_looked_for(section: Section, tmp_path: Path) -> None:
-    sft, collect, distil = section("sft"), section("collect"), section("sft")
-    sft["sft"]["steps"] = distil["sft"]["steps"] = 1
-    collect["teacher"] = {"path": "{workdir}/warmup"}
-    collect["students"] = [{"path": "{workdir}/warmup"}]
-    distil["data"] = {"task": "file", "path": "{workdir}/collect/traces.jsonl"}
-    values = {"seed": 0, "pipeline": ("warmup", "collect", "distil"), "warmup": sft}
-    config = ml_collections.ConfigDict(values | {"collect": collect, "distil": distil})
-    distil["data"]["keep_cut_off"] = True
-    config.distil = distil
-    run_pipeline(config, tmp_path / "run")
-    assert (tmp_path / "run/distil/done.json").is_file()
-
-
 @pytest.mark.parametrize("loop", [{"first": "first"}, {"first": "second"}, {}])
 def test_a_stage_that_needs_its_own_model(
     loop: dict[str, str], section: Section, tmp_path: Path
@@ -149,25 +135,7 @@ def test_a_stage_that_needs_its_own_model(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "spelling", ["{workdir}//first", "{workdir}/./first", "{relative}/first"]
-)
-def test_the_folder_of_a_stage_can_be_spelled_in_other_ways(
-    spelling: str, section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    first, second = section("sft"), section("sft")
-    first["sft"]["steps"] = second["sft"]["steps"] = 1
-    second["model"] = {"path": spelling.replace("{relative}", "run")}
-    values = {"seed": 0, "pipeline": ("zero", "first", "second"), "zero": first}
-    config = ml_collections.ConfigDict(values | {"first": first, "second": second})
-    run_pipeline(config, tmp_path / "run")
-    run_pipeline(config, tmp_path / "run", only="first")
-    run_pipeline(config, tmp_path / "run")
-    assert (tmp_path / "run" / "second.1").is_dir()
-
-
-def test_data_that_will_be_made_again_are_not_looked_at(
+def test_data_that_will_be_made_are_not_looked_at(
     section: Section, tmp_path: Path
 ) -> None:
     sft, collect, distil = section("sft"), section("collect"), section("sft")

@@ -159,6 +159,18 @@ def test_stages_that_read_from_one_that_ran_afresh_run_afresh(
     assert (tmp_path / "b" / "work").read_text(encoding="utf-8") == "x"
 
 
+@pytest.mark.parametrize("spelling", ["{workdir}//a", "{workdir}/./a/", "run/a"])
+def test_the_folder_of_a_stage_can_be_spelled_in_other_ways(
+    spelling: str, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(a=section_of(), b=section_of(spelling))
+    run_pipeline(config, tmp_path / "run")
+    run_pipeline(config, tmp_path / "run", only="a")
+    run_pipeline(config, tmp_path / "run")
+    assert stage.ran == ["a", "b", "a", "b"]
+
+
 def test_stages_of_earlier_versions_did_not_keep_what_they_read(
     stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
 ) -> None:
