@@ -8,7 +8,6 @@ seconds and the peak memory of the stage (on accelerators, of all stages so far)
 """
 
 import datetime
-import importlib
 import json
 import logging
 import re
@@ -126,7 +125,7 @@ def _checked_stage(section: Any, where: str) -> str:
     check_choice(f"{where}.stage", stage, STAGES)
     if renamed := _renamed(values):
         raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
-    settings.check(_module(stage).SECTIONS, values, where)
+    settings.check(preflight.module_of(stage).SECTIONS, values, where)
     return stage
 
 
@@ -153,10 +152,6 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
     return f"has a key the config lacks: {' '.join(str(reason.args[0]).split())}"
 
 
-def _module(stage: str) -> Any:
-    return importlib.import_module(f"rlt_jax.stages.{stage}")
-
-
 def _run_stage(name: str, values: Record, root: Path) -> None:
     folder = root / name
     if hosts.from_first(lambda: _is_complete(name, folder, values)):
@@ -174,7 +169,7 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
     config = ConfigDict(values)
     del config.seed, config.stage
     try:
-        summary = _module(stage).run(config, folder, values["seed"])
+        summary = preflight.module_of(stage).run(config, folder, values["seed"])
     except UserError:
         if hosts.is_first():
             _remove_untouched(folder)
@@ -189,8 +184,10 @@ def _is_complete(name: str, folder: Path, values: Record) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     how = ""
     if renamed := _renamed(_read_json(folder / "settings.json")):
-        how = "by an earlier version of rlt_jax ({} is now called {}); its models load"
-        how = how.format(*renamed)
+        how = (
+            "by an earlier version of rlt_jax ({} is now called {}). Its models still "
+        )
+        how = how.format(*renamed) + "load"
     elif difference := _difference(folder, values):
         how = f"with other settings ({difference})"
     if how:

@@ -16,6 +16,11 @@ from rlt_jax.settings import Section
 MODELS = ("model", "policy", "teacher")  # sections of the model that a stage works with
 
 
+def module_of(stage: str) -> Any:
+    """The module of a kind of stage."""
+    return importlib.import_module(f"rlt_jax.stages.{stage}")
+
+
 def check(
     stages: Sequence[Record], to_make: Mapping[str, Record], root: str | Path
 ) -> None:
@@ -34,7 +39,7 @@ def check(
     """
     checked = []
     for settings in stages:
-        stage = importlib.import_module(f"rlt_jax.stages.{settings['stage']}")
+        stage = module_of(settings["stage"])
         data = [settings.get("data"), settings.get("held_out")]
         if not hasattr(stage, "prepare") or to_make.keys() & {*stages_read(data, root)}:
             continue

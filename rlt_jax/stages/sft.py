@@ -126,7 +126,6 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
       Numbers of traces of each data section, the last training loss; the last held-out
       loss and, where it was evaluated, the first.
     """
-    c = build(SFTConfig, config.sft, "sft")
     source = build(ModelSource, config.model, "model")
     mesh, key = setup.load_mesh(config), jax.random.key(seed)
     c, opened, batches, held_out, counts = prepare(config, seed)

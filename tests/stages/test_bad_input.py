@@ -117,16 +117,15 @@ def test_later_stages_are_checked_before_the_first_one_works(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("loop", [{"first": "first"}, {"first": "second"}, {}])
+@pytest.mark.parametrize("source", ["first", "second", "last"])
 def test_a_stage_that_needs_its_own_model(
-    loop: dict[str, str], section: Section, tmp_path: Path
+    source: str, section: Section, tmp_path: Path
 ) -> None:
     """Itself, each other, or one that makes no model: a message, and no endless search."""
     values: dict[str, Any] = {"seed": 0, "pipeline": ("zero", "first", "second")}
     values["zero"] = section("sft")
     values["second"] = section("sft") | {"model": {"path": "{workdir}/first"}}
-    model = {"path": f"{{workdir}}/{loop.get('first', 'last')}"}
-    values["first"] = section("sft") | {"model": model}
+    values["first"] = section("sft") | {"model": {"path": f"{{workdir}}/{source}"}}
     values["last"] = {"stage": "report", "rl": "rl", "traces": (), "evaluations": ()}
     values["last"] |= {"num_examples": 1}
     values["pipeline"] += ("last",)

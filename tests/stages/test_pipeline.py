@@ -307,7 +307,8 @@ def test_bad_input_found_later_keeps_the_work(
     begun = [json.loads(before.pop("b/sessions.json"))]
     after = contents(tmp_path)
     begun.append(json.loads(after.pop("b/sessions.json")))
-    assert [one["sessions"] for one in begun] == [1, 2]
+    inputs = {"a": done(tmp_path / "a")["finished"]}
+    assert begun == [{"sessions": n, "inputs": inputs} for n in (1, 2)]
     assert after == before
 
 
@@ -451,7 +452,7 @@ def test_the_folder_of_an_earlier_version_is_refused(
     for part in (
         f"stage b: {tmp_path / 'b'} was made by an earlier version of rlt_jax",
         message,
-        "its models load",
+        "Its models still load",
         "--only=b to run this stage afresh",
     ):
         assert part in text
@@ -473,7 +474,7 @@ def test_a_model_of_an_earlier_version_loads(
     rename_settings(model, {"sft": {"format": "student"}})
     after = checkpoint.load(source, mesh, key).params
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    with pytest.raises(UserError, match="its models load"):
+    with pytest.raises(UserError, match="Its models still load"):
         run_pipeline(config_of(first=first), tmp_path / "old")
     second["model"] = {"path": str(model)}
     run_pipeline(config_of(second=second), tmp_path / "new")
