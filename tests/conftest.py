@@ -1,7 +1,9 @@
 """What several tests share: a model small enough to compile in no time."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The numbers are compared in float32, which accelerators round on the way.
@@ -31,6 +33,14 @@ from rlt_jax.training.sharding import MeshConfig, make_mesh
 from rlt_jax.types import Params
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@contextlib.contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Processes started in it heed Ctrl-C, which those in the background of a shell ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

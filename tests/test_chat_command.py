@@ -33,6 +33,7 @@ from rlt_jax.scoring import ScoringConfig
 from rlt_jax.training import checkpoint
 from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.types import Params, Rollout
+from tests.conftest import heeding_ctrl_c
 
 QUESTIONS = ["Start at 4: +3 *7. Last digit?", "Start at 2: *3 +9. Last digit?"]
 PROBLEM = Problem(QUESTIONS[0], "9")
@@ -361,12 +362,10 @@ def test_a_real_terminal() -> None:
     command = [sys.executable, "-m", "rlt_jax.main", "chat", "--model=embedded"]
     files = {"stdin": side, "stdout": side, "stderr": side}
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
-    # Tests in the background of a shell ignore Ctrl-C, which the process would inherit.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        command, **files, env=environment, cwd=Path(__file__).parents[1]
-    )
-    signal.signal(signal.SIGINT, before)
+    with heeding_ctrl_c():
+        process = subprocess.Popen(
+            command, **files, env=environment, cwd=Path(__file__).parents[1]
+        )
     os.close(side)
     printed = ""
 

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import pytest
 
+from tests.conftest import heeding_ctrl_c
+
 Section = Callable[[str], dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -57,17 +59,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if count > 1:
             command += [f"--coordinator_address={address}", f"--process_id={index}"]
             command += [f"--num_processes={count}"]
-        # Tests in the background of a shell ignore Ctrl-C, which processes would inherit.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        signal.signal(signal.SIGINT, before)
+        with heeding_ctrl_c():
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         started.append(process)
         return process
 
