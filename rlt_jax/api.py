@@ -118,11 +118,9 @@ def generate(
         limits = sampling.max_new_tokens
     limits = np.broadcast_to(limits, len(prompts)).tolist()
     V = model.config.vocab_size
-    requests = [
-        Request(np.asarray(prompt, np.int32), n, limits[n])
-        for n, prompt in enumerate(prompts)
-    ]
-    for n, (prompt, *_) in enumerate(requests):
+    ids = [np.asarray(prompt, np.int32) for prompt in prompts]
+    requests = list(map(Request, ids, range(len(ids)), limits))
+    for n, prompt in enumerate(ids):
         if len(prompt) and not 0 <= prompt.min() <= prompt.max() < V:
             raise UserError(
                 f"prompt {n} has the ids {prompt.min()} to {prompt.max()}, the model those "

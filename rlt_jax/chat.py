@@ -25,7 +25,7 @@ from absl import flags, logging
 from rlt_jax import scoring
 from rlt_jax.data.examples import ROLES, Renderer
 from rlt_jax.data.templates import load_template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import DTYPES
@@ -195,10 +195,8 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
     options = flags.FlagValues()
     for define, *flag in FLAGS:
         define(*flag, flag_values=options)
-    try:
+    with as_user_error("chat", flags.Error, end=""):
         more = options(arguments)[1:]
-    except flags.Error as error:
-        raise UserError(f"chat: {error}") from error
     if more or not (options.model or options.help):
         raise UserError("chat: give flags, --model=MODEL at least; see chat --help.")
     return options
@@ -256,6 +254,5 @@ def _stage(model: str, workdir: str | None) -> tuple[str, Record]:
         stages = sorted(file.parent.name for file in Path(workdir).glob("*/model.json"))
         found = ", ".join(stages) or "no model"
         raise UserError(f"--model={model}: no such stage; {workdir} has {found}.")
-    folder = path.parent if path.name == "best" else path
-    file = folder / "settings.json"
+    file = (path.parent if path.name == "best" else path) / "settings.json"
     return str(path) if workdir else model, read_json(file) if file.is_file() else {}

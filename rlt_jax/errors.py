@@ -1,7 +1,11 @@
-"""The exception for input that the user has to fix."""
+"""What users are told: the log, and the exception for input that they have to fix."""
 
-from collections.abc import Collection
+import contextlib
+import logging
+from collections.abc import Collection, Iterator
 from typing import Any
+
+LOG = logging.getLogger("rlt_jax")
 
 
 class UserError(ValueError):
@@ -9,6 +13,15 @@ class UserError(ValueError):
 
     `main` prints the message without a traceback and exits with status 1.
     """
+
+
+@contextlib.contextmanager
+def as_user_error(what: str, *kinds: type[Exception], end: str = ".") -> Iterator[None]:
+    """Raises UserError with `what` and the reason where exceptions of these kinds occur."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {error}{end}") from error
 
 
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:

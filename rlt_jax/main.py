@@ -22,7 +22,6 @@ import traceback
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
-from ml_collections.config_flags import config_path
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(); `file.py:arg` passes it an arg."
@@ -79,7 +78,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"rlt_jax: --config: {str(error).splitlines()[-1].strip()}")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if all(frame.filename != config_path.__file__ for frame in frames):
+        if all(frame.filename != config_flags.config_path.__file__ for frame in frames):
             raise  # an error in the config file itself keeps its traceback
         from rlt_jax.stages import explain_override
 

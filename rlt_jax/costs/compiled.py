@@ -18,28 +18,6 @@ from rlt_jax.costs import hlo
 from rlt_jax.costs.hlo import Computation, Instruction, Program
 
 
-class Memory(NamedTuple):
-    """Memory in bytes per device.
-
-    Attributes:
-      arguments: size of the arguments, donated ones included.
-      outputs: size of the outputs, those that reuse donated arguments included.
-      temporaries: size of the temporary buffers.
-      aliased: size of the outputs that reuse the memory of donated arguments.
-      code: size of the executable.
-      peak: arguments + outputs + temporaries - aliased + code. The peak that XLA reports
-        is not comparable: on CPU it excludes temporaries, on TPU it includes on-chip
-        memory.
-    """
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int
-    code: int
-    peak: int
-
-
 class Traffic(NamedTuple):
     """Number of executions of a collective, and bytes received per device."""
 
@@ -65,13 +43,21 @@ _FREE = {
 }
 
 
-def memory(compiled: jax.stages.Compiled) -> Memory:
-    """Memory of a `jax.stages.Compiled`."""
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Memory of a program in bytes per device.
+
+    Returns:
+      Sizes of the `arguments`, donated ones included; of the `outputs`, those that reuse
+      donated arguments included; of the `temporaries`; of the outputs that reuse the memory
+      of donated arguments, `aliased`; of the executable, `code`; and `peak`, arguments +
+      outputs + temporaries - aliased + code. The peak that XLA reports is not comparable: on
+      CPU it excludes temporaries, on TPU it includes on-chip memory.
+    """
     sizes = compiled.memory_analysis()
     names = ("argument", "output", "temp", "alias", "generated_code")
     values = [getattr(sizes, f"{name}_size_in_bytes") for name in names]
-    arguments, outputs, temporaries, aliased, code = values
-    return Memory(*values, arguments + outputs + temporaries - aliased + code)
+    ours = ("arguments", "outputs", "temporaries", "aliased", "code", "peak")
+    return dict(zip(ours, [*values, sum(values) - 2 * values[3]], strict=True))
 
 
 def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:

@@ -1,8 +1,8 @@
 """Chat templates: Jinja programs that make a text from messages, as transformers runs them."""
 
-import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rlt_jax.errors import UserError
 
 Message = dict[str, str]  # "role" and "content"
+# Templates in tokenizer_config.json: one, or several with names.
+Stored = str | Mapping[str, str] | list[Mapping[str, str]] | None
 ASSETS = Path(__file__).parent / "assets" / "chat_templates"
 _PROBE = "probe"
 _QUESTION = {"role": "user", "content": "question"}
@@ -48,17 +50,12 @@ class ChatTemplate:
     """
 
     def __init__(
-        self,
-        where: str,
-        source: str,
-        variables: Mapping[str, Any],
-        date: datetime.datetime,
+        self, where: str, source: str, variables: Mapping[str, Any], date: datetime
     ) -> None:
         self.source, self._where, self._variables = source, where, dict(variables)
+        extensions = [jinja2.ext.loopcontrols, _Generation]
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _Generation],
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
         )
         environment.filters["tojson"] = _to_json  # Jinja's own is for HTML
         functions = {"raise_exception": _refuse, "strftime_now": date.strftime}
@@ -117,11 +114,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-def find_template(
-    folder: Path,
-    stored: str | Mapping[str, str] | list[Mapping[str, str]] | None,
-    choice: str,
-) -> str | None:
+def find_template(folder: Path, stored: Stored, choice: str) -> str | None:
     """The source of a chat template.
 
     Args:

@@ -213,17 +213,12 @@ def _separators(spec: dict, added: dict[int, tokenizers.AddedToken]) -> dict[int
     on its place in the text.
     """
     steps = _components(spec.get("pre_tokenizer"), "pretokenizers")
+    by_neighbors = (t.lstrip or t.rstrip or t.single_word for t in added.values())
     # With "first" there is a space before the first part only.
-    if any(step.get("prepend_scheme") == "first" for step in steps) or any(
-        token.lstrip or token.rstrip or token.single_word for token in added.values()
-    ):
+    if any(x.get("prepend_scheme") == "first" for x in steps) or any(by_neighbors):
         return {}
     normalizes = bool(_components(spec.get("normalizer"), "normalizers"))
-    return {
-        token_id: token.content
-        for token_id, token in added.items()
-        if not (normalizes and token.normalized)
-    }
+    return {i: t.content for i, t in added.items() if not (normalizes and t.normalized)}
 
 
 def _components(part: dict | None, children: str) -> list[dict]:
@@ -240,18 +235,12 @@ def _to_offsets(pairs: list[tuple[int, int]]) -> np.ndarray:
     return np.fromiter(flat, np.int32, 2 * len(pairs)).reshape(-1, 2)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes byte b as the character chr(b) where that is printable.
-
-    The other bytes take the characters from 256 on, in order (GPT-2's table).
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_alphabet()
+# Byte-level BPE writes byte b as the character chr(b) where that is printable. The other
+# bytes take the characters from 256 on, in order (GPT-2's table).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF_CHAR |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 

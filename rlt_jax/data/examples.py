@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlt_jax.data.templates import Template
-from rlt_jax.data.token_bytes import Encoding
+from rlt_jax.data.token_bytes import Decoded, Encoding
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
@@ -111,16 +111,13 @@ class Renderer:
         Prompt and turn are encoded as one text; the part of the prompt that does not
         depend on what follows is encoded once a problem.
         """
-        places: dict[Problem, list[int]] = {}
-        for i, problem in enumerate(problems):
-            places.setdefault(problem, []).append(i)
-        encoded: dict[int, tuple[str, Encoding]] = {}
-        for problem, indices in places.items():
-            text = self.prompt(problem)[0]
-            group = [turns[i] for i in indices]
-            encodings = self.tokenizer.encode_with_prefix(text, group)
-            encoded |= {i: (text, e) for i, e in zip(indices, encodings, strict=True)}
-        return [encoded[i] for i in range(len(turns))]
+        groups: dict[Problem, list[str]] = {}
+        for problem, turn in zip(problems, turns, strict=True):
+            groups.setdefault(problem, []).append(turn)
+        encode = self.tokenizer.encode_with_prefix
+        prompts = {problem: self.prompt(problem)[0] for problem in groups}
+        encoded = {one: iter(encode(prompts[one], groups[one])) for one in groups}
+        return [(prompts[problem], next(encoded[problem])) for problem in problems]
 
 
 def student_renderers(
@@ -277,9 +274,7 @@ def text_examples(
     return examples
 
 
-def decode_completion(
-    tokenizer: Tokenizer, completion: np.ndarray
-) -> tuple[str, np.ndarray]:
+def decode_completion(tokenizer: Tokenizer, completion: np.ndarray) -> Decoded:
     """Text of a completion without its stop token, and offsets [T, 2] of all ids."""
     stopped = len(completion) > 0 and int(completion[-1]) in tokenizer.stop_ids
     text, offsets = tokenizer.decode_with_offsets(completion[: -1 if stopped else None])

@@ -19,22 +19,13 @@ from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import Section, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
 
-
-def file_problems(
-    path: str, template: Template, limit: int | None = None, grader: str = "math"
-) -> list[Problem]:
-    """The first `limit` problems of the user's files; see `files.read_problems`."""
-    problems = files.read_problems(path, template, limit)
-    return [problem._replace(grader=grader) for problem in problems]
-
-
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
     "arithmetic": arithmetic.problems,
     "gsm8k": gsm8k.problems,
     **{key: functools.partial(benchmarks.problems, key) for key in benchmarks.SOURCES},
     "gpqa": gpqa.problems,
     "reasoning_gym": reasoning_gym.problems,
-    "file": file_problems,
+    "file": files.read_problems,
 }
 TRACES: dict[str, Callable[..., list[Trace]]] = {
     "arithmetic": arithmetic.traces,

@@ -107,12 +107,9 @@ def _download(path: str) -> tuple[str, str]:
     depth = (wanted[0] if inside == literal else inside).count("/")
     deeper = None if "**" in inside else "*/" * (depth + 1) + "*"
     try:
+        patterns = {"allow_patterns": wanted, "ignore_patterns": deeper}
         root = huggingface_hub.snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=wanted,
-            ignore_patterns=deeper,
+            name, repo_type="dataset", revision=revision, **patterns
         )
     except Exception as error:  # the HTTP library has its own
         raise UserError(

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+Decoded = tuple[str, np.ndarray]  # a text, and int32 [T, 2]: the characters of each id
+
 
 class Encoding(NamedTuple):
     """Token ids and the characters each came from.
@@ -44,7 +46,7 @@ class TokenBytes:
         self._is_byte[list(byte_ids)] = True
         self._whole_runs = whole_runs
 
-    def decode(self, ids: np.ndarray) -> tuple[str, np.ndarray]:
+    def decode(self, ids: np.ndarray) -> Decoded:
         """Text of ids [T], and the characters that each stands for.
 
         Bytes that are not UTF-8 become U+FFFD as in the tokenizer's own library: one for

@@ -16,9 +16,10 @@ import numpy as np
 
 from rlt_jax.data.chat import ChatTemplate, Message, find_template
 from rlt_jax.data.codecs import FastCodec, SentencePieceCodec
-from rlt_jax.data.token_bytes import Encoding, concatenate
-from rlt_jax.errors import UserError
+from rlt_jax.data.token_bytes import Decoded, Encoding, concatenate
+from rlt_jax.errors import UserError, as_user_error
 
+Codec = SentencePieceCodec | FastCodec
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
 NO_LIMIT = 2**31
 # In tokenizer_config.json of a stage's folder; transformers ignores it.
@@ -45,7 +46,7 @@ class Tokenizer:
     def __init__(
         self,
         path: Path,
-        codec: SentencePieceCodec | FastCodec,
+        codec: Codec,
         config: dict[str, Any],
         stop_ids: Iterable[int],
         chat: ChatTemplate | None = None,
@@ -144,9 +145,7 @@ class Tokenizer:
         """Text of the ids, special tokens written out."""
         return self.decode_with_offsets(ids)[0]
 
-    def decode_with_offsets(
-        self, ids: np.ndarray | list[int]
-    ) -> tuple[str, np.ndarray]:
+    def decode_with_offsets(self, ids: np.ndarray | list[int]) -> Decoded:
         """Text of the ids and the characters of it that each id stands for.
 
         Args:
@@ -251,16 +250,12 @@ def load_tokenizer(
 
 def _local_time(date: str) -> datetime.datetime:
     """Without a time zone, as templates see it in transformers; "" for now."""
-    try:
+    with as_user_error("model.date", ValueError):
         when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
-    except ValueError as error:
-        raise UserError(f"model.date: {error}.") from error
     return when.replace(tzinfo=None)
 
 
-def _load_codec(
-    path: Path, config: dict[str, Any], embeddings: int
-) -> SentencePieceCodec | FastCodec:
+def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:
     texts = _read_json(path / "added_tokens.json")
     listed = {i: {"content": text} for text, i in texts.items()}
     listed = config.get("added_tokens_decoder", listed)
@@ -282,10 +277,7 @@ def _load_codec(
 
 
 def _check_ids(
-    path: Path,
-    codec: SentencePieceCodec | FastCodec,
-    stop_ids: Sequence[int],
-    embeddings: int,
+    path: Path, codec: Codec, stop_ids: Sequence[int], embeddings: int
 ) -> None:
     """Raises UserError for ids without a row in the embedding.
 
@@ -308,10 +300,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file, {} if it does not exist."""
     if not file.is_file():
         return {}
-    try:
+    with as_user_error(f"{file}: not valid JSON", json.JSONDecodeError, end=""):
         return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
 
 
 def _token_text(token: str | dict[str, Any] | None) -> str:

@@ -22,7 +22,6 @@ that is between the tags, including whitespace.
 
 import itertools
 import json
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +30,7 @@ import numpy as np
 
 from rlt_jax.data.tables import read_records, shown
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.records import Problem, Record, Trace
 
 CONVERSATIONS = ("messages", "conversations", "prompt")
@@ -41,7 +40,6 @@ COLUMNS = (
 )
 MISSING = ("error", "solution")
 CLOSED = {True: True, False: False, "true": True, "false": False, "": True, None: True}
-_LOG = logging.getLogger("rlt_jax")
 USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
 ROLES = dict.fromkeys(USER, "user") | dict.fromkeys(ASSISTANT, "assistant")
@@ -77,15 +75,14 @@ def read_traces(
             "data.keep_cut_off=True."
         )
     if cut := len(records) - len(kept):
-        _LOG.warning(
+        LOG.warning(
             "%s: skipped %d of %d traces, which were cut off", path, cut, len(records)
         )
-    from_solution = missing_trace == "solution"
-    return [_trace(*item, template, from_solution) for item in kept]
+    return [_trace(*item, template, missing_trace == "solution") for item in kept]
 
 
 def read_problems(
-    path: str, template: Template, limit: int | None = None
+    path: str, template: Template, limit: int | None = None, grader: str = "math"
 ) -> list[Problem]:
     """Reads problems from the same files as `read_traces`.
 
@@ -95,7 +92,7 @@ def read_problems(
       UserError: see `tables.read_records`; or a record has no question or solution.
     """
     records = itertools.islice(read_records(path, columns=COLUMNS), limit)
-    return [_problem(where, record, template) for where, record in records]
+    return [_problem(*item, template)._replace(grader=grader) for item in records]
 
 
 def read_completions(
@@ -121,9 +118,8 @@ def read_completions(
             # As in the student sequence: padded, and closed unless it was cut off.
             closed = not _was_cut_off(where, record)
             completions = [template.teacher_turn(trace.explanation, closed)]
-        if not isinstance(completions, list) or not all(
-            isinstance(text, str) for text in completions
-        ):
+        texts = completions if isinstance(completions, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(
                 f"{where}: completions is {shown(completions)}; it must be a list of "
                 "strings."
@@ -179,9 +175,8 @@ def _turns(where: str, record: Record) -> tuple[list[tuple[str, str]], str | Non
     There are no turns in a record of plain columns, and perhaps no reply.
     """
     found = ((name, _parsed(where, record, name)) for name in CONVERSATIONS)
-    name, turns = next(
-        ((n, x) for n, x in found if x is not None and not isinstance(x, str)), ("", [])
-    )
+    given = ((n, x) for n, x in found if x is not None and not isinstance(x, str))
+    name, turns = next(given, ("", []))
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise UserError(
             f"{where}: {name} is {shown(turns)}; it must be a list of turns, each an "
@@ -244,11 +239,10 @@ def _text(where: str, values: Record, *names: str) -> str:
             "solution, for traces also reasoning_trace, optionally answer and "
             "completions; or messages, turns with role and content."
         )
-    if not isinstance(values[name], str):
-        raise UserError(
-            f"{where}: {name} is {shown(values[name])}; it must be a string."
-        )
-    return values[name]
+    text = values[name]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {name} is {shown(text)}; it must be a string.")
+    return text
 
 
 def _answer(where: str, record: Record) -> str | None:

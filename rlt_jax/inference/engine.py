@@ -7,7 +7,7 @@ dispatch before, frees the slots of what has ended and gives them to the next re
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from rlt_jax.models.attention_kernels import split_by_hand
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
-from rlt_jax.types import Array, PagedCache, Params, Request, Rollout
+from rlt_jax.types import Array, PagedCache, Params, Request, Requests, Rollout
 
 SHARD_AXES = ("data", "fsdp")
 
@@ -59,9 +59,7 @@ class Engine(Sampler):
     prefill: Callable[..., PagedCache]
     decode: Callable[..., tuple[PagedCache, Slots, Sampled]]
 
-    def stream(
-        self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Iterator[Part]:
+    def stream(self, params: Params, requests: Requests, key: Array) -> Iterator[Part]:
         """The completions that each dispatch has ended.
 
         Raises:
@@ -79,7 +77,7 @@ class Engine(Sampler):
             yield whole if ended else decode_texts(growing, self.tokenizer)
 
     def _dispatches(
-        self, params: Params, requests: Sequence[Request], key: Array
+        self, params: Params, requests: Requests, key: Array
     ) -> Iterator[tuple[Part, Scheduler]]:
         check_requests(self.layout, requests)
         params = self.to_decode(params)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -13,7 +12,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training.sharding import num_groups
-from rlt_jax.types import Request
+from rlt_jax.types import Requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ def check_memory(model: Transformer, layout: Layout, mesh: Mesh) -> None:
         )
 
 
-def check_requests(layout: Layout, requests: Sequence[Request]) -> None:
+def check_requests(layout: Layout, requests: Requests) -> None:
     """Refuses requests that can never be served.
 
     Raises:

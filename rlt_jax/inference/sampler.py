@@ -7,7 +7,7 @@ import numpy as np
 
 from rlt_jax.data.examples import decode_completion
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.types import Array, Params, Request, Rollout
+from rlt_jax.types import Array, Params, Requests, Rollout
 
 Part = tuple[Sequence[int], Rollout]  # indices of requests, and their completions
 
@@ -20,9 +20,7 @@ class Sampler(Protocol):
     A backend defines `generate` or `stream`; each has the other as its default.
     """
 
-    def generate(
-        self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Rollout:
+    def generate(self, params: Params, requests: Requests, key: Array) -> Rollout:
         """Samples a completion of every request, in the order of the requests.
 
         Args:
@@ -32,9 +30,7 @@ class Sampler(Protocol):
         """
         return join(self.stream(params, requests, key))
 
-    def stream(
-        self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Iterator[Part]:
+    def stream(self, params: Params, requests: Requests, key: Array) -> Iterator[Part]:
         """The same in parts, each as soon as it is complete; by default in one part."""
         yield range(len(requests)), self.generate(params, requests, key)
 

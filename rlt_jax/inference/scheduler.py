@@ -18,7 +18,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill, Sampled, Slots
 from rlt_jax.inference.layout import Layout
 from rlt_jax.inference.sampler import Part
-from rlt_jax.types import Request, Rollout
+from rlt_jax.types import Requests, Rollout
 
 
 class Prefill(NamedTuple):
@@ -65,7 +65,7 @@ class Scheduler:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        requests: Requests,
         layout: Layout,
         stop_ids: Sequence[int],
         find_stop: StopFinder | None = None,

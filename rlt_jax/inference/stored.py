@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.sampler import Part, Sampler, decode
 from rlt_jax.training import hosts
 from rlt_jax.training.metrics import append_jsonl, stream_jsonl
-from rlt_jax.types import Array, Params, Request, Rollout
+from rlt_jax.types import Array, Params, Request, Requests, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,7 @@ class StoredSampler(Sampler):
     tokenizer: Tokenizer | None = None
     bar: tqdm.tqdm | None = None
 
-    def stream(
-        self, params: Params, requests: Sequence[Request], key: Array
-    ) -> Iterator[Part]:
+    def stream(self, params: Params, requests: Requests, key: Array) -> Iterator[Part]:
         """First the completions that the file holds, then the others as they end.
 
         Raises:
@@ -65,7 +63,7 @@ class StoredSampler(Sampler):
                 self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
             yield [left[i] for i in indices], part
 
-    def _read(self, requests: Sequence[Request]) -> Part:
+    def _read(self, requests: Requests) -> Part:
         """The completions of these requests that the file holds."""
         numbers = {request.request_id: n for n, request in enumerate(requests)}
         found: dict[int, dict[str, Any]] = {}

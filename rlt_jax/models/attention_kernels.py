@@ -27,7 +27,14 @@ ROW_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 
 class Settings(NamedTuple):
-    """Static settings of attention; see `attention.attention`."""
+    """Static settings of attention.
+
+    Attributes:
+      scale: multiplies the queries.
+      softcap: scores become softcap * tanh(score / softcap).
+      window: number of tokens that a query attends to in a windowed layer, itself
+        included.
+    """
 
     scale: float
     softcap: float | None = None
@@ -73,16 +80,12 @@ def tpu_attention(
     whole = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq")
     parts = ("block_kv_compute", "block_kv_dkv_compute", "block_kv_dq")
     sizes = dict.fromkeys(whole, block) | dict.fromkeys(parts, at_once)
+    options = {"head_shards": 1, "q_seq_shards": 1, "interpret": interpret}
+    options |= {"attn_logits_soft_cap": settings.softcap}
 
     def attend(mask: splash.Mask, *operands: Array) -> Array:
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * N),
-            block_sizes=splash.BlockSizes(**sizes),
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=settings.softcap,
-            interpret=interpret,
-        )
+        masks, blocks = splash.MultiHeadMask([mask] * N), splash.BlockSizes(**sizes)
+        kernel = splash.make_splash_mha(masks, block_sizes=blocks, **options)
         *arrays, ids = operands
         return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
 
@@ -99,8 +102,7 @@ def tpu_attention(
 def tpu_block(length: int, token_bytes: int) -> int:
     """The largest block that pads a row by at most an eighth, else TPU_TILE."""
     for size in TPU_BLOCKS:
-        fits = size * token_bytes <= TPU_BLOCK_BYTES
-        if fits and -length % size <= length // 8:
+        if size * token_bytes <= TPU_BLOCK_BYTES and -length % size <= length // 8:
             return size
     return TPU_TILE
 
@@ -149,13 +151,8 @@ def split_by_hand(
     axes = _auto_axes() if axes is None else axes
     if not axes:
         return program
-    return jax.shard_map(
-        program,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=axes,
-        check_vma=False,
-    )
+    options = {"axis_names": axes, "check_vma": False}
+    return jax.shard_map(program, in_specs=in_specs, out_specs=out_specs, **options)
 
 
 def _auto_axes() -> set[str]:

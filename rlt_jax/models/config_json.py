@@ -121,9 +121,8 @@ def _read_scaling(
     if "factor" not in given:
         raise UserError(f"config.json: {kind} RoPE needs 'factor'.")
     length = given.pop(_LENGTH, content.get("max_position_embeddings"))
-    return RopeScaling(
-        kind, original_length=length if _LENGTH in keys else None, **given
-    )
+    length = length if _LENGTH in keys else None
+    return RopeScaling(kind, original_length=length, **given)
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ model.safetensors.index.json. `families.py` has the names of the tensors.
 
 import contextlib
 import dataclasses
-import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import LOG, UserError
 from rlt_jax.models import peft, weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
@@ -35,7 +34,6 @@ from rlt_jax.types import Params
 
 ReadFn = Callable[[Index], np.ndarray]  # reads a part of a stored array
 
-_LOG = logging.getLogger("rlt_jax")
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000  # larger models are split into files of this size
@@ -65,7 +63,7 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
     config = config_from_json(content)
     kind = family(content.get("model_type"))
     if config.tie_embeddings and weight_files.has_own_head(Path(path), kind):
-        _LOG.warning("%s has a head that differs: tie_word_embeddings is ignored", path)
+        LOG.warning("%s has a head that differs: tie_word_embeddings is ignored", path)
         config = dataclasses.replace(config, tie_embeddings=False)
     return dataclasses.replace(config, **overrides)
 
@@ -256,11 +254,9 @@ def _write_tensors(
         name: math.prod(stored_shape(kind.tensors[leaf], sizes)) * itemsize
         for name, (leaf, _) in stored.items()
     }
+    limits = {"get_storage_size": int, "max_shard_size": MAX_SHARD_BYTES}
     plan = split_state_dict_into_shards_factory(
-        num_bytes,
-        get_storage_size=int,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=MAX_SHARD_BYTES,
+        num_bytes, filename_pattern="model{suffix}.safetensors", **limits
     )
     is_writer = jax.process_index() == 0
     for file, names in plan.filename_to_tensors.items():

@@ -110,9 +110,8 @@ _LLAMA = Family(
     fixed={},
     defaults=_DEFAULTS,
 )
-_QWEN2 = Family(
+_QWEN2 = _LLAMA._replace(
     architecture="Qwen2ForCausalLM",
-    tensors=_tensors(_NORMS),
     settings=_SETTINGS,
     fixed={"qkv_bias": True},
     defaults={

@@ -110,8 +110,7 @@ def _write_scatter(
     x = jnp.moveaxis(x, 2, 0).astype(pool.dtype)
     heads = jnp.arange(K)[:, None, None]
     if T % C == 0:
-        pages = x.reshape(K, B, T // C, C, H)
-        return pool.at[heads, layer, page[:, ::C]].set(pages)
+        return pool.at[heads, layer, page[:, ::C]].set(x.reshape(K, B, T // C, C, H))
     return pool.at[heads, layer, page, positions % C].set(x)
 
 
@@ -150,7 +149,6 @@ def paged_attention(
     C, H = cache.keys.shape[3:]
     # Sizes that the kernels support; the TPU kernel rounds keys and values to bfloat16.
     on_tpu = H % 128 == 0 and cache.keys.dtype == jnp.bfloat16
-    on_gpu = C.bit_count() == H.bit_count() == 1
 
     heads, pool = Spec(None, None, "tensor"), Spec("tensor")
     specs = (heads, PagedCache(pool, pool, Spec()), Spec(), Spec(), Spec())
@@ -161,7 +159,7 @@ def paged_attention(
     return jax.lax.platform_dependent(
         *operands,
         tpu=kernel(tpu=True) if on_tpu else xla,
-        cuda=kernel(tpu=False) if on_gpu else xla,
+        cuda=kernel(tpu=False) if C.bit_count() == H.bit_count() == 1 else xla,
         default=xla,
     )
 

@@ -146,12 +146,11 @@ def write_adapter(
       alpha: the product of the adapters is multiplied by alpha / rank.
     """
     tensors = dict(_stored(adapters, kind))
-    rank = next(len(x) for name, x in tensors.items() if ".lora_A." in name)
     content = {  # keys that every version of PEFT reads
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
+        "r": next(len(x) for name, x in tensors.items() if ".lora_A." in name),
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -16,9 +16,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What libraries put in names of tensors: around the model, and around any module.
-_MODULE = (
-    r"_(?:orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\."
-)
+_MODULE = r"_(?:orig_mod|(?:forward|fsdp_wrapped|checkpoint_wrapped)_module)\."
 _WRAPPERS = re.compile(rf"^(?:{_MODULE}|(?:module|model|language_model)\.)+|{_MODULE}")
 _ROTARY = ".rotary_emb."  # buffers of old files, such as the RoPE frequencies
 _ROWS = 4096  # read at once to compare two tensors

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.records import Record
 
 
@@ -91,10 +91,8 @@ def _number(value: float | None, digits: int = 5) -> str:
 
 
 def _parse(text: bytes, path: Path, message: str = "not valid JSON") -> Record:
-    try:
+    with as_user_error(f"{path}: {message}", ValueError):  # invalid JSON or UTF-8
         return json.loads(text)
-    except ValueError as error:  # invalid JSON or UTF-8
-        raise UserError(f"{path}: {message}: {error}.") from error
 
 
 def _bytes(path: Path) -> bytes:

@@ -23,7 +23,6 @@ from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.settings import build, load_function
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.training.checkpoint import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         stream = source.stream(teacher.params, requests, key)
         for rollout in sampler.in_order(stream, c.batch_size):
             count = len(rollout.requests)
-            packed = rows.pack(rollout, run, c.batch_size)
-            batch = sharding.put_rows(packed, mesh)
+            batch = sharding.put_rows(rows.pack(rollout, run, c.batch_size), mesh)
             batch = log_probs.fill(run.programs, batch, teacher.params, params)
             reward = run.reward.rlt(batch, np.float32(kl_coef))
             records = setup.sample_records(run, rollout, reward, slice(count))
@@ -103,7 +101,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
 
 def prepare(
     config: ConfigDict, seed: int
-) -> tuple[setup.Run, list[LoadedModel], list[Problem]]:
+) -> tuple[setup.Run, list[checkpoint.LoadedModel], list[Problem]]:
     """Models without weights and data of the stage; raises UserError for bad input."""
     mesh = setup.load_mesh(config)
     opened = setup.open_models(config, "teacher")

@@ -6,7 +6,6 @@ for also `traces.jsonl`, the right completions for `sft` to learn from.
 
 import dataclasses
 import functools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,8 +123,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             requests = setup.requests_of(renderer, asked, limit)[first:]
             completions = workdir / "completions.jsonl"
             stored = StoredSampler(engine, completions, loaded.tokenizer, bar)
-            stream = stored.stream(params, requests, key)
-            batches = in_order(stream, size)
+            batches = in_order(stored.stream(params, requests, key), size)
         for rollout in batches:
             count = len(rollout.texts)
             part = asked[first : first + count]
@@ -148,8 +146,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             names = ("this one", c.compare_with)
             difference = statistics.compare(ours, other, names)._asdict()
             results["difference"] = {"compared_with": c.compare_with, **difference}
-        text = json.dumps(results, indent=1) + "\n"
-        (workdir / "results.json").write_text(text, encoding="utf-8")
+        metrics.write_json(workdir / "results.json", results)
         return results
 
     return hosts.from_first(write_results)
@@ -220,15 +217,12 @@ def prepare(
         for problem in setup.load_problems(config.data, template, seed)
     ]
     check_gradable([p for p in problems if p.answer or not c.solution_log_probs])
+    if config.predictions and c.solution_log_probs:
+        raise UserError("evaluate.solution_log_probs needs a model, no predictions.")
     if config.predictions:
-        if c.solution_log_probs:
-            raise UserError(
-                "evaluate.solution_log_probs needs a model, no predictions."
-            )
         return problems, None, None, None
     mesh = setup.load_mesh(config)
-    source = build(checkpoint.ModelSource, config.model, "model")
-    opened = checkpoint.open_model(source)
+    opened = checkpoint.open_model(build(checkpoint.ModelSource, config.model, "model"))
     renderer = Renderer(opened.tokenizer, template, "student")
     limit = config.sampling.max_new_tokens
     prompts = [len(renderer.prompt(problem)[1].ids) for problem in problems]

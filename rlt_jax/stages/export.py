@@ -1,7 +1,6 @@
 """Stage `export`: writes a model in Hugging Face layout, into `<stage>/model/`."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES
 from rlt_jax.models.families import family
@@ -21,7 +20,6 @@ from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.types import Params
 
-_LOG = logging.getLogger("rlt_jax")
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "model_type": None,  # the family to write it as, "" for the first that can be
@@ -83,7 +81,7 @@ def _write_adapter(target: Path, source: checkpoint.ModelSource, base: str) -> P
             f"adapter_base={base!r} is no text model in Hugging Face format; export it."
         )
     if began != base:
-        _LOG.warning("adapter_base=%s has to have the weights of %r", base, began)
+        LOG.warning("adapter_base=%s has to have the weights of %r", base, began)
     adapters = checkpoint.read_item(path, "adapters")
     if hosts.is_first():
         peft.write_adapter(target, adapters, kind, base, lora.alpha)

@@ -8,7 +8,6 @@ can take; `plan.json` has it for programs, a table for people.
 import dataclasses
 import inspect
 import json
-import logging
 import math
 import os
 import re
@@ -26,7 +25,7 @@ from rlt_jax.costs import compiled as costs
 from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
-from rlt_jax.errors import UserError
+from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
 from rlt_jax.stages import setup
@@ -34,8 +33,6 @@ from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.plan_shapes import Lengths
 from rlt_jax.training import hosts, sharding
 from rlt_jax.training.compilation import programs_not_kept
-
-_LOG = logging.getLogger("rlt_jax")
 
 # How libtpu says that a program, or the temporaries alone, need more than there is.
 _TOO_MUCH = r"(?:Used |temporaries \()([\d.]+)([GM])\)? (?:of|exceeds)"
@@ -112,7 +109,7 @@ def plan(c: PlanConfig) -> Record:
         except UserError as error:  # the mesh does not fit so few chips
             fits, reason = False, str(error)
         tried.append({"topology": topology, "fits": fits, "reason": reason})
-        _LOG.info("plan: %s, fits: %s. %s", topology, fits, reason)
+        LOG.info("plan: %s, fits: %s. %s", topology, fits, reason)
         if fits:
             return result | {"searched": tried}
     raise UserError(f"{c.recipe} fits on no slice of {c.topology}: {reason}")
@@ -121,22 +118,17 @@ def plan(c: PlanConfig) -> Record:
 def read_recipe(c: PlanConfig, topology: str) -> Record:
     """The recipe for a slice, as plain values."""
     file, _, choice = c.recipe.partition(":")
-    try:
+    what = f"plan.recipe={c.recipe!r}: no config file with get_config"
+    with as_user_error(what, OSError, KeyError):
         get_config = runpy.run_path(file)["get_config"]
-    except (OSError, KeyError) as error:
-        raise UserError(
-            f"plan.recipe={c.recipe!r}: no config file with get_config ({error})."
-        ) from error
     argument = f"{choice}:{topology}" if choice else topology
     takes_slice = inspect.signature(get_config).parameters
     config = get_config(argument) if takes_slice else get_config()
     for change in c.changes:
         key, _, value = change.partition("=")
-        try:
-            with config.unlocked():
-                config.update_from_flattened_dict({key: json.loads(value)})
-        except (KeyError, ValueError) as error:
-            raise UserError(f"plan.changes: {change!r}: {error}") from error
+        what = f"plan.changes: {change!r}"
+        with as_user_error(what, KeyError, ValueError, end=""), config.unlocked():
+            config.update_from_flattened_dict({key: json.loads(value)})
     resolve(config)
     values = config.to_dict()
     if "stage" in values:
@@ -175,8 +167,7 @@ def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Recor
     for name in recipe["pipeline"]:
         section = recipe[name]
         mesh = slice_mesh(topology, section["mesh"])
-        loop = section.get("loop") or section.get("sft") or {}
-        steps = steps_of(c, loop)
+        steps = steps_of(c, section.get("loop") or section.get("sft") or {})
         stages[name] = {"mesh": dict(mesh.shape), "steps": steps, "step_seconds": 0.0}
         made = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
         # The largest programs, which are the first to fail, are the last of a stage.
@@ -211,7 +202,7 @@ def steps_of(c: PlanConfig, loop: Section) -> int:
         return loop.get("steps", 1)
     tokens = loop["epochs"] * c.traces * (c.prompt_tokens + c.completion_tokens)
     steps = math.ceil(tokens / (loop["batch_size"] * loop["row_length"]))
-    _LOG.info(f"plan: an estimate of {steps:,} steps from plan.traces={c.traces:,}")
+    LOG.info(f"plan: an estimate of {steps:,} steps from plan.traces={c.traces:,}")
     return steps
 
 
@@ -227,7 +218,7 @@ def _assess(
     if total <= limit:
         try:
             compiled = compile_program(program)
-            sizes = costs.memory(compiled)._asdict()
+            sizes = costs.memory(compiled)
             total = resident + sizes["peak"]
             traffic = _traffic(program, compiled.as_text(), topology, devices)
         except jax.errors.JaxRuntimeError as error:
@@ -235,7 +226,7 @@ def _assess(
                 raise
             total = resident + float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]]
     headroom = 1 - total / limit
-    _LOG.info("plan: %s, %.0f%% free", name, 100 * headroom)
+    LOG.info("plan: %s, %.0f%% free", name, 100 * headroom)
     sizes |= {"resident": resident, "total": total, "limit": limit}
     return {
         "name": name,

@@ -220,25 +220,23 @@ def load_row_shape(config: Section, mesh: Mesh) -> RowShape:
     return rows
 
 
-def student_sections(section: Any) -> list[Any]:
+def student_sections(given: Any) -> list[Any]:
     """The sections of the students.
 
     Raises:
       UserError: `students` is not a tuple.
     """
-    if not isinstance(section, list | tuple):
-        raise UserError(
-            f"students is {section!r}; give a tuple of models, () for none."
-        )
-    return list(section)
+    if not isinstance(given, list | tuple):
+        raise UserError(f"students is {given!r}; give a tuple of models, () for none.")
+    return list(given)
 
 
 def model_sources(config: Section, name: str) -> list[checkpoint.ModelSource]:
     """The model of the section `name`, then those of `students`."""
     students = student_sections(config["students"])
-    names = [name, *(f"students[{i}]" for i in range(len(students)))]
-    sections = [config[name], *students]
-    return [*map(build, [checkpoint.ModelSource] * len(names), sections, names)]
+    sections = {f"students[{i}]": section for i, section in enumerate(students)}
+    sections = {name: config[name]} | sections
+    return [build(checkpoint.ModelSource, x, where) for where, x in sections.items()]
 
 
 def open_models(config: Section, name: str) -> list[LoadedModel]:
@@ -325,12 +323,10 @@ def check_room(
     longest = int(np.argmax(lengths))
     tokens, room = lengths[longest], limit - lengths[longest]
     if room < max(new, 0):
-        fits = (
-            f"Set max_new_tokens to at most {room}, or raise" if room > 0 else "Raise"
-        )
+        fix = f"Set max_new_tokens to at most {room}, or raise" if room > 0 else "Raise"
         raise UserError(
             f"{what} {longest} has {tokens} tokens, with sampling.max_new_tokens={new} up "
-            f"to {tokens + new}, more than {where}={limit}. {fits} the limit, or drop the "
+            f"to {tokens + new}, more than {where}={limit}. {fix} the limit, or drop the "
             "problem."
         )
 

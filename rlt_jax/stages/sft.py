@@ -6,7 +6,6 @@ solution).
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +17,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlt_jax.data import examples, pipeline, selection
-from rlt_jax.data.examples import Example, Renderer
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.templates import load_template
-from rlt_jax.errors import UserError, check_choice, check_minima
+from rlt_jax.errors import LOG, UserError, check_choice, check_minima
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, sharding
-from rlt_jax.training.checkpoint import LoadedModel, ModelSource
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.state import check_skipped, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params
-
-_LOG = logging.getLogger("rlt_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +103,7 @@ class SFTConfig:
 
 
 SECTIONS = {
-    "model": ModelSource,
+    "model": checkpoint.ModelSource,
     "template": None,
     "data": None,
     "held_out": None,  # traces like those of `data`, without a mix; or None
@@ -126,12 +121,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
       Numbers of traces of each data section, the last training loss; the last held-out
       loss and, where it was evaluated, the first.
     """
-    source = build(ModelSource, config.model, "model")
+    source = build(checkpoint.ModelSource, config.model, "model")
     mesh, key = setup.load_mesh(config), jax.random.key(seed)
     c, opened, batches, held_out, counts = prepare(config, seed)
     params = checkpoint.load_params(source, opened.model, mesh, key)
     if batches is None:
-        _LOG.warning(f"{config.data.path} has no traces: the model is saved as it is")
+        LOG.warning(f"{config.data.path} has no traces: the model is saved as it is")
         checkpoint.save_model(workdir, 0, opened, params)
         return {"steps": 0, "traces": counts}
     loaded = opened._replace(params=params)
@@ -192,7 +187,7 @@ class Prepared(NamedTuple):
     """
 
     c: SFTConfig
-    opened: LoadedModel
+    opened: checkpoint.LoadedModel
     batches: PackedBatches | None
     held_out: list[Batch]
     counts: dict[str, dict[str, int]]
@@ -202,17 +197,18 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     """Model without weights and data of the stage; raises UserError for bad input."""
     c = build(SFTConfig, config.sft, "sft")
     check_rows(c, setup.load_mesh(config))
-    opened = checkpoint.open_model(build(ModelSource, config.model, "model"))
+    opened = checkpoint.open_model(build(checkpoint.ModelSource, config.model, "model"))
     file = Path(config.data.get("path") or "")
     if c.allow_empty and file.is_file() and not file.stat().st_size:
         return Prepared(c, opened, None, [], {})
-    renderer = Renderer(opened.tokenizer, load_template(config.template), c.role)
+    template = load_template(config.template)
+    renderer = examples.Renderer(opened.tokenizer, template, c.role)
     context = opened.model.config.max_length
-    sources = pipeline.load_sources(config.data, renderer.template, seed)
+    sources = pipeline.load_sources(config.data, template, seed)
     made, counts = load_examples(c, sources, renderer, seed, context)
     held_out: list[Batch] = []
     if config.held_out is not None:
-        args = config.held_out, renderer.template, seed, "held_out"
+        args = config.held_out, template, seed, "held_out"
         others = [pipeline.Source("held_out", 1.0, pipeline.load_traces(*args))]
         # All are used: none is replaced by another trace of its question.
         overlong = "drop" if c.overlong == "shorter" else c.overlong
@@ -261,17 +257,17 @@ def with_steps(c: SFTConfig, batches: PackedBatches, sequences: int) -> SFTConfi
     if not c.epochs:
         return c
     steps = batches.count_until(round(c.epochs * sequences) or 1)
-    _LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps")
+    LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps")
     return dataclasses.replace(c, steps=steps, epochs=0.0)
 
 
 def load_examples(
     c: SFTConfig,
     sources: Sequence[pipeline.Source],
-    renderer: Renderer,
+    renderer: examples.Renderer,
     seed: int,
     context: int,
-) -> tuple[list[list[Example]], dict[str, dict[str, int]]]:
+) -> tuple[list[list[examples.Example]], dict[str, dict[str, int]]]:
     """The sequences of every source that fit, and its numbers of traces by its name.
 
     A sequence has to fit into sft.row_length and into the model's context.
@@ -281,19 +277,15 @@ def load_examples(
     made, counts = [], {}
     for where, _, traces in sources:
         hosts.agree_on_items(f"the traces of {where}", traces)
-        used, counts[where] = selection.fit_examples(
-            examples.EXAMPLES[c.role](renderer, traces),
-            [str((trace.problem.history, trace.problem.question)) for trace in traces],
-            limit,
-            c.overlong,
-            c.traces_per_question,
-            seed,
-            f"{where}, {name} (see sft.overlong)",
-        )
+        sequences = examples.EXAMPLES[c.role](renderer, traces)
+        asked = [str((one.problem.history, one.problem.question)) for one in traces]
+        what = f"{where}, {name} (see sft.overlong)"
+        rule = limit, c.overlong, c.traces_per_question, seed, what
+        used, counts[where] = selection.fit_examples(sequences, asked, *rule)
         made.append(used)
         if any(counts[where][name] for name in ("dropped", "replaced", "truncated")):
             numbers = ", ".join(f"{n} {key}" for key, n in counts[where].items())
-            _LOG.warning(f"{where}: traces longer than {name}={limit}: {numbers}")
+            LOG.warning(f"{where}: traces longer than {name}={limit}: {numbers}")
     return made, counts
 
 

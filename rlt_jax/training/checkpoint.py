@@ -8,7 +8,6 @@ iterator. The folder of a stage also has `model.json` (the model's configuration
 import contextlib
 import ctypes
 import dataclasses
-import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
@@ -35,8 +34,8 @@ from rlt_jax.training.sharding import abstract, check_model, param_shardings
 from rlt_jax.types import Params
 
 T = TypeVar("T")
+Named = Mapping[str, Any]  # parts of a checkpoint by their names
 LIBC = ctypes.CDLL(None)
-_LOG = logging.getLogger("rlt_jax")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _DESCRIPTIONS = ("model.json", convert.CONFIG, peft.CONFIG)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -145,7 +144,7 @@ def load_params(
             params = convert.read_params(path, config, shardings, dtype, adapter)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    _LOG.info(f"{origin}: {count:,} parameters, {size / 1e9:.3f} GB as {dtype}")
+    LOG.info(f"{origin}: {count:,} parameters, {size / 1e9:.3f} GB as {dtype}")
     return params
 
 
@@ -212,10 +211,9 @@ def _download(name: str) -> str:
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model {name!r}: there is no such folder, and the download from the Hugging "
-            f"Face Hub failed: {reason}"
+            f"Face Hub failed: {str(error).strip().splitlines()[0]}"
         ) from error
 
 
@@ -279,7 +277,7 @@ def _newest(
                     f"{damaged}. Remove its folder to use an older one, if there is one, "
                     "or run the stage afresh with --only."
                 ) from error
-            _LOG.warning("%s; an older one is used", damaged)
+            LOG.warning("%s; an older one is used", damaged)
     raise AssertionError
 
 
@@ -315,12 +313,7 @@ def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     manager.close()
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    trees: Mapping[str, Any],
-    data: Mapping[str, Any],
-) -> None:
+def save(manager: ocp.CheckpointManager, step: int, trees: Named, data: Named) -> None:
     """Saves a checkpoint, asynchronously but on CPU.
 
     Args:
@@ -350,8 +343,8 @@ def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> N
 
 
 def restore_latest(
-    manager: ocp.CheckpointManager, trees: Mapping[str, Any]
-) -> tuple[int, Mapping[str, Any], Mapping[str, Any]] | None:
+    manager: ocp.CheckpointManager, trees: Named
+) -> tuple[int, Named, Named] | None:
     """Restores the latest checkpoint of this run; None if there is none.
 
     Args:

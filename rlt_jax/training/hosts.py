@@ -97,9 +97,7 @@ def connect(
     timer.start()
     try:
         jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
+            *flags.values(),
             cluster_detection_method=None if missing else "deactivate",
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=heartbeat_timeout,

@@ -60,11 +60,10 @@ def make_learner(
     jitted = jit_update(loss_fn, tuning.model, tx, mesh, shardings, max_norm)
     forward = functools.partial(batch_loss, loss_fn, tuning.model)
     forward = sharding.jit(forward, mesh, out_shardings=sharding.replicated(mesh))
-    mixed = jit_mix()
     return Learner(
         lambda state, batch: jitted(state, batch, tuning.frozen),
         lambda params, batch: forward(params, batch, tuning.frozen),
-        lambda params, trained, alpha: mixed(params, tuning.merge(trained), alpha),
+        lambda params, trained, alpha: mix(params, tuning.merge(trained), alpha),
     )
 
 
@@ -77,18 +76,11 @@ def jit_update(
     max_norm: float | None = None,
 ) -> Wrapped:
     """`update` as a `jax.jit` function of state, batch and frozen parameters."""
+    program = functools.partial(update, loss_fn, model, tx, max_norm)
+    given, made = (shardings, None, None), (shardings, sharding.replicated(mesh))
     return sharding.jit(
-        functools.partial(update, loss_fn, model, tx, max_norm),
-        mesh,
-        in_shardings=(shardings, None, None),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
+        program, mesh, in_shardings=given, out_shardings=made, donate_argnums=0
     )
-
-
-def jit_mix() -> Wrapped:
-    """`mix` as a `jax.jit` function that donates the mixed parameters."""
-    return jax.jit(mix, donate_argnums=0)
 
 
 def update(
@@ -162,6 +154,10 @@ def batch_loss(
     return jax.lax.fori_loop(0, batch.num_micro_batches, add, jnp.float32(0))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
 def mix(params: Params, policy: Params, alpha: float) -> Params:
-    """(1 - alpha) * params + alpha * policy (TR-DPO, arXiv 2404.09656, soft)."""
+    """(1 - alpha) * params + alpha * policy (TR-DPO, arXiv 2404.09656, soft).
+
+    The first argument is donated.
+    """
     return optax.incremental_update(policy, params, alpha)

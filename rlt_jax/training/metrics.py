@@ -33,10 +33,9 @@ class MetricWriter:
         self._file = workdir / "metrics.jsonl"
         # Resuming writes the later steps again.
         keep_records(self._file, lambda record: record["step"] < first_step)
+        folder, is_first = str(workdir / "tensorboard"), hosts.is_first()
         self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=first_step,
-            write_to_disk=hosts.is_first(),
+            folder, purge_step=first_step, write_to_disk=is_first
         )
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
@@ -164,6 +163,13 @@ def keep_whole_batches(file: Path, batch_size: int) -> int:
     return hosts.from_first(keep)
 
 
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Writes all of the file or, cut off in between, nothing under its name."""
+    unfinished = file.with_name(file.name + ".partial")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+
+
 def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
     """Replaces the records of a file atomically."""
     partial = file.with_name(file.name + ".partial")
@@ -197,11 +203,5 @@ def steps(
 
 def progress(first: int, total: int | None, what: str, unit: str = "step") -> tqdm.tqdm:
     """A progress bar with rate and remaining time."""
-    return tqdm.tqdm(
-        initial=first,
-        total=total,
-        desc=what,
-        unit=unit,
-        smoothing=0.1,
-        disable=not hosts.is_first(),
-    )
+    shown = {"desc": what, "unit": unit, "disable": not hosts.is_first()}
+    return tqdm.tqdm(initial=first, total=total, smoothing=0.1, **shown)

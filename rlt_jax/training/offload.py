@@ -1,13 +1,10 @@
 """Offloading of frozen parameters to host memory."""
 
-import logging
 from typing import Any
 
 import jax
 
-from rlt_jax.errors import UserError
-
-_LOG = logging.getLogger("rlt_jax")
+from rlt_jax.errors import LOG, UserError
 
 
 def keep(tree: Any, offload: bool, name: str) -> Any:
@@ -30,7 +27,7 @@ def keep(tree: Any, offload: bool, name: str) -> Any:
             "loop.offload=False."
         )
     saved = sum(x.nbytes for x in jax.tree.leaves(tree))
-    _LOG.info("offload: moved %s, %.3f GB, to host memory", name, saved / 1e9)
+    LOG.info("offload: moved %s, %.3f GB, to host memory", name, saved / 1e9)
     return _move(tree, "pinned_host")
 
 

@@ -19,12 +19,8 @@ SCHEDULES = {
 
 # In all of them, an element's update is about as large as the learning rate.
 OPTIMIZERS = {
-    "adamw": lambda config, rate: optax.adamw(
-        rate,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mu_dtype=config.state_dtype,
+    "adamw": lambda c, rate: optax.adamw(
+        rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mu_dtype=c.state_dtype
     ),
     # arXiv 1804.04235; adafactor's own decay is not scaled by the learning rate.
     "adafactor": lambda config, rate: optax.chain(
@@ -93,10 +89,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of `steps` steps."""
-    tx = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        OPTIMIZERS[config.name](config, make_schedule(config, steps)),
-    )
+    optimizer = OPTIMIZERS[config.name](config, make_schedule(config, steps))
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         # Nothing but the decay reads the parameters. So all optimizers are masked alike,

@@ -44,8 +44,7 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 def template_hash(template: Template) -> str:
     """Hash of the template's fields, sixteen hex digits."""
-    fields = json.dumps(dataclasses.asdict(template), sort_keys=True)
-    return _digest(fields.encode())
+    return _digest(json.dumps(dataclasses.asdict(template), sort_keys=True).encode())
 
 
 def _digest(data: bytes) -> str:

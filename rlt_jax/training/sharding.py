@@ -118,18 +118,16 @@ def check_rows(mesh: Mesh, rows: int, row_length: int, names: str) -> None:
         )
 
 
-def jit(
-    function: Callable, mesh: Mesh, rules: Rules = RULES, **options: Any
-) -> Wrapped:
+def jit(program: Callable, mesh: Mesh, rules: Rules = RULES, **options: Any) -> Wrapped:
     """`jax.jit` with the mesh and the logical axis rules in scope."""
 
-    @functools.wraps(function)
+    @functools.wraps(program)
     def traced(*args: Any) -> Any:
         with nn.logical_axis_rules(rules), use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return program(*args)
 
     # Without them, logical constraints do nothing, as on a single device.
-    return jax.jit(traced if mesh.size > 1 else function, **options)
+    return jax.jit(traced if mesh.size > 1 else program, **options)
 
 
 def to_shardings(specs: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -167,9 +165,8 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def one(x: Any) -> NamedSharding:
         axis = 1 if np.ndim(x) == 3 else 0
-        if np.ndim(x) and np.shape(x)[axis] % groups == 0:
-            return batch_sharding(mesh, axis)
-        return replicated(mesh)
+        divides = np.ndim(x) and np.shape(x)[axis] % groups == 0
+        return batch_sharding(mesh, axis) if divides else replicated(mesh)
 
     return jax.tree.map(one, tree)
 

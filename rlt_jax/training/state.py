@@ -1,7 +1,6 @@
 """The train state: made sharded, updated by one function."""
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +10,11 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import LOG, UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
 from rlt_jax.training.lora import trained_part
 from rlt_jax.training.sharding import abstract, to_shardings
 from rlt_jax.types import Params, TrainState
-
-_LOG = logging.getLogger("rlt_jax")
 
 
 def state_shardings(
@@ -38,11 +35,8 @@ def state_shardings(
         shape = getattr(box.value, "shape", (1,))  # (1,) and no array: a placeholder
         return box.value if shape == (1,) or len(shape) != len(box.names) else box
 
-    boxes = jax.tree.map(
-        named,
-        jax.eval_shape(boxed_state),
-        is_leaf=lambda x: isinstance(x, nn.Partitioned),
-    )
+    shapes = jax.eval_shape(boxed_state)
+    boxes = jax.tree.map(named, shapes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     return to_shardings(nn.get_partition_spec(boxes), mesh)
 
 
@@ -59,7 +53,7 @@ def new_state(
 ) -> TrainState:
     """The state of step 0 around given parameters; the parameters are copied."""
     if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params)):
-        _LOG.warning(
+        LOG.warning(
             "the trained parameters are bfloat16, which rounds changes of less than 1/500 "
             "of a parameter away: at small learning rates nothing is learned. Set "
             'model.param_dtype="float32" (policy.param_dtype in rl) for master weights.'
@@ -113,8 +107,7 @@ def apply_gradients(
         "optimizer/skipped": 1.0 - is_finite,
     }
     # Elementwise, so it is done in place of the old state and needs no copy of it.
-    select = functools.partial(jnp.where, is_finite)
-    chosen = jax.tree.map(select, stepped, state)
+    chosen = jax.tree.map(functools.partial(jnp.where, is_finite), stepped, state)
     chosen = chosen._replace(skipped=jnp.where(is_finite, 0, state.skipped + 1))
     return chosen, metrics | {"optimizer/skipped_in_a_row": chosen.skipped}
 

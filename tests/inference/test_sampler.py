@@ -11,7 +11,6 @@ import pytest
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.inference.sampler import (
     Part,
-    Request,
     Sampler,
     decode,
     in_order,
@@ -19,7 +18,7 @@ from rlt_jax.inference.sampler import (
     take,
 )
 from rlt_jax.inference.stored import StoredSampler
-from rlt_jax.types import Params, Rollout
+from rlt_jax.types import Params, Request, Rollout
 
 KEY = jax.random.key(4)
 REQUESTS = [Request(np.arange(1, 3 + n, dtype=np.int32), n, 5 + n) for n in range(7)]

@@ -34,11 +34,11 @@ def traces(
       UserError: the file is missing or invalid, or a record has no `####`.
     """
     most = math.inf if max_calculations is None else max_calculations
-    records = (
-        item
-        for item in read_records(path, SOURCE)
-        if len(_CALCULATION.findall(str(item[1].get("answer")))) <= most
-    )
+
+    def is_short(item: tuple[str, Record]) -> bool:
+        return len(_CALCULATION.findall(str(item[1].get("answer")))) <= most
+
+    records = filter(is_short, read_records(path, SOURCE))
     return [_trace(*item) for item in itertools.islice(records, limit)]
 
 
