@@ -23,6 +23,11 @@ class Problem(NamedTuple):
     grader: str = "math"
     history: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def asked(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """The question with the turns before it."""
+        return self.question, self.history
+
 
 class Trace(NamedTuple):
     """A problem with an explanation (or reasoning trace) that leads to its solution."""

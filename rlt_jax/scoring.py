@@ -12,12 +12,10 @@ from jax.sharding import Mesh
 
 from rlt_jax.data import examples, rows
 from rlt_jax.data.examples import Example, Renderer
-from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
-from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem, Trace
 from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
@@ -27,6 +25,8 @@ from rlt_jax.training import sharding
 from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.types import Array, Batch, Reward
 
+Models = Sequence[LoadedModel]  # the teacher, then the students
+Means = list[dict[str, float | None]]  # of each completion, by `SOLUTION_LOG_PROBS`
 BUCKETS = [2**n for n in range(7, 18)]
 TOKENS_PER_MICRO_BATCH = 4096
 
@@ -72,7 +72,7 @@ def text_completion(
     return TextCompletion(text, Trace(problem, body), closed or assume_closed)
 
 
-def make_renderers(models: Sequence[LoadedModel], template: Template) -> list[Renderer]:
+def make_renderers(models: Models, template: Template) -> list[Renderer]:
     """A renderer for the teacher, then one for every student."""
     teacher, *students = [model.tokenizer for model in models]
     of_students = examples.student_renderers(students, template)
@@ -80,9 +80,7 @@ def make_renderers(models: Sequence[LoadedModel], template: Template) -> list[Re
 
 
 def make_sequences(
-    models: Sequence[LoadedModel],
-    renderers: Sequence[Renderer],
-    given: Sequence[TextCompletion],
+    models: Models, renderers: Sequence[Renderer], given: Sequence[TextCompletion]
 ) -> list[list[Example]]:
     """Sequences of completions for each model, the teacher's first.
 
@@ -109,10 +107,7 @@ def make_sequences(
 
 
 def make_scorer(
-    models: Sequence[LoadedModel],
-    renderers: Sequence[Renderer],
-    scoring: ScoringConfig,
-    mesh: Mesh,
+    models: Models, renderers: Sequence[Renderer], scoring: ScoringConfig, mesh: Mesh
 ) -> Callable[..., list[dict[str, Any]]]:
     """A function from completions to their scores; see `rlt_jax.score_explanations`.
 
@@ -128,8 +123,7 @@ def make_scorer(
     """
     reward = scoring.rlt_reward
     transformers = [model.model for model in models]
-    tokenizers = [model.tokenizer for model in models]
-    check_tokenizers(reward, *tokenizers)
+    check_tokenizers(reward, *[model.tokenizer for model in models])
     programs = compile_log_probs(
         transformers[0], transformers[1:], scoring.teacher_temperature, reward, mesh
     )
@@ -179,7 +173,7 @@ def compile_log_probs(
     temperature: float,
     reward: RLTRewardConfig,
     mesh: Mesh,
-) -> LogProbPrograms:
+) -> log_probs.LogProbPrograms:
     """The programs of the policy at a temperature, and of the reward's students."""
     return log_probs.compile_programs(
         (policy, temperature),
@@ -232,7 +226,7 @@ def check_tokenizers(
             )
 
 
-def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> RowShape:
+def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> rows.RowShape:
     """A shape from few: the bucket of the longest sequence, and the rows that are needed.
 
     Args:
@@ -245,12 +239,12 @@ def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> RowShape:
     most = max(1, TOKENS_PER_MICRO_BATCH // (T * groups))
     needed = max(row for some in lengths for row, _ in rows.first_fit(some, T)) + 1
     size = 1 << (-(-needed // groups) - 1).bit_length()
-    return RowShape(min(size, most) * groups, T)
+    return rows.RowShape(min(size, most) * groups, T)
 
 
 def make_solution_scorer(
     loaded: LoadedModel, renderer: Renderer, count: int, mesh: Mesh
-) -> Callable[[Sequence[Problem], Sequence[str]], list[dict[str, float | None]]]:
+) -> Callable[[Sequence[Problem], Sequence[str]], Means]:
     """A function from problems and a student's completions to log-probs of the solutions.
 
     They are those of the problem's own solution, after the thought in the completion and
@@ -267,9 +261,8 @@ def make_solution_scorer(
     limit = min(BUCKETS[-1], loaded.model.config.max_length)
     model = loaded.model, 1.0
     programs = log_probs.compile_programs(model, [model], mesh)
-    replicated = sharding.replicated(mesh)
     of_solutions = sharding.jit(
-        rlt_reward.solution_log_probs, mesh, out_shardings=replicated
+        rlt_reward.solution_log_probs, mesh, out_shardings=sharding.replicated(mesh)
     )
 
     def means(traces: Sequence[Trace]) -> list[float | None]:
@@ -283,18 +276,14 @@ def make_solution_scorer(
         pairs = zip(values[: len(made)], mask[: len(made)], strict=True)
         return [float(x[m].mean()) if m.any() else None for x, m in pairs]
 
-    def score(
-        problems: Sequence[Problem], completions: Sequence[str]
-    ) -> list[dict[str, float | None]]:
+    def score(problems: Sequence[Problem], completions: Sequence[str]) -> Means:
         texts = [renderer.opened + text for text in completions]
         thoughts = map(renderer.template.own_thought, texts)
         after = means([Trace(*pair) for pair in zip(problems, thoughts, strict=True)])
         alone = [Trace(problem, "") for problem in dict.fromkeys(problems)]
         without = dict(zip(dict.fromkeys(problems), means(alone), strict=True))
-        return [
-            dict(zip(SOLUTION_LOG_PROBS, (value, without[problem]), strict=True))
-            for problem, value in zip(problems, after, strict=True)
-        ]
+        pairs = zip(after, map(without.get, problems), strict=True)
+        return [dict(zip(SOLUTION_LOG_PROBS, pair, strict=True)) for pair in pairs]
 
     return score
 

@@ -52,6 +52,9 @@ class Request(NamedTuple):
     problem: Problem | None = None
 
 
+Requests = Sequence[Request]
+
+
 class Rollout(NamedTuple):
     """E completions on the host, as a `Sampler` returns them.
 
@@ -67,7 +70,7 @@ class Rollout(NamedTuple):
       steps_computed: decode steps of slots that were computed.
     """
 
-    requests: Sequence[Request]
+    requests: Requests
     tokens: Sequence[np.ndarray]
     log_probs: Sequence[np.ndarray]
     finished: np.ndarray
@@ -117,6 +120,11 @@ class Batch(NamedTuple):
       ref_log_probs: [M, B, T] float32 under the reference.
       vocabulary_kl: [E, S] float32, KL(policy || student) at the first token of each
         segment of the explanation.
+      teacher_states: [M, B, T, D] hidden state of a teacher that predicts each token, in a
+        sequence of its own.
+      teacher_kernel: weights of the teacher's head.
+      taught: [M, B, T] float32, of a student's own attempts: the advantage of each token
+        by its teacher; or 1 on tokens whose distribution the teacher has, else 0.
       advantages: [M, B, T] float32, the advantage of each token's completion.
       inverse_length: [M, B, T] float32, 1 / length of the completion on its tokens, else 0.
       loss_weights: [M, B, T] float32, weight of each token's loss in the loss of the batch.
@@ -138,28 +146,19 @@ class Batch(NamedTuple):
     sampler_log_probs: Array | None = None
     ref_log_probs: Array | None = None
     vocabulary_kl: Array | None = None
+    teacher_states: Array | None = None
+    teacher_kernel: Array | None = None
+    taught: Array | None = None
     advantages: Array | None = None
     inverse_length: Array | None = None
     loss_weights: Array | None = None
 
     def micro_batch(self, m: Array | int) -> Batch:
         """The fields [M, B, T] of micro-batch m as [B, T]; spans and examples left out."""
-        per_token = ("tokens", "positions", "segment_ids", *_PER_TOKEN)
-        fields = {name: getattr(self, name) for name in per_token}
-        return Batch(
-            num_micro_batches=None,
-            **{name: None if x is None else x[m] for name, x in fields.items()},
-        )
-
-
-_PER_TOKEN = (
-    "log_probs",
-    "sampler_log_probs",
-    "ref_log_probs",
-    "advantages",
-    "inverse_length",
-    "loss_weights",
-)
+        fields = self._asdict().items()
+        per_token = {k: x[m] for k, x in fields if getattr(x, "ndim", 0) >= 3}
+        kernel = self.teacher_kernel
+        return Batch(num_micro_batches=None, teacher_kernel=kernel, **per_token)
 
 
 class TrainState(NamedTuple):

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import grain
 import numpy as np
+from grain import MapDataset
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import EMPTY, Example, Renderer
@@ -35,23 +35,20 @@ ABSENT = Example(np.zeros(0, np.int32), np.zeros(0, bool), EMPTY, EMPTY)
 
 
 class Renderers(Protocol):
-    """What `pack` reads of a run."""
+    """What `pack` reads of a run.
 
-    @property
-    def row_shape(self) -> RowShape:
-        """Shape of the packed rows."""
+    Attributes:
+      row_shape: shape of the packed rows.
+      renderer: renders the sequences of the policy, in its role.
+      student_limit: longest sequence of a student.
+      student_renderers: render the sequences of each student; one object for equal
+        tokenizers.
+    """
 
-    @property
-    def renderer(self) -> Renderer:
-        """Renders the sequences of the policy, in its role."""
-
-    @property
-    def student_limit(self) -> int:
-        """Longest sequence of a student."""
-
-    @property
-    def student_renderers(self) -> Sequence[Renderer]:
-        """Render the sequences of each student; one object for equal tokenizers."""
+    row_shape: RowShape
+    renderer: Renderer
+    student_limit: int
+    student_renderers: Sequence[Renderer]
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
@@ -63,15 +60,12 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
     used: list[int] = []
     places: list[tuple[int, int]] = [(0, 0)] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[item]
-        for number, filled in enumerate(used):
-            if filled + length <= capacity:
-                break
-        else:
-            number, filled = len(used), 0
+        room = capacity - lengths[item]
+        number = next((n for n, filled in enumerate(used) if filled <= room), len(used))
+        if number == len(used):
             used.append(0)
-        places[item] = (number, filled)
-        used[number] = filled + length
+        places[item] = (number, used[number])
+        used[number] += lengths[item]
     return places
 
 
@@ -156,15 +150,13 @@ def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
     closed = np.array([closed for _, closed in parsed])
     made = [one for one, _ in students]
     batch = pack_examples(run.row_shape, policy, made, closed, count)
+    pairs = zip(batch.students, students, strict=True)
+    filled = [one._replace(overlong=overlong) for one, (_, overlong) in pairs]
+    starts = batch.completion.start[: len(closed)]
     return batch._replace(
-        students=tuple(
-            student._replace(overlong=overlong)
-            for student, (_, overlong) in zip(batch.students, students, strict=True)
-        ),
+        students=tuple(filled),
         finished=np.pad(np.asarray(rollout.finished, bool), absent),
-        sampler_log_probs=_lay_out(
-            rollout.log_probs, batch.completion.start[: len(closed)], batch.tokens.shape
-        ),
+        sampler_log_probs=_lay_out(rollout.log_probs, starts, batch.tokens.shape),
     )
 
 
@@ -192,7 +184,7 @@ def pack_examples(
     first = [np.append(one.loss_mask, True).argmax() for one in policy]
     sampled = [np.arange(one.loss_mask.sum()) for one in policy]
     packed = {
-        key: _pack_student(shape, [*one, *absent], policy, starts)
+        key: pack_student(shape, [*one, *absent], policy, starts)
         for key, one in {id(one): one for one in students}.items()
     }
     return batch._replace(
@@ -202,7 +194,7 @@ def pack_examples(
     )
 
 
-def _pack_student(
+def pack_student(
     shape: RowShape,
     student: Sequence[Example],
     policy: Sequence[Example],
@@ -292,9 +284,7 @@ class PackedBatches(Iterator[Batch]):
       num_rows: rows of a batch.
     """
 
-    def __init__(
-        self, stream: grain.MapDataset, shape: RowShape, num_rows: int
-    ) -> None:
+    def __init__(self, stream: MapDataset, shape: RowShape, num_rows: int) -> None:
         self._stream, self._shape, self._num_rows = stream, shape, num_rows
         self._next = 0
 

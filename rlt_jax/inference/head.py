@@ -9,13 +9,22 @@ log-probability 0. The shift is written here and nowhere else.
     log_probs  0    p(b|h0)   p(c|h1)
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from rlt_jax.models.attention import block_of
 from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, head_logits, hidden_states
+from rlt_jax.models.transformer import (
+    Transformer,
+    capped,
+    hidden_states,
+    raw_logits,
+)
 from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
@@ -46,29 +55,115 @@ def log_probs_and_entropy(
       that each token was sampled from, which has no gradient. Both are 0 for padding, for
       the first token of each sequence, and where not wanted.
     """
+    chunks = arrange(model, params, batch, wanted)
+    values = functools.partial(_of_targets, model.config, temperature or 1.0)
+    found = chunks.run(values, model, params, (chunks.put(batch.tokens),))
+    log_probs, entropy = map(chunks.about_token, found)
+    return log_probs, entropy
+
+
+def _of_targets(
+    config: ModelConfig, temperature: float, raw: Array, about: tuple, shared: None
+) -> tuple[Array, Array]:
+    """Log-probs of a chunk's targets, and the entropy."""
+    scores = capped(config, raw) / temperature
+    normaliser = jax.nn.logsumexp(scores, axis=-1)
+    return chosen(scores, *about) - normaliser, entropy(scores, normaliser)
+
+
+def chosen(scores: Array, targets: Array) -> Array:
+    """Entries [B, C] of scores [B, C, V]: read without gather, so V may be split."""
+    hits = jnp.arange(scores.shape[-1]) == targets[..., None]
+    return jnp.where(hits, scores, 0.0).sum(-1)
+
+
+def entropy(scores: Array, normaliser: Array | float = 0.0) -> Array:
+    """Entropy [B, C] in nats of log-probs [B, C, V] + normaliser, without a gradient."""
+    scores, normaliser = jax.lax.stop_gradient((scores, normaliser))
+    weights = jnp.exp(scores - jnp.expand_dims(normaliser, -1))
+    return normaliser - jnp.sum(weights * scores, axis=-1)
+
+
+class Chunks(NamedTuple):
+    """Hidden states in the order in which the head reads them, wanted ones first.
+
+    Attributes:
+      states: [B, S, D], S a multiple of `size`.
+      order: [B, T] int32, the place in its row of each state.
+      back: [B, T] int32, the inverse.
+      predicted: [B, T] bool, the tokens that are wanted.
+      last: [] int32, how many chunks hold a state that is needed.
+      size: C.
+    """
+
+    states: Array
+    order: Array
+    back: Array
+    predicted: Array
+    last: Array
+    size: int
+
+    def put(self, x: Array) -> Array:
+        """What is about tokens, [B, T, ...], beside the states that predict them."""
+        order = self.order.reshape(self.order.shape + (1,) * (x.ndim - 2))
+        x = jnp.take_along_axis(jnp.roll(x, -1, axis=1), order, axis=1)
+        return pad(x, self.size)
+
+    def run(
+        self,
+        values: Callable[..., tuple[Array, ...]],
+        model: Transformer,
+        params: Params,
+        about: tuple[Array, ...],
+        shared: Any = None,
+    ) -> tuple[Array, ...]:
+        """Runs the head over the chunks, and again in the backward pass.
+
+        Args:
+          values: (logits [B, C, V] before their cap, `about` [B, C, ...], `shared`) ->
+            arrays [B, C] float32. Chunks in which nothing is wanted are 0.
+          model: the transformer.
+          params: its parameters; they and the states have a gradient, the rest has none.
+          about: arrays beside the states, [B, S, ...].
+          shared: arrays for all chunks.
+        """
+        settings = values, model.config, self.size
+        kernel = kernel_of(model.config, params)
+        return _chunked(settings, kernel, self.states, about, shared, self.last)
+
+    def about_token(self, x: Array) -> Array:
+        """Values [B, S] beside the states as [B, T]; 0 where they are not wanted."""
+        T = self.back.shape[1]
+        x = jnp.take_along_axis(x[:, :T], self.back, axis=1)
+        return jnp.where(self.predicted, jnp.roll(x, 1, axis=1), 0.0)
+
+
+def arrange(
+    model: Transformer,
+    params: Params,
+    batch: Batch,
+    wanted: Array | bool = True,
+    live: int = 1,
+) -> Chunks:
+    """The hidden states of a micro-batch; `live` arrays like logits are held at a time."""
     tokens, positions, segment_ids = batch.tokens, batch.positions, batch.segment_ids
     hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
     B, T = tokens.shape
     devices = max(1, jax.sharding.get_abstract_mesh().size)
-    C = chunk_length(B, T, model.config.vocab_size, devices)
+    C = chunk_length(B, T, live * model.config.vocab_size, devices)
     predicted = (positions > 0) & (segment_ids > 0) & wanted
     # State t predicts token t + 1.
     needed = jnp.roll(predicted, -1, axis=1)
     order = jnp.argsort(~needed, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     last = -(-needed.sum(axis=1).max() // C)
-
-    targets = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), order, axis=1)
-    settings = (model.config, temperature or 1.0, C)
-    kernel = params["embedding" if model.config.tie_embeddings else "output"]
     states = pad(_permuted(hidden, order, back), C)
+    return Chunks(states, order, back, predicted, last, C)
 
-    def about_token(x: Array) -> Array:
-        x = jnp.take_along_axis(x[:, :T], back, axis=1)
-        return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
 
-    log_probs, entropy = _chunked(settings, kernel, states, pad(targets, C), last)
-    return about_token(log_probs), about_token(entropy)
+def kernel_of(config: ModelConfig, params: Params) -> Array:
+    """Weights of the head: [V, D] where embeddings are tied, else [D, V]."""
+    return params["embedding" if config.tie_embeddings else "output"]
 
 
 def chunk_length(B: int, T: int, V: int, devices: int) -> int:
@@ -89,65 +184,58 @@ _permuted.defvjp(
     lambda saved, dy: (_permuted(dy, *saved[::-1]), None, None),
 )
 
-_Settings = tuple[ModelConfig, float, int]  # model, temperature, states in a chunk
+_Settings = tuple[Callable[..., tuple[Array, ...]], ModelConfig, int]
 
 
 def _forward(
-    settings: _Settings, kernel: Array, hidden: Array, targets: Array, last: Array
-) -> tuple[tuple[Array, Array], tuple]:
-    """Log-probs and entropy [B, S] of targets [B, S] after states [B, S, D].
+    settings: _Settings,
+    kernel: Array,
+    hidden: Array,
+    about: tuple[Array, ...],
+    shared: Any,
+    last: Array,
+) -> tuple[tuple[Array, ...], tuple]:
+    """Values [B, S] of all chunks, and what the backward pass needs."""
+    values, config, C = settings
 
-    Chunks from `last` on are not computed, and 0. Also what the backward pass needs.
-    """
-    config, temperature, C = settings
+    def one_chunk(i: Array | int) -> tuple[Array, ...]:
+        raw = raw_logits(config, kernel, block_of(hidden, i, C))
+        return values(raw, tuple(block_of(x, i, C) for x in about), shared)
 
-    def one_chunk(i: Array, found: tuple) -> tuple:
-        scores = head_logits(config, kernel, block_of(hidden, i, C)) / temperature
-        normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.where(_hits(scores, block_of(targets, i, C)), scores, 0.0).sum(-1)
-        weights = jnp.exp(scores - normaliser[..., None])
-        entropy = normaliser - jnp.sum(weights * scores, axis=-1)
-        new = chosen - normaliser, entropy, normaliser
+    def add(i: Array, found: tuple) -> tuple:
         store = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda all, x: store(all, x, i * C, 1), found, new)
+        return jax.tree.map(lambda all, x: store(all, x, i * C, 1), found, one_chunk(i))
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 3
-    log_probs, entropy, normaliser = jax.lax.fori_loop(0, last, one_chunk, zeros)
-    return (log_probs, entropy), (kernel, hidden, targets, last, normaliser)
+    shapes = jax.eval_shape(one_chunk, 0)
+    zeros = tuple(jnp.zeros(hidden.shape[:2], x.dtype) for x in shapes)
+    found = jax.lax.fori_loop(0, last, add, zeros)
+    return found, (kernel, hidden, about, shared, last)
 
 
 def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
-    config, temperature, C = settings
-    kernel, hidden, targets, last, normaliser = saved
-    d_log_probs, _ = gradients
+    values, config, C = settings
+    kernel, hidden, about, shared, last = saved
 
-    def one_chunk(i: Array, found: tuple) -> tuple:
+    def add(i: Array, found: tuple) -> tuple:
         d_kernel, d_hidden = found
         h = block_of(hidden, i, C)
-        logits = head_logits(config, kernel, h)
-        weights = jnp.exp(logits / temperature - block_of(normaliser, i, C)[..., None])
-        slope = block_of(d_log_probs, i, C)[..., None] / temperature
-        if config.final_softcap is not None:
-            slope *= 1 - (logits / config.final_softcap) ** 2
-        hit = _hits(logits, block_of(targets, i, C))
-        d_logits = (slope * (hit - weights)).astype(hidden.dtype)
+        at_i = tuple(block_of(x, i, C) for x in about)
+        raw = raw_logits(config, kernel, h)
+        _, pull = jax.vjp(lambda raw: values(raw, at_i, shared), raw)
+        (d_raw,) = pull(tuple(block_of(x, i, C) for x in gradients))
+        d_raw = d_raw.astype(hidden.dtype)
         axes = "VD" if config.tie_embeddings else "DV"
-        dk = jnp.einsum(f"BCV,BCD->{axes}", d_logits, h)
-        dh = jnp.einsum(f"BCV,{axes}->BCD", d_logits, kernel.astype(h.dtype))
+        dk = jnp.einsum(f"BCV,BCD->{axes}", d_raw, h)
+        dh = jnp.einsum(f"BCV,{axes}->BCD", d_raw, kernel.astype(h.dtype))
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * C, 1)
         return d_kernel + dk.astype(kernel.dtype), d_hidden
 
     zeros = jnp.zeros_like(kernel), jnp.zeros_like(hidden)
-    return *jax.lax.fori_loop(0, last, one_chunk, zeros), None, None
+    return *jax.lax.fori_loop(0, last, add, zeros), None, None, None
 
 
 _chunked = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))
 _chunked.defvjp(_forward, _backward)
-
-
-def _hits(scores: Array, targets: Array) -> Array:
-    """[B, C, V] bool, True at the target: read without gather, so V may be split."""
-    return jnp.arange(scores.shape[-1]) == targets[..., None]
 
 
 def token_log_probs(

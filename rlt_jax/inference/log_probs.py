@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlt_jax.inference import spans
+from rlt_jax.inference.divergence import DivergenceConfig, segment_divergence
 from rlt_jax.inference.head import log_probs_and_entropy
-from rlt_jax.inference.vocabulary_kl import vocabulary_kl
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import offload, sharding
 from rlt_jax.types import Array, Batch, Params
@@ -23,13 +23,13 @@ class LogProbPrograms(NamedTuple):
       policy: log-probs [M, B, T] of the sampled and the explanation tokens under the
         policy or its reference, at the sampling temperature.
       students: for each student log-probs [M, B, T] of its explanation and solution tokens.
-      vocabulary_kl: (policy params, student params, policy batch, student batch) -> [E, S]
+      vocabulary_kl: (parameters, batches), each of a student and of the policy -> [E, S]
         for each student; () where the estimator needs no whole distributions.
     """
 
     policy: Callable[[Params, Batch], Array]
     students: tuple[Callable[[Params, Batch], Array], ...] = ()
-    vocabulary_kl: tuple[Callable[[Params, Params, Batch, Batch], Array], ...] = ()
+    vocabulary_kl: tuple[Callable[..., Array], ...] = ()
 
 
 def compile_programs(
@@ -45,7 +45,7 @@ def compile_programs(
       policy: transformer and sampling temperature.
       students: transformer and temperature of each student of the reward.
       mesh: where the programs run.
-      top_k: see `vocabulary_kl`.
+      top_k: of the explanation KL, see `DivergenceConfig`.
       over_vocabulary: whether the explanation KL needs whole distributions.
     """
 
@@ -55,7 +55,8 @@ def compile_programs(
         return sharding.jit(program, mesh, out_shardings=shardings)
 
     def divergence(student: tuple[Transformer, float]) -> Callable:
-        program = functools.partial(vocabulary_kl, policy, student, top_k)
+        forward = DivergenceConfig("forward", top_k=top_k)
+        program = functools.partial(segment_divergence, forward, student, policy)
         return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
 
     return LogProbPrograms(
@@ -90,7 +91,7 @@ def fill(
     for i, (params, student) in enumerate(zip(students, batch.students, strict=True)):
         params = offload.fetch(params)
         if programs.vocabulary_kl:
-            divergence = programs.vocabulary_kl[i](policy, params, batch, student)
+            divergence = programs.vocabulary_kl[i]((params, policy), (student, batch))
             student = student._replace(vocabulary_kl=divergence)
         log_probs = programs.students[i](params, student)
         filled.append(student._replace(log_probs=log_probs))

@@ -20,6 +20,7 @@ from rlt_jax.models.rope import Rope, layer_ropes, rotate
 from rlt_jax.types import Array, PagedCache, Params
 
 Axes = tuple[str | None, ...]
+Carry = tuple[Array, PagedCache | None]  # activations, and the cache of keys and values
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # gelu by tanh
 
@@ -136,14 +137,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        kv_cache: PagedCache | None,
-        layer: Layer,
-        positions: Array,
-        segment_ids: Array | None,
-    ) -> tuple[Array, PagedCache | None]:
+        self, carry: Carry, layer: Layer, positions: Array, segment_ids: Array | None
+    ) -> Carry:
         c = self.config
+        x, kv_cache = carry
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         q_axes = ("embed", "heads", "head_dim")
         kv_axes = ("embed", "kv_heads", "head_dim")
@@ -192,17 +189,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[Array, PagedCache | None],
-        layer: Layer,
-        positions: Array,
-        segment_ids: Array | None,
-    ) -> tuple[tuple[Array, PagedCache | None], None]:
+        self, carry: Carry, layer: Layer, positions: Array, segment_ids: Array | None
+    ) -> tuple[Carry, None]:
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_plus_one)
         x, kv_cache = carry
         y = _all_lengths(norm(name="attention_norm")(x))
-        args = (y, kv_cache, layer, positions, segment_ids)
+        args = ((y, kv_cache), layer, positions, segment_ids)
         y, kv_cache = Attention(c, name="attention")(*args)
         x = x + (norm(name="attention_post_norm")(y) if c.post_norms else y)
         y = MLP(c, name="mlp")(_all_lengths(norm(name="mlp_norm")(x)))
@@ -247,7 +240,7 @@ class Transformer(nn.Module):
         positions: Array,
         segment_ids: Array | None = None,
         kv_cache: PagedCache | None = None,
-    ) -> tuple[Array, PagedCache | None]:
+    ) -> Carry:
         """Computes the hidden states after the final norm.
 
         Without a cache, rows may be packed: attention is causal within segments. With a
@@ -281,8 +274,17 @@ class Transformer(nn.Module):
 
 def head_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
     """Hidden states [..., D] -> float32 logits [..., V]."""
+    return capped(config, raw_logits(config, kernel, hidden))
+
+
+def raw_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
+    """The logits before their cap."""
     kernel = (kernel.T if config.tie_embeddings else kernel).astype(hidden.dtype)
-    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def capped(config: ModelConfig, logits: Array) -> Array:
+    """Logits within the model's bound, if it has one."""
     cap = config.final_softcap
     return logits if cap is None else soft_cap(logits, cap)
 
@@ -311,7 +313,7 @@ def hidden_states(
     positions: Array,
     segment_ids: Array | None = None,
     kv_cache: PagedCache | None = None,
-) -> tuple[Array, PagedCache | None]:
+) -> Carry:
     """`Transformer.__call__` as a pure function of parameters and inputs."""
     return model.apply({"params": params}, tokens, positions, segment_ids, kv_cache)
 

@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from rlt_jax.errors import UserError, check_choice
+from rlt_jax.inference.divergence import (
+    DivergenceConfig,
+    Models,
+    log_probs_and_divergence,
+)
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.rl import kl
@@ -119,8 +124,25 @@ class ObjectiveConfig:
                 raise UserError(f"objective.{name}={value}: above 0, or None for off.")
 
 
+class Divergence(NamedTuple):
+    """A divergence from a teacher over the vocabulary, as a loss.
+
+    Attributes:
+      weight: in the loss of a token.
+      config: the divergence.
+      models: student and teacher.
+    """
+
+    weight: float
+    config: DivergenceConfig
+    models: Models
+
+
 def policy_loss(
-    objective: ObjectiveConfig, temperature: float, num_completions: int
+    objective: ObjectiveConfig,
+    temperature: float,
+    num_completions: int,
+    divergence: Divergence | None = None,
 ) -> LossFn:
     """The loss of a micro-batch for the learner, with its metrics.
 
@@ -131,16 +153,27 @@ def policy_loss(
       objective: the loss that is minimised.
       temperature: divides the policy's logits, as it did in sampling.
       num_completions: E, of the whole batch.
+      divergence: a further loss, from a teacher; None for none.
     """
 
     def loss(model: Transformer, params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        args = batch, temperature, batch.inverse_length > 0
-        log_probs, entropy = log_probs_and_entropy(model, params, *args)
+        wanted, args = batch.inverse_length > 0, (model, params, batch)
+        if divergence is None:
+            log_probs, entropy = log_probs_and_entropy(*args, temperature, wanted)
+        else:
+            _, config, models = divergence
+            found = log_probs_and_divergence(config, models, *args, wanted)
+            log_probs, entropy, distance = found
         if batch.log_probs is None:
             # The only update of a rollout: the policy is the one that sampled.
             batch = batch._replace(log_probs=jax.lax.stop_gradient(log_probs))
         total = (token_loss(objective, log_probs, batch) * batch.loss_weights).sum()
         metrics = policy_metrics(objective, log_probs, batch, num_completions)
+        if divergence is not None:
+            distance *= batch.taught
+            total += divergence.weight * (distance * batch.loss_weights).sum()
+            mean = (distance * batch.inverse_length).sum() / num_completions
+            metrics["policy/divergence"] = mean
         entropy = (entropy * batch.inverse_length).sum() / num_completions
         return total, {"policy/loss": total, "policy/entropy": entropy, **metrics}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlt_jax.data.controls import copied_share
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.rl.grading import grade
 from rlt_jax.settings import load_function
 from rlt_jax.training import hosts
@@ -57,12 +57,8 @@ def truncated(rollout: Rollout, template: Template) -> np.ndarray:
 
 
 TermFunction = Callable[..., np.ndarray]
-TERMS: dict[str, TermFunction] = {
-    "correctness": correctness,
-    "length": length,
-    "copy": copy,
-    "truncated": truncated,
-}
+_OWN = (correctness, length, copy, truncated)
+TERMS: dict[str, TermFunction] = {function.__name__: function for function in _OWN}
 
 
 class Term(NamedTuple):
@@ -121,10 +117,8 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
         function = None
         if name != RLT:
             function = TERMS.get(name) or _user_function(settings.pop("function"))
-            try:
+            with as_user_error(f"reward term {name!r}", TypeError):
                 inspect.signature(function).bind(None, None, **settings)
-            except TypeError as error:
-                raise UserError(f"reward term {name!r}: {error}.") from error
             function = functools.partial(function, **settings)
         terms.append(Term(name, weight, function))
     return tuple(terms)
@@ -155,7 +149,8 @@ def compute(
     for term in reward.terms:
         if term.function:
             values[term.name] = _on_first_host(term, rollout, reward.template)
-    values["value"] = sum(term.weight * values[term.name] for term in reward.terms)
+    parts = (term.weight * values[term.name] for term in reward.terms)
+    values["value"] = sum(parts, np.zeros(len(rollout.requests), np.float32))
     return values
 
 

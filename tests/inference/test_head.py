@@ -117,7 +117,8 @@ def test_gradients_are_those_of_a_log_softmax_of_all_logits(
         return (chosen[..., 0] * weights[:, 1:]).sum()
 
     for a, b in zip(
-        *(jax.tree.leaves(jax.grad(f)(params)) for f in (ours, plain)), strict=True
+        *(jax.tree.leaves(jax.jit(jax.grad(f))(params)) for f in (ours, plain)),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -137,7 +138,8 @@ def test_gradients_have_the_dtype_of_the_parameters(
         values, _ = log_probs_and_entropy(model, params, unpacked(TOKENS))
         return values.sum()
 
-    fine, coarse = jax.grad(total)(exact), jax.grad(total)(rounded)
+    gradient = jax.jit(jax.grad(total))
+    fine, coarse = gradient(exact), gradient(rounded)
     for a, b in zip(jax.tree.leaves(fine), jax.tree.leaves(coarse), strict=True):
         assert (a.dtype, b.dtype) == (jnp.float32, jnp.bfloat16)
         largest = np.abs(np.asarray(a)).max()
@@ -161,8 +163,9 @@ def test_tokens_that_are_not_wanted_change_nothing(
         result = log_probs_and_entropy(model, params, unpacked(TOKENS), 0.7, *wanted)
         return jnp.where(mask, result[0], 0.0).sum(), result
 
-    (_, ours), gradients = jax.value_and_grad(total, has_aux=True)(params, mask)
-    (_, whole), expected = jax.value_and_grad(total, has_aux=True)(params)
+    both = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, ours), gradients = both(params, mask)
+    (_, whole), expected = both(params)
     for some, every in zip(ours, whole, strict=True):
         close(some, np.where(mask, every, 0.0))
     for a, b in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
