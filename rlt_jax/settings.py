@@ -4,12 +4,13 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from types import UnionType
 from typing import Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 
 T = TypeVar("T")
 Section = Mapping[str, Any]  # settings of one part of a config
@@ -100,7 +101,11 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     known = inspect.signature(owner).parameters
     required = [k for k, x in known.items() if x.default is inspect.Parameter.empty]
     _check_keys(values, known, required, where)
-    return factory(**values) if owner is factory else factory(owner(**values))
+    if not dataclasses.is_dataclass(owner):
+        return factory(**values)
+    with as_user_error(f"{where}: a value of a wrong type", TypeError):
+        made = owner(**values)
+    return made if owner is factory else factory(made)
 
 
 def owner_of_keys(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,10 +125,9 @@ def load_function(path: str) -> Callable[..., Any]:
       UserError: the module or the function does not exist.
     """
     module, _, name = path.partition(":")
-    try:
+    what = f'{path!r} is not a "module:function"'
+    with as_user_error(what, ImportError, AttributeError, ValueError):
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'{path!r} is not a "module:function": {error}.') from error
 
 
 def check(owner: Any, values: Any, where: str) -> None:
@@ -131,13 +135,16 @@ def check(owner: Any, values: Any, where: str) -> None:
 
     Args:
       owner: a factory for `build`; or a mapping from every key of the section to the owner
-        of its value; or None for a value that is checked where it is used.
+        of its value; or None for a value that is checked where it is used. A section that
+        can be None is owned by a union with None.
       values: the config section, or a value in it.
       where: name of the section, for messages.
 
     Raises:
       UserError: unknown or missing keys, or invalid values.
     """
+    if isinstance(owner, UnionType):  # a section or None
+        owner = None if values is None else owner.__args__[0]
     if isinstance(owner, Mapping):
         _check_keys(values, owner, owner, where)
         for name, section_owner in owner.items():

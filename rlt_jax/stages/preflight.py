@@ -1,13 +1,12 @@
 """What can be known of all stages of a run before the first one works."""
 
 import importlib
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from rlt_jax.records import Record
@@ -40,17 +39,26 @@ def check(
     checked = []
     for settings in stages:
         stage = module_of(settings["stage"])
-        data = [settings.get("data"), settings.get("held_out")]
-        if not hasattr(stage, "prepare") or to_make.keys() & {*stages_read(data, root)}:
-            continue
-        values = dict(settings)
-        for key in settings.keys() & set(MODELS):
-            values[key] = origin_of(settings[key], to_make, root)
-        if students := values.get("students"):
-            values["students"] = [origin_of(x, to_make, root) for x in students]
-        if values not in checked:
+        values = with_origins(settings, to_make, root)
+        files = [values.get("data"), values.get("held_out")]
+        files.append((values.get("teaching") or {}) | {"teacher": None})
+        reads_files = to_make.keys() & {*stages_read(files, root)}
+        if hasattr(stage, "prepare") and not reads_files and values not in checked:
             checked.append(values)
             stage.prepare(ConfigDict(values), values["seed"])
+
+
+def with_origins(settings: Section, stages: Section, root: str | Path) -> Record:
+    """Settings with `origin_of` of every model in them."""
+    values = dict(settings)
+    for key in values.keys() & {*MODELS}:
+        if isinstance(values[key], Mapping):
+            values[key] = origin_of(values[key], stages, root)
+    if students := values.get("students"):
+        values["students"] = [origin_of(one, stages, root) for one in students]
+    if teaching := values.get("teaching"):
+        values["teaching"] = with_origins(teaching, stages, root)
+    return values
 
 
 def origin_of(model: Section, stages: Section, root: str | Path) -> Section:
@@ -70,6 +78,6 @@ def origin_of(model: Section, stages: Section, root: str | Path) -> Section:
 
 def stages_read(values: Any, root: str | Path) -> list[str]:
     """Names in the workdir `root` that paths anywhere in the values begin with."""
-    texts = re.findall(r'"([^"]+)"', json.dumps(values, ensure_ascii=False))
+    texts = [x for x in jax.tree.leaves(values) if isinstance(x, str) and x]
     paths = [os.path.relpath(text, root) for text in texts]
     return [path.partition("/")[0] for path in paths if not path.startswith(".")]

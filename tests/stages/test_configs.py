@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import ml_collections
@@ -33,6 +34,9 @@ from rlt_jax import main
 main.parse_flags(sys.argv)
 print(main._CONFIG.value.to_json_best_effort())
 """
+
+
+VALUES = (2, 0.5, "text", (1, 2), {"task": "file"})  # in the place of None
 
 
 def parse(file: Path, *overrides: str) -> ml_collections.ConfigDict:
@@ -71,6 +75,8 @@ def owned(section: ml_collections.ConfigDict) -> Iterator[tuple[str, set[str], t
     if section.stage == "score":
         yield "", set(section) - set(PARTS) - {"stage", "seed"}, ScoreConfig
     for key, owner in owners.items():
+        if isinstance(owner, UnionType) and section[key] is not None:
+            owner = owner.__args__[0]
         if dataclasses.is_dataclass(owner):
             yield key, set(section[key]), owner
     for i, student in enumerate(section.get("students", ())):
@@ -102,20 +108,22 @@ def test_every_setting_can_be_overridden(file: Path) -> None:
 def test_none_is_a_placeholder(file: Path) -> None:
     """A value of any type, or of the placeholder's own, may take its place."""
     before = dict(sections(parse(file)))
-    for value in (2, 0.5, "text", (1, 2), {"task": "file"}):
-        paths = {
-            f"{where}.{key}" if where else key: (where, key)
-            for where, section in before.items()
-            for key in section
-            if section[key] is None
-            and (
-                section.get_type(key) is object
-                or isinstance(value, section.get_type(key))
-            )
+    options, numbers = {}, {}
+    for where, section in before.items():
+        for key in (key for key in section if section[key] is None):
+            kind = section.get_type(key)
+            fits = [x for x in VALUES if kind is object or isinstance(x, kind)]
+            options[f"{where}.{key}" if where else key] = where, key, fits
+            numbers.setdefault(key, len(numbers))  # sections can share a part
+    for turn in range(2):  # so that neighbours have values of all types
+        taken = {
+            path: fits[(numbers[key] + 3 * turn) % len(fits)]
+            for path, (_, key, fits) in options.items()
         }
-        changed = dict(sections(parse(file, *(f"{path}={value}" for path in paths))))
-        for path, (where, key) in paths.items():
-            assert changed[where].to_dict()[key] == value, path
+        overrides = (f"{path}={value}" for path, value in taken.items())
+        changed = dict(sections(parse(file, *overrides)))
+        for path, (where, key, _) in options.items():
+            assert changed[where].to_dict()[key] == taken[path], path
 
 
 def sections(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
