@@ -4,38 +4,66 @@ from collections.abc import Sequence
 
 import numpy as np
 
-CONTROLS = ("empty", "shuffled", "other")
+from rlt_jax.records import Problem
+
+CONTROLS = ("empty", "shuffled", "other", "other_solution")
 
 
 def controlled(
     completions: Sequence[str],
-    questions: Sequence[str],
+    problems: Sequence[Problem],
     closing: str,
     seed: int | Sequence[int],
-) -> dict[str, list[str | None]]:
+) -> dict[str, list[tuple[Problem, str]]]:
     """Makes control completions, which should get a lower reward than the real ones.
 
     Args:
       completions: E texts.
-      questions: E questions, those of the completions.
+      problems: E problems, those of the completions.
       closing: closing tag of an explanation, which every control has.
       seed: random seed of the shuffling.
 
     Returns:
-      Name of a control -> E completions: "empty" explanations; explanations with
-      "shuffled" words; explanations of another question ("other"), None if all questions
-      are the same.
+      Name of a control -> E problems and completions: "empty" explanations; explanations
+      with "shuffled" words; explanations of another question ("other"); and the
+      explanations as they are, as if the solution were that of another question
+      ("other_solution"). The last two are left out where a question or a solution is that
+      of all problems.
     """
     rng = np.random.default_rng(seed)
     bodies = [text.partition(closing)[0] for text in completions]
-    shuffled = [" ".join(rng.permutation(body.split(" "))) + closing for body in bodies]
-    count = len(completions)
-    other = []
-    for n in range(count):
-        others = ((n + k) % count for k in range(1, count))
-        match = next((m for m in others if questions[m] != questions[n]), None)
-        other.append(None if match is None else bodies[match] + closing)
-    return {"empty": [closing] * count, "shuffled": shuffled, "other": other}
+    texts = {
+        "empty": [""] * len(bodies),
+        "shuffled": [" ".join(rng.permutation(body.split(" "))) for body in bodies],
+    }
+    asked = [(problem.question,) for problem in problems]
+    others = [next_other(asked, n) for n in range(len(bodies))]
+    if None not in others:
+        texts["other"] = [bodies[m] for m in others]
+    found = {name: [*zip(problems, made, strict=True)] for name, made in texts.items()}
+    solutions = other_solutions(problems)
+    if None not in solutions:
+        pairs = zip(problems, solutions, strict=True)
+        changed = [problem._replace(solution=solution) for problem, solution in pairs]
+        found["other_solution"] = [*zip(changed, bodies, strict=True)]
+    return {
+        name: [(problem, body + closing) for problem, body in pairs]
+        for name, pairs in found.items()
+    }
+
+
+def other_solutions(problems: Sequence[Problem]) -> list[str | None]:
+    """For each problem the solution of the next one with another question and solution."""
+    pairs = [(problem.question, problem.solution) for problem in problems]
+    others = [next_other(pairs, n) for n in range(len(pairs))]
+    return [None if m is None else problems[m].solution for m in others]
+
+
+def next_other(items: Sequence[Sequence[str]], n: int) -> int | None:
+    """Index of the first item after the n-th, cyclically, that differs in every part."""
+    following = ((n + k) % len(items) for k in range(1, len(items)))
+    differs = (m for m in following if all(map(str.__ne__, items[m], items[n])))
+    return next(differs, None)
 
 
 def copied_share(explanation: str, solution: str, shortest: int = 12) -> float:

@@ -9,7 +9,6 @@ worst, token by token.
 import dataclasses
 import itertools
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
-from rlt_jax.errors import UserError, check_minima
+from rlt_jax.errors import LOG, UserError, as_user_error, check_minima
 from rlt_jax.records import Problem, Record, history_of, problem_record
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
@@ -29,8 +28,6 @@ from rlt_jax.scoring import TextCompletion, text_completion
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-
-_LOG = logging.getLogger("rlt_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class ScoreConfig:
       batch_size: completions scored at once.
       assume_closed: completions without a closing tag are not penalised.
       per_token: also write tokens and per-token arrays.
-      controls: also score empty, shuffled and foreign explanations.
+      controls: also score what should have a lower reward, see `controls.py`.
       num_examples: number of the best and of the worst explanations shown on the page.
     """
 
@@ -96,8 +93,10 @@ class Scorer:
           The number of completions, with the `first` that are scored already.
         """
         while batch := list(itertools.islice(completions, self.c.batch_size)):
-            for given in (batch, *self._controls(batch, first).values()):
-                scoring.make_sequences(self._models, self._renderers, given)
+            scoring.make_sequences(self._models, self._renderers, batch)
+            for name, given in self._controls(batch, first).items():
+                with as_user_error(f"config.controls, {name}", UserError):
+                    scoring.make_sequences(self._models, self._renderers, given)
             first += len(batch)
         return first
 
@@ -155,20 +154,15 @@ class Scorer:
         """Control -> a completion for each of the batch; {} where none are asked for."""
         if not self.c.controls:
             return {}
-        problems = [completion.trace.problem for completion in batch]
         replaced = controls.controlled(
             [completion.text for completion in batch],
-            [problem.question for problem in problems],
+            [completion.trace.problem for completion in batch],
             self.template.explanation_tags[1],
             [self._seed, first],
         )
         return {
-            name: [
-                text_completion(self.template, problem, text, True)
-                for problem, text in zip(problems, texts, strict=True)
-            ]
-            for name, texts in replaced.items()
-            if None not in texts
+            name: [text_completion(self.template, *pair, True) for pair in pairs]
+            for name, pairs in replaced.items()
         }
 
 
@@ -268,7 +262,7 @@ def write_scores(
             if not first:
                 score, divergence = map(np.mean, _sizes(rows))
                 kl_coef = scorer.kl_coef
-                _LOG.info(
+                LOG.info(
                     f"first batch: solution score {score:.4g}, explanation KL "
                     f"{divergence:.4g} times {kl_coef:.4g} = {divergence * kl_coef:.4g}"
                 )

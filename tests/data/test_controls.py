@@ -3,25 +3,39 @@
 import numpy as np
 import pytest
 
-from rlt_jax.data.controls import controlled, copied_share
+from rlt_jax.data.controls import CONTROLS, controlled, copied_share
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 
 
-def test_controls_replace_the_explanation_and_close_it() -> None:
-    completions = ["a b c d e f</e>after", "x y"]
-    found = controlled(completions, ["p", "q"], "</e>", seed=0)
-    assert found["empty"] == ["</e>", "</e>"]
-    assert found["other"] == ["x y</e>", "a b c d e f</e>"]
-    shuffled = found["shuffled"][0]
-    assert shuffled is not None
+def test_controls_replace_the_explanation_or_the_solution() -> None:
+    completions = ["a b c d e f</e>after", "x y", "z"]
+    problems = [Problem("p", "1"), Problem("q", "1"), Problem("r", "2")]
+    found = controlled(completions, problems, "</e>", seed=0)
+    assert [*found] == [*CONTROLS]
+    texts = {name: [text for _, text in pairs] for name, pairs in found.items()}
+    assert texts["empty"] == ["</e>", "</e>", "</e>"]
+    assert texts["other"] == ["x y</e>", "z</e>", "a b c d e f</e>"]
+    assert texts["other_solution"] == ["a b c d e f</e>", "x y</e>", "z</e>"]
+    for name in ("empty", "shuffled", "other"):
+        assert [problem for problem, _ in found[name]] == problems
+    # The first two have the same solution.
+    others = [problem for problem, _ in found["other_solution"]]
+    assert others == [Problem("p", "2"), Problem("q", "2"), Problem("r", "1")]
+    shuffled = texts["shuffled"][0]
     assert shuffled.endswith("</e>")
     assert sorted(shuffled.removesuffix("</e>").split()) == list("abcdef")
     assert shuffled != "a b c d e f</e>"
 
 
-def test_there_may_be_no_other_question() -> None:
-    assert controlled(["a", "b"], ["p", "p"], "</e>", 0)["other"] == [None, None]
+def test_there_may_be_no_other_question_or_solution() -> None:
+    def names(*problems: Problem) -> set[str]:
+        return {*controlled(["a", "b"], problems, "</e>", 0)}
+
+    assert names(Problem("p", "1"), Problem("p", "2")) == {"empty", "shuffled"}
+    alike = names(Problem("p", "1"), Problem("q", "1"))
+    assert alike == {"empty", "shuffled", "other"}
 
 
 @pytest.mark.parametrize(
