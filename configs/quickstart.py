@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
         "stage": "rl",
         "reward_terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
+        "teaching": config_dict.placeholder(object),
         "data": _problems("train", 4000, stream=2),
         "held_out": _problems("test", 128, stream=3),
         "loop": section(RLConfig, steps=40, batch_size=16, group_size=8),

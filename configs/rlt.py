@@ -16,6 +16,9 @@ explanations and evaluated: its accuracy, where there are answers or solutions t
 with a number or a box, and the log-probability that it gives to the solutions.
 --config.compare=True adds what RLT is compared with: students of the worked solutions,
 of the warmed-up teacher, and of a solver that was trained by correctness RL.
+--config.on_policy=True, or `configs/rlt.py:on_policy`, has the teacher judge the trained
+student's own attempts, token by token, and the student learns from that, too
+(docs/on_policy.md).
 
 `configs/rlt.py:gsm8k` runs on GSM8K, `configs/rlt.py:smollm2_cpu` compares everything with
 SmolLM2-135M on two CPU cores, sized for about four hours; docs/real_model.md has its results.
@@ -44,6 +47,7 @@ from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.report.pages import ReportConfig
 from rlt_jax.rl.losses import ObjectiveConfig
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
+from rlt_jax.rl.teaching import TeachingConfig
 from rlt_jax.settings import link, section
 from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
@@ -110,12 +114,14 @@ TOP = {
     "lora_rank": 0,
     "device": "auto",
     "compare": False,
+    "on_policy": False,  # the student goes on to learn on its own attempts
     "export": False,
 }
 GSM8K = "hf://datasets/openai/gsm8k/main/{}-00000-of-00001.parquet"
 ON_GSM8K = {"data": GSM8K.format("train"), "test_data": GSM8K.format("test")}
 VARIANTS: dict[str, dict[str, Any]] = {
     "own": {},
+    "on_policy": {"on_policy": True},
     "gsm8k": {"model": "Qwen/Qwen2.5-0.5B-Instruct", **ON_GSM8K},
     "smollm2_cpu": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -140,6 +146,7 @@ EVALUATED = {
     "eval_warmup": "distil_warmup",
     "eval_solver": "solver",
     "eval_solved": "distil_solved",
+    "eval_taught": "taught",
     "eval_student": "distil",
 }
 
@@ -158,7 +165,7 @@ def get_config(variant: str = "own") -> ConfigDict:
     c = ConfigDict(TOP | VARIANTS[variant])
     if topology:
         c.device = f"{topology.partition(':')[0]}-{num_chips(topology)}"
-    c.task = "file" if variant == "own" else "gsm8k"
+    c.task = "gsm8k" if "data" in VARIANTS[variant] else "file"
     c.pipeline = ()
     link(c, pipeline=lambda: _pipeline(c))
     _add_sft(c, "warmup", "teacher")
@@ -167,6 +174,7 @@ def get_config(variant: str = "own") -> ConfigDict:
     _add_sft(c, "distil", "student", "collect")
     # Without a warm-up a teacher may never close an explanation.
     link(c.distil.data, keep_cut_off=lambda: not _has_working(c))
+    _add_taught(c)
     # What RLT is compared with.
     _add_sft(c, "distil_worked", "student")
     _add_collect(c, "collect_warmup", "warmup")
@@ -246,6 +254,8 @@ def _pipeline(c: ConfigDict) -> tuple[str, ...]:
         names += ["distil_worked", "eval_worked"]
         names += ["collect_warmup", "distil_warmup", "eval_warmup"]
     names += ["rl", "collect", "distil", "eval_student"]
+    if c.on_policy:
+        names += ["taught", "eval_taught"]
     if c.compare:
         names += ["solver", "eval_solver", "solve", "distil_solved", "eval_solved"]
     return (
@@ -452,7 +462,9 @@ def _link_rewarded(c: ConfigDict, stage: ConfigDict, role: str) -> None:
     _link_sampler(c, stage, role)
 
 
-def _add_rl(c: ConfigDict, name: str, role: str) -> None:
+def _add_rl(
+    c: ConfigDict, name: str, role: str, teaching: ConfigDict | None = None
+) -> None:
     """RL of the teacher, or of a student that is rewarded for right answers."""
     loop = RLConfig(1, 1, 2, role=role, checkpoint_every=10)
     term = "rlt" if role == "teacher" else "correctness"
@@ -462,6 +474,7 @@ def _add_rl(c: ConfigDict, name: str, role: str) -> None:
         **_rewarded(c),
         "reward_terms": {term: {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
+        "teaching": teaching or config_dict.placeholder(object),
         "held_out": _data(c),
         "loop": section(RLConfig, **dataclasses.asdict(loop)),
         **_training(1e-6, b2=0.999, weight_decay=0.0),
@@ -483,6 +496,22 @@ def _add_rl(c: ConfigDict, name: str, role: str) -> None:
         offload=lambda: _device(c).offload,
     )
     _link_training(c, c[name])
+
+
+def _add_taught(c: ConfigDict) -> None:
+    """The RLT judges attempts of the student of its explanations; that needs no answers."""
+    teaching = section(TeachingConfig, prompt="teacher", teacher=_model(_in("rl")))
+    _add_rl(c, "taught", "student", teaching)
+    c.taught.objective.beta = 0.0
+    c.taught.reward_terms = {}
+    _link_model(c, c.taught.policy, lambda: _in("distil"), trained=True)
+    _link_model(c, c.taught.teaching.teacher, lambda: _in("rl"))
+
+    def kind() -> str:
+        """Other families have other vocabularies."""
+        return "reverse" if _student(c) == c.model else "advantage"
+
+    link(c.taught.teaching, kind=kind)
 
 
 def _add_collect(c: ConfigDict, name: str, teacher: str) -> None:

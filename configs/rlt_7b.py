@@ -131,6 +131,7 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
         "policy": section(ModelSource, path="{workdir}/warmup", **trained),
         "reward_terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
+        "teaching": config_dict.placeholder(object),
         "data": data,
         "held_out": {"task": "file", "path": config.get_ref("held_out")},
         "loop": section(RLConfig, steps=125, batch_size=16, group_size=64),

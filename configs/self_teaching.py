@@ -53,6 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
         "held_out": _problems("test", 128, stream=3),
         "reward_terms": {"rlt": {"weight": 1.0}},
         "objective": section(ObjectiveConfig),
+        "teaching": config_dict.placeholder(object),
         "loop": section(
             RLConfig, steps=40, batch_size=16, group_size=8, self_teaching=True
         ),

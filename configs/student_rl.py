@@ -14,6 +14,7 @@ held-out questions to 97.7, 96.5 and 95.3% (standard errors 2.6 and 1.3 at most)
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from rlt_jax.data.rows import RowShape
 from rlt_jax.inference.engine import EngineConfig
@@ -47,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
         "rlt_reward": section(RLTRewardConfig),
         "reward_terms": {"correctness": {"weight": 1.0}},
         "objective": section(ObjectiveConfig, beta=0.0),
+        "teaching": config_dict.placeholder(object),
         "loop": section(
             RLConfig, role="student", steps=20, batch_size=32, group_size=8
         ),

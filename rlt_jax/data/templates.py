@@ -15,15 +15,23 @@ Everything left of `|` is the teacher's prompt.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from rlt_jax.data.chat import Message
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError, as_user_error, check_choice
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import build
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
 SYSTEM_ROLES = ("system", "user", "auto")
+PRIVILEGED = """{question}
+
+A solution of it, as a reference for you alone:
+
+{solution}
+
+Now answer the question yourself, step by step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Template:
       system_role: where system prompts go: "system", a message of their own; "user", in
         front of the first user's message; "auto", the latter where the model's chat
         template has no place for a system message (Gemma 2).
+      privileged: the question as a teacher reads it that judges a student's attempt (see
+        `privileged.py`), with {question} and {solution} in it.
     """
 
     teacher_system: str
@@ -57,23 +67,25 @@ class Template:
     teacher_solution_tags: tuple[str, str] | None = None
     thought_prefix: str = ""
     system_role: str = "system"
+    privileged: str = PRIVILEGED
 
     def __post_init__(self) -> None:
         for name in ("solution_tags", "delimiter"):
             if getattr(self, f"teacher_{name}") is None:
                 object.__setattr__(self, f"teacher_{name}", getattr(self, name))
-        for name in (name for name in vars(self) if name.endswith("_tags")):
-            tags = getattr(self, name)
-            if len(tags) != 2 or not all(isinstance(t, str) and t for t in tags):
-                raise UserError(
-                    f"template: {name} is {tags!r}; give an opening and a closing tag."
-                )
-            object.__setattr__(self, name, tuple(tags))
         check_choice("template: system_role", self.system_role, SYSTEM_ROLES)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (str, str | None) and not isinstance(value, str):
-                raise UserError(f"template: {field.name} is {value!r}; give a text.")
+        for name, value in list(vars(self).items()):
+            if name.endswith("_tags"):
+                if len(value) != 2 or not all(isinstance(t, str) and t for t in value):
+                    raise UserError(
+                        f"template: {name} is {value!r}; give an opening and a closing tag."
+                    )
+                object.__setattr__(self, name, tuple(value))
+            elif not isinstance(value, str):
+                raise UserError(f"template: {name} is {value!r}; give a text.")
+        for place in ("{question}", "{solution}"):
+            if place not in self.privileged:
+                raise UserError(f"template: privileged has no {place}.")
 
     def body(self, text: str) -> str:
         """An explanation as it stands between its tags, padded unless it already is."""
@@ -110,6 +122,11 @@ class Template:
         """The teacher's turn after `teacher_prefix`: the explanation, its closing tag."""
         text = self.body(explanation).removeprefix(self.pad)
         return text + self.explanation_tags[1] if closed else text
+
+    def privileged_question(self, problem: Problem) -> str:
+        """The question with what a teacher is shown, which is the problem's solution."""
+        texts = {"{question}": problem.question, "{solution}": problem.solution}
+        return re.sub("|".join(texts), lambda found: texts[found[0]], self.privileged)
 
     def student_turn(self, trace: Trace, opened: str = "") -> str:
         """The student's turn: tagged thought, delimiter, tagged solution.
@@ -178,8 +195,7 @@ def load_template(name: str) -> Template:
             f"template {name!r} is neither a file nor one of the shipped "
             f"({', '.join(shipped)})."
         )
-    try:
+    what = f"template {path}: not valid JSON"
+    with as_user_error(what, json.JSONDecodeError, end=""):
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"template {path}: not valid JSON: {error}") from error
     return build(Template, fields, f"template {path}")

@@ -9,7 +9,6 @@ seconds and the peak memory of the stage (on accelerators, of all stages so far)
 
 import datetime
 import json
-import logging
 import re
 import shutil
 import time
@@ -21,14 +20,11 @@ import jax
 from ml_collections import ConfigDict
 
 from rlt_jax import settings
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.records import Record
-from rlt_jax.settings import Section
 from rlt_jax.stages import preflight
 from rlt_jax.training import hosts
-from rlt_jax.training.metrics import finite, peak_gib, reset_peak
-
-_LOG = logging.getLogger("rlt_jax")
+from rlt_jax.training.metrics import finite, peak_gib, reset_peak, write_json
 
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 SESSIONS = "sessions.json"  # in the folder of a stage until it is complete
@@ -129,7 +125,7 @@ def _checked_stage(section: Any, where: str) -> str:
     return stage
 
 
-def _renamed(values: Section) -> tuple[str, str] | None:
+def _renamed(values: settings.Section) -> tuple[str, str] | None:
     """The first key that an earlier version named otherwise, and its name now."""
     students = values.get("students")
     if isinstance(students, Mapping) and "path" not in students:
@@ -155,7 +151,7 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
 def _run_stage(name: str, values: Record, root: Path) -> None:
     folder = root / name
     if hosts.from_first(lambda: _is_complete(name, folder, values)):
-        _LOG.info("stage %s is complete, skipped", name)
+        LOG.info("stage %s is complete, skipped", name)
         return
     if not (folder / "settings.json").is_file():
         raise UserError(
@@ -163,7 +159,7 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
             "has to be in a file system that all hosts share."
         )
     stage = values["stage"]
-    _LOG.info("stage %s (%s) begins", name, stage)
+    LOG.info("stage %s (%s) begins", name, stage)
     reset_peak()
     start = time.monotonic()
     config = ConfigDict(values)
@@ -177,17 +173,15 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
     costs = {"seconds": time.monotonic() - start, "peak_gib": peak_gib()}
     done = {"stage": stage, "finished": _now(), **costs, "summary": summary}
     hosts.from_first(lambda: _complete(folder, done))
-    _LOG.info("stage %s took %.0f s", name, costs["seconds"])
+    LOG.info("stage %s took %.0f s", name, costs["seconds"])
 
 
 def _is_complete(name: str, folder: Path, values: Record) -> bool:
     """Whether a stage has nothing to do; else its folder is there, with its settings."""
     how = ""
     if renamed := _renamed(_read_json(folder / "settings.json")):
-        how = (
-            "by an earlier version of rlt_jax ({} is now called {}). Its models still "
-        )
-        how = how.format(*renamed) + "load"
+        change = "{} is now called {}".format(*renamed)
+        how = f"by an earlier version of rlt_jax ({change}). Its models still load"
     elif difference := _difference(folder, values):
         how = f"with other settings ({difference})"
     if how:
@@ -196,7 +190,7 @@ def _is_complete(name: str, folder: Path, values: Record) -> bool:
             f"--only={name} to run this stage afresh."
         )
     if changed := _changed(folder, values):
-        _LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
+        LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
         _keep_aside(folder)
     if (folder / "done.json").is_file():
         return True
@@ -204,8 +198,8 @@ def _is_complete(name: str, folder: Path, values: Record) -> bool:
     # One that died told nobody how long it was.
     sessions = begun.get("sessions", int((folder / "settings.json").is_file())) + 1
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
-    _write_json(folder / "settings.json", values)
+    write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
+    write_json(folder / "settings.json", values)
     return False
 
 
@@ -231,7 +225,7 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
 
 def _complete(folder: Path, done: Record) -> None:
     """Writes `done.json`; its seconds are those of the last of `sessions`."""
-    _write_json(folder / "done.json", finite(done) | _read_json(folder / SESSIONS))
+    write_json(folder / "done.json", finite(done) | _read_json(folder / SESSIONS))
     (folder / SESSIONS).unlink(missing_ok=True)
 
 
@@ -270,7 +264,7 @@ def _date(root: Path) -> str:
     """Date and time of the run's first start: chat templates may have them in prompts."""
     if not (root / RUN).is_file():
         root.mkdir(parents=True, exist_ok=True)
-        _write_json(root / RUN, {"date": _now()})
+        write_json(root / RUN, {"date": _now()})
     return _read_json(root / RUN)["date"]
 
 
@@ -282,7 +276,9 @@ def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
     """The section as plain JSON values, `{workdir}` and dates of models filled in."""
     folder = json.dumps(str(root))[1:-1]
     values = json.loads(section.to_json().replace("{workdir}", folder))
-    models = [values.get(name) for name in ("model", "policy", "teacher")]
+    models = [values.get(name) for name in preflight.MODELS]
+    if isinstance(values.get("teaching"), dict):
+        models.append(values["teaching"].get("teacher"))
     for model in (*models, *(values.get("students") or ())):
         if isinstance(model, dict):
             model["date"] = model.get("date") or date
@@ -315,8 +311,7 @@ def _flat(values: Any, prefix: str = "") -> Record:
 
 def _set_aside(folder: Path, values: Record) -> None:
     """Renames the folder of a complete stage, or of one with other settings."""
-    done = (folder / "done.json").is_file()
-    if done or _difference(folder, values) is not None:
+    if (folder / "done.json").is_file() or _difference(folder, values) is not None:
         _keep_aside(folder)
 
 
@@ -326,7 +321,7 @@ def _keep_aside(folder: Path) -> None:
     while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(kept)
-    _LOG.info("the earlier %s is kept as %s", folder, kept)
+    LOG.info("the earlier %s is kept as %s", folder, kept)
 
 
 def _remove_untouched(folder: Path) -> None:
@@ -335,11 +330,3 @@ def _remove_untouched(folder: Path) -> None:
         shutil.rmtree(folder)
         if [path.name for path in folder.parent.iterdir()] == [RUN]:
             (folder.parent / RUN).unlink()
-
-
-def _write_json(file: Path, values: Record) -> None:
-    """Writes all of the file or, cut off in between, nothing under its name."""
-    unfinished = file.with_name(file.name + ".partial")
-    text = json.dumps(values, indent=1) + "\n"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)

@@ -23,7 +23,7 @@ from rlt_jax.stages import plan_shapes as shapes
 from rlt_jax.stages import rl, setup, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
 from rlt_jax.training import sharding
-from rlt_jax.training.learner import jit_mix, jit_update
+from rlt_jax.training.learner import jit_update, mix
 from rlt_jax.training.state import abstract_state, state_shardings
 from rlt_jax.types import Batch, Params
 
@@ -82,6 +82,8 @@ def rl_programs(
     """Rollout, log-probs, reward, update and mixing."""
     c = build(rl.RLConfig, section["loop"], "loop")
     objective = build(ObjectiveConfig, section["objective"], "objective")
+    if section.get("teaching"):
+        raise UserError("plan: stages with `teaching` cannot be planned yet.")
     sampling = build(SamplingConfig, section["sampling"], "sampling")
     rows, E = setup.load_row_shape(section, mesh), c.batch_size * c.group_size
     policy = shapes.load_shape(section["policy"], recipe, mesh)
@@ -98,11 +100,9 @@ def rl_programs(
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
     reads = (bool(students) or c.updates_per_rollout > 1) + bool(objective.beta)
-    models = [policy, *students]
-    first, *rest = _log_probs(section, models, batch, mesh, lengths)
+    first, *rest = _log_probs(section, [policy, *students], batch, mesh, lengths)
     readers = [first._replace(runs=reads), *rest] if reads else rest
-    params = (state.params, *others)
-    programs += _add_resident(readers, state.opt_state, params, trips)
+    programs += _add_resident(readers, state.opt_state, (state.params, *others), trips)
 
     names = ["advantages", "inverse_length", "loss_weights"]
     names += ["log_probs"] * (reads > bool(objective.beta))
@@ -119,7 +119,7 @@ def rl_programs(
     if objective.beta and c.sync_every:
         args = (reference, state.params, c.sync_alpha)
         beside = (state.opt_state, others[:-1])
-        programs.append(Program("mix", jit_mix(), args, beside, 1 / c.sync_every))
+        programs.append(Program("mix", mix, args, beside, 1 / c.sync_every))
     return programs
 
 

@@ -7,7 +7,6 @@ up, `train` is the loop; `rl_journal.py` keeps metrics, samples and checkpoints.
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,18 +17,20 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlt_jax.data import pipeline, rows
-from rlt_jax.errors import UserError
+from rlt_jax.errors import LOG, UserError
 from rlt_jax.inference import log_probs
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.records import Problem, Record
 from rlt_jax.rl import advantages, rewards
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
 from rlt_jax.rl.rewards import make_terms
+from rlt_jax.rl.teaching import TeachingConfig, mix_advantages
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.rl_journal import Journal, Weights
 from rlt_jax.stages.setup import Run
+from rlt_jax.stages.teaching import Teacher, load_weights, open_teacher
 from rlt_jax.training import checkpoint, offload, sharding
 from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
@@ -37,15 +38,13 @@ from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.types import Array, Batch, Params
 
-_LOG = logging.getLogger("rlt_jax")
-
-
 SECTIONS = setup.SECTIONS | {
     "policy": checkpoint.ModelSource,
     "data": None,
     "held_out": None,
     "reward_terms": None,
     "objective": ObjectiveConfig,
+    "teaching": TeachingConfig | None,
     "loop": RLConfig,
     "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
@@ -65,20 +64,24 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
-    run, opened, problems, held_out, prompts = prepare(config, seed)
+    run, opened, problems, held_out, prompts, teacher = prepare(config, seed)
     mesh = run.mesh
     policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
     check_memory(policy.model, run.sampler.layout, mesh)
 
     updates = c.steps * c.updates_per_rollout
     completions = c.batch_size * c.group_size
-    loss_fn = policy_loss(objective, run.sampling.temperature, completions)
+    teacher = load_weights(teacher, seed, c.offload)
+    divergence = teacher and teacher.divergence
+    loss_fn = policy_loss(objective, run.sampling.temperature, completions, divergence)
     limit = objective.skip_gradient_norm
     learner, tuning, state = setup.load_learner(
         config, loss_fn, policy, mesh, updates, seed, limit
     )
     reference = _copy(policy.params, c.offload, "reference") if objective.beta else {}
     student = _copy(policy.params, c.offload, "student") if c.self_teaching else {}
+    has_copy = teacher and teacher.has_copy
+    copied = _copy(policy.params, c.offload, "teacher") if has_copy else {}
     if not c.self_teaching:
         kept = [
             one._replace(params=offload.keep(one.params, c.offload, "student"))
@@ -89,12 +92,14 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     _log_sizes(c, run)
     key = jax.random.key(seed)
     journal = Journal(c, run, tuning, held_out[:completions], prompts, key, workdir)
-    journal.weights = Weights(state, reference, student)
+    journal.weights = Weights(state, reference, student, copied)
     # The journal alone holds the weights, so that those it replaces are freed.
-    del policy, students, state, reference, student
-    fill_advantages = jit_advantages(objective, c.group_size, run)
+    del policy, students, state, reference, student, copied
+    fill_advantages = jit_advantages(objective, c.group_size, run, teacher)
+    if teacher:
+        run = dataclasses.replace(run, sampler=teacher.sampler)
     with journal.open(objective.advantage):
-        train(c, run, learner, fill_advantages, problems, journal)
+        train(c, run, teacher, learner, fill_advantages, problems, journal)
     return journal.summary()
 
 
@@ -107,6 +112,7 @@ class Prepared(NamedTuple):
       problems: to train on.
       held_out: to evaluate on.
       prompts: endless batches of indices of `problems`.
+      teacher: of a student, or None.
     """
 
     run: Run
@@ -114,6 +120,7 @@ class Prepared(NamedTuple):
     problems: list[Problem]
     held_out: list[Problem]
     prompts: grain.DatasetIterator
+    teacher: Teacher | None
 
 
 def prepare(config: ConfigDict, seed: int) -> Prepared:
@@ -130,12 +137,14 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     held_out = setup.load_problems(config.held_out, run.template, seed)
     setup.check_fit(run, [*problems, *held_out])
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
-    return Prepared(run, opened, problems, held_out, prompts)
+    teacher = open_teacher(config, run, problems, c.group_size)
+    return Prepared(run, opened, problems, held_out, prompts, teacher)
 
 
 def train(
     c: RLConfig,
     run: Run,
+    teacher: Teacher | None,
     learner: Learner,
     fill_advantages: Callable[[Batch, Array], Batch],
     problems: Sequence[Problem],
@@ -144,8 +153,9 @@ def train(
     """The loop; it continues from the weights and the step that the journal restored."""
     # The log-probs at the time of the rollout serve the reward and later updates.
     needs_policy = bool(run.students) or c.updates_per_rollout > 1
+    needs_policy |= teacher is not None and teacher.needs_policy
     for step in journal.steps():
-        state, reference, _ = journal.weights
+        state, reference, *_ = journal.weights
         policy, students = journal.policy(), journal.students()
         key = jax.random.fold_in(journal.key, step)
         chosen = [problems[i] for i in next(journal.prompts)]
@@ -154,11 +164,20 @@ def train(
 
         rollout = run.stored(file).generate(policy, requests, key)
         journal.lap("rollout")
-        batch = sharding.put_rows(rows.pack(rollout, run), run.mesh)
+        packed = rows.pack(rollout, run)
+        batch = sharding.put_rows(packed, run.mesh)
         batch = log_probs.fill(
             run.programs, batch, policy if needs_policy else None, students, reference
         )
         reward = rewards.compute(run.reward, batch, rollout, journal.kl_coef)
+        if teacher:
+            batch, judged = teacher.teach(
+                teacher.loaded.params or journal.weights.teacher or policy,
+                rollout,
+                packed.completion.start,
+                batch,
+            )
+            reward |= judged
         journal.lap("score", batch, reward)
         del policy  # with adapters a merged copy, which the update does not need
         batch = fill_advantages(batch, reward["value"])
@@ -166,14 +185,22 @@ def train(
         for _ in range(c.updates_per_rollout):
             state, metrics = learner.update(state, batch)
             updates.append(metrics)
-        journal.weights = sync(c, learner, journal.weights._replace(state=state), step)
+        weights = journal.weights._replace(state=state)
+        journal.weights = sync(c, teacher and teacher.config, learner, weights, step)
         journal.lap("update", journal.weights)
         journal.record(step, rollout, batch, reward, updates)
 
 
-def sync(c: RLConfig, learner: Learner, weights: Weights, step: int) -> Weights:
-    """Mixes the policy into the reference and the student's copy, where they are due."""
-    state, reference, student = weights
+def sync(
+    c: RLConfig,
+    teaching: TeachingConfig | None,
+    learner: Learner,
+    weights: Weights,
+    step: int,
+) -> Weights:
+    """Mixes the policy into the reference and its copies, where they are due."""
+    state, reference, student, teacher = weights
+    taught = teaching or TeachingConfig()
 
     def mixed(params: Params, every: int, alpha: float) -> Params:
         if not params or not every or (step + 1) % every:
@@ -184,19 +211,22 @@ def sync(c: RLConfig, learner: Learner, weights: Weights, step: int) -> Weights:
     return weights._replace(
         reference=mixed(reference, c.sync_every, c.sync_alpha),
         student=mixed(student, c.student_sync_every, c.student_sync_alpha),
+        teacher=mixed(teacher, taught.sync_every, taught.sync_alpha),
     )
 
 
 def jit_advantages(
-    objective: ObjectiveConfig, group_size: int, run: Run
+    objective: ObjectiveConfig, group_size: int, run: Run, teacher: Teacher | None
 ) -> Callable[[Batch, Array], Batch]:
-    """`advantages.fill` compiled for the mesh of a run."""
+    """`advantages.fill` compiled for the mesh of a run, mixed with what a teacher says."""
     names = ("advantages", "inverse_length", "loss_weights")
     limit = run.sampling.max_new_tokens
 
     @functools.partial(sharding.jit, mesh=run.mesh)
     def new_fields(batch: Batch, values: Array) -> dict[str, Array]:
         filled = advantages.fill(objective, group_size, limit, batch, values)
+        if teacher:
+            filled = mix_advantages(teacher.config, filled)
         return {name: getattr(filled, name) for name in names}
 
     def fill_advantages(batch: Batch, values: Array) -> Batch:
@@ -210,7 +240,7 @@ def jit_advantages(
 def _log_sizes(c: RLConfig, run: Run) -> None:
     """Logs how a step is split over the devices."""
     groups, size = sharding.num_groups(run.mesh), run.row_shape.micro_batch_size
-    _LOG.info(
+    LOG.info(
         f"a step: {c.batch_size} prompts x {c.group_size} completions = "
         f"{c.batch_size * c.group_size}; {size} rows of {run.row_shape.row_length} tokens "
         f"a micro-batch, {size // groups} a device group ({groups} groups)"

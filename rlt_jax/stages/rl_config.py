@@ -22,7 +22,7 @@ class RLConfig:
       self_teaching: the reward's student is a copy of the policy.
       student_sync_every: steps between two updates of that copy; 0 keeps it fixed.
       student_sync_alpha: fraction of the policy in the updated copy.
-      offload: keep reference and students in the host's memory between uses.
+      offload: keep reference, students and teacher in the host's memory between uses.
       sample_every: steps between completions written to samples.jsonl.
       evaluate_every: steps between evaluations on the held-out problems, besides the
         first and the last; the best checkpoint among them is kept in `best`.

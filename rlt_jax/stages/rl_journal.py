@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax.data import rows
+from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.statistics import mean_and_error
@@ -36,7 +36,6 @@ from rlt_jax.training.metrics import (
 from rlt_jax.training.state import check_skipped, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
 
-_LOG = logging.getLogger("rlt_jax")
 _HELD_OUT_KEY = 2**31 - 1  # folded into the key: no step has this number
 
 
@@ -47,11 +46,13 @@ class Weights(NamedTuple):
       state: train state of the policy.
       reference: parameters of the reference, {} where the objective has none.
       student: the policy's copy in self-teaching, else {}.
+      teacher: the policy's copy where that teaches it, else {}.
     """
 
     state: TrainState
     reference: Params
     student: Params
+    teacher: Params
 
 
 @dataclasses.dataclass
@@ -201,7 +202,7 @@ class Journal:
             mean, error = mean_and_error(np.asarray(value))
             results |= {name: mean, f"{name}_standard_error": error}
         text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
-        _LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
+        LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
         return results
 
     def _keep_best(self, step: int, reward: float) -> None:
@@ -232,6 +233,7 @@ class Journal:
                 from_items(items, self.tuning.item),
                 items.get("reference", {}),
                 items.get("student", {}),
+                items.get("teacher", {}),
             )
         # Held-out records of a step belong to the checkpoint that it ends with.
         first = self._first
@@ -255,5 +257,5 @@ def _overlong(batch: Batch) -> Metrics:
 
 def _items(tuning: Tuning, weights: Weights) -> Record:
     items = to_items(weights.state, tuning.item)
-    optional = {"reference": weights.reference, "student": weights.student}
+    optional = dict(zip(Weights._fields[1:], weights[1:], strict=True))
     return items | {name: tree for name, tree in optional.items() if tree}

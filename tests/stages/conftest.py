@@ -76,6 +76,7 @@ SECTIONS = {
         "held_out": {**PROBLEMS, "split": "test", "size": 3},
         "reward_terms": {"rlt": {}},
         "objective": {},
+        "teaching": None,
         "loop": {
             "steps": 5,
             "batch_size": 2,

@@ -34,6 +34,7 @@ POD = [str(ROOT / "launch/local_pod.sh"), "2", "--grace_seconds=200"]
 # Of the machine, of the slots, which are rounded up on every device, and of the last
 # bits of weights, which provenance hashes.
 OF_DEVICES = ("time/", "memory/", "rollout/occupancy", "provenance")
+FILES = ("metrics", "samples")  # of rl
 STOPPED = 128 + signal.SIGTERM
 SECONDS = 300  # a hang, on any machine
 
@@ -177,6 +178,28 @@ def test_eight_devices_and_two_processes_do_what_one_device_does(
             {file.relative_to(run) for file in run.glob("*/*")} for run in (one, folder)
         )
         assert ours == theirs
+
+
+def test_eight_devices_teach_as_one_does(section: Section, tmp_path: Path) -> None:
+    rl = section("rl")
+    model = rl["policy"] | {
+        "architecture": rl["policy"]["architecture"] | {"num_kv_heads": 2}
+    }
+    rl |= {"policy": model, "students": [], "reward_terms": {"correctness": {}}}
+    rl["loop"] |= {"role": "student", "steps": 3}
+    rl["optimizer"] = {"learning_rate": 1e-3}
+    rl["rows"] = {"micro_batch_size": 4, "row_length": 128}
+    sections = {
+        "advised": {"clip": 1.0, "baseline": "group", "teacher": model},
+        "taught": {"kind": "forward", "sync_alpha": 0.1, "reward_weight": 1.0},
+    }
+    sections = {name: rl | {"teaching": part} for name, part in sections.items()}
+    run_here(sections, tmp_path / "one")
+    for part in sections.values():
+        part["mesh"] = {"data": 2, "fsdp": 2, "tensor": 2}
+    run(EIGHT, sections, tmp_path / "eight")
+    names = [f"{name}/{file}.jsonl" for name in sections for file in FILES]
+    assert_same_files(tmp_path / "one", tmp_path / "eight", *names)
 
 
 @pytest.fixture

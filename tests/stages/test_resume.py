@@ -49,6 +49,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("rl", 0, "adamw"),
         ("sft", 2, "adamw"),
         ("rl", 2, "adamw"),
+        ("taught", 0, "adamw"),
         ("sft", 0, "adafactor"),
         ("sft", 0, "muon"),
     ],
@@ -62,8 +63,13 @@ def test_training_resumes_bit_for_bit(
     tmp_path: Path,
     killed: Path,
 ) -> None:
-    settings = section(stage) | {"lora": {"rank": rank}}
+    settings = section("rl" if stage == "taught" else stage)
+    settings |= {"lora": {"rank": rank}}
     settings["optimizer"]["name"] = optimizer
+    if stage == "taught":  # by a moving average of itself
+        settings |= {"students": [], "reward_terms": {"correctness": {}}}
+        settings |= {"teaching": {"kind": "reverse", "sync_alpha": 0.5}}
+        settings["loop"]["role"] = "student"
     steps = 5
     whole = run_stage(settings, tmp_path / "whole")
     assert saved_steps(killed / "part") == [3]

@@ -116,6 +116,7 @@ def test_the_command_line_on_questions_with_solutions(
     ("variant", "device", "task"),
     [
         ("own", "auto", "file"),
+        ("on_policy", "auto", "file"),
         ("v5e:2x4", "v5e-8", "file"),
         ("gsm8k:v6e:1x1", "v6e-1", "gsm8k"),
     ],
@@ -161,13 +162,16 @@ def test_traces_warm_the_teacher_up(model: str, tmp_path: Path) -> None:
         solution="word {n} and no number",
         reasoning_trace="one " * 20,
     )
-    config = recipe(model=model, data=data, **SHORT)
+    config = recipe("on_policy", model=model, data=data, **SHORT)
     config.distil.data.keep_cut_off = True
     run_pipeline(config, tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "rl" / "settings.json").read_text())
     assert settings["policy"]["path"] == str(tmp_path / "run" / "warmup")
     done = json.loads((tmp_path / "run" / "warmup" / "done.json").read_text())
     assert done["summary"]["traces"]["data"]["used"] == 18
+    # What the teacher says of attempts needs no answers.
+    rows = read_rows(tmp_path / "run" / "taught" / "metrics.jsonl")
+    assert all("policy/divergence" in row for row in rows)
     # Nothing can be graded: the log-probability is all there is.
     results = json.loads((tmp_path / "run" / "eval_base" / "results.json").read_text())
     assert results["accuracy"] is None
@@ -187,7 +191,8 @@ def test_gsm8k_compares_all_students(shared: Path, tmp_path: Path) -> None:
     gsm8k = shared / "data" / "gsm8k"
     top = SHORT | {"row_length": 512, "template": "short"}
     top |= {"model": model, "data": f"{gsm8k}/train.jsonl"}
-    config = recipe("smollm2_cpu", **top, test_data=f"{gsm8k}/test.jsonl")
+    top |= {"on_policy": True, "test_data": f"{gsm8k}/test.jsonl"}
+    config = recipe("smollm2_cpu", **top)
     for stage in config.values():
         if isinstance(stage, ml_collections.ConfigDict) and "data" in stage:
             if stage.data.task == "gsm8k":
@@ -205,14 +210,14 @@ def test_gsm8k_compares_all_students(shared: Path, tmp_path: Path) -> None:
     run_pipeline(config, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     labels = {row["with"] for row in summary["comparisons"]}
-    assert labels == {"base", "worked", "warmup", "solver"}
+    assert labels == {"base", "worked", "warmup", "solver", "taught"}
     traces = read_rows(tmp_path / "run" / "collect" / "traces.jsonl")
     assert traces[0]["question"].startswith("Natalia sold clips to 48 of her friends")
 
 
 def test_settings_follow_from_the_top(model: str) -> None:
     config = recipe(model=model, data="d", device="v5e-8", lora_rank=8, students=("s",))
-    config.task = "gsm8k"
+    config.task, config.on_policy = "gsm8k", True
     config.rl.sampling.max_new_tokens = 77
     sections = {name: x.to_dict() for name, x in stage_sections(config).items()}
     rl = sections["rl"]
@@ -226,6 +231,9 @@ def test_settings_follow_from_the_top(model: str) -> None:
     assert [student["path"] for student in rl["students"]] == ["s"]
     assert sections["distil"]["model"]["path"] == "s"
     assert sections["warmup"]["model"]["path"] == model
+    # The student has another vocabulary, perhaps.
+    assert sections["taught"]["teaching"]["kind"] == "advantage"
+    assert sections["taught"]["policy"]["param_dtype"] == "bfloat16"
     config.lora_rank = 0
     (policy,) = (stage_sections(config)["rl"].policy,)
     assert policy.param_dtype == "float32"
