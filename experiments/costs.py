@@ -47,6 +47,11 @@ def _rl_cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
         students = [policy]
     # The policy scores its completions, unless its only update does; so does a reference.
     passes = bool(students) or loop["updates_per_rollout"] > 1
+    if teaching := settings.get("teaching"):
+        passes |= teaching["kind"] == "advantage"
+        # A teacher reads sequences of about the same length.
+        teacher = teaching["teacher"]
+        students.append(_token_flops(folder, teacher) if teacher else policy)
     passes += bool(settings["objective"]["beta"])
     scoring = passes * policy + sum(students)
     totals = _totals(folder)

@@ -58,9 +58,16 @@ def write_metrics(folder: Path, *phases: str) -> None:
     append_jsonl(folder / "metrics.jsonl", rows)
 
 
-def write_rl(folder: Path, students: list, beta: float = 0.04, **loop: Any) -> None:
+def write_rl(
+    folder: Path,
+    students: list,
+    beta: float = 0.04,
+    teaching: dict[str, Any] | None = None,
+    **loop: Any,
+) -> None:
     loop = {"group_size": 2, "self_teaching": False, "updates_per_rollout": 1} | loop
     settings = {"loop": loop, "students": students, "objective": {"beta": beta}}
+    settings["teaching"] = teaching
     write_settings(folder, "rl", **settings)
     write_metrics(folder, "rollout", "score", "update")
 
@@ -97,6 +104,8 @@ def test_rl_with_two_students_and_a_reference(folder: Path) -> None:
         ([], 0.0, {"updates_per_rollout": 2}, 1),
         ([], 0.0, {"self_teaching": True}, 2),
         ([BASE], 0.1, {}, 3),
+        ([], 0.0, {"teaching": {"kind": "reverse", "teacher": None}}, 1),
+        ([], 0.0, {"teaching": {"kind": "advantage", "teacher": BASE}}, 2),
     ],
 )
 def test_only_what_is_scored_costs(
