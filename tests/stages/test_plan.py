@@ -141,11 +141,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "programs"),
     [
         ("warmup", ["update"]),
-        pytest.param(
+        (
             "rl",
             [
                 "mix",
@@ -157,7 +158,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
                 "prefill",
                 "weights",
             ],
-            marks=pytest.mark.slow,
         ),
     ],
 )
