@@ -20,7 +20,7 @@ from experiments.costs import stage_cost
 from experiments.paper_claims import PAPER
 from experiments.paper_small import SEEDS
 from experiments.statistics import Record
-from experiments.study import Claim, Measure, Study
+from experiments.study import Claim, Measure, Study, seed_list
 from rlt_jax.errors import UserError
 from rlt_jax.report.files import read_evaluation, read_json, read_lines
 from rlt_jax.report.statistics import by_question, check_same_questions
@@ -167,17 +167,17 @@ def _measure(workdir: Path, measure: Measure, seeds: Sequence[int]) -> Record:
     return measure._asdict() | statistics.over_runs(pd.Series(values))
 
 
-def seed_list(text: str) -> list[int]:
-    """The seeds in a text such as "0,1,2"."""
-    return [int(seed) for seed in text.split(",")]
+def read_arguments(description: str, seeds: Sequence[int]) -> argparse.Namespace:
+    """The command line: `workdir`, and `seeds` with their default."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="of all seeds")
+    parser.add_argument("--seeds", type=seed_list, default=seeds, help="such as 0,1,2")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Compares the seeds of a workdir; a user error ends in one message and status 1."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="of all seeds")
-    parser.add_argument("--seeds", type=seed_list, default=SEEDS, help="such as 0,1,2")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__, SEEDS)
     try:
         comparison = compare(arguments.workdir, PAPER, arguments.seeds)
     except UserError as error:

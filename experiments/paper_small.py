@@ -29,11 +29,13 @@ from experiments.small_stages import (
     chains,
     collect,
     evaluate,
+    of_seeds,
     score,
     sft,
     student_rl,
     teacher_rl,
 )
+from experiments.study import seed_list
 
 SEEDS = (0, 1, 2, 3)  # of the published results
 KINDS = {"careful": 0.2, "skipping": 0.4, "restating": 0.37, "wrong": 0.03}
@@ -87,15 +89,7 @@ TRACE_SETS = ("warmup", *TEACHERS, "solver", "solver_large")
 
 def get_config(seeds: str = "") -> ml_collections.ConfigDict:
     """All stages of all seeds."""
-    chosen = tuple(int(seed) for seed in seeds.split(",")) if seeds else SEEDS
-    stages: dict[str, Any] = {}
-    for seed in chosen:
-        for name, values in _stages_of_a_seed(seed).items():
-            stages[f"{name}_{seed}"] = values | {"seed": seed}
-    config = ml_collections.ConfigDict(stages)
-    config.seed = 0
-    config.pipeline = tuple(stages)
-    return config
+    return of_seeds(_stages_of_a_seed, seed_list(seeds) if seeds else SEEDS)
 
 
 def _stages_of_a_seed(seed: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Stages of the studies on the embedded tasks, with the settings that they share."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -25,6 +26,21 @@ KIND = "experiments.kinds:kind_of"
 SMALL, LARGE = "embedded_small", "embedded"
 TEMPLATE = "tiny"
 ROW = 160  # tokens
+
+
+def of_seeds(
+    stages_of_a_seed: Callable[[int], dict[str, Any]], seeds: Sequence[int]
+) -> ml_collections.ConfigDict:
+    """A pipeline of all stages of all seeds, named NAME_SEED."""
+    stages = {
+        f"{name}_{seed}": values | {"seed": seed}
+        for seed in seeds
+        for name, values in stages_of_a_seed(seed).items()
+    }
+    config = ml_collections.ConfigDict(stages)
+    config.seed = 0
+    config.pipeline = tuple(stages)
+    return config
 
 
 def chains(split: str, size: int, stream: int, **more: Any) -> dict:

@@ -84,3 +84,8 @@ class Study(NamedTuple):
     ranked: Sequence[str] = ()
     ranked_without: Sequence[str] = ()
     ranked_published: str = ""
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds in a text such as "0,1,2"."""
+    return [int(seed) for seed in text.split(",")]

@@ -138,10 +138,8 @@ def _as_student(
         first, end = len(prompt), len(text)
         if len(tokens) and int(tokens[-1]) in student.tokenizer.stop_ids:
             # The stop tokens of the two are compared, too.
-            offsets, places = (
-                _as_one(offsets, -1, end),
-                _as_one(places, -1, first + end),
-            )
+            offsets = _as_one(offsets, -1, end)
+            places = _as_one(places, -1, first + end)
             end += 1
         span = examples.find_span(places, first, first + end)
         own = examples.find_span(offsets, 0, end)

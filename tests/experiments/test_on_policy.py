@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import on_policy
+from experiments import on_policy, on_policy_claims
 from rlt_jax.stages import stage_sections
 from rlt_jax.stages.preflight import stages_read
 from rlt_jax.training.metrics import append_jsonl
@@ -24,10 +24,10 @@ def test_what_is_compared_is_made_from_other_questions_and_before_it_is_read() -
             assert data["split"] == split
     folders = [
         folder.format(seed=7)
-        for route in on_policy.STUDY.routes
+        for route in on_policy_claims.STUDY.routes
         for folder in (route.evaluation, *route.stages)
     ]
-    folders += [part.folder.format(seed=7) for part in on_policy.STUDY.measures]
+    folders += [part.folder.format(seed=7) for part in on_policy_claims.STUDY.measures]
     assert {*folders} <= made
 
 
@@ -63,5 +63,5 @@ def test_how_often_a_right_attempt_has_the_higher_log_ratio(tmp_path: Path) -> N
         + [{"split": "held_out", "terms": {"correctness": 1.0}}],
     )
     (tmp_path / "done.json").write_text("{}")
-    found = on_policy.judgement(tmp_path)
+    found = on_policy_claims.judgement(tmp_path)
     assert found == {"auc": pytest.approx(0.625), "attempts": 4, "right": 0.5}
