@@ -278,7 +278,7 @@ def load_examples(
     for where, _, traces in sources:
         hosts.agree_on_items(f"the traces of {where}", traces)
         sequences = examples.EXAMPLES[c.role](renderer, traces)
-        asked = [str((one.problem.history, one.problem.question)) for one in traces]
+        asked = [str(one.problem.asked) for one in traces]
         what = f"{where}, {name} (see sft.overlong)"
         rule = limit, c.overlong, c.traces_per_question, seed, what
         used, counts[where] = selection.fit_examples(sequences, asked, *rule)
