@@ -5,6 +5,7 @@ import re
 from rlt_jax.data.tasks.arithmetic import apply
 
 _SIGNS = str.maketrans("asm", "+-*")
+_FORMS = ("restating", "careful", "skipping")  # by the operations of the largest step
 
 
 def kind_of(question: str, explanation: str) -> str:
@@ -15,24 +16,56 @@ def kind_of(question: str, explanation: str) -> str:
     has several, "restating" if there are no steps, and "other" if correct steps do not
     cover the question.
     """
-    operations = [
-        (sign.translate(_SIGNS), int(operand))
-        for sign, operand in re.findall(r" ([+\-*asm])(\d)", question)
+    asked = re.findall(r"\d", question.partition(":")[0])
+    chains = [
+        [(sign.translate(_SIGNS), int(x)) for sign, x in re.findall(r" (\D)(\d)", text)]
+        for text in question.partition(":")[2].split(",")
     ]
-    steps = re.findall(r"(\d)((?:[+\-*]\d)+)=(\d)", explanation)
-    value, done, largest = int(re.search(r"\d", question)[0]), 0, 0
+    parts = [_steps(part) for part in explanation.split(",")]
+    if not any(parts):
+        return "restating"
+    if len(parts) > len(chains):
+        return "wrong"
+    done = [
+        _covered(int(start), chain, steps)
+        for start, chain, steps in zip(asked, chains, parts)
+    ]
+    if None in done:
+        return "wrong"
+    if done != [len(chain) for chain in chains]:
+        return "other"
+    return form_of(explanation)
+
+
+def form_of(explanation: str) -> str:
+    """ "restating", "careful" or "skipping", whether or not the steps are right."""
+    largest = max((len(x[1]) // 2 for x in _steps(explanation)), default=0)
+    return _FORMS[min(largest, 2)]
+
+
+def form_and_errors(question: str, explanation: str) -> str:
+    """The form of an explanation; "careful, wrong" where `kind_of` finds an error."""
+    kind, form = kind_of(question, explanation), form_of(explanation)
+    return form if kind == form else f"{form}, {kind}"
+
+
+def _steps(text: str) -> list[tuple[str, str, str]]:
+    """(digit, operations, result) of each step."""
+    return re.findall(r"(\d)((?:[+\-*]\d)+)=(\d)", text)
+
+
+def _covered(
+    start: int, chain: list[tuple[str, int]], steps: list[tuple[str, str, str]]
+) -> int | None:
+    """How many operations of a chain the steps cover; None if a step is wrong."""
+    value, done = start, 0
     for before, text, after in steps:
         group = [(sign, int(operand)) for sign, operand in re.findall(r"(.)(.)", text)]
-        if int(before) != value or group != operations[done : done + len(group)]:
-            return "wrong"
+        if int(before) != value or group != chain[done : done + len(group)]:
+            return None
         for operation in group:
             value = apply(value, operation)
         if int(after) != value:
-            return "wrong"
+            return None
         done += len(group)
-        largest = max(largest, len(group))
-    if not steps:
-        return "restating"
-    if done < len(operations):
-        return "other"
-    return "careful" if largest == 1 else "skipping"
+    return done

@@ -3,20 +3,26 @@
 import numpy as np
 import pytest
 
-from experiments.kinds import kind_of
+from experiments.kinds import form_and_errors, kind_of
 from rlt_jax.data.tasks import arithmetic
-from rlt_jax.data.tasks.arithmetic import Chain
+from rlt_jax.data.tasks.arithmetic import Chain, Exercise
 
-CHAIN = Chain(4, (("+", 3), ("*", 7), ("-", 2), ("+", 9), ("*", 3), ("-", 8)))
+ONE = Exercise(
+    (Chain(4, (("+", 3), ("*", 7), ("-", 2), ("+", 9), ("*", 3), ("-", 8))),)
+)
+TWO = Exercise((Chain(7, (("*", 7), ("*", 3))), Chain(1, (("+", 2), ("-", 9)))))
 
 
 def test_generated_explanations_have_their_kind() -> None:
     rng = np.random.default_rng(0)
     for n in range(200):
-        chain, kind = arithmetic.sample_chain(rng), arithmetic.KINDS[n % 4]
-        text, _ = arithmetic.explain(chain, kind, rng, known_answer=bool(n % 3))
-        assert kind_of(chain.question(), text) == kind
-        assert kind_of(chain.question("letters"), text) == kind
+        kind, chains = arithmetic.KINDS[n % 4], 1 + n // 4 % 3
+        exercise = Exercise(tuple(arithmetic.sample_chain(rng) for _ in range(chains)))
+        text, _ = arithmetic.explain(exercise, kind, rng, known_answer=bool(n % 5))
+        assert kind_of(exercise.question(), text) == kind
+        assert kind_of(exercise.question("letters"), text) == kind
+        form = "careful, wrong" if kind == "wrong" else kind
+        assert form_and_errors(exercise.question(), text) == form
 
 
 @pytest.mark.parametrize(
@@ -33,4 +39,22 @@ def test_generated_explanations_have_their_kind() -> None:
     ],
 )
 def test_kinds_by_hand(explanation: str, kind: str) -> None:
-    assert kind_of(CHAIN.question(), explanation) == kind
+    assert kind_of(ONE.question(), explanation) == kind
+
+
+@pytest.mark.parametrize(
+    ("explanation", "kind"),
+    [
+        ("7*7=9 9*3=7, 1+2=3 3-9=4", "careful"),
+        ("7*7*3=7, 1+2=3 3-9=4", "skipping"),
+        ("7*7=9 9*3=7", "careful, other"),  # only one of two chains
+        ("7*7=9 9*3=7, ", "careful, other"),
+        ("7*7=9 9*3=7, 1+2=3", "careful, other"),
+        ("1+2=3 3-9=4, 7*7=9 9*3=7", "careful, wrong"),  # chains in another order
+        ("7*7*3=7, 1+2-9=5", "skipping, wrong"),
+        ("7*7=9 9*3=7, 1+2=3 3-9=4, 1+1=2", "careful, wrong"),  # there is no third
+        ("it is 74", "restating"),
+    ],
+)
+def test_chains_side_by_side_by_hand(explanation: str, kind: str) -> None:
+    assert form_and_errors(TWO.question(), explanation) == kind

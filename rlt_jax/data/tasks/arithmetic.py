@@ -1,8 +1,12 @@
-"""Synthetic task: a chain of operations on a digit, modulo 10.
+"""Synthetic task: chains of operations on a digit, modulo 10.
 
     question: "Start at 4: +3 *7 -2 +9 *3 -8. Last digit?"      solution: "0"
 
 The same question in letter notation is "From 4: a3 m7 s2 a9 m3 s8. Last digit?"
+With several chains side by side the solution has a digit of each:
+
+    question: "Start at 7, 1, 4: *7 *3 -8, +2 -9 +4, *3 -3 +7. Last digits?"  solution: "986"
+
 Every operation is a bijection of the digits (+ and - by 1..9, * by 3, 7 or 9), so the
 answers are uniformly distributed and cannot be guessed without the steps. There are five
 kinds of explanations:
@@ -13,8 +17,10 @@ kinds of explanations:
     wrong     careful, with one wrong step
     mistaken  careful, with every * taken for +
 
-Train and test questions are disjoint: a chain belongs to "test", in both notations, if
-the checksum of its question in sign notation is 0 modulo 10.
+The steps of several chains are separated by ", ": "7*7=9 9*3=7 7-8=9, 1+2=3 ...".
+
+Train and test questions are disjoint: a question belongs to "test", in both notations, if
+the checksum of its text in sign notation is 0 modulo 10.
 """
 
 import dataclasses
@@ -26,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError, check_choice, check_minima
 from rlt_jax.records import Problem, Trace
 
 KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
@@ -44,23 +50,39 @@ class Chain(NamedTuple):
     start: int
     operations: tuple[tuple[str, int], ...]
 
+    def results(self) -> list[int]:
+        """The digit after each operation."""
+        digits = itertools.accumulate(self.operations, apply, initial=self.start)
+        return list(digits)[1:]
+
+
+class Exercise(NamedTuple):
+    """Chains that are asked for in one question."""
+
+    chains: tuple[Chain, ...]
+
     def question(self, notation: str = "signs") -> str:
         """The question as text, in one of `NOTATIONS`."""
         check_choice("data.notation", notation, NOTATIONS)
         opening, symbols = NOTATIONS[notation]
         symbol = dict(zip("+-*", symbols, strict=True))
-        steps = " ".join(f"{symbol[sign]}{x}" for sign, x in self.operations)
-        return f"{opening} {self.start}: {steps}. Last digit?"
+        starts = ", ".join(str(chain.start) for chain in self.chains)
+        steps = ", ".join(
+            " ".join(f"{symbol[sign]}{x}" for sign, x in chain.operations)
+            for chain in self.chains
+        )
+        asked = "Last digit?" if len(self.chains) == 1 else "Last digits?"
+        return f"{opening} {starts}: {steps}. {asked}"
 
     @property
     def is_test(self) -> bool:
         """Whether the question belongs to the test split."""
         return zlib.crc32(self.question().encode()) % 10 == 0
 
-    def results(self) -> list[int]:
-        """The digit after each operation."""
-        digits = itertools.accumulate(self.operations, apply, initial=self.start)
-        return list(digits)[1:]
+    @property
+    def answer(self) -> str:
+        """The last digit of each chain."""
+        return "".join(str(chain.results()[-1]) for chain in self.chains)
 
 
 def apply(value: int, operation: tuple[str, int]) -> int:
@@ -77,24 +99,37 @@ def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
 
 
 def explain(
-    chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
-) -> tuple[str, int]:
-    """An explanation of the given kind, and its final digit.
+    exercise: Exercise, kind: str, rng: np.random.Generator, known_answer: bool
+) -> tuple[str, str]:
+    """An explanation of the given kind, and the digits that it ends with.
 
     Args:
-      chain: the problem.
+      exercise: what is explained.
       kind: one of `KINDS`.
       rng: generator that chooses the wrong step.
-      known_answer: whether the last step after a wrong one has the true answer, as if the
+      known_answer: whether the last step after a wrong one has the true digit, as if the
         answer were known; otherwise the error propagates to the answer.
     """
-    answer = chain.results()[-1]
+    chains = exercise.chains
     if kind == "restating":
-        return f"it is {answer}", answer
+        return f"it is {exercise.answer}", exercise.answer
+    wrong_chain = int(rng.integers(len(chains))) if len(chains) > 1 else 0
+    parts = []
+    for n, chain in enumerate(chains):
+        # Only one of several chains has the wrong step.
+        of_chain = "careful" if kind == "wrong" and n != wrong_chain else kind
+        parts.append(_explain_chain(chain, of_chain, rng, known_answer))
+    return ", ".join(text for text, _ in parts), "".join(str(end) for _, end in parts)
+
+
+def _explain_chain(
+    chain: Chain, kind: str, rng: np.random.Generator, known_answer: bool
+) -> tuple[str, int]:
     length = len(chain.operations)
     size = STEPS_PER_SKIP if kind == "skipping" else 1
+    wrong = None
     if kind in ("wrong", "mistaken"):
-        wrong = int(rng.integers(length - known_answer))
+        wrong = int(rng.integers(max(length - known_answer, 1)))
     steps, value = [], chain.start
     for i in range(0, length, size):
         step = str(value)
@@ -105,7 +140,7 @@ def explain(
         if kind == "wrong" and i == wrong:
             value = (value + int(rng.integers(1, 10))) % 10
         if known_answer and i + size >= length:
-            value = answer
+            value = chain.results()[-1]
         steps.append(f"{step}={value}")
     return " ".join(steps), value
 
@@ -127,88 +162,114 @@ def sample_kinds(
     return rng.choice(list(kinds), n, p=probs)
 
 
-def problems(
-    split: str, size: int, seed: int, stream: int = 0, notation: str = "signs"
-) -> list[Problem]:
-    """Samples distinct problems.
+@dataclasses.dataclass(frozen=True)
+class ProblemConfig:
+    """Settings of `problems`.
 
-    Args:
+    Attributes:
       split: "train" or "test".
       size: number of problems.
       seed: random seed.
       stream: number that gives runs with the same seed different problems.
       notation: one of `NOTATIONS`.
-
-    Raises:
-      UserError: an unknown split or notation.
-    """
-    chains = _chains(split, size, seed, stream)
-    return [_problem(chain, chain.results()[-1], notation) for chain in chains]
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceConfig:
-    """Settings of `traces`.
-
-    Attributes:
-      split: "train" or "test".
-      size: number of traces, without drills.
-      seed: random seed.
-      kinds: kind of explanation -> its probability.
-      known_answer: see `explain`. If False, the solution of a trace with a wrong step is
-        the digit that its steps lead to.
-      stream: number that gives runs with the same seed different problems.
-      drills: number of additional careful traces of one or two operations.
-      hinted: whether questions include the solution: "... Last digit? It is 4."
-      notation: one of `NOTATIONS`.
+      chains: how many chains run side by side, the number of digits of the answer.
+      operations: least and most operations of a chain; those of one question have the
+        same number, so that questions with more are harder.
     """
 
     split: str
     size: int
     seed: int
+    stream: int = 0
+    notation: str = "signs"
+    chains: int = 1
+    operations: Sequence[int] = (CHAIN_LENGTH, CHAIN_LENGTH)
+
+    def __post_init__(self) -> None:
+        check_choice("data.split", self.split, ("train", "test"))
+        check_choice("data.notation", self.notation, NOTATIONS)
+        check_minima("data", self, size=0, chains=1)
+        if (
+            len(self.operations) != 2
+            or not 1 <= self.operations[0] <= self.operations[1]
+        ):
+            raise UserError(
+                f"data.operations={tuple(self.operations)}: must be (least, most), two "
+                "whole numbers from 1."
+            )
+
+
+def problems(config: ProblemConfig) -> list[Problem]:
+    """Samples distinct problems.
+
+    Raises:
+      UserError: an unknown split or notation, or too few distinct problems exist.
+    """
+    c = config
+    return [_problem(x, x.answer, c.notation) for x in _exercises(c)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceConfig(ProblemConfig):
+    """Settings of `traces`: those of `problems` and four more.
+
+    Attributes:
+      kinds: kind of explanation -> its probability.
+      known_answer: see `explain`. If False, the solution of a trace with a wrong step is
+        what its steps lead to.
+      drills: number of additional careful traces of one chain of one or two operations.
+      hinted: whether questions include the solution: "... Last digit? It is 4."
+    """
+
     kinds: Mapping[str, float]
     known_answer: bool
-    stream: int = 0
     drills: int = 0
     hinted: bool = False
-    notation: str = "signs"
 
 
 def traces(config: TraceConfig) -> list[Trace]:
-    """Samples distinct problems with explanations.
+    """Samples distinct problems with explanations; `size` does not count drills.
 
     Raises:
-      UserError: an unknown split, notation or kind, or invalid probabilities.
+      UserError: an unknown kind, invalid probabilities, or too few distinct problems.
     """
     c = config
     rng = np.random.default_rng([c.seed, 1, c.stream])
     kinds = sample_kinds(rng, c.kinds, KINDS, c.size)
-    chains = _chains(c.split, c.size, c.seed, c.stream)
     result = []
-    for chain, kind in zip(chains, kinds, strict=True):
-        explanation, digit = explain(chain, str(kind), rng, c.known_answer)
-        problem = _problem(chain, digit, c.notation)
+    for exercise, kind in zip(_exercises(c), kinds, strict=True):
+        explanation, answer = explain(exercise, str(kind), rng, c.known_answer)
+        problem = _problem(exercise, answer, c.notation)
         if c.hinted:
-            problem = problem._replace(question=f"{problem.question} It is {digit}.")
+            problem = problem._replace(question=f"{problem.question} It is {answer}.")
         result.append(Trace(problem, explanation))
     rng = np.random.default_rng([c.seed, 2, c.stream])
     for _ in range(c.drills):
-        chain = sample_chain(rng, int(rng.integers(1, 3)))
-        explanation, digit = explain(chain, "careful", rng, known_answer=False)
-        result.append(Trace(_problem(chain, digit, c.notation), explanation))
+        exercise = Exercise((sample_chain(rng, int(rng.integers(1, 3))),))
+        explanation, answer = explain(exercise, "careful", rng, known_answer=False)
+        result.append(Trace(_problem(exercise, answer, c.notation), explanation))
     return result
 
 
-def _problem(chain: Chain, digit: int, notation: str) -> Problem:
-    return Problem(chain.question(notation), str(digit), str(digit), grader="exact")
+def _problem(exercise: Exercise, answer: str, notation: str) -> Problem:
+    return Problem(exercise.question(notation), answer, answer, grader="exact")
 
 
-def _chains(split: str, size: int, seed: int, stream: int) -> Iterator[Chain]:
-    check_choice("data.split", split, ("train", "test"))
-    rng = np.random.default_rng([seed, 0, stream])
-    seen: set[Chain] = set()
-    while len(seen) < size:
-        chain = sample_chain(rng)
-        if chain.is_test == (split == "test") and chain not in seen:
-            seen.add(chain)
-            yield chain
+def _exercises(config: ProblemConfig) -> Iterator[Exercise]:
+    c = config
+    rng = np.random.default_rng([c.seed, 0, c.stream])
+    low, high = c.operations
+    seen: set[Exercise] = set()
+    tries = 0
+    while len(seen) < c.size:
+        tries += 1
+        if tries > 100 * (c.size + 10):
+            raise UserError(
+                f"arithmetic: only {len(seen)} of {c.size} distinct questions exist or are "
+                "likely; increase data.operations or data.chains."
+            )
+        length = low if low == high else int(rng.integers(low, high + 1))
+        exercise = Exercise(tuple(sample_chain(rng, length) for _ in range(c.chains)))
+        if exercise.is_test == (c.split == "test") and exercise not in seen:
+            seen.add(exercise)
+            yield exercise
