@@ -40,7 +40,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _DESCRIPTIONS = ("model.json", convert.CONFIG, peft.CONFIG)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ASSETS = Path(__file__).parents[1] / "models" / "assets"
-SHIPPED = {name: _ASSETS / name for name in ("embedded", "embedded_small")}
+_NAMES = ("embedded", "embedded_small", "embedded_chains", "embedded_chains_large")
+SHIPPED = {name: _ASSETS / name for name in _NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,9 @@ class ModelSource:
     """Source of a model: the path of a model, or an architecture with random weights.
 
     Attributes:
-      path: "embedded" or "embedded_small", a folder in Hugging Face format, the folder of
-        a stage or of a PEFT adapter, or the id of one on the Hugging Face Hub, such as
-        "Qwen/Qwen2.5-7B-Instruct".
+      path: a shipped model such as "embedded" (see configs/embedded_base.py), a folder in
+        Hugging Face format, the folder of a stage or of a PEFT adapter, or the id of one on
+        the Hugging Face Hub, such as "Qwen/Qwen2.5-7B-Instruct".
       architecture: fields of `ModelConfig`, for random initial weights; vocab_size
         defaults to that of the tokenizer.
       tokenizer: tokenizer folder; if empty, the tokenizer of the model.

@@ -1,0 +1,349 @@
+"""Where teaching beats solving: ways to train a student, on questions of any difficulty.
+
+    launch/seeds.sh --config=experiments/frontier.py --workdir=runs/frontier --seeds=0,1,2
+    python -m experiments.frontier_claims --workdir=runs/frontier
+
+The first command runs the seeds side by side and resumes if it is given again; the second
+writes runs/frontier/comparison/index.html, and needs `pip install '.[experiments]'`. All
+settings were chosen on seed 100. Settings after `--` are those of the config:
+
+    --config.parts="('frontier',)"   some of the parts
+    --config.cells="('d3c20',)"      some of the cells: 3 digits, c = 20 in ten thousand
+    --config.quick=True              four cells, and only the routes of the main picture
+
+Parts:
+
+    frontier  every route in every cell, with all its compute and with a quarter
+    claims    the paper's comparisons, where correctness RL has no signal
+    reward    what decides whether RL makes a better teacher
+
+A base of 0.23 million parameters answers with careful steps at a share c. All routes of a
+cell start from it and take about as many model operations; what it takes to make the base
+is not counted, as all have it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from experiments.frontier_cells import (
+    Cell,
+    evaluation,
+    habit,
+    with_lengths,
+    worked,
+)
+from experiments.on_policy import ITSELF, teaching
+from experiments.small_stages import (
+    collect,
+    evaluate,
+    of_seeds,
+    score,
+    sft,
+    student_rl,
+    teacher_rl,
+)
+from experiments.study import seed_list
+from rlt_jax.errors import check_choice
+from rlt_jax.settings import link, section
+from rlt_jax.training.checkpoint import ModelSource
+
+SEEDS = (0, 1, 2)  # of the published results
+BASE, BASE_LARGE = "embedded_chains", "embedded_chains_large"
+CELLS = (
+    Cell(3, 0.2),
+    Cell(3, 0.002),
+    Cell(3, 0.0005),
+    Cell(3, 0.0),
+    Cell(2, 0.0),
+    Cell(1, 0.0),
+)
+BUDGETS = {"": 1.0, "_quarter": 0.25}
+CLAIMS_IN = Cell(3, 0.0)
+REWARDS_IN = (Cell(3, 0.0), Cell(1, 0.0))
+PARTS = ("frontier", "claims", "reward")
+# The RLT reward with what surprises the student counted alone, at most 1 nat a token.
+CLIPPED = {"kl_teacher_term": False, "kl_clip": 1.0}
+
+
+class Route(NamedTuple):
+    """A way to train a student.
+
+    Attributes:
+      label: in tables and pictures.
+      stages: those that train it, in order; the last one makes the student.
+      quick: whether `quick` has it.
+    """
+
+    label: str
+    stages: tuple[str, ...]
+    quick: bool = True
+
+
+ROUTES = {
+    "solver": Route("correctness RL", ("solver",)),
+    "solved": Route(
+        "right answers of a solver", ("solved_rl", "solved_traces", "solved"), False
+    ),
+    "rejection": Route(
+        "right answers of the base, best of 64", ("rejection_traces", "rejection")
+    ),
+    "worked": Route("the warm-up's worked explanations", ("worked",), False),
+    "worked_solver": Route(
+        "worked explanations, then correctness RL", ("worked_some", "worked_solver")
+    ),
+    "warmup": Route(
+        "explanations of the warmed-up teacher", ("warm", "warmup_traces", "warmup")
+    ),
+    "rlt": Route("explanations of the RLT", ("warm", "rlt_rl", "rlt_traces", "rlt")),
+    "rlt_clip": Route(
+        "explanations of an RLT, clipped surprise",
+        ("warm", "rlt_clip_rl", "rlt_clip_traces", "rlt_clip"),
+    ),
+    "on_rlt": Route("own attempts, judged by the RLT", ("warm", "on_rlt_rl", "on_rlt")),
+    "on_itself": Route("own attempts, judged by itself", ("on_itself",)),
+}
+QUICK_CELLS = (Cell(3, 0.2), Cell(3, 0.002), Cell(3, 0.0), Cell(1, 0.0))
+
+# How teachers differ: settings of the reward, its students, careful steps in the warm-up.
+JUDGE = "habit"
+REWARDS = {
+    "kl_1": ({"explanation_kl_coef": 1.0}, (JUDGE,), 0.2),
+    "kl_10": ({"explanation_kl_coef": 10.0}, (JUDGE,), 0.2),
+    "k3": ({"kl_estimator": "k3"}, (JUDGE,), 0.2),
+    "full": ({"kl_estimator": "full"}, (JUDGE,), 0.2),
+    "surprise": ({"kl_teacher_term": False}, (JUDGE,), 0.2),
+    "clip": ({"kl_clip": 1.0}, (JUDGE,), 0.2),
+    "full_clip": ({"kl_estimator": "full", "kl_clip": 1.0}, (JUDGE,), 0.2),
+    "strong": ({}, (BASE,), 0.2),
+    "both": ({}, (JUDGE, BASE), 0.2),
+    "careful_5": ({}, (JUDGE,), 0.05),
+    "careful_60": ({}, (JUDGE,), 0.6),
+}
+# The tasks of the zero-shot comparison; as many steps of RL on them as cost what the
+# teacher's explanations and a student of them cost.
+NEW_TASKS = {"letters": 12, "puzzles": 12}
+COLD = ("habit", "worked_some", "warmup", "rlt", "rlt_clip", "solved")
+COLD_STEPS = 16
+
+
+class Place(NamedTuple):
+    """A cell of a seed, in which stages have names and folders."""
+
+    cell: Cell
+    seed: int
+
+    def name(self, stage: str) -> str:
+        return f"{stage}_{self.cell.name}"
+
+    def made_by(self, stage: str) -> str:
+        return f"{{workdir}}/{self.name(stage)}_{self.seed}"
+
+    def named(self, stages: dict[str, dict]) -> dict[str, dict]:
+        return {self.name(stage): values for stage, values in stages.items()}
+
+    def distil(self, student: str, traces: str) -> dict:
+        """Two passes over one explanation of each question."""
+        data = {"task": "file", "path": f"{self.made_by(traces)}/traces.jsonl"}
+        stage = sft(self.made_by(student), "student", data, 1, 24, 1e-3)
+        stage["sft"].update(
+            steps=0, epochs=2.0, traces_per_question=1, allow_empty=True
+        )
+        return stage
+
+    def solve(self, policy: str, steps: int, task: str = "signs") -> dict:
+        """Correctness RL."""
+
+        def data(split: str, size: int, stream: int) -> dict:
+            return self.cell.of_task(task, split, size, stream)
+
+        stage = student_rl(self.made_by(policy), steps, data)
+        stage["data"]["size"] = 2048  # as many as the longest run asks
+        return stage
+
+    def teach(
+        self, steps: int, reward: dict, judges: tuple = (JUDGE,), warm: str = "warm"
+    ) -> dict:
+        """RL of the warmed-up teacher."""
+        stage = teacher_rl(self.made_by(warm), BASE, reward)
+        stage["students"] = tuple(
+            section(ModelSource, path=BASE if judge == BASE else self.made_by(judge))
+            for judge in judges
+        )
+        stage["data"] = self.cell.data("train", 1024, 2)
+        stage["held_out"] = self.cell.data("test", 128, 3)
+        stage["loop"].steps = steps
+        return stage
+
+    def judge(self, steps: int, teacher: str | None, **settings: Any) -> dict:
+        """The student attempts questions, and a teacher judges its attempts."""
+        stage = self.solve("habit", steps)
+        stage["teaching"] = teaching(teacher and self.made_by(teacher), **settings)
+        return stage
+
+    def collect(self, teacher: str, count: int, task: str = "signs") -> dict:
+        data = self.cell.of_task(task, "train", count, 4)
+        return collect(self.made_by(teacher), self.made_by("habit"), data)
+
+    def right_answers(self, model: str, count: int, samples: int) -> dict:
+        data = self.cell.data("train", count, 4)
+        return evaluate(self.made_by(model), data, samples, keep_right=True)
+
+    def learn_worked(self, role: str, steps: int, careful: float = 0.2) -> dict:
+        """A teacher or a student learns from worked explanations."""
+        data = worked(self.cell, careful)
+        return sft(self.made_by("habit"), role, data, steps, 8, 2e-3)
+
+    def evaluate(self, model: str, task: str = "signs") -> dict:
+        return evaluation(self.cell, self.made_by(model), task)
+
+
+def get_config(seeds: str = "") -> ml_collections.ConfigDict:
+    """All stages of all seeds; `pipeline` has those that are chosen."""
+    chosen = seed_list(seeds) if seeds else SEEDS
+    config = of_seeds(_stages_of_a_seed, chosen)
+    everything = config.pipeline
+    names = tuple(cell.name for cell in CELLS)
+    config.update(parts=PARTS, cells=names, quick=False)
+
+    def pipeline() -> tuple[str, ...]:
+        for key, allowed in (("parts", PARTS), ("cells", names)):
+            for value in config[key]:
+                check_choice(f"config.{key}", value, allowed)
+        kept = {
+            f"{name}_{seed}"
+            for seed in chosen
+            for cell in CELLS
+            if cell.name in config.cells
+            for part in config.parts
+            for name in (_quick(cell) if config.quick else _parts(cell, seed)[part])
+        }
+        return tuple(name for name in everything if name in kept)
+
+    link(config, pipeline=pipeline)
+    return config
+
+
+def _stages_of_a_seed(seed: int) -> dict[str, Any]:
+    """Name -> section, in order."""
+    of_cells = [_parts(cell, seed) for cell in CELLS]
+    return {
+        n: x for part in PARTS for of_cell in of_cells for n, x in of_cell[part].items()
+    }
+
+
+@functools.cache
+def _parts(cell: Cell, seed: int) -> dict[str, dict[str, dict]]:
+    """Part -> name -> section."""
+    place = Place(cell, seed)
+    routes = {"habit": habit(cell, BASE), "base_eval": place.evaluate("habit")}
+    for suffix, budget in BUDGETS.items():
+        routes |= _routes(place, suffix, budget)
+    parts = {
+        "frontier": routes,
+        "claims": _claims(place) if cell == CLAIMS_IN else {},
+        "reward": _rewards(place) if cell in REWARDS_IN else {},
+    }
+    return {part: with_lengths(place.named(stages)) for part, stages in parts.items()}
+
+
+def _quick(cell: Cell) -> set[str]:
+    """The stages of a cell that `quick` runs."""
+    if cell not in QUICK_CELLS:
+        return set()
+    stages = {"habit", "base_eval"}
+    for name, route in ROUTES.items():
+        if route.quick:
+            stages |= {*route.stages, f"{name}_eval"}
+    return {Place(cell, 0).name(stage) for stage in stages}
+
+
+def _routes(place: Place, suffix: str, budget: float) -> dict[str, dict]:
+    """All routes with a part of the compute, and their evaluations."""
+
+    def part(whole: float) -> int:
+        return max(1, round(budget * whole))
+
+    def of(name: str) -> str:
+        return f"{name}{suffix}"
+
+    p = place
+    stages = {
+        "solver": p.solve("habit", part(64)),
+        "solved_rl": p.solve("habit", part(52)),
+        "solved_traces": p.right_answers(of("solved_rl"), part(1024), 1),
+        "solved": p.distil("habit", of("solved_traces")),
+        "rejection_traces": p.right_answers("habit", part(2048), 64),
+        "rejection": p.distil("habit", of("rejection_traces")),
+        "worked": p.learn_worked("student", part(1150)),
+        "worked_some": p.learn_worked("student", part(250)),
+        "worked_solver": p.solve(of("worked_some"), part(48)),
+        "warm": p.learn_worked("teacher", part(250)),
+        "warmup_traces": p.collect(of("warm"), part(5120)),
+        "warmup": p.distil("habit", of("warmup_traces")),
+        "rlt_rl": p.teach(part(40), {}, warm=of("warm")),
+        "rlt_clip_rl": p.teach(part(40), CLIPPED, warm=of("warm")),
+        "on_rlt_rl": p.teach(part(20), {}, warm=of("warm")),
+        "on_rlt": p.judge(part(26), of("on_rlt_rl")),
+        "on_itself": p.judge(part(62), None, **ITSELF),
+    }
+    for name in ("rlt", "rlt_clip"):
+        stages[f"{name}_traces"] = p.collect(of(f"{name}_rl"), part(1024))
+        stages[name] = p.distil("habit", of(f"{name}_traces"))
+    for route in ROUTES:
+        stages[f"{route}_eval"] = p.evaluate(of(route))
+    return {of(name): stage for name, stage in stages.items()}
+
+
+def _claims(place: Place) -> dict[str, dict]:
+    """Larger solvers and students, RL from students, tasks that only the base has seen."""
+    p = place
+    stages = {
+        "habit_large": habit(p.cell, BASE_LARGE),
+        "base_large_eval": p.evaluate("habit_large"),
+        "solver_large": p.solve("habit_large", 20),
+        "solver_large_traces": p.right_answers("solver_large", 1024, 1),
+        "solved_by_large": p.distil("habit", "solver_large_traces"),
+        "solved_by_large_eval": p.evaluate("solved_by_large"),
+        "solver_large_eval": p.evaluate("solver_large"),
+    }
+    for source in ("warmup", "rlt", "rlt_clip", "solved"):
+        stages[f"{source}_to_large"] = p.distil("habit_large", f"{source}_traces")
+        stages[f"{source}_to_large_eval"] = p.evaluate(f"{source}_to_large")
+    for source in COLD:
+        stages[f"{source}_cold"] = p.solve(source, COLD_STEPS)
+        stages[f"{source}_cold_eval"] = p.evaluate(f"{source}_cold")
+    for task, steps in NEW_TASKS.items():
+        for source, teacher in (
+            ("warmup", "warm"),
+            ("rlt", "rlt_rl"),
+            ("rlt_clip", "rlt_clip_rl"),
+        ):
+            name = f"{source}_{task}"
+            stages[f"{name}_traces"] = p.collect(teacher, 1024, task)
+            stages[name] = p.distil("habit", f"{name}_traces")
+            stages[f"{name}_eval"] = p.evaluate(name, task)
+        stages[f"solver_{task}"] = p.solve("habit", steps, task)
+        stages[f"solver_{task}_eval"] = p.evaluate(f"solver_{task}", task)
+        stages[f"base_{task}_eval"] = p.evaluate("habit", task)
+    return stages
+
+
+def _rewards(place: Place) -> dict[str, dict]:
+    """Teachers of other rewards and warm-ups, and what judges say of each kind."""
+    p, stages = place, {}
+    for name, (reward, judges, careful) in REWARDS.items():
+        warm = "warm"
+        if careful != 0.2:
+            warm = f"{name}_warm"
+            stages[warm] = p.learn_worked("teacher", 250, careful)
+        stages[f"{name}_rl"] = p.teach(40, reward, judges, warm)
+        stages[f"{name}_traces"] = p.collect(f"{name}_rl", 1024)
+        stages[name] = p.distil("habit", f"{name}_traces")
+        stages[f"{name}_eval"] = p.evaluate(name)
+    path = f"{p.made_by('warmup_quarter_traces')}/traces.jsonl"
+    for name, judge in (("habit", p.made_by("habit")), ("strong", BASE)):
+        stages[f"{name}_score"] = score(p.made_by("warm"), judge, path)
+        stages[f"{name}_score"]["per_token"] = True
+    return stages
