@@ -4,8 +4,9 @@ comparison.json, comparison.md, comparison/index.html, comparison/*.png
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jinja2
 import pandas as pd
@@ -14,11 +15,23 @@ from experiments import plots
 from experiments.statistics import ONE_RUN, Interval, Record
 
 
-def write_comparison(workdir: Path, comparison: Record) -> Path:
-    """Writes the result of `compare` as JSON, Markdown and HTML; returns the page."""
+def write_comparison(
+    workdir: Path,
+    comparison: Record,
+    more_pictures: Mapping[str, bytes] = MappingProxyType({}),
+    more_tables: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+) -> Path:
+    """Writes the result of `compare` as JSON, Markdown and HTML; returns the page.
+
+    Args:
+      workdir: where it goes.
+      comparison: of `compare`.
+      more_pictures: shown first, by name.
+      more_tables: shown below them, by title.
+    """
     text = json.dumps(comparison, indent=1) + "\n"
     (workdir / "comparison.json").write_text(text, encoding="utf-8")
-    tables = make_tables(comparison)
+    tables = {**more_tables, **make_tables(comparison)}
     markdown = (
         f"### {title}\n\n{table.to_markdown(index=False, disable_numparse=True)}\n"
         for title, table in tables.items()
@@ -26,7 +39,7 @@ def write_comparison(workdir: Path, comparison: Record) -> Path:
     (workdir / "comparison.md").write_text("\n".join(markdown), encoding="utf-8")
     folder = workdir / "comparison"
     folder.mkdir(exist_ok=True)
-    pictures = plots.make_pictures(comparison)
+    pictures = {**more_pictures, **plots.make_pictures(comparison)}
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     with pd.option_context("display.max_colwidth", None):  # or long cells are cut off
@@ -37,6 +50,8 @@ def write_comparison(workdir: Path, comparison: Record) -> Path:
         seeds=comparison["seeds"],
         tables=html,
         pictures=pictures,
+        first_pictures=[*more_pictures],
+        first_tables=[*more_tables],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"

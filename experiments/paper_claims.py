@@ -54,28 +54,28 @@ ROUTES = {
 }
 
 # Better, worse, what was published.
-_HIGHER = "Students of RLT traces score higher (7B: 49.5 against 46.6 in the mean)."
-_LARGER = "A 32B student of a 7B teacher scores higher (73.2 against 71.5)."
-_COLD = "RL reaches more from a student of RLT traces (50.5 against 48.3)."
-_ZERO = "Zero-shot traces of the RLT beat RL on the new task itself."
+HIGHER = "Students of RLT traces score higher (7B: 49.5 against 46.6 in the mean)."
+LARGER = "A 32B student of a 7B teacher scores higher (73.2 against 71.5)."
+COLD = "RL reaches more from a student of RLT traces (50.5 against 48.3)."
+ZERO_SHOT = "Zero-shot traces of the RLT beat RL on the new task itself."
 _TERMS = "Each term of the reward is needed."
 _STRONG = "A stronger student in the reward makes a better teacher."
 CLAIMS = (
-    ("rlt", "warmup", _HIGHER),
-    ("rlt", "solver", _HIGHER),
-    ("rlt", "solver_large", _HIGHER),
-    ("rlt", "base", _HIGHER),
-    ("rlt_to_large", "warmup_to_large", _LARGER),
-    ("rlt_to_large", "solver_to_large", _LARGER),
-    ("rlt_to_large", "base_large", _LARGER),
-    ("rlt_cold", "base_cold", _COLD),
-    ("rlt_cold", "warmup_cold", _COLD),
-    ("rlt_cold", "solver_cold", _COLD),
-    ("rlt_cold", "solver_large_cold", _COLD),
-    ("rlt_letters", "rl_letters", _ZERO),
+    ("rlt", "warmup", HIGHER),
+    ("rlt", "solver", HIGHER),
+    ("rlt", "solver_large", HIGHER),
+    ("rlt", "base", HIGHER),
+    ("rlt_to_large", "warmup_to_large", LARGER),
+    ("rlt_to_large", "solver_to_large", LARGER),
+    ("rlt_to_large", "base_large", LARGER),
+    ("rlt_cold", "base_cold", COLD),
+    ("rlt_cold", "warmup_cold", COLD),
+    ("rlt_cold", "solver_cold", COLD),
+    ("rlt_cold", "solver_large_cold", COLD),
+    ("rlt_letters", "rl_letters", ZERO_SHOT),
     ("rlt_letters", "warmup_letters", "RL on one task helps teaching another."),
     ("rlt_letters", "base_letters", "Zero-shot traces teach."),
-    ("rlt_puzzles", "rl_puzzles", _ZERO),
+    ("rlt_puzzles", "rl_puzzles", ZERO_SHOT),
     ("rlt_puzzles", "warmup_puzzles", "RL on one task helps teaching another."),
     ("rlt_puzzles", "base_puzzles", "Zero-shot traces teach."),
     ("rlt", "no_kl", _TERMS),

@@ -1,0 +1,119 @@
+"""Pictures of the frontier: pure functions from its numbers to the bytes of a PNG."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.frontier import ROUTES
+from experiments.frontier_cells import Cell
+from experiments.statistics import Record
+from rlt_jax.report.plots import BLUE, INK, MUTED, WIDTH, png, style
+
+Curves = Mapping[Cell, Mapping[str, Sequence[tuple[float, Record]]]]
+
+# Route -> color, line style, marker.
+LOOKS = {
+    "solver": (INK, "-", "o"),
+    "solved": (INK, "--", "o"),
+    "rejection": (MUTED, ":", "s"),
+    "worked": ("#1a7f37", "--", "^"),
+    "worked_solver": ("#1a7f37", "-", "^"),
+    "warmup": ("#e8871e", "--", "v"),
+    "rlt": ("#d1242f", "-", "D"),
+    "rlt_clip": ("#8250df", "-", "D"),
+    "on_rlt": (BLUE, "-", "x"),
+    "on_itself": (BLUE, ":", "x"),
+}
+
+
+def frontier(of_cells: Curves) -> bytes:
+    """Right answers of every route against what the base makes of the questions.
+
+    Left: the share c of careful steps falls. Right: the base never takes careful steps,
+    and the answer has more and more digits. Bars are 95% intervals over runs.
+    """
+    most = max(cell.chains for cell in of_cells)
+    panels = {
+        f"answers of {most} digits": [c for c in of_cells if c.chains == most],
+        "no careful steps (c = 0)": sorted(
+            (c for c in of_cells if not c.share), key=lambda c: c.chains
+        ),
+    }
+    panels = {title: cells for title, cells in panels.items() if cells}
+    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    sizes = [len(cells) for cells in panels.values()]
+    axes = figure.subplots(
+        1, len(panels), sharey=True, squeeze=False, width_ratios=sizes
+    )
+    for panel, (title, cells) in zip(axes[0], panels.items()):
+        style(panel)
+        panel.set_title(title, loc="left", fontsize=10, weight="bold")
+        for name in ROUTES:
+            points = [
+                (place, of_cells[cell][name][-1][1])
+                for place, cell in enumerate(cells)
+                if name in of_cells[cell]
+            ]
+            _line(panel, name, points)
+        bases = [next(iter(of_cells[cell].values()))[0][1]["mean"] for cell in cells]
+        ticks = [
+            f"{f'c = {cell.share:g}' if i == 0 else f'd = {cell.chains}'}\n"
+            f"base {100 * base:.1f}%"
+            for cell, base in zip(cells, bases)
+            for i in [0 if title.startswith("answers") else 1]
+        ]
+        panel.set_xticks(range(len(cells)), ticks, color=INK)
+        panel.set_xlim(-0.3, len(cells) - 0.7)
+    axes[0, 0].set_ylabel("right answers (%)", color=MUTED)
+    _legend(figure, axes[0, 0])
+    return png(figure)
+
+
+def compute(of_cells: Curves) -> bytes:
+    """Right answers against model operations, a panel per cell; dotted at 50%."""
+    columns = min(3, len(of_cells))
+    lines = -(-len(of_cells) // columns)
+    figure = Figure(figsize=(WIDTH, 1.6 + 2.6 * lines), layout="constrained")
+    for place, (cell, routes) in enumerate(of_cells.items(), start=1):
+        panel = figure.add_subplot(lines, columns, place, xscale="log")
+        style(panel)
+        panel.set_title(cell.label, loc="left", fontsize=10, weight="bold")
+        panel.axhline(50, color=MUTED, linestyle=":", linewidth=1)
+        panel.set_ylim(-4, 104)
+        for name, points in routes.items():
+            _line(panel, name, points[1:])
+        if place > len(of_cells) - columns:
+            panel.set_xlabel("model operations", color=MUTED)
+    _legend(figure, figure.axes[0])
+    return png(figure)
+
+
+def _line(axes: Axes, name: str, points: Sequence[tuple[float, Record]]) -> None:
+    color, line, marker = LOOKS[name]
+    places = [place for place, _ in points]
+    means = [100 * numbers["mean"] for _, numbers in points]
+    ends = [numbers["over_runs"] or [numbers["mean"]] * 2 for _, numbers in points]
+    errors = [
+        [mean - max(0, 100 * low) for mean, (low, _) in zip(means, ends)],
+        [min(100, 100 * high) - mean for mean, (_, high) in zip(means, ends)],
+    ]
+    axes.errorbar(
+        places,
+        means,
+        yerr=errors,
+        color=color,
+        linestyle=line,
+        marker=marker,
+        markersize=5,
+        linewidth=1.6,
+        elinewidth=0.8,
+        capsize=2,
+        label=ROUTES[name].label,
+    )
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
+    figure.legend(handles, labels, fontsize=9, **place)

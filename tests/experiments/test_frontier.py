@@ -1,0 +1,158 @@
+"""The frontier: stages read what was made before, compute is equal, numbers by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import frontier, frontier_claims, frontier_plots, pages
+from experiments.compare import compare
+from experiments.frontier_cells import Cell
+from rlt_jax.errors import UserError
+from rlt_jax.settings import resolve
+from rlt_jax.stages import run_pipeline, stage_sections
+from rlt_jax.stages.preflight import stages_read
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_stages_read_what_was_made_before_from_other_questions() -> None:
+    config = frontier.get_config("7,8")
+    made = set()
+    for name, section in stage_sections(config).items():
+        values = json.loads(section.to_json().replace("{workdir}", "/runs"))
+        assert {*stages_read(values, "/runs")} <= made, name
+        made.add(name)
+        data = section.data.to_dict()
+        splits = {
+            x["split"] for x in data.get("sources", {"": data}).values() if "split" in x
+        }
+        solves = section.stage == "evaluate" and not section.evaluate.keep_right
+        assert splits <= {"test" if solves else "train"}
+    for seed in (7, 8):
+        for cell in frontier.CELLS:
+            for route in frontier_claims._routes(cell):
+                folders = (route.evaluation, *route.stages)
+                assert {folder.format(seed=seed) for folder in folders} <= made
+
+
+def test_parts_cells_and_quick_choose_stages() -> None:
+    config = frontier.get_config("7")
+    resolve(config)
+    everything = set(config.pipeline)
+    of_parts = []
+    for part in frontier.PARTS:
+        config.parts = (part,)
+        of_parts.append(set(config.pipeline))
+    assert set.union(*of_parts) == everything
+    assert sum(map(len, of_parts)) == len(everything)
+    config.parts, config.cells = frontier.PARTS, ("d1c0",)
+    assert {"rlt_d1c0_7", "kl_10_d1c0_7"} <= {*config.pipeline}
+    assert all("_d1c0_" in name for name in config.pipeline)
+    config.quick = True
+    quick = set(config.pipeline)
+    assert {"habit_d1c0_7", "rlt_eval_d1c0_7", "on_itself_d1c0_7"} <= quick
+    assert not {name for name in quick if "quarter" in name or "solved" in name}
+    config.cells = ("d9c0",)
+    with pytest.raises(UserError, match="config.cells='d9c0': one of d3c2000"):
+        stage_sections(config)
+
+
+def test_a_habit_has_its_share_of_careful_steps() -> None:
+    for share in (0.0, 0.0005, 0.2):
+        kinds = Cell(3, share).kinds
+        assert sum(kinds.values()) == pytest.approx(1)
+        assert kinds.get("careful", 0) == share
+    assert Cell(3, 0.0005).name == "d3c5" and Cell(1, 0.2).name == "d1c2000"
+
+
+def test_compute_to_an_accuracy_by_hand() -> None:
+    points = [(0.0, 0.1), (4.0, 0.2), (8.0, 0.6), (9.0, 0.4)]
+    assert frontier_claims.compute_to(points, 0.4) == pytest.approx(6)
+    assert frontier_claims.compute_to(points, 0.05) == 0
+    assert frontier_claims.compute_to(points, 0.7) is None
+
+
+def made_up(seeds: tuple[int, ...]) -> dict:
+    """A comparison with two routes in two cells, one of them with a part of compute."""
+
+    def numbers(mean: float, flops: float | None) -> dict:
+        over_runs = [mean - 0.1, mean + 0.1] if len(seeds) > 1 else None
+        cost = {"flops": flops} if flops else None
+        return {"mean": mean, "over_runs": over_runs, "cost": cost}
+
+    routes = {
+        "base_d3c0": numbers(0.1, None),
+        "solver_d3c0": numbers(0.1, 4e12),
+        "rlt_quarter_d3c0": numbers(0.3, 1e12),
+        "rlt_d3c0": numbers(0.7, 5e12),
+        "base_d1c0": numbers(0.6, None),
+        "solver_d1c0": numbers(0.6, 4e12),
+    }
+    return {"routes": routes}
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_curves_table_and_pictures_of_what_is_there(seeds: tuple[int, ...]) -> None:
+    of_cells = frontier_claims.curves(made_up(seeds))
+    assert [cell.name for cell in of_cells] == ["d3c0", "d1c0"]
+    rlt = of_cells[Cell(3, 0.0)]["rlt"]
+    assert [flops for flops, _ in rlt] == [0, 1e12, 5e12]
+    table = frontier_claims.compute_table(of_cells).set_index("")
+    labels = {name: route.label for name, route in frontier.ROUTES.items()}
+    assert table.loc[labels["solver"]].to_list() == ["> 4.0e+12", "0.0e+00"]
+    assert table.loc[labels["rlt"]].to_list() == ["3.0e+12", "–"]
+    for picture in (frontier_plots.frontier, frontier_plots.compute):
+        assert picture(of_cells).startswith(PNG)
+
+
+def test_a_workdir_without_a_complete_route_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete route for the seeds 0, 1"):
+        frontier_claims.study(tmp_path, [0, 1])
+
+
+def shrink(section: dict) -> None:
+    """Makes a stage as small as it can be."""
+    for data in ("data", "held_out"):
+        if section.get(data) is None:
+            continue
+        for source in section[data].get("sources", {"": section[data]}).values():
+            if "size" in source:
+                source.size, source.drills = 8, 0
+                if source.task != "arithmetic" or "kinds" not in source:
+                    del source.drills
+    for part, smaller in (
+        ("sft", {"steps": 2, "epochs": 0.0, "batch_size": 2}),
+        ("loop", {"steps": 1, "batch_size": 2, "group_size": 2}),
+        ("collect", {"batch_size": 8}),
+        ("evaluate", {"batch_size": 8, "samples_per_problem": 2}),
+    ):
+        if part in section:
+            section[part].update(smaller)
+    if section.stage == "sft" and section.data.task == "file":
+        section.data.keep_cut_off = True
+    if section.stage == "score":
+        section.batch_size = 8
+
+
+@pytest.mark.slow
+def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
+    config = frontier.get_config("7")
+    for section in stage_sections(config).values():
+        shrink(section)
+    config.cells = ("d3c0",)
+    run_pipeline(config, tmp_path)
+    study = frontier_claims.study(tmp_path, [7])
+    comparison = compare(tmp_path, study, [7])
+    names = {route.name for route in frontier_claims._routes(Cell(3, 0.0))}
+    assert {*comparison["routes"]} == names
+    assert all(x["verdict"] == "one run only" for x in comparison["claims"])
+    assert len(comparison["measures"]) == 3 * (3 + len(frontier.REWARDS))
+    of_cells = frontier_claims.curves(comparison)
+    assert {*of_cells[Cell(3, 0.0)]} == {*frontier.ROUTES}
+    judged = frontier_claims.judged(tmp_path, Cell(3, 0.0), [7])
+    assert {*judged["judge"]} == {"the base", "the base before its habit"}
+    page = pages.write_comparison(
+        tmp_path, comparison, {"frontier": frontier_plots.frontier(of_cells)}
+    )
+    assert 'src="frontier.png"' in page.read_text(encoding="utf-8")
