@@ -186,9 +186,13 @@ class Place(NamedTuple):
         data = self.cell.of_task(task, "train", count, 4)
         return collect(self.made_by(teacher), self.made_by("habit"), data)
 
-    def right_answers(self, model: str, count: int, samples: int) -> dict:
+    def right_answers(
+        self, model: str, count: int, samples: int, temperature: float = 0.7
+    ) -> dict:
         data = self.cell.data("train", count, 4)
-        return evaluate(self.made_by(model), data, samples, keep_right=True)
+        stage = evaluate(self.made_by(model), data, samples, keep_right=True)
+        stage["sampling"].temperature = temperature
+        return stage
 
     def learn_worked(self, role: str, steps: int, careful: float = 0.2) -> dict:
         """A teacher or a student learns from worked explanations."""
@@ -274,7 +278,7 @@ def _routes(place: Place, suffix: str, budget: float) -> dict[str, dict]:
         "solved_rl": p.solve("habit", part(52)),
         "solved_traces": p.right_answers(of("solved_rl"), part(1024), 1),
         "solved": p.distil("habit", of("solved_traces")),
-        "rejection_traces": p.right_answers("habit", part(2048), 64),
+        "rejection_traces": p.right_answers("habit", part(2048), 64, temperature=1.0),
         "rejection": p.distil("habit", of("rejection_traces")),
         "worked": p.learn_worked("student", part(1150)),
         "worked_some": p.learn_worked("student", part(250)),
