@@ -267,34 +267,39 @@ def compute_table(of_cells: Mapping[Cell, Mapping[str, list]]) -> pd.DataFrame:
 
 
 def judged(workdir: Path, cell: Cell, seeds: Sequence[int]) -> pd.DataFrame:
-    """What the reward's students say of each form of the warmed-up teacher's explanations.
+    """What students of the reward say of the warmed-up teacher's explanations.
 
     Returns:
-      A row per judge and form: its share, the mean reward and solution score, and the
-      explanation KL per token: its mean, its mean where at most 1 nat a token counts, and
-      its largest value.
+      A row per student and form that makes up more than 1%: its share, and means of the
+      number of tokens, the reward, and per token of the explanation the KL (k1), what
+      surprises the student (-log p_S), the same with at most 1 nat a token, and the KL's
+      largest value.
     """
-    rows = []
-    for judge in ("habit", "strong"):
-        for seed in seeds:
-            for row in read_lines(
-                workdir / f"{judge}_score_{cell.name}_{seed}" / "scores.jsonl"
-            ):
-                rows.append(_judgement(judge, row))
-    table = pd.DataFrame(rows).groupby(["judge", "explanation"])
-    means = table.mean().assign(share=table.size() / (len(rows) / 2))
+    rows = [
+        _judgement(judge, row)
+        for judge in ("habit", "strong")
+        for seed in seeds
+        for row in read_lines(
+            workdir / f"{judge}_score_{cell.name}_{seed}" / "scores.jsonl"
+        )
+    ]
+    table = pd.DataFrame(rows).groupby(["student", "explanation"])
+    means = table.mean().assign(share=2 * table.size() / len(rows))
     return means[means["share"] > 0.01].reset_index()
 
 
 def _judgement(judge: str, row: Record) -> Record:
-    kls = pd.Series(row["explanation_kl"])
+    kls = pd.Series(row["explanation_kl_tokens"])
+    surprises = -pd.Series(row["student_log_probs_explanation"])
     return {
-        "judge": LABELS["strong"] if judge == "strong" else "the base",
-        "explanation": form_and_errors(row["question"], row["explanation"]),
+        "student": LABELS["strong"] if judge == "strong" else LABELS["base"],
+        "explanation": form_and_errors(row["question"], row["reasoning_trace"]),
+        "tokens": len(kls),
         "reward": row["reward"],
-        "kl": kls.mean(),
-        "kl, at most 1": kls.clip(upper=1).mean(),
-        "largest kl": kls.max(),
+        "KL": kls.mean(),
+        "surprise": surprises.mean(),
+        "surprise, at most 1": surprises.clip(upper=1).mean(),
+        "largest KL": kls.max(),
     }
 
 
@@ -311,7 +316,11 @@ def main() -> None:
         "frontier": frontier_plots.frontier(of_cells),
         "compute": frontier_plots.compute(of_cells),
     }
-    tables = {"Compute to reach 50%": compute_table(of_cells)}
+    tables = {"Model operations to reach 50%": compute_table(of_cells)}
+    for cell in REWARDS_IN:
+        if f"strong_{cell.name}" in comparison["routes"]:
+            title = f"The warmed-up teacher's explanations: {cell.label}"
+            tables[title] = judged(workdir, cell, seeds).round(3)
     print(pages.write_comparison(workdir, comparison, pictures, tables))
 
 

@@ -151,7 +151,7 @@ def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
     of_cells = frontier_claims.curves(comparison)
     assert {*of_cells[Cell(3, 0.0)]} == {*frontier.ROUTES}
     judged = frontier_claims.judged(tmp_path, Cell(3, 0.0), [7])
-    assert {*judged["judge"]} == {"the base", "the base before its habit"}
+    assert judged["student"].nunique() == 2 and (judged["KL"] > 0).all()
     page = pages.write_comparison(
         tmp_path, comparison, {"frontier": frontier_plots.frontier(of_cells)}
     )
