@@ -94,7 +94,7 @@ def _models() -> dict[str, tuple[dict, dict, int, float, int]]:
         "": (LARGE, one_chain, 2000, 2e-3, 160),
         "small": (SMALL, _small_data(), 5000, 4e-3, 160),
         "chains": (SMALL, side_by_side, 6000, 4e-3, 192),
-        "chains_large": (LARGE, side_by_side, 4000, 2e-3, 192),
+        "chains_large": (LARGE, side_by_side, 2500, 2e-3, 192),
     }
 
 

@@ -55,12 +55,12 @@ CELLS = (
     Cell(3, 0.2),
     Cell(3, 0.002),
     Cell(3, 0.0005),
+    Cell(3, 0.0001),
     Cell(3, 0.0),
-    Cell(2, 0.0),
     Cell(1, 0.0),
 )
 BUDGETS = {"": 1.0, "_quarter": 0.25}
-CLAIMS_IN = Cell(3, 0.0)
+CLAIMS_IN = Cell(3, 0.0001)
 REWARDS_IN = (Cell(3, 0.0), Cell(1, 0.0))
 PARTS = ("frontier", "claims", "reward")
 # The RLT reward with what surprises the student counted alone, at most 1 nat a token.
@@ -104,7 +104,7 @@ ROUTES = {
     "on_rlt": Route("own attempts, judged by the RLT", ("warm", "on_rlt_rl", "on_rlt")),
     "on_itself": Route("own attempts, judged by itself", ("on_itself",)),
 }
-QUICK_CELLS = (Cell(3, 0.2), Cell(3, 0.002), Cell(3, 0.0), Cell(1, 0.0))
+QUICK_CELLS = (Cell(3, 0.2), Cell(3, 0.0001), Cell(3, 0.0), Cell(1, 0.0))
 
 # How teachers differ: settings of the reward, its students, careful steps in the warm-up.
 JUDGE = "habit"

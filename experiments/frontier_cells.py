@@ -82,7 +82,7 @@ def habit(cell: Cell, base: str) -> dict:
             )
             part = share * (0.35 if told else 0.65)
             sources[f"{task}{'_told' * told}"] = data | {"share": part}
-    return sft(base, "student", {"task": "mix", "sources": sources}, 160, 24, 1e-3)
+    return sft(base, "student", {"task": "mix", "sources": sources}, 600, 24, 2e-3)
 
 
 def worked(cell: Cell, careful: float) -> dict:

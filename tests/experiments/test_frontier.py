@@ -140,17 +140,18 @@ def test_all_stages_run_at_the_smallest_size(tmp_path: Path) -> None:
     config = frontier.get_config("7")
     for section in stage_sections(config).values():
         shrink(section)
-    config.cells = ("d3c0",)
+    config.cells = (frontier.CLAIMS_IN.name, "d1c0")
     run_pipeline(config, tmp_path)
     study = frontier_claims.study(tmp_path, [7])
     comparison = compare(tmp_path, study, [7])
-    names = {route.name for route in frontier_claims._routes(Cell(3, 0.0))}
+    cells = (frontier.CLAIMS_IN, Cell(1, 0.0))
+    names = {route.name for cell in cells for route in frontier_claims._routes(cell)}
     assert {*comparison["routes"]} == names
     assert all(x["verdict"] == "one run only" for x in comparison["claims"])
-    assert len(comparison["measures"]) == 3 * (3 + len(frontier.REWARDS))
+    assert len(comparison["measures"]) == 3 * (3 + 3 + len(frontier.REWARDS))
     of_cells = frontier_claims.curves(comparison)
-    assert {*of_cells[Cell(3, 0.0)]} == {*frontier.ROUTES}
-    judged = frontier_claims.judged(tmp_path, Cell(3, 0.0), [7])
+    assert {*of_cells[Cell(1, 0.0)]} == {*frontier.ROUTES}
+    judged = frontier_claims.judged(tmp_path, Cell(1, 0.0), [7])
     assert judged["student"].nunique() == 2 and (judged["KL"] > 0).all()
     page = pages.write_comparison(
         tmp_path, comparison, {"frontier": frontier_plots.frontier(of_cells)}
