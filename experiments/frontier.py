@@ -84,12 +84,16 @@ class Route(NamedTuple):
 ROUTES = {
     "solver": Route("correctness RL", ("solver",)),
     "solved": Route(
-        "right answers of a solver", ("solved_rl", "solved_traces", "solved"), False
+        "right answers of a solver",
+        ("solved_rl", "solved_traces", "solved"),
+        quick=False,
     ),
     "rejection": Route(
-        "right answers of the base, best of 64", ("rejection_traces", "rejection")
+        "right answers of the base, best of 64",
+        ("rejection_traces", "rejection"),
+        quick=False,
     ),
-    "worked": Route("the warm-up's worked explanations", ("worked",), False),
+    "worked": Route("the warm-up's worked explanations", ("worked",), quick=False),
     "worked_solver": Route(
         "worked explanations, then correctness RL", ("worked_some", "worked_solver")
     ),

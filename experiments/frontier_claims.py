@@ -8,7 +8,7 @@ compares what is complete for all seeds, so a run of some parts or cells will do
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -27,13 +27,14 @@ from experiments.frontier import (
     SEEDS,
 )
 from experiments.frontier_cells import Cell
-from experiments.kinds import form_and_errors
+from experiments.kinds import form_and_errors, form_of
 from experiments.paper_claims import COLD as FROM_STUDENTS
 from experiments.paper_claims import HIGHER, LARGER, ZERO_SHOT
 from experiments.statistics import Record
 from experiments.study import Claim, Measure, Route, Study
 from rlt_jax.errors import UserError
 from rlt_jax.report.files import read_lines
+from rlt_jax.training.metrics import stream_jsonl
 
 PART_OF_COMPUTE = {"": "", "_quarter": ", a quarter of the compute"}
 # Better, worse, what one would expect; in every cell.
@@ -266,6 +267,28 @@ def compute_table(of_cells: Mapping[Cell, Mapping[str, list]]) -> pd.DataFrame:
     return pd.DataFrame(columns).fillna("–").rename_axis("").reset_index()
 
 
+def careful_shares(
+    workdir: Path, cells: Iterable[Cell], seeds: Sequence[int]
+) -> pd.DataFrame:
+    """How often the base takes careful steps, of 131,072 samples at temperature 1.
+
+    Returns:
+      A row per cell and seed: the share of careful explanations, and of right answers.
+    """
+    rows = []
+    for cell, seed in itertools.product(cells, seeds):
+        file = workdir / f"rejection_traces_{cell.name}_{seed}" / "samples.jsonl"
+        careful = right = count = 0
+        for row in stream_jsonl(file):
+            thought = row["completion"].partition("<|end_of_thought|>")[0]
+            careful += form_of(thought) == "careful"
+            right += row["correct"]
+            count += 1
+        shares = {"careful": f"{careful / count:.1e}", "right": f"{right / count:.1e}"}
+        rows.append({"base": cell.label, "seed": seed, **shares})
+    return pd.DataFrame(rows)
+
+
 def judged(workdir: Path, cell: Cell, seeds: Sequence[int]) -> pd.DataFrame:
     """What students of the reward say of the warmed-up teacher's explanations.
 
@@ -317,6 +340,10 @@ def main() -> None:
         "compute": frontier_plots.compute(of_cells),
     }
     tables = {"Model operations to reach 50%": compute_table(of_cells)}
+    sampled = [c for c in of_cells if f"rejection_{c.name}" in comparison["routes"]]
+    if sampled:
+        shares = careful_shares(workdir, sampled, seeds)
+        tables["Careful steps among samples of the base at temperature 1"] = shares
     for cell in REWARDS_IN:
         if f"strong_{cell.name}" in comparison["routes"]:
             title = f"The warmed-up teacher's explanations: {cell.label}"
