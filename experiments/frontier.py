@@ -350,7 +350,8 @@ def _rewards(place: Place) -> dict[str, dict]:
         stages[f"{name}_traces"] = p.collect(f"{name}_rl", 1024)
         stages[name] = p.distil("habit", f"{name}_traces")
         stages[f"{name}_eval"] = p.evaluate(name)
-    path = f"{p.made_by('warmup_traces_quarter')}/traces.jsonl"
+    fewest = min(BUDGETS, key=BUDGETS.get)
+    path = f"{p.made_by(f'warmup_traces{fewest}')}/traces.jsonl"
     for name, judge in (("habit", p.made_by("habit")), ("strong", BASE)):
         stages[f"{name}_score"] = score(p.made_by("warm"), judge, path)
         stages[f"{name}_score"]["per_token"] = True
