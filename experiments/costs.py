@@ -36,6 +36,9 @@ def stage_cost(folder: Path) -> dict[str, float]:
 
 
 def _sft_cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    summary = read_json(folder / "done.json").get("summary") or {}
+    if summary.get("steps") == 0:  # there were no traces
+        return {}
     trained = _totals(folder)["time/step_tokens"]
     return {"trained_tokens": trained, "flops": 3 * trained * _token_flops(folder)}
 

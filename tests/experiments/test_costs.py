@@ -72,6 +72,12 @@ def write_rl(
     write_metrics(folder, "rollout", "score", "update")
 
 
+def test_a_stage_without_traces_costs_nothing(folder: Path) -> None:
+    write_settings(folder, "sft")
+    (folder / "done.json").write_text(json.dumps({"summary": {"steps": 0}}))
+    assert set(stage_cost(folder).values()) == {0.0}
+
+
 def test_fine_tuning_is_three_forward_passes(folder: Path) -> None:
     write_settings(folder, "sft")
     write_metrics(folder, "step")
