@@ -49,9 +49,10 @@ def frontier(of_cells: Curves) -> bytes:
     for panel, (title, cells) in zip(axes[0], panels.items()):
         style(panel)
         panel.set_title(title, loc="left", fontsize=10, weight="bold")
-        for name in ROUTES:
+        for n, name in enumerate(ROUTES):
+            aside = 0.03 * (n - len(ROUTES) / 2)  # so that no bar hides another
             points = [
-                (place, of_cells[cell][name][-1][1])
+                (place + aside, of_cells[cell][name][-1][1])
                 for place, cell in enumerate(cells)
                 if name in of_cells[cell]
             ]
@@ -76,15 +77,15 @@ def compute(of_cells: Curves) -> bytes:
     lines = -(-len(of_cells) // columns)
     figure = Figure(figsize=(WIDTH, 1.6 + 2.6 * lines), layout="constrained")
     for place, (cell, routes) in enumerate(of_cells.items(), start=1):
-        panel = figure.add_subplot(lines, columns, place, xscale="log")
+        panel = figure.add_subplot(lines, columns, place)
         style(panel)
         panel.set_title(cell.label, loc="left", fontsize=10, weight="bold")
         panel.axhline(50, color=MUTED, linestyle=":", linewidth=1)
         panel.set_ylim(-4, 104)
         for name, points in routes.items():
-            _line(panel, name, points[1:])
+            _line(panel, name, [(flops / 1e12, x) for flops, x in points])
         if place > len(of_cells) - columns:
-            panel.set_xlabel("model operations", color=MUTED)
+            panel.set_xlabel("model operations (10¹²)", color=MUTED)
     _legend(figure, figure.axes[0])
     return png(figure)
 
