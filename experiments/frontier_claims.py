@@ -239,18 +239,17 @@ def curves(comparison: Record) -> dict[Cell, dict[str, list[tuple[float, Record]
     """Cell -> route -> (operations, numbers) of the base and of each part of compute."""
     routes, result = comparison["routes"], {}
     for cell in CELLS:
-        base = routes.get(f"base_{cell.name}")
-        if base is None:
-            continue
-        result[cell] = {}
-        for name in ROUTES:
+        base, of_cell = routes.get(f"base_{cell.name}"), {}
+        for name in ROUTES if base else ():
             found = (
                 routes.get(f"{name}{suffix}_{cell.name}")
                 for suffix in sorted(BUDGETS, key=BUDGETS.get)
             )
             points = [(x["cost"]["flops"], x) for x in found if x]
             if points:
-                result[cell][name] = [(0.0, base), *points]
+                of_cell[name] = [(0.0, base), *points]
+        if of_cell:
+            result[cell] = of_cell
     return result
 
 

@@ -86,6 +86,7 @@ def made_up(seeds: tuple[int, ...]) -> dict:
         "solver_d3c0": numbers(0.1, 4e12),
         "rlt_quarter_d3c0": numbers(0.3, 1e12),
         "rlt_d3c0": numbers(0.7, 5e12),
+        "base_d3c5": numbers(0.1, None),  # of a cell that has only begun
         "base_d1c0": numbers(0.6, None),
         "solver_d1c0": numbers(0.6, 4e12),
     }
