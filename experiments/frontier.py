@@ -29,7 +29,6 @@ import ml_collections
 
 from experiments.frontier_cells import (
     Cell,
-    evaluation,
     habit,
     with_lengths,
     worked,
@@ -204,7 +203,7 @@ class Place(NamedTuple):
         return sft(self.made_by("habit"), role, data, steps, 8, 2e-3)
 
     def evaluate(self, model: str, task: str = "signs") -> dict:
-        return evaluation(self.cell, self.made_by(model), task)
+        return evaluate(self.made_by(model), self.cell.of_task(task, "test", 256, 5))
 
 
 def get_config(seeds: str = "") -> ml_collections.ConfigDict:

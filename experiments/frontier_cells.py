@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.small_stages import chains, evaluate, sft
+from experiments.small_stages import chains, sft
 
 OPERATIONS = (2, 4)  # of a chain
 ROW, MAX_NEW_TOKENS = 192, 88
@@ -95,11 +95,6 @@ def worked(cell: Cell, careful: float) -> dict:
         "wrong": 0.03 * rest,
     }
     return cell.data("train", 4000, 1, kinds=kinds, known_answer=True)
-
-
-def evaluation(cell: Cell, model: str, task: str = "signs") -> dict:
-    """An evaluation on test questions."""
-    return evaluate(model, cell.of_task(task, "test", 256, 5))
 
 
 def with_lengths(stages: Mapping[str, dict]) -> dict[str, dict]:

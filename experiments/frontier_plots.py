@@ -12,6 +12,7 @@ from rlt_jax.report.plots import BLUE, INK, MUTED, WIDTH, png, style
 
 Curves = Mapping[Cell, Mapping[str, Sequence[tuple[float, Record]]]]
 
+NEVER = "no careful steps (c = 0)"  # title of a panel
 # Route -> color, line style, marker.
 LOOKS = {
     "solver": (INK, "-", "o"),
@@ -36,9 +37,7 @@ def frontier(of_cells: Curves) -> bytes:
     most = max(cell.chains for cell in of_cells)
     panels = {
         f"answers of {most} digits": [c for c in of_cells if c.chains == most],
-        "no careful steps (c = 0)": sorted(
-            (c for c in of_cells if not c.share), key=lambda c: c.chains
-        ),
+        NEVER: sorted((c for c in of_cells if not c.share), key=lambda c: c.chains),
     }
     panels = {title: cells for title, cells in panels.items() if cells}
     figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
@@ -57,13 +56,11 @@ def frontier(of_cells: Curves) -> bytes:
                 if name in of_cells[cell]
             ]
             _line(panel, name, points)
-        bases = [next(iter(of_cells[cell].values()))[0][1]["mean"] for cell in cells]
-        ticks = [
-            f"{f'c = {cell.share:g}' if i == 0 else f'd = {cell.chains}'}\n"
-            f"base {100 * base:.1f}%"
-            for cell, base in zip(cells, bases)
-            for i in [0 if title.startswith("answers") else 1]
-        ]
+        ticks = []
+        for cell in cells:
+            base = next(iter(of_cells[cell].values()))[0][1]["mean"]
+            setting = f"d = {cell.chains}" if title == NEVER else f"c = {cell.share:g}"
+            ticks.append(f"{setting}\nbase {100 * base:.1f}%")
         panel.set_xticks(range(len(cells)), ticks, color=INK)
         panel.set_xlim(-0.3, len(cells) - 0.7)
     axes[0, 0].set_ylabel("right answers (%)", color=MUTED)
