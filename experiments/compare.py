@@ -167,11 +167,16 @@ def _measure(workdir: Path, measure: Measure, seeds: Sequence[int]) -> Record:
     return measure._asdict() | statistics.over_runs(pd.Series(values))
 
 
-def read_arguments(description: str, seeds: Sequence[int]) -> argparse.Namespace:
-    """The command line: `workdir`, and `seeds` with their default."""
+def read_arguments(
+    description: str, seeds: Sequence[int], beside: bool = False
+) -> argparse.Namespace:
+    """The command line: `workdir`, `seeds` with their default, with `beside` that, too."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="of all seeds")
     parser.add_argument("--seeds", type=seed_list, default=seeds, help="such as 0,1,2")
+    if beside:
+        words = "comparison.json of other cells, shown together with these"
+        parser.add_argument("--beside", type=Path, nargs="*", default=[], help=words)
     return parser.parse_args()
 
 

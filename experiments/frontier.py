@@ -8,7 +8,7 @@ writes runs/frontier/comparison/index.html, and needs `pip install '.[experiment
 settings were chosen on seed 100. Settings after `--` are those of the config:
 
     --config.parts="('frontier',)"   some of the parts
-    --config.cells="('d3c20',)"      some of the cells: 3 digits, c = 20 in ten thousand
+    --config.cells="('d3c5',)"       some of the cells: 3 digits, c = 5 in ten thousand
     --config.quick=True              four cells, and only the routes of the main picture
 
 Parts:
@@ -52,7 +52,6 @@ SEEDS = (0, 1, 2)  # of the published results
 BASE, BASE_LARGE = "embedded_chains", "embedded_chains_large"
 CELLS = (
     Cell(3, 0.2),
-    Cell(3, 0.002),
     Cell(3, 0.0005),
     Cell(3, 0.0001),
     Cell(3, 0.0),

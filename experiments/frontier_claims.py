@@ -3,20 +3,21 @@
 pip install '.[experiments]'
 python -m experiments.frontier_claims --workdir=runs/frontier
 
-compares what is complete for all seeds, so a run of some parts or cells will do.
+compares what is complete for all seeds, so a run of some parts or cells will do. Where
+cells were run in several places, --beside=DIR/comparison.json shows what another
+comparison has found, too; docs/frontier.json is that of docs/frontier.md.
 """
 
-import itertools
+import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from experiments import frontier_plots, pages
+from experiments import frontier_plots, frontier_tables, pages
 from experiments.compare import compare, read_arguments
 from experiments.frontier import (
-    BUDGETS,
     CELLS,
     CLAIMS_IN,
     COLD,
@@ -27,14 +28,12 @@ from experiments.frontier import (
     SEEDS,
 )
 from experiments.frontier_cells import Cell
-from experiments.kinds import form_and_errors, form_of
 from experiments.paper_claims import COLD as FROM_STUDENTS
 from experiments.paper_claims import HIGHER, LARGER, ZERO_SHOT
 from experiments.statistics import Record
 from experiments.study import Claim, Measure, Route, Study
 from rlt_jax.errors import UserError
-from rlt_jax.report.files import read_lines
-from rlt_jax.training.metrics import stream_jsonl
+from rlt_jax.report.files import read_json
 
 PART_OF_COMPUTE = {"": "", "_quarter": ", a quarter of the compute"}
 # Better, worse, what one would expect; in every cell.
@@ -214,140 +213,78 @@ def _kinds(cell: Cell) -> Iterator[Measure]:
             )
 
 
-def compute_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:
-    """Model operations at which a route reaches an accuracy, interpolated linearly.
+def with_tables(workdir: Path, comparison: Record, seeds: Sequence[int]) -> Record:
+    """A comparison with the tables that need the files of stages, as records by title."""
+    routes, tables = comparison["routes"], {}
+    sampled = [cell for cell in CELLS if f"rejection_{cell.name}" in routes]
+    if sampled:
+        title = "Careful steps among samples of the base at temperature 1"
+        tables[title] = frontier_tables.careful_shares(workdir, sampled, seeds)
+    for cell in REWARDS_IN:
+        if f"strong_{cell.name}" in routes:
+            title = f"The warmed-up teacher's explanations: {cell.label}"
+            tables[title] = frontier_tables.judged(workdir, cell, seeds).round(3)
+    records = {title: table.to_dict("records") for title, table in tables.items()}
+    return comparison | {"tables": records}
 
-    Args:
-      points: (operations, accuracy), by increasing operations, the base first.
-      accuracy: a fraction.
 
-    Returns:
-      0 where the base is that good, None where no point is.
+def merged(comparisons: Sequence[Record]) -> Record:
+    """Comparisons of different cells in one, cells in their order.
 
-    >>> compute_to([(0, 0.0), (4, 0.2), (8, 0.6)], 0.4)
-    6.0
+    Raises:
+      UserError: they are of different seeds.
     """
-    if points[0][1] >= accuracy:
-        return 0.0
-    for (before, low), (after, high) in itertools.pairwise(points):
-        if low < accuracy <= high:
-            return before + (after - before) * (accuracy - low) / (high - low)
-    return None
-
-
-def curves(comparison: Record) -> dict[Cell, dict[str, list[tuple[float, Record]]]]:
-    """Cell -> route -> (operations, numbers) of the base and of each part of compute."""
-    routes, result = comparison["routes"], {}
-    for cell in CELLS:
-        base, of_cell = routes.get(f"base_{cell.name}"), {}
-        for name in ROUTES if base else ():
-            found = (
-                routes.get(f"{name}{suffix}_{cell.name}")
-                for suffix in sorted(BUDGETS, key=BUDGETS.get)
+    first, *others = comparisons
+    for other in others:
+        if other["seeds"] != first["seeds"]:
+            raise UserError(
+                f"comparisons of the seeds {first['seeds']} and {other['seeds']} cannot be "
+                "shown together: give both the same --seeds."
             )
-            points = [(x["cost"]["flops"], x) for x in found if x]
-            if points:
-                of_cell[name] = [(0.0, base), *points]
-        if of_cell:
-            result[cell] = of_cell
-    return result
+    places = {cell.name: place for place, cell in enumerate(CELLS)}
 
+    def place(name: str) -> int:
+        return places.get(name.rpartition("_")[2], len(places))
 
-def compute_table(of_cells: Mapping[Cell, Mapping[str, list]]) -> pd.DataFrame:
-    """Operations to reach 50% right answers, a row per route and a column per cell."""
-    columns = {}
-    for cell, of_routes in of_cells.items():
-        column = columns[cell.label] = {}
-        for name, points in of_routes.items():
-            means = [(flops, numbers["mean"]) for flops, numbers in points]
-            reached = compute_to(means, 0.5)
-            text = f"> {means[-1][0]:.1e}" if reached is None else f"{reached:.1e}"
-            column[ROUTES[name].label] = text
-    return pd.DataFrame(columns).fillna("–").rename_axis("").reset_index()
-
-
-def careful_shares(
-    workdir: Path, cells: Iterable[Cell], seeds: Sequence[int]
-) -> pd.DataFrame:
-    """How often the base takes careful steps, of 131,072 samples at temperature 1.
-
-    Returns:
-      A row per cell and seed: the share of careful explanations, and of right answers.
-    """
-    rows = []
-    for cell, seed in itertools.product(cells, seeds):
-        file = workdir / f"rejection_traces_{cell.name}_{seed}" / "samples.jsonl"
-        careful = right = count = 0
-        for row in stream_jsonl(file):
-            thought = row["completion"].partition("<|end_of_thought|>")[0]
-            careful += form_of(thought) == "careful"
-            right += row["correct"]
-            count += 1
-        shares = {"careful": f"{careful / count:.1e}", "right": f"{right / count:.1e}"}
-        rows.append({"base": cell.label, "seed": seed, **shares})
-    return pd.DataFrame(rows)
-
-
-def judged(workdir: Path, cell: Cell, seeds: Sequence[int]) -> pd.DataFrame:
-    """What students of the reward say of the warmed-up teacher's explanations.
-
-    Returns:
-      A row per student and form that makes up more than 1%: its share, and means of the
-      number of tokens, the reward, and per token of the explanation the KL (k1), what
-      surprises the student (-log p_S), the same with at most 1 nat a token, and the KL's
-      largest value.
-    """
-    rows = [
-        _judgement(judge, row)
-        for judge in ("habit", "strong")
-        for seed in seeds
-        for row in read_lines(
-            workdir / f"{judge}_score_{cell.name}_{seed}" / "scores.jsonl"
-        )
-    ]
-    table = pd.DataFrame(rows).groupby(["student", "explanation"])
-    means = table.mean().assign(share=2 * table.size() / len(rows))
-    return means[means["share"] > 0.01].reset_index()
-
-
-def _judgement(judge: str, row: Record) -> Record:
-    kls = pd.Series(row["explanation_kl_tokens"])
-    surprises = -pd.Series(row["student_log_probs_explanation"])
-    return {
-        "student": LABELS["strong"] if judge == "strong" else LABELS["base"],
-        "explanation": form_and_errors(row["question"], row["reasoning_trace"]),
-        "tokens": len(kls),
-        "reward": row["reward"],
-        "KL": kls.mean(),
-        "surprise": surprises.mean(),
-        "surprise, at most 1": surprises.clip(upper=1).mean(),
-        "largest KL": kls.max(),
+    routes = {name: x for part in comparisons for name, x in part["routes"].items()}
+    claims = [claim for part in comparisons for claim in part["claims"]]
+    tables: dict[str, list[Record]] = {}
+    for part in comparisons:
+        for title, rows in part["tables"].items():
+            tables.setdefault(title, []).extend(rows)
+    return first | {
+        "routes": {name: routes[name] for name in sorted(routes, key=place)},
+        "claims": sorted(claims, key=lambda claim: place(claim["better"])),
+        "measures": [x for part in comparisons for x in part["measures"]],
+        "tables": tables,
     }
+
+
+def read(arguments: argparse.Namespace) -> Record:
+    """The comparison of a workdir, and others beside it."""
+    workdir, seeds = arguments.workdir, arguments.seeds
+    comparison = compare(workdir, study(workdir, seeds), seeds)
+    others = [read_json(path) for path in arguments.beside]
+    return merged([*others, with_tables(workdir, comparison, seeds)])
 
 
 def main() -> None:
     """Compares the seeds of a workdir."""
-    arguments = read_arguments(__doc__, SEEDS)
-    workdir, seeds = arguments.workdir, arguments.seeds
+    arguments = read_arguments(__doc__, SEEDS, beside=True)
     try:
-        comparison = compare(workdir, study(workdir, seeds), seeds)
+        comparison = read(arguments)
     except UserError as error:
         sys.exit(f"experiments.frontier_claims: {error}")
-    of_cells = curves(comparison)
+    of_cells = frontier_tables.curves(comparison)
     pictures = {
         "frontier": frontier_plots.frontier(of_cells),
         "compute": frontier_plots.compute(of_cells),
     }
-    tables = {"Model operations to reach 50%": compute_table(of_cells)}
-    sampled = [c for c in of_cells if f"rejection_{c.name}" in comparison["routes"]]
-    if sampled:
-        shares = careful_shares(workdir, sampled, seeds)
-        tables["Careful steps among samples of the base at temperature 1"] = shares
-    for cell in REWARDS_IN:
-        if f"strong_{cell.name}" in comparison["routes"]:
-            title = f"The warmed-up teacher's explanations: {cell.label}"
-            tables[title] = judged(workdir, cell, seeds).round(3)
-    print(pages.write_comparison(workdir, comparison, pictures, tables))
+    tables = {
+        "Model operations to reach 50%": frontier_tables.compute_table(of_cells),
+        **{title: pd.DataFrame(x) for title, x in comparison["tables"].items()},
+    }
+    print(pages.write_comparison(arguments.workdir, comparison, pictures, tables))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import frontier, frontier_claims, frontier_plots, pages
+from experiments import (
+    frontier,
+    frontier_claims,
+    frontier_plots,
+    frontier_tables,
+    pages,
+)
 from experiments.compare import compare
 from experiments.frontier_cells import Cell
 from rlt_jax.errors import UserError
@@ -68,9 +74,9 @@ def test_a_habit_has_its_share_of_careful_steps() -> None:
 
 def test_compute_to_an_accuracy_by_hand() -> None:
     points = [(0.0, 0.1), (4.0, 0.2), (8.0, 0.6), (9.0, 0.4)]
-    assert frontier_claims.compute_to(points, 0.4) == pytest.approx(6)
-    assert frontier_claims.compute_to(points, 0.05) == 0
-    assert frontier_claims.compute_to(points, 0.7) is None
+    assert frontier_tables.compute_to(points, 0.4) == pytest.approx(6)
+    assert frontier_tables.compute_to(points, 0.05) == 0
+    assert frontier_tables.compute_to(points, 0.7) is None
 
 
 def made_up(seeds: tuple[int, ...]) -> dict:
@@ -95,16 +101,36 @@ def made_up(seeds: tuple[int, ...]) -> dict:
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_curves_table_and_pictures_of_what_is_there(seeds: tuple[int, ...]) -> None:
-    of_cells = frontier_claims.curves(made_up(seeds))
+    of_cells = frontier_tables.curves(made_up(seeds))
     assert [cell.name for cell in of_cells] == ["d3c0", "d1c0"]
     rlt = of_cells[Cell(3, 0.0)]["rlt"]
     assert [flops for flops, _ in rlt] == [0, 1e12, 5e12]
-    table = frontier_claims.compute_table(of_cells).set_index("")
+    table = frontier_tables.compute_table(of_cells).set_index("")
     labels = {name: route.label for name, route in frontier.ROUTES.items()}
     assert table.loc[labels["solver"]].to_list() == ["> 4.0e+12", "0.0e+00"]
     assert table.loc[labels["rlt"]].to_list() == ["3.0e+12", "–"]
     for picture in (frontier_plots.frontier, frontier_plots.compute):
         assert picture(of_cells).startswith(PNG)
+
+
+def test_comparisons_of_other_cells_are_merged() -> None:
+    claim = {"better": "rlt_d1c0", "worse": "solver_d1c0"}
+    last = {"seeds": [0, 1], "measures": [1], "tables": {"a": [{"b": 1}], "c": []}}
+    last |= {"routes": {"base_d1c0": 1, "rlt_d1c0": 2}, "claims": [claim]}
+    claim = {"better": "rlt_d3c0", "worse": "solver_d3c0"}
+    first = {"seeds": [0, 1], "measures": [2], "tables": {"a": [{"b": 2}]}}
+    first |= {"routes": {"base_d3c0": 3}, "claims": [claim]}
+    both = frontier_claims.merged([last, first])
+    assert [*both["routes"].items()] == [
+        ("base_d3c0", 3),
+        ("base_d1c0", 1),
+        ("rlt_d1c0", 2),
+    ]
+    assert [x["better"] for x in both["claims"]] == ["rlt_d3c0", "rlt_d1c0"]
+    assert both["measures"] == [1, 2]
+    assert both["tables"] == {"a": [{"b": 1}, {"b": 2}], "c": []}
+    with pytest.raises(UserError, match=r"of the seeds \[0, 1\] and \[0\]"):
+        frontier_claims.merged([first, last | {"seeds": [0]}])
 
 
 def test_a_workdir_without_a_complete_route_is_refused(tmp_path: Path) -> None:
@@ -141,8 +167,9 @@ def test_all_stages_run_at_the_smallest_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {name: frontier.REWARDS[name] for name in ("clip", "both", "careful_5")}
-    for module in (frontier, frontier_claims):
+    for module in (frontier, frontier_tables):
         monkeypatch.setattr(module, "BUDGETS", {"": 1.0})
+    for module in (frontier, frontier_claims):
         monkeypatch.setattr(module, "REWARDS", few)
     monkeypatch.setattr(frontier_claims, "PART_OF_COMPUTE", {"": ""})
     frontier._parts.cache_clear()
@@ -158,9 +185,9 @@ def test_all_stages_run_at_the_smallest_size(
     assert {*comparison["routes"]} == names
     assert all(x["verdict"] == "one run only" for x in comparison["claims"])
     assert len(comparison["measures"]) == 3 * (3 + 3 + len(few))
-    of_cells = frontier_claims.curves(comparison)
+    of_cells = frontier_tables.curves(comparison)
     assert {*of_cells[Cell(1, 0.0)]} == {*frontier.ROUTES}
-    judged = frontier_claims.judged(tmp_path, Cell(1, 0.0), [7])
+    judged = frontier_tables.judged(tmp_path, Cell(1, 0.0), [7])
     assert judged["student"].nunique() == 2 and (judged["KL"] > 0).all()
     page = pages.write_comparison(
         tmp_path, comparison, {"frontier": frontier_plots.frontier(of_cells)}
