@@ -15,15 +15,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import pages, statistics
-from experiments.costs import stage_cost
+from experiments import kept, pages, statistics
 from experiments.paper_claims import PAPER
 from experiments.paper_small import SEEDS
 from experiments.statistics import Record
 from experiments.study import Claim, Measure, Study, seed_list
 from rlt_jax.errors import UserError
-from rlt_jax.report.files import read_evaluation, read_json, read_lines
-from rlt_jax.report.statistics import by_question, check_same_questions
+from rlt_jax.report.files import read_json, read_lines
+from rlt_jax.report.statistics import check_same_questions
 
 
 def compare(workdir: Path, study: Study, seeds: Sequence[int]) -> Record:
@@ -67,14 +66,13 @@ def read_accuracies(workdir: Path, study: Study, seeds: Sequence[int]) -> pd.Ser
     for route in study.routes:
         for seed in seeds:
             folder = workdir / route.evaluation.format(seed=seed)
-            answers = by_question(read_evaluation(folder), str(folder))
-            series[route.name, seed] = pd.Series(answers)
+            series[route.name, seed] = pd.Series(kept.accuracies(folder))
     return pd.concat(series, names=["route", "seed", "question"])
 
 
 def read_costs(workdir: Path, study: Study, seeds: Sequence[int]) -> dict[str, Record]:
     """The cost of each route that has stages, mean over runs."""
-    cost_of = functools.cache(stage_cost)  # routes share stages
+    cost_of = functools.cache(kept.cost)  # routes share stages
     costs = {}
     for route in study.routes:
         folders = [
@@ -150,8 +148,8 @@ def _correlation(study: Study, rewards: pd.DataFrame, accuracies: pd.Series) -> 
 def _measure(workdir: Path, measure: Measure, seeds: Sequence[int]) -> Record:
     values = {}
     for seed in seeds:
-        file = workdir / measure.folder.format(seed=seed) / "done.json"
-        numbers = pd.json_normalize(read_json(file)["summary"])
+        folder = workdir / measure.folder.format(seed=seed)
+        numbers = pd.json_normalize(kept.summary(folder))
         beside = measure.key.rpartition(".")[0] + "."
         if measure.key in numbers:
             values[seed] = numbers[measure.key].item()
@@ -161,22 +159,17 @@ def _measure(workdir: Path, measure: Measure, seeds: Sequence[int]) -> Record:
             values[seed] = measure.default
         else:
             raise UserError(
-                f"{file} has no number {measure.key!r} in its summary, which the measure "
+                f"{folder / 'done.json'} has no number {measure.key!r} in its summary, which the measure "
                 f"{measure.label!r} shows. Correct the measure's key or folder."
             )
     return measure._asdict() | statistics.over_runs(pd.Series(values))
 
 
-def read_arguments(
-    description: str, seeds: Sequence[int], beside: bool = False
-) -> argparse.Namespace:
-    """The command line: `workdir`, `seeds` with their default, with `beside` that, too."""
+def read_arguments(description: str, seeds: Sequence[int]) -> argparse.Namespace:
+    """The command line: `workdir`, and `seeds` with their default."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="of all seeds")
     parser.add_argument("--seeds", type=seed_list, default=seeds, help="such as 0,1,2")
-    if beside:
-        words = "comparison.json of other cells, shown together with these"
-        parser.add_argument("--beside", type=Path, nargs="*", default=[], help=words)
     return parser.parse_args()
 
 

@@ -3,19 +3,18 @@
 pip install '.[experiments]'
 python -m experiments.frontier_claims --workdir=runs/frontier
 
-compares what is complete for all seeds, so a run of some parts or cells will do. Where
-cells were run in several places, --beside=DIR/comparison.json shows what another
-comparison has found, too; docs/frontier.json is that of docs/frontier.md.
+compares what is complete for all seeds, so a run of some parts or cells will do; stages
+that the workdir lacks can be kept from another run, see kept.py.
 """
 
-import argparse
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from experiments import frontier_plots, frontier_tables, pages
+from experiments import frontier_plots, frontier_tables, kept, pages
 from experiments.compare import compare, read_arguments
 from experiments.frontier import (
     CELLS,
@@ -30,10 +29,8 @@ from experiments.frontier import (
 from experiments.frontier_cells import Cell
 from experiments.paper_claims import COLD as FROM_STUDENTS
 from experiments.paper_claims import HIGHER, LARGER, ZERO_SHOT
-from experiments.statistics import Record
 from experiments.study import Claim, Measure, Route, Study
 from rlt_jax.errors import UserError
-from rlt_jax.report.files import read_json
 
 PART_OF_COMPUTE = {"": "", "_quarter": ", a quarter of the compute"}
 # Better, worse, what one would expect; in every cell.
@@ -96,6 +93,7 @@ LABELS = {
     "careful_5": "5% careful steps in the warm-up instead of 20%",
     "careful_60": "60% careful steps in the warm-up",
 }
+JUDGES = {"habit": "the base", "strong": "the base before its habit"}
 TEACHER_OF = {"warmup": "warm", "rlt": "rlt_rl", "rlt_clip": "rlt_clip_rl"}
 
 
@@ -103,8 +101,8 @@ def study(workdir: Path, seeds: Sequence[int]) -> Study:
     """What is compared: the routes whose evaluations are complete for all seeds."""
 
     def complete(stage: str) -> bool:
-        files = (workdir / stage.format(seed=seed) / "done.json" for seed in seeds)
-        return all(file.is_file() for file in files)
+        folders = (workdir / stage.format(seed=seed) for seed in seeds)
+        return all(map(kept.is_complete, folders))
 
     routes = [
         route for cell in CELLS for route in _routes(cell) if complete(route.evaluation)
@@ -213,66 +211,49 @@ def _kinds(cell: Cell) -> Iterator[Measure]:
             )
 
 
-def with_tables(workdir: Path, comparison: Record, seeds: Sequence[int]) -> Record:
-    """A comparison with the tables that need the files of stages, as records by title."""
-    routes, tables = comparison["routes"], {}
-    sampled = [cell for cell in CELLS if f"rejection_{cell.name}" in routes]
-    if sampled:
-        title = "Careful steps among samples of the base at temperature 1"
-        tables[title] = frontier_tables.careful_shares(workdir, sampled, seeds)
-    for cell in REWARDS_IN:
-        if f"strong_{cell.name}" in routes:
-            title = f"The warmed-up teacher's explanations: {cell.label}"
-            tables[title] = frontier_tables.judged(workdir, cell, seeds).round(3)
-    records = {title: table.to_dict("records") for title, table in tables.items()}
-    return comparison | {"tables": records}
+def tables_of_stages(
+    workdir: Path, names: Collection[str], seeds: Sequence[int]
+) -> dict[str, pd.DataFrame]:
+    """Tables that need more than accuracies: the base's habits, and what judges say.
 
-
-def merged(comparisons: Sequence[Record]) -> Record:
-    """Comparisons of different cells in one, cells in their order.
-
-    Raises:
-      UserError: they are of different seeds.
+    Args:
+      workdir: of the seeds.
+      names: of the routes that are compared.
+      seeds: of the runs.
     """
-    first, *others = comparisons
-    for other in others:
-        if other["seeds"] != first["seeds"]:
-            raise UserError(
-                f"comparisons of the seeds {first['seeds']} and {other['seeds']} cannot be "
-                "shown together: give both the same --seeds."
-            )
-    places = {cell.name: place for place, cell in enumerate(CELLS)}
-
-    def place(name: str) -> int:
-        return places.get(name.rpartition("_")[2], len(places))
-
-    routes = {name: x for part in comparisons for name, x in part["routes"].items()}
-    claims = [claim for part in comparisons for claim in part["claims"]]
-    tables: dict[str, list[Record]] = {}
-    for part in comparisons:
-        for title, rows in part["tables"].items():
-            tables.setdefault(title, []).extend(rows)
-    return first | {
-        "routes": {name: routes[name] for name in sorted(routes, key=place)},
-        "claims": sorted(claims, key=lambda claim: place(claim["better"])),
-        "measures": [x for part in comparisons for x in part["measures"]],
-        "tables": tables,
-    }
-
-
-def read(arguments: argparse.Namespace) -> Record:
-    """The comparison of a workdir, and others beside it."""
-    workdir, seeds = arguments.workdir, arguments.seeds
-    comparison = compare(workdir, study(workdir, seeds), seeds)
-    others = [read_json(path) for path in arguments.beside]
-    return merged([*others, with_tables(workdir, comparison, seeds)])
+    tables, rows = {}, []
+    for cell, seed in itertools.product(CELLS, seeds):
+        if f"rejection_{cell.name}" in names:
+            folder = workdir / f"rejection_traces_{cell.name}_{seed}"
+            shares = {k: f"{x:.1e}" for k, x in kept.careful(folder).items()}
+            rows.append({"base": cell.label, "seed": seed, **shares})
+    if rows:
+        title = "Careful steps among 131,072 samples of the base at temperature 1"
+        tables[title] = pd.DataFrame(rows)
+    for cell in REWARDS_IN:
+        if f"strong_{cell.name}" in names:
+            judgements = {
+                label: [
+                    record
+                    for seed in seeds
+                    for record in kept.judged(
+                        workdir / f"{judge}_score_{cell.name}_{seed}"
+                    )
+                ]
+                for judge, label in JUDGES.items()
+            }
+            title = f"The warmed-up teacher's explanations: {cell.label}"
+            tables[title] = frontier_tables.judged_table(judgements).round(3)
+    return tables
 
 
 def main() -> None:
     """Compares the seeds of a workdir."""
-    arguments = read_arguments(__doc__, SEEDS, beside=True)
+    arguments = read_arguments(__doc__, SEEDS)
+    workdir, seeds = arguments.workdir, arguments.seeds
     try:
-        comparison = read(arguments)
+        comparison = compare(workdir, study(workdir, seeds), seeds)
+        more = tables_of_stages(workdir, comparison["routes"].keys(), seeds)
     except UserError as error:
         sys.exit(f"experiments.frontier_claims: {error}")
     of_cells = frontier_tables.curves(comparison)
@@ -280,11 +261,9 @@ def main() -> None:
         "frontier": frontier_plots.frontier(of_cells),
         "compute": frontier_plots.compute(of_cells),
     }
-    tables = {
-        "Model operations to reach 50%": frontier_tables.compute_table(of_cells),
-        **{title: pd.DataFrame(x) for title, x in comparison["tables"].items()},
-    }
-    print(pages.write_comparison(arguments.workdir, comparison, pictures, tables))
+    table = frontier_tables.compute_table(of_cells)
+    tables = {"Model operations to reach 50%": table, **more}
+    print(pages.write_comparison(workdir, comparison, pictures, tables))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from experiments import (
     frontier_claims,
     frontier_plots,
     frontier_tables,
+    kept,
     pages,
 )
 from experiments.compare import compare
@@ -113,26 +114,6 @@ def test_curves_table_and_pictures_of_what_is_there(seeds: tuple[int, ...]) -> N
         assert picture(of_cells).startswith(PNG)
 
 
-def test_comparisons_of_other_cells_are_merged() -> None:
-    claim = {"better": "rlt_d1c0", "worse": "solver_d1c0"}
-    last = {"seeds": [0, 1], "measures": [1], "tables": {"a": [{"b": 1}], "c": []}}
-    last |= {"routes": {"base_d1c0": 1, "rlt_d1c0": 2}, "claims": [claim]}
-    claim = {"better": "rlt_d3c0", "worse": "solver_d3c0"}
-    first = {"seeds": [0, 1], "measures": [2], "tables": {"a": [{"b": 2}]}}
-    first |= {"routes": {"base_d3c0": 3}, "claims": [claim]}
-    both = frontier_claims.merged([last, first])
-    assert [*both["routes"].items()] == [
-        ("base_d3c0", 3),
-        ("base_d1c0", 1),
-        ("rlt_d1c0", 2),
-    ]
-    assert [x["better"] for x in both["claims"]] == ["rlt_d3c0", "rlt_d1c0"]
-    assert both["measures"] == [1, 2]
-    assert both["tables"] == {"a": [{"b": 1}, {"b": 2}], "c": []}
-    with pytest.raises(UserError, match=r"of the seeds \[0, 1\] and \[0\]"):
-        frontier_claims.merged([first, last | {"seeds": [0]}])
-
-
 def test_a_workdir_without_a_complete_route_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete route for the seeds 0, 1"):
         frontier_claims.study(tmp_path, [0, 1])
@@ -187,8 +168,20 @@ def test_all_stages_run_at_the_smallest_size(
     assert len(comparison["measures"]) == 3 * (3 + 3 + len(few))
     of_cells = frontier_tables.curves(comparison)
     assert {*of_cells[Cell(1, 0.0)]} == {*frontier.ROUTES}
-    judged = frontier_tables.judged(tmp_path, Cell(1, 0.0), [7])
-    assert judged["student"].nunique() == 2 and (judged["KL"] > 0).all()
+    tables = frontier_claims.tables_of_stages(tmp_path, names, [7])
+    *_, judged = tables.values()
+    assert judged["judge"].nunique() == 2 and (judged["tokens"] > 0).all()
+
+    # What is kept of the stages says the same.
+    for cell in cells:
+        content = kept.content_of(tmp_path, f"_{cell.name}_7")
+        (tmp_path / "other" / kept.FOLDER).mkdir(parents=True, exist_ok=True)
+        kept.write(tmp_path / "other" / kept.FOLDER / f"{cell.name}.json", content)
+    other = tmp_path / "other"
+    assert frontier_claims.study(other, [7]) == study
+    assert compare(other, study, [7]) == comparison
+    again = frontier_claims.tables_of_stages(other, names, [7])
+    assert all(table.equals(again[title]) for title, table in tables.items())
     page = pages.write_comparison(
         tmp_path, comparison, {"frontier": frontier_plots.frontier(of_cells)}
     )
