@@ -15,6 +15,13 @@ class UserError(ValueError):
     """
 
 
+class StorageError(Exception):
+    """A file cannot be written, for a reason that passes: the same command goes on later.
+
+    `main` prints the message without a traceback and exits with status 75.
+    """
+
+
 @contextlib.contextmanager
 def as_user_error(what: str, *kinds: type[Exception], end: str = ".") -> Iterator[None]:
     """Raises UserError with `what` and the reason where exceptions of these kinds occur."""

@@ -11,78 +11,56 @@ Each stage works in <workdir>/<name>/; a complete one is skipped, one that was c
 on from its last checkpoint. --only=NAME runs one afresh; those that read from it follow the
 next time. Ctrl-C or SIGTERM saves and stops. `chat --help`: how to try a model.
 
+The exit status is 0 when all is done; 1 for bad input, which has to be mended; 75 when a
+disk, a network or another process failed; 143 and 130 after SIGTERM and Ctrl-C. After 75
+and 143 a scheduler gives the same command again, which resumes.
+
 On several hosts run it on each; a TPU pod, GKE and Slurm tell the processes about each
 other, elsewhere --coordinator_address, --num_processes and --process_id do.
 """
 
 import logging
 import sys
-import traceback
 
-from absl import app, flags
+from absl import app
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A Python file with get_config(); `file.py:arg` passes it an arg."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything a run writes.")
-_ONLY = flags.DEFINE_string("only", None, "Run this stage of the pipeline alone.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where there are several."
-)
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-_TIMEOUT = flags.DEFINE_integer(
-    "init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
-)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds until a silent process is dead.", lower_bound=1
-)
-_CACHE = flags.DEFINE_string(
-    "compilation_cache", None, "Folder of compiled programs; none by default on CPUs."
-)
-flags.mark_flags_as_required(["config", "workdir"])
+from rlt_jax import command_line as given
 
 
 def main(argv: list[str]) -> None:
-    """Runs the config; bad input ends in one message and exit status 1, a stop in 143."""
+    """Runs the config; the exit status is one of those above."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown argument {argv[1]!r}; all settings are flags.")
     # The libraries' own progress messages stay out of sight, ours are shown.
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Imported late, so that --help and bad flags answer at once.
     from rlt_jax.stages import run_pipeline
-    from rlt_jax.training import hosts
+    from rlt_jax.training import hosts, watchdog
     from rlt_jax.training.compilation import keep_programs
 
     def run() -> None:
-        members = (_COORDINATOR, _PROCESSES, _PROCESS, _TIMEOUT, _HEARTBEAT)
-        hosts.connect(*(flag.value for flag in members))
+        hosts.connect(
+            given.coordinator_address.value,
+            given.num_processes.value,
+            given.process_id.value,
+            given.init_timeout.value,
+            given.heartbeat_timeout.value,
+        )
         hosts.listen()
-        keep_programs(_CACHE.value)
+        if given.stall_timeout.value:
+            watchdog.start(given.stall_timeout.value, given.stall_exit.value)
+        keep_programs(given.compilation_cache.value)
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)
-        run_pipeline(_CONFIG.value, _WORKDIR.value, _ONLY.value)
+        run_pipeline(
+            given.config.value,
+            given.workdir.value,
+            given.only.value,
+            given.resume_with_changes.value,
+        )
 
     hosts.guard(run)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; a config that is missing or lacks a key is one message, too."""
-    try:
-        arguments = app.parse_flags_with_usage(argv)
-        _CONFIG.value.lock()  # a file that could not be read shows on its first use
-        return arguments
-    except OSError as error:
-        sys.exit(f"rlt_jax: --config: {str(error).splitlines()[-1].strip()}")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if all(frame.filename != config_flags.config_path.__file__ for frame in frames):
-            raise  # an error in the config file itself keeps its traceback
-        from rlt_jax.stages import explain_override
-
-        sys.exit(f"rlt_jax: a --config.KEY=VALUE {explain_override(argv, error)}")
 
 
 def cli() -> None:
@@ -91,7 +69,11 @@ def cli() -> None:
         from rlt_jax import chat
 
         return chat.main(sys.argv[1:])
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=given.parse_flags)
+    except KeyboardInterrupt:  # before signals are listened to
+        print("rlt_jax: stopped before anything began.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ seconds and the peak memory of the stage (on accelerators, of all stages so far)
 `prepare(config, seed)` is checked before the first stage of a run works, see `preflight`.
 """
 
-import datetime
+import contextlib
 import json
 import re
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,32 @@ from ml_collections import ConfigDict
 from rlt_jax import settings
 from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.records import Record
-from rlt_jax.stages import preflight
-from rlt_jax.training import hosts
-from rlt_jax.training.metrics import finite, peak_gib, reset_peak, write_json
+from rlt_jax.stages import lock, preflight
+from rlt_jax.stages.folder import (
+    RENAMED,
+    SETTINGS,
+    begin,
+    changed_inputs,
+    complete,
+    date_of_run,
+    flat,
+    is_done,
+    now,
+    remove_untouched,
+    renamed_key,
+    set_aside,
+)
+from rlt_jax.training import hosts, watchdog
+from rlt_jax.training.metrics import peak_gib, reset_peak
 
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
-SESSIONS = "sessions.json"  # in the folder of a stage until it is complete
-RUN = "run.json"  # in the workdir
-# Keys of earlier versions -> their names now.
-RENAMED = {
-    "student": "students, a tuple of models",
-    "reward": "rlt_reward",
-    "terms": "reward_terms",
-    "sft.format": "sft.role",
-    "loop.format": "loop.role",
-}
 
 
 def run_pipeline(
-    config: ConfigDict, workdir: str | Path, only: str | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    only: str | None = None,
+    with_changes: bool = False,
 ) -> None:
     """Runs every stage of the config that is not complete.
 
@@ -54,9 +60,12 @@ def run_pipeline(
       workdir: folder that holds a folder for each stage.
       only: name of the one stage to run, afresh if it was complete. Later stages that read
         from it run afresh the next time.
+      with_changes: whether a stage that was begun may continue with another learning rate,
+        number of steps, mesh and the like; changes.jsonl in its folder keeps them.
 
     Raises:
       UserError: bad input, anywhere in a stage.
+      StorageError: a file cannot be written.
     """
     root = _checked_workdir(workdir)
     sections = stage_sections(config)
@@ -69,19 +78,20 @@ def run_pipeline(
     for name, section in sections.items():
         values, folder = _settings(section, root, "", config.seed), root / name
         reads = {*preflight.stages_read(values, root)} & left.keys()
-        complete = (folder / "done.json").is_file() and not _changed(folder, values)
+        complete = is_done(folder) and not changed_inputs(folder, values)
         if only is not None or reads or not complete:
             left[name] = values
     # The first of several checks itself at once.
     first, to_make = (0, {}) if only is not None else (1, left)
     preflight.check([*left.values()][first:], to_make, root)
-    date = hosts.from_first(lambda: _date(root))
+    date = hosts.from_first(lambda: date_of_run(root))
     if only is not None:
         values = _settings(sections[only], root, date, config.seed)
-        hosts.from_first(lambda: _set_aside(root / only, values))
+        hosts.from_first(lambda: set_aside(only, root / only, values))
     for name, section in sections.items():
         hosts.stop_if_asked()
-        _run_stage(name, _settings(section, root, date, config.seed), root)
+        values = _settings(section, root, date, config.seed)
+        _run_stage(name, values, root, with_changes)
 
 
 def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -119,23 +129,10 @@ def _checked_stage(section: Any, where: str) -> str:
     if not isinstance(seed, int):
         raise UserError(f"{where}.seed={seed!r}: write an integer.")
     check_choice(f"{where}.stage", stage, STAGES)
-    if renamed := _renamed(values):
+    if renamed := renamed_key(values):
         raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
     settings.check(preflight.module_of(stage).SECTIONS, values, where)
     return stage
-
-
-def _renamed(values: settings.Section) -> tuple[str, str] | None:
-    """The first key that an earlier version named otherwise, and its name now."""
-    students = values.get("students")
-    if isinstance(students, Mapping) and "path" not in students:
-        return "students", "ensemble, and `student` is now `students`"
-    for old, new in RENAMED.items():
-        part, _, key = old.rpartition(".")
-        section = values.get(part) if part else values
-        if isinstance(section, Mapping) and key in section:
-            return old, new
-    return None
 
 
 def explain_override(arguments: Sequence[str], error: Exception) -> str:
@@ -148,18 +145,29 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
     return f"has a key the config lacks: {' '.join(str(reason.args[0]).split())}"
 
 
-def _run_stage(name: str, values: Record, root: Path) -> None:
+def _run_stage(name: str, values: Record, root: Path, with_changes: bool) -> None:
     folder = root / name
-    if hosts.from_first(lambda: _is_complete(name, folder, values)):
-        LOG.info("stage %s is complete, skipped", name)
-        return
-    if not (folder / "settings.json").is_file():
+    with contextlib.ExitStack() as locked:
+
+        def has_work() -> bool:
+            locked.enter_context(lock.held(root, name))
+            return begin(name, folder, values, with_changes)
+
+        if not hosts.from_first(has_work):
+            LOG.info("stage %s is complete, skipped", name)
+            return
+        _work(name, values, folder)
+
+
+def _work(name: str, values: Record, folder: Path) -> None:
+    if not (folder / SETTINGS).is_file():
         raise UserError(
             f"{folder}, which process 0 has made, is not visible on this host: --workdir "
             "has to be in a file system that all hosts share."
         )
     stage = values["stage"]
     LOG.info("stage %s (%s) begins", name, stage)
+    watchdog.progress(f"stage {name} begins")
     reset_peak()
     start = time.monotonic()
     config = ConfigDict(values)
@@ -168,65 +176,12 @@ def _run_stage(name: str, values: Record, root: Path) -> None:
         summary = preflight.module_of(stage).run(config, folder, values["seed"])
     except UserError:
         if hosts.is_first():
-            _remove_untouched(folder)
+            remove_untouched(folder)
         raise
     costs = {"seconds": time.monotonic() - start, "peak_gib": peak_gib()}
-    done = {"stage": stage, "finished": _now(), **costs, "summary": summary}
-    hosts.from_first(lambda: _complete(folder, done))
+    done = {"stage": stage, "finished": now(), **costs, "summary": summary}
+    hosts.from_first(lambda: complete(folder, done))
     LOG.info("stage %s took %.0f s", name, costs["seconds"])
-
-
-def _is_complete(name: str, folder: Path, values: Record) -> bool:
-    """Whether a stage has nothing to do; else its folder is there, with its settings."""
-    how = ""
-    if renamed := _renamed(_read_json(folder / "settings.json")):
-        change = "{} is now called {}".format(*renamed)
-        how = f"by an earlier version of rlt_jax ({change}). Its models still load"
-    elif difference := _difference(folder, values):
-        how = f"with other settings ({difference})"
-    if how:
-        raise UserError(
-            f"stage {name}: {folder} was made {how}. Use another --workdir, or "
-            f"--only={name} to run this stage afresh."
-        )
-    if changed := _changed(folder, values):
-        LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
-        _keep_aside(folder)
-    if (folder / "done.json").is_file():
-        return True
-    begun, inputs = _read_json(folder / SESSIONS), _inputs(folder, values)
-    # One that died told nobody how long it was.
-    sessions = begun.get("sessions", int((folder / "settings.json").is_file())) + 1
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
-    write_json(folder / "settings.json", values)
-    return False
-
-
-def _changed(folder: Path, values: Record) -> list[str]:
-    """Stages that were run afresh since a stage has read from them."""
-    complete, inputs = (folder / "done.json").is_file(), _inputs(folder, values)
-    begun = _read_json(folder / ("done.json" if complete else SESSIONS))
-    known = begun.get("inputs", inputs)  # earlier versions did not keep them
-    return sorted(dict(known.items() ^ inputs.items()))
-
-
-def _inputs(folder: Path, values: Record) -> dict[str, str]:
-    """Complete stages that a stage reads -> when they were complete."""
-    read = preflight.stages_read(values, folder.parent)
-    if values["stage"] == "report":  # it has their names
-        read += re.findall(r'"(\w+)"', json.dumps(values))
-    times = {
-        name: _read_json(folder.with_name(name) / "done.json").get("finished")
-        for name in {*read} - {folder.name}
-    }
-    return {name: time for name, time in times.items() if time}
-
-
-def _complete(folder: Path, done: Record) -> None:
-    """Writes `done.json`; its seconds are those of the last of `sessions`."""
-    write_json(folder / "done.json", finite(done) | _read_json(folder / SESSIONS))
-    (folder / SESSIONS).unlink(missing_ok=True)
 
 
 def _checked_workdir(workdir: str | Path) -> Path:
@@ -249,7 +204,7 @@ def _checked_workdir(workdir: str | Path) -> Path:
 
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     """Several processes have to do the same."""
-    values = _flat(config.to_dict(), "config")
+    values = flat(config.to_dict(), "config")
     flags = {"--workdir": str(root), "--only": only}
     package = Path(__file__).parents[1]
     sources = (file.read_bytes() for file in sorted(package.rglob("*.py")))
@@ -258,18 +213,6 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     hosts.agree("config and flags", flags | values)
     # Later, as counting starts the devices.
     hosts.agree("the devices", {"their number": jax.local_device_count()})
-
-
-def _date(root: Path) -> str:
-    """Date and time of the run's first start: chat templates may have them in prompts."""
-    if not (root / RUN).is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(root / RUN, {"date": _now()})
-    return _read_json(root / RUN)["date"]
-
-
-def _now() -> str:
-    return datetime.datetime.now().astimezone().isoformat()
 
 
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
@@ -283,50 +226,3 @@ def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
         if isinstance(model, dict):
             model["date"] = model.get("date") or date
     return {"seed": seed, **values}
-
-
-def _difference(folder: Path, values: Record) -> str | None:
-    """The first key in which the folder's settings differ from these."""
-    before, now = _flat(_read_json(folder / "settings.json")), _flat(values)
-    for key in sorted(before.keys() | now.keys()) if before else ():
-        if before.get(key) != now.get(key):
-            return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-    return None
-
-
-def _read_json(file: Path) -> Record:
-    """The values in a file; {} where there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _flat(values: Any, prefix: str = "") -> Record:
-    if not isinstance(values, dict) or (prefix and not values):
-        return {prefix: values}
-    return {
-        key: leaf
-        for name, item in values.items()
-        for key, leaf in _flat(item, f"{prefix}.{name}" if prefix else name).items()
-    }
-
-
-def _set_aside(folder: Path, values: Record) -> None:
-    """Renames the folder of a complete stage, or of one with other settings."""
-    if (folder / "done.json").is_file() or _difference(folder, values) is not None:
-        _keep_aside(folder)
-
-
-def _keep_aside(folder: Path) -> None:
-    """Renames a folder, so that the stage begins afresh and what it did is kept."""
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(kept)
-    LOG.info("the earlier %s is kept as %s", folder, kept)
-
-
-def _remove_untouched(folder: Path) -> None:
-    """Removes a stage's folder without any work in it: a mended config may use it."""
-    if {path.name for path in folder.iterdir()} == {"settings.json", SESSIONS}:
-        shutil.rmtree(folder)
-        if [path.name for path in folder.parent.iterdir()] == [RUN]:
-            (folder.parent / RUN).unlink()

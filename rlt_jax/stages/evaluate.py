@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlt_jax import files
 from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
@@ -146,7 +147,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             names = ("this one", c.compare_with)
             difference = statistics.compare(ours, other, names)._asdict()
             results["difference"] = {"compared_with": c.compare_with, **difference}
-        metrics.write_json(workdir / "results.json", results)
+        files.write_json(workdir / "results.json", results)
         return results
 
     return hosts.from_first(write_results)

@@ -23,7 +23,7 @@ from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
 from rlt_jax.rl.rlt_reward import balanced_kl_coef
 from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.setup import Run, is_due, sample_records
-from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training import checkpoint, hosts, sharding, watchdog
 from rlt_jax.training.lora import Tuning
 from rlt_jax.training.metrics import (
     MetricWriter,
@@ -33,7 +33,7 @@ from rlt_jax.training.metrics import (
     phase_metrics,
     steps,
 )
-from rlt_jax.training.state import check_skipped, from_items, to_items
+from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
 
 _HELD_OUT_KEY = 2**31 - 1  # folded into the key: no step has this number
@@ -118,6 +118,7 @@ class Journal:
         """Ends a phase of the step when its results are there."""
         jax.block_until_ready(results)
         self._times[phase] = time.monotonic()
+        watchdog.progress(f"{self.workdir.name}, {phase} done")
 
     def record(
         self,
@@ -144,16 +145,17 @@ class Journal:
             self._keep_best(done, result["reward"])
             if c.evaluate_every:
                 metrics |= {f"held_out/{name}": x for name, x in result.items()}
-        check_skipped(self._writer.write(step, metrics), c.max_skipped)
+        check_updates(self._writer.write(step, metrics), c.max_skipped, False)
         if step % c.sample_every == 0:
             self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
         stop = hosts.stopping()
         if is_due(done, c.checkpoint_every, c.steps) or stop:
             # The metrics of all steps before a checkpoint are on disk.
-            check_skipped(self._writer.flush(), c.max_skipped)
-            data = {"prompts": self.prompts.get_state(), "results": self._results}
-            trees = {"params": self.policy()} | _items(self.tuning, self.weights)
-            checkpoint.save(self._manager, done, trees, data)
+            last = self._writer.flush(), c.max_skipped, done == c.steps
+            if check_updates(*last):
+                data = {"prompts": self.prompts.get_state(), "results": self._results}
+                trees = {"params": self.policy()} | _items(self.tuning, self.weights)
+                checkpoint.save(self._manager, done, trees, data)
         if stop:
             raise hosts.Stopped
 

@@ -30,7 +30,7 @@ from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
 from rlt_jax.training.optimizer import OptimizerConfig
-from rlt_jax.training.state import check_skipped, from_items, to_items
+from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params
 
 
@@ -159,15 +159,16 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
                 if held_out and setup.is_due(done, c.evaluate_every, c.steps):
                     loss = held_out_loss(learner, state.params, held_out, mesh)
                     metrics["held_out/loss"] = loss
-                check_skipped(writer.write(step, metrics), c.max_skipped)
+                check_updates(writer.write(step, metrics), c.max_skipped, False)
                 stop = hosts.stopping()
                 if setup.is_due(done, c.checkpoint_every, c.steps) or stop:
                     # The metrics of all steps before a checkpoint are on disk.
-                    check_skipped(writer.flush(), c.max_skipped)
-                    trees = {"params": tuning.merge(state.params)}
-                    trees |= to_items(state, tuning.item)
-                    data = {"batches": batches.get_state()}
-                    checkpoint.save(manager, done, trees, data)
+                    last = writer.flush(), c.max_skipped, done == c.steps
+                    if check_updates(*last):
+                        trees = {"params": tuning.merge(state.params)}
+                        trees |= to_items(state, tuning.item)
+                        data = {"batches": batches.get_state()}
+                        checkpoint.save(manager, done, trees, data)
                 if stop:
                     raise hosts.Stopped
         manager.wait_until_finished()
@@ -291,10 +292,11 @@ def load_examples(
 
 def _losses(file: Path) -> dict[str, float]:
     """The last training loss; the last and the first held-out loss, if any."""
-    records = read_jsonl(file)
+    records = read_jsonl(file) if file.is_file() else []
+    first, last = (records[0], records[-1]) if records else ({}, {})
     losses = {
-        "loss": records[-1]["sft/loss"],
-        "held_out_loss": records[-1].get("held_out/loss"),
-        "held_out_loss_first": records[0].get("held_out/loss_first"),
+        "loss": last.get("sft/loss"),
+        "held_out_loss": last.get("held_out/loss"),
+        "held_out_loss_first": first.get("held_out/loss_first"),
     }
     return {name: loss for name, loss in losses.items() if loss is not None}

@@ -24,12 +24,14 @@ from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
 from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.files import storage_errno, storing
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.settings import build
-from rlt_jax.training import hosts
+from rlt_jax.training import checksums, hosts
+from rlt_jax.training.checksums import Manager, without_traces
 from rlt_jax.training.sharding import abstract, check_model, param_shardings
 from rlt_jax.types import Params
 
@@ -138,6 +140,10 @@ def load_params(
     else:
         path, adapter = _find_base(source.path)
         origin = adapter or path
+        if (path / "settings.json").is_file() and not (path / "done.json").is_file():
+            LOG.warning(
+                f"model {path}: its stage has not finished; its newest checkpoint is used"
+            )
         if (path / "model.json").is_file():
             shapes = abstract(jax.eval_shape(init, key), shardings)
             params = read_item(path, "params", shapes)
@@ -255,47 +261,48 @@ def read_item(path: Path, name: str, target: Any = None) -> Any:
         return checkpointer.restore(item, wanted)
 
     with ocp.StandardCheckpointer() as checkpointer:
-        return _newest(folder, steps, restore)[1]
+        return _newest(folder, steps, restore, name)[1]
 
 
 def _newest(
-    folder: Path, steps: Sequence[int], restore: Callable[[int], T]
+    folder: Path, steps: Sequence[int], restore: Callable[[int], T], item: str = ""
 ) -> tuple[int, T]:
     """Step and content of the newest checkpoint that can be read.
 
+    Args:
+      folder: of the checkpoints.
+      steps: of those that are complete.
+      restore: reads one.
+      item: the only one that it reads, "" for all.
+
     Raises:
-      UserError: none can be read; or the newest cannot, with several processes.
+      UserError: none can be read; or, with several processes, the newest cannot though its
+        checksums are right.
     """
     for step in sorted(steps, reverse=True):
+        reason = hosts.from_first(lambda n=step: checksums.damage(folder, n, item))
+        cause, is_alone = None, True
         try:
-            return step, restore(step)
+            if not reason:
+                return step, restore(step)
         except Exception as error:  # Orbax has no class of its own for damaged files
+            if storage_errno(error):
+                raise
+            cause, is_alone = error, jax.process_count() == 1
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            damaged = f"checkpoint {folder / str(step)} cannot be read ({reason})"
-            # The other processes may have read theirs.
-            if step == min(steps) or jax.process_count() > 1:
-                raise UserError(
-                    f"{damaged}. Remove its folder to use an older one, if there is one, "
-                    "or run the stage afresh with --only."
-                ) from error
-            LOG.warning("%s; an older one is used", damaged)
+        damaged = f"checkpoint {folder / str(step)} cannot be read ({reason})"
+        # The other processes may have read theirs.
+        if step == min(steps) or not is_alone:
+            raise UserError(
+                f"{damaged}. Remove its folder to use an older one, if there is one, "
+                "or run the stage afresh with --only."
+            ) from cause
+        LOG.warning("%s; an older one is used", damaged)
     raise AssertionError
 
 
-class _Manager(ocp.CheckpointManager):
-    """Leaves preemption to `hosts.stopping`.
-
-    Orbax would report its steps to JAX's preemption service, between the counts of calls
-    that `hosts.stopping` reports.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        """No: a stage saves by itself when it is asked to stop."""
-        return False
-
-
 @contextlib.contextmanager
-def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+def open_manager(stage_dir: Path, keep: int) -> Iterator[Manager]:
     """Opens the checkpoint manager of a stage, which keeps the last `keep` checkpoints.
 
     On CPU it saves before it returns: the copies that are written would otherwise be in
@@ -303,18 +310,20 @@ def open_manager(stage_dir: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     """
     mode = {"enable_async_checkpointing": jax.default_backend() != "cpu"}
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, **mode)
-    manager = _Manager(_folder(stage_dir), options=options)
-    try:
-        yield manager
-    except Exception as error:
-        # Closing waits for all processes, which would hang if only one of them fails.
-        if jax.process_count() == 1 or isinstance(error, hosts.Stopped):
-            manager.close()
-        raise
-    manager.close()
+    with without_traces():
+        with storing(stage_dir):
+            manager = Manager(_folder(stage_dir), options=options)
+        try:
+            yield manager
+        except Exception as error:
+            # Closing waits for all processes, which would hang if only one of them fails.
+            if jax.process_count() == 1 or isinstance(error, hosts.Stopped):
+                manager.close()
+            raise
+        manager.close()
 
 
-def save(manager: ocp.CheckpointManager, step: int, trees: Named, data: Named) -> None:
+def save(manager: Manager, step: int, trees: Named, data: Named) -> None:
     """Saves a checkpoint, asynchronously but on CPU.
 
     Args:
@@ -325,7 +334,10 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Named, data: Named) -
     """
     free_memory()
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
+    args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
+    with storing(Path(manager.directory) / str(step)):
+        manager.save(step, args=args)
+    manager.add_checksums(step)
     free_memory()
 
 

@@ -21,18 +21,25 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import StorageError, UserError
+from rlt_jax.files import GO_ON, storage_errno
 from rlt_jax.training import private_jax
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PREEMPTED = 128 + signal.SIGTERM  # exit status
+# Stop signal -> exit status. A scheduler gives the command again after all but 1 and 130.
+STOP_SIGNALS = {
+    signal.SIGTERM: 128 + signal.SIGTERM,
+    signal.SIGINT: 128 + signal.SIGINT,
+}
+USER_ERROR = 1
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a disk, a network or another process failed
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
 EXIT_SECONDS = 10  # that processes wait for each other when one has failed
 FAILURES = "rlt_jax_failures"
 
 _stop_requested = threading.Event()
+_stop_status = [STOP_SIGNALS[signal.SIGTERM]]  # that of the signal that came here
 _exiting = threading.Event()
 _keys = itertools.count()
 _stopping_calls = itertools.count(1)
@@ -107,7 +114,8 @@ def connect(
         raise UserError(f"cannot connect {who} at {address}: {reason}") from error
     finally:
         timer.cancel()
-    threading.Thread(target=_watch_failures, daemon=True).start()
+    args = [heartbeat_timeout]
+    threading.Thread(target=_watch_others, args=args, daemon=True).start()
 
 
 def _in_cluster() -> bool:
@@ -154,8 +162,9 @@ def _handle_signals(read_fd: int) -> None:
     while number := os.read(read_fd, 1):
         if number[0] not in STOP_SIGNALS:
             continue
+        _stop_status[0] = STOP_SIGNALS[signal.Signals(number[0])]
         if _stop_requested.is_set():
-            os._exit(PREEMPTED)
+            os._exit(_stop_status[0])
         _stop_requested.set()
         message = "stops after this step and saves; a second signal ends it at once."
         print(f"\nrlt_jax: {message}", file=sys.stderr, flush=True)
@@ -192,7 +201,7 @@ def from_first(make: Callable[[], T]) -> T:
     The others wait until it returns, so they can read the files that it writes.
 
     Raises:
-      UserError: in every process, if `make` raised it.
+      UserError, StorageError: in every process, if `make` raised it.
     """
     if not jax.distributed.is_initialized():
         return make()
@@ -200,12 +209,13 @@ def from_first(make: Callable[[], T]) -> T:
     if is_first():
         try:
             answer = {"value": make()}
-        except UserError as error:
-            answer = {"error": str(error)}
+        except (UserError, StorageError) as error:
+            answer = {type(error).__name__: str(error)}
         private_jax.send(key, json.dumps(answer))
     answer = json.loads(private_jax.receive(key))
-    if "error" in answer:
-        raise UserError(answer["error"])
+    for kind in (UserError, StorageError):
+        if kind.__name__ in answer:
+            raise kind(answer[kind.__name__])
     return answer["value"]
 
 
@@ -249,7 +259,8 @@ def agree_on_items(what: str, items: Iterable[Any]) -> None:
 def guard(work: Callable[[], None]) -> None:
     """Calls `work`; if it fails in one process, all processes exit with the reason.
 
-    A UserError exits with its message and status 1, Stopped with status 143.
+    A UserError exits with its message and status 1, a failure of the storage with status
+    75, Stopped with that of the signal, 143 or 130.
     """
     try:
         work()
@@ -258,8 +269,13 @@ def guard(work: Callable[[], None]) -> None:
     except Stopped:
         message = "stopped by a signal, all is saved; the same command resumes the run."
         print(f"rlt_jax: {message}", file=sys.stderr)
-        sys.exit(PREEMPTED)
-    except (Exception, KeyboardInterrupt):
+        sys.exit(_stop_status[0])
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, StorageError):
+            _fail(str(error), TRY_AGAIN)
+        if storage_errno(error):
+            reason = " ".join(str(error).split())[:500]
+            _fail(f"the storage failed: {reason}. {GO_ON}", TRY_AGAIN)
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
@@ -268,30 +284,51 @@ def guard(work: Callable[[], None]) -> None:
         _exiting.set()
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Exits with a message, which the other processes print too."""
     if not jax.distributed.is_initialized():
-        sys.exit(f"rlt_jax: {message}")
+        print(f"rlt_jax: {message}", file=sys.stderr)
+        sys.exit(status)
     index = private_jax.process_id()
     message = f"process {index} of {private_jax.num_processes()}: {message}"
     _exiting.set()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is dead
-        private_jax.send(f"{FAILURES}/{index}", message)
-    _exit_together(message)
+        private_jax.send(f"{FAILURES}/{index}", json.dumps([message, status]))
+    _exit_together(message, status)
 
 
-def _watch_failures() -> None:
-    """Ends this process when another one has failed."""
+def _watch_others(heartbeat_timeout: float) -> None:
+    """Ends this process when another one has failed, or does not answer any more.
+
+    JAX does the latter, too, a little later and with a stack trace of its C++ code.
+    """
+    silence, count = 0.8 * heartbeat_timeout, private_jax.num_processes()
+    answered = dict.fromkeys(range(count), time.monotonic())
+    beats: dict[int, str] = {}
     while not _exiting.wait(POLL_SECONDS):
-        # If process 0 is dead, JAX's heartbeats end this process.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
+        failures, now = [], time.monotonic()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is silent
+            private_jax.beat(str(now))
             failures = private_jax.received(FAILURES)
-            if failures and not _exiting.is_set():
-                _exiting.set()
-                _exit_together(f"ends, as another process failed: {failures[0]}")
+            new = (
+                private_jax.beats() if is_first() else dict.fromkeys(answered, str(now))
+            )
+            answered |= {i: now for i in new if new[i] != beats.get(i)}
+            beats = new
+        silent = [i for i in answered if now - answered[i] > silence]
+        if failures and not _exiting.is_set():
+            _exiting.set()
+            message, status = json.loads(failures[0])
+            _exit_together(f"ends, as another process failed: {message}", status)
+        elif silent and not _exiting.is_set():
+            _fail(
+                f"process {silent[0]} has not answered for {silence:.0f} s: it was killed, "
+                f"or its host or its network failed. {GO_ON}",
+                TRY_AGAIN,
+            )
 
 
-def _exit_together(message: str) -> NoReturn:
+def _exit_together(message: str, status: int) -> NoReturn:
     """Exits when all processes have heard of the failure, or after EXIT_SECONDS."""
     print(f"rlt_jax: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is dead
@@ -299,4 +336,4 @@ def _exit_together(message: str) -> NoReturn:
     if is_first():
         time.sleep(POLL_SECONDS)  # JAX aborts processes that outlive process 0
     sys.stdout.flush()
-    os._exit(1)  # sys.exit would wait for the main thread and for dead processes
+    os._exit(status)  # sys.exit would wait for the main thread and for dead processes

@@ -4,19 +4,24 @@ With several processes, only process 0 writes files and shows progress.
 """
 
 import contextlib
-import json
-import math
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rlt_jax.training import hosts
+from rlt_jax import files
+from rlt_jax.errors import LOG
+from rlt_jax.files import stream_jsonl
+from rlt_jax.records import Record
+from rlt_jax.training import hosts, watchdog
 
 RESET = Path("/proc/self/clear_refs")
 
@@ -32,11 +37,13 @@ class MetricWriter:
     def __init__(self, workdir: Path, first_step: int) -> None:
         self._file = workdir / "metrics.jsonl"
         # Resuming writes the later steps again.
-        keep_records(self._file, lambda record: record["step"] < first_step)
-        folder, is_first = str(workdir / "tensorboard"), hosts.is_first()
-        self._events = tensorboardX.SummaryWriter(
-            folder, purge_step=first_step, write_to_disk=is_first
-        )
+        kept = keep_records(self._file, lambda record: record["step"] < first_step)
+        if hosts.is_first() and len(kept) < first_step:
+            LOG.warning(
+                f"{self._file} has {len(kept)} of the {first_step} steps before the "
+                "checkpoint; the numbers of the others are lost, the training is not"
+            )
+        self._events = _Events(workdir / "tensorboard", first_step)
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -58,8 +65,7 @@ class MetricWriter:
         self._pending = None
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         append_jsonl(self._file, [{"step": step, **numbers}])
-        for name, number in numbers.items():
-            self._events.add_scalar(name, number, step)
+        self._events.write(step, numbers)
         return numbers
 
     def __enter__(self) -> Self:
@@ -70,6 +76,59 @@ class MetricWriter:
         if error is None or jax.process_count() == 1:
             self.flush()
         self._events.close()
+
+
+class _Events:
+    """TensorBoard's event file, written by this thread; a failure ends it, not the run.
+
+    tensorboardX's own writer has a thread, and waits for ever where that has died.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._folder, self._writer = folder, None
+        if hosts.is_first():
+            start = Event(
+                step=first_step, session_log=SessionLog(status=SessionLog.START)
+            )
+            with self._given_up_on_failure():
+                folder.mkdir(parents=True, exist_ok=True)
+                suffix = f".{os.getpid()}.{first_step}"
+                self._writer = EventsWriter(str(folder / "events"), suffix)
+                self._write(start)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes numbers of a step."""
+        if self._writer is not None:
+            values = [summary.scalar(name, x).value[0] for name, x in numbers.items()]
+            event = Event(step=step, wall_time=time.time())
+            event.summary.value.extend(values)
+            with self._given_up_on_failure():
+                self._write(event)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            with self._given_up_on_failure():
+                self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    @contextlib.contextmanager
+    def _given_up_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            LOG.warning(
+                f"TensorBoard files in {self._folder} cannot be written "
+                f"({error.strerror}); training goes on without them, and metrics.jsonl "
+                "has the same numbers"
+            )
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(OSError):
+                if writer is not None:
+                    writer.close()
 
 
 def reset_peak() -> None:
@@ -95,51 +154,24 @@ def phase_metrics(phase: str, tokens: int, seconds: float) -> dict[str, float]:
     }
 
 
-def append_jsonl(file: Path, records: list[dict[str, Any]]) -> None:
-    """Appends records to a JSON Lines file, after dropping an incomplete last line.
-
-    Numbers that are not finite are written as null, as JSON has none of them.
-    """
-    if not hosts.is_first():
-        return
-    with file.open("ab+") as lines:
-        if lines.tell():
-            lines.seek(-1, os.SEEK_END)
-            if lines.read() != b"\n":
-                lines.seek(0)
-                lines.truncate(lines.read().rfind(b"\n") + 1)
-        for record in records:
-            text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
-            # Lone surrogates are written as JSON escapes.
-            lines.write(text.encode("utf-8", "backslashreplace") + b"\n")
+def append_jsonl(file: Path, records: list[Record]) -> None:
+    """`files.append_jsonl` in process 0."""
+    if hosts.is_first():
+        files.append_jsonl(file, records)
 
 
-def finite(value: Any) -> Any:
-    """A JSON value with None in the place of infinities and NaNs."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
+def read_jsonl(file: Path) -> list[Record]:
     """Reads the records of a JSON Lines file, without an incomplete last line."""
     return list(stream_jsonl(file))
 
 
-def stream_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a JSON Lines file, without an incomplete last line."""
-    with file.open("rb") as lines:  # bytes: texts may contain other line separators
-        for line in lines:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
-def keep_records(file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the records of a JSONL file that are not to be kept."""
-    if hosts.is_first() and file.is_file():
-        _rewrite(file, [record for record in read_jsonl(file) if keep(record)])
+def keep_records(file: Path, keep: Callable[[Record], bool]) -> list[Record]:
+    """Drops the records of a JSONL file that are not to be kept; process 0 gets the rest."""
+    if not hosts.is_first() or not file.is_file():
+        return []
+    kept = [record for record in stream_jsonl(file) if keep(record)]
+    _rewrite(file, kept)
+    return kept
 
 
 def keep_whole_batches(file: Path, batch_size: int) -> int:
@@ -163,19 +195,14 @@ def keep_whole_batches(file: Path, batch_size: int) -> int:
     return hosts.from_first(keep)
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Writes all of the file or, cut off in between, nothing under its name."""
-    unfinished = file.with_name(file.name + ".partial")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(file)
-
-
-def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
-    """Replaces the records of a file atomically."""
-    partial = file.with_name(file.name + ".partial")
+def _rewrite(file: Path, records: list[Record]) -> None:
+    """Replaces the records of a file, whole."""
+    partial = file.with_name(f"{file.name}.kept")
     partial.unlink(missing_ok=True)
     append_jsonl(partial, records)
-    partial.replace(file)
+    with files.storing(file):
+        partial.replace(file)
+    files.sync_folder(file.parent)
 
 
 def steps(
@@ -197,6 +224,7 @@ def steps(
                 tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
             elif step == end:
                 tracing.close()
+            watchdog.progress(f"{workdir.name}, step {step}")
             yield step
             bar.update()
 
@@ -204,4 +232,13 @@ def steps(
 def progress(first: int, total: int | None, what: str, unit: str = "step") -> tqdm.tqdm:
     """A progress bar with rate and remaining time."""
     shown = {"desc": what, "unit": unit, "disable": not hosts.is_first()}
-    return tqdm.tqdm(initial=first, total=total, smoothing=0.1, **shown)
+    return _Bar(initial=first, total=total, smoothing=0.1, **shown)
+
+
+class _Bar(tqdm.tqdm):
+    """Tells the watchdog, too."""
+
+    def update(self, n: float = 1) -> bool | None:
+        """Moves the bar on."""
+        watchdog.progress(f"{self.desc}, {n} more")
+        return super().update(n)

@@ -13,6 +13,7 @@ from jax._src.distributed import global_state
 
 # The key under which JAX's preemption service announces a SIGTERM to all processes.
 PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+BEATS = "rlt_jax_beats"
 
 
 def process_id() -> int:
@@ -72,6 +73,26 @@ def received(directory: str) -> list[str]:
       jax.errors.JaxRuntimeError: process 0 is dead.
     """
     return [value for _, value in global_state.client.key_value_dir_get(directory)]
+
+
+def beat(value: str) -> None:
+    """Replaces what `beats` has of this process.
+
+    Raises:
+      jax.errors.JaxRuntimeError: process 0 is dead.
+    """
+    key = f"{BEATS}/{process_id()}"
+    global_state.client.key_value_set(key, value, allow_overwrite=True)
+
+
+def beats() -> dict[int, str]:
+    """Process -> the last that it gave to `beat`.
+
+    Raises:
+      jax.errors.JaxRuntimeError: process 0 is dead.
+    """
+    found = global_state.client.key_value_dir_get(BEATS)
+    return {int(key.rpartition("/")[2]): value for key, value in found}
 
 
 def wait_at_barrier(name: str, timeout: int) -> None:

@@ -1,6 +1,7 @@
 """The train state: made sharded, updated by one function."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,16 @@ from rlt_jax.models.transformer import Transformer, boxed_params
 from rlt_jax.training.lora import trained_part
 from rlt_jax.training.sharding import abstract, to_shardings
 from rlt_jax.types import Params, TrainState
+
+# Part of a metric's name -> what it tells of, from cause to effect.
+NUMBERS = {
+    "reward/solution_score": "student's log-probs of the solution",
+    "reward/explanation_kl": "KL of policy and student",
+    "reward/value": "reward",
+    "/loss": "policy's loss",
+    "optimizer/gradient_norm": "gradient",
+    "optimizer/update_norm": "update",
+}
 
 
 def state_shardings(
@@ -91,41 +102,56 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step; metrics name the norms of gradient and update.
 
-    Where loss or gradient is not finite, or the gradient longer than `max_norm`, the
-    step is skipped: the state is unchanged except for `skipped`, which counts it.
+    Where loss, gradient or update is not finite, or the gradient longer than `max_norm`,
+    the step is skipped: the state is unchanged except for `skipped`, which counts it.
     """
     norm = optax.tree.norm(grads)
-    is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    is_wanted = jnp.isfinite(loss) & jnp.isfinite(norm)
     if max_norm is not None:
-        is_finite &= norm <= max_norm
+        is_wanted &= norm <= max_norm
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    update_norm = optax.tree.norm(updates)
+    is_done = is_wanted & jnp.isfinite(update_norm)
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(state.step + 1, params, opt_state, state.skipped)
-    metrics = {
-        "optimizer/gradient_norm": norm,
-        "optimizer/update_norm": jnp.where(is_finite, optax.tree.norm(updates), 0.0),
-        "optimizer/skipped": 1.0 - is_finite,
-    }
     # Elementwise, so it is done in place of the old state and needs no copy of it.
-    chosen = jax.tree.map(functools.partial(jnp.where, is_finite), stepped, state)
-    chosen = chosen._replace(skipped=jnp.where(is_finite, 0, state.skipped + 1))
-    return chosen, metrics | {"optimizer/skipped_in_a_row": chosen.skipped}
+    chosen = jax.tree.map(functools.partial(jnp.where, is_done), stepped, state)
+    chosen = chosen._replace(skipped=jnp.where(is_done, 0, state.skipped + 1))
+    return chosen, {
+        "optimizer/gradient_norm": norm,
+        "optimizer/update_norm": jnp.where(is_wanted, update_norm, 0.0),
+        "optimizer/skipped": 1.0 - is_done,
+        "optimizer/skipped_in_a_row": chosen.skipped,
+    }
 
 
-def check_skipped(metrics: Mapping[str, float], limit: int) -> None:
-    """Stops a run whose updates are all skipped.
+def check_updates(metrics: Mapping[str, float], limit: int, is_last: bool) -> bool:
+    """Stops a run whose updates are skipped.
 
     Args:
       metrics: metrics of a step; {} for none.
       limit: consecutive optimizer steps that may be skipped.
+      is_last: whether this is the last step, whose weights the stage would leave.
+
+    Returns:
+      Whether the weights may be saved: not after numbers that were not finite, as the
+      update before may have spoilt the weights, and the last checkpoint is a good one.
 
     Raises:
-      UserError: more were skipped.
+      UserError: more were skipped; or the numbers of the last step are not finite.
     """
     skipped = int(metrics.get("optimizer/skipped_in_a_row", 0))
-    if skipped > limit:
+    wrong = [name for name, x in metrics.items() if skipped and not math.isfinite(x)]
+    broken = [what for name, what in NUMBERS.items() if any(name in x for x in wrong)]
+    if skipped > limit or (broken and is_last):
+        if broken:
+            reason = f"the {', the '.join(broken)} not being finite"
+        else:
+            norm = metrics["optimizer/gradient_norm"]
+            reason = f"the gradient's norm {norm:.3g} being above objective.skip_gradient_norm"
         raise UserError(
-            f"{skipped} updates in a row were skipped, as loss or gradient were not "
-            "finite, or (in rl) the gradient above objective.skip_gradient_norm. Lower "
-            "optimizer.learning_rate; the run continues from its last checkpoint."
+            f"{skipped} updates in a row were skipped, {reason}. The weights of the last "
+            "checkpoint are kept. Lower optimizer.learning_rate, or change what else may "
+            "be the reason, and give the command again with --resume_with_changes."
         )
+    return not broken

@@ -30,9 +30,9 @@ each_config = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.ste
 # Parses flags as the command line does, and prints the config.
 PARSE = """
 import json, sys
-from rlt_jax import main
-main.parse_flags(sys.argv)
-print(main._CONFIG.value.to_json_best_effort())
+from rlt_jax import command_line
+command_line.parse_flags(sys.argv)
+print(command_line.config.value.to_json_best_effort())
 """
 
 

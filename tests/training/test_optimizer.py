@@ -31,7 +31,7 @@ from rlt_jax.training.optimizer import (
 )
 from rlt_jax.training.state import (
     apply_gradients,
-    check_skipped,
+    check_updates,
     new_state,
     state_shardings,
 )
@@ -280,10 +280,34 @@ def test_steps_skipped_in_a_row_are_counted() -> None:
         state, metrics = apply_gradients(state, jnp.full(2, size), tx)
         rows.append(metrics)
     assert [int(m["optimizer/skipped_in_a_row"]) for m in rows] == [1, 2, 0, 1]
-    check_skipped(rows[1], 2)
-    check_skipped({}, 2)
-    with pytest.raises(UserError, match="2 updates in a row were skipped"):
-        check_skipped(rows[1], 1)
+    assert check_updates({}, 2, False) and check_updates(rows[2], 2, True)
+    # Weights that may be spoilt are not saved over good ones.
+    assert not check_updates(rows[1], 2, False)
+    with pytest.raises(
+        UserError, match="2 updates in a row were skipped, the gradient"
+    ):
+        check_updates(rows[1], 1, False)
+    with pytest.raises(UserError, match="1 updates in a row .*--resume_with_changes"):
+        check_updates(rows[3], 2, True)
+
+
+def test_what_was_not_finite_is_named() -> None:
+    params, grads = jnp.ones(2), jnp.ones(2)
+    tx = optax.sgd(jnp.nan)
+    state = TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
+    after, metrics = apply_gradients(state, grads, tx)
+    assert np.array_equal(after.params, params)
+    with pytest.raises(UserError, match="skipped, the update not being finite"):
+        check_updates(metrics, 0, False)
+    broken = {"optimizer/skipped_in_a_row": 3, "reward/solution_score_min": -np.inf}
+    broken |= {"reward/value_mean": -np.inf, "policy/loss": np.nan}
+    words = "log-probs of the solution, the reward, the policy's loss not being finite"
+    with pytest.raises(UserError, match=words):
+        check_updates(broken, 2, False)
+    long = {"optimizer/skipped_in_a_row": 3, "optimizer/gradient_norm": 12.0}
+    assert check_updates(long, 3, True)
+    with pytest.raises(UserError, match="norm 12 being above objective.skip_gradient"):
+        check_updates(long, 2, False)
 
 
 def test_a_new_state_owns_its_parameters(

@@ -1,0 +1,175 @@
+"""Files of a run: written whole, appended to, and read with messages that name the line."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlt_jax.errors import StorageError, UserError
+from rlt_jax.records import Record
+
+# Reasons that pass, or that space or a repair of the storage removes.
+STORAGE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+)
+GO_ON = (
+    "Everything up to the last checkpoint or whole batch is safe. Free space or repair the "
+    "storage, then give the same command again: it continues from there."
+)
+
+
+def storage_errno(error: BaseException | None) -> int | None:
+    """The number of the storage error that an exception or its causes tell of, if any.
+
+    TensorStore, which writes checkpoints for Orbax, raises ValueError with the text of the
+    operating system's error.
+    """
+    while error is not None and not isinstance(error, UserError):
+        for number in STORAGE_ERRORS:
+            told = number == error.errno if isinstance(error, OSError) else False
+            if told or os.strerror(number) in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def storing(path: Path | str) -> Iterator[None]:
+    """Names the path where writing it fails.
+
+    Raises:
+      StorageError: a full or failing disk.
+      UserError: another reason, such as a folder without permission to write.
+    """
+    try:
+        yield
+    except (UserError, StorageError):
+        raise
+    except Exception as error:
+        if number := storage_errno(error):
+            what = os.strerror(number)
+            raise StorageError(f"cannot write {path}: {what}. {GO_ON}") from error
+        if isinstance(error, OSError):
+            what = f"cannot write {path}: {error.strerror}"
+            raise UserError(
+                f"{what}. Change that, or use another --workdir."
+            ) from error
+        raise
+
+
+def write_whole(file: Path, content: bytes | str) -> None:
+    """Writes all of a file or, cut off in between, nothing under its name.
+
+    Raises:
+      StorageError, UserError: see `storing`; what was there before is kept.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    partial = file.with_name(f"{file.name}.partial")
+    with storing(file):
+        try:
+            with partial.open("wb") as opened:
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(partial, file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power failure, where its storage can do that."""
+    with contextlib.suppress(OSError):  # object stores mounted as folders cannot
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes an indented JSON file whole; see `write_whole`."""
+    write_whole(file, json.dumps(values, indent=1) + "\n")
+
+
+def append_jsonl(file: Path, records: list[Record]) -> None:
+    """Appends records to a JSON Lines file, after dropping an incomplete last line.
+
+    Numbers that are not finite are written as null, as JSON has none of them.
+    """
+    lines = [
+        # Lone surrogates are written as JSON escapes.
+        json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode(
+            "utf-8", "backslashreplace"
+        )
+        + b"\n"
+        for record in records
+    ]
+    with storing(file), file.open("ab+") as opened:
+        if opened.tell():
+            opened.seek(-1, os.SEEK_END)
+            if opened.read() != b"\n":
+                opened.seek(0)
+                opened.truncate(opened.read().rfind(b"\n") + 1)
+        opened.write(b"".join(lines))
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None in the place of infinities and NaNs."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      UserError: it is damaged.
+    """
+    content = file.read_bytes()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep
+        size = f"it has {len(content)} bytes" if content else "it is empty"
+        raise UserError(f"{file} is damaged: {size} and is not JSON.") from error
+
+
+def stream_jsonl(file: Path) -> Iterator[Record]:
+    """Yields the records of a JSON Lines file, without an incomplete last line.
+
+    Raises:
+      UserError: another line is damaged; it names file and line.
+    """
+    with file.open("rb") as lines:  # bytes: texts may contain other line separators
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    record = None
+                if not isinstance(record, dict):
+                    raise UserError(
+                        f"{file}:{number} is damaged: it is not a JSON object. Mend or "
+                        "restore the file, or run the stage afresh with "
+                        f"--only={file.parent.name}."
+                    )
+                yield record

@@ -1,0 +1,247 @@
+"""The folder of a stage: is it complete, was it made with these settings, what did it read.
+
+`settings.json` has the settings; `sessions.json`, until `done.json` takes its place, how
+often the stage was begun; `changes.jsonl` the settings that it was continued with.
+"""
+
+import datetime
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlt_jax import files
+from rlt_jax.errors import LOG, UserError
+from rlt_jax.records import Record
+from rlt_jax.settings import Section
+from rlt_jax.stages import preflight
+from rlt_jax.training.metrics import append_jsonl
+
+SETTINGS, SESSIONS, DONE = "settings.json", "sessions.json", "done.json"
+CHANGES = "changes.jsonl"
+RUN = "run.json"  # in the workdir
+# Keys of earlier versions -> their names now.
+RENAMED = {
+    "student": "students, a tuple of models",
+    "reward": "rlt_reward",
+    "terms": "reward_terms",
+    "sft.format": "sft.role",
+    "loop.format": "loop.role",
+}
+# What --resume_with_changes may change; with more of the first, a complete stage goes on.
+LENGTHS = ("sft.steps", "sft.epochs", "loop.steps")
+CHANGEABLE = re.compile(
+    r"(sft|loop)\.(steps|epochs|\w+_every|keep_checkpoints|max_skipped|micro_batch_size"
+    r"|profile_steps)|optimizer\.(learning_rate|schedule|warmup_fraction|weight_decay"
+    r"|clip_norm)|objective\.skip_gradient_norm|rows\.micro_batch_size|(mesh|engine)\..*"
+)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage in a folder is complete."""
+    return bool(_read(folder / DONE))
+
+
+def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
+    """Makes the folder of a stage that has something to do, with its settings.
+
+    Args:
+      name: of the stage.
+      folder: of the stage.
+      values: settings of the stage.
+      with_changes: whether it may continue with other settings, where these allow it.
+
+    Returns:
+      Whether there is something to do.
+
+    Raises:
+      UserError: the folder was made with other settings.
+    """
+    old = _settings(name, folder)
+    if renamed := renamed_key(old):
+        change = "{} is now called {}".format(*renamed)
+        how = f"by an earlier version of rlt_jax ({change}). Its models still load"
+        raise _made(name, folder, how)
+    found = differences(old, values)
+    if found and not (with_changes and _may_change(folder, found)):
+        key, (before, now) = next(iter(found.items()))
+        how = f"with other settings ({key} was {before!r}, is {now!r})"
+        raise _made(name, folder, how, go_on=_may_change(folder, found))
+    if changed := changed_inputs(folder, values):
+        LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
+        keep_aside(folder)
+    elif found:
+        _record_changes(name, folder, found)
+    if is_done(folder) and not found:
+        return False
+    begun, inputs = _read(folder / SESSIONS), _inputs(folder, values)
+    # One that died told nobody how long it was.
+    sessions = begun.get("sessions", int((folder / SETTINGS).is_file())) + 1
+    with files.storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
+    files.write_json(folder / SETTINGS, values)
+    (folder / DONE).unlink(missing_ok=True)
+    return True
+
+
+def complete(folder: Path, done: Record) -> None:
+    """Writes `done.json`; its seconds are those of the last of `sessions`."""
+    files.write_json(folder / DONE, files.finite(done) | _read(folder / SESSIONS))
+    (folder / SESSIONS).unlink(missing_ok=True)
+
+
+def changed_inputs(folder: Path, values: Record) -> list[str]:
+    """Stages that were run afresh since a stage has read from them."""
+    inputs = _inputs(folder, values)
+    begun = _read(folder / (DONE if is_done(folder) else SESSIONS))
+    known = begun.get("inputs", inputs)  # earlier versions did not keep them
+    return sorted(dict(known.items() ^ inputs.items()))
+
+
+def set_aside(name: str, folder: Path, values: Record) -> None:
+    """Renames the folder of a complete stage, or of one with other settings."""
+    try:
+        differs = bool(differences(_settings(name, folder), values))
+    except UserError:  # damaged
+        differs = True
+    if is_done(folder) or differs:
+        keep_aside(folder)
+
+
+def keep_aside(folder: Path) -> None:
+    """Renames a folder, so that the stage begins afresh and what it did is kept."""
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    with files.storing(folder):
+        folder.rename(kept)
+    LOG.info("the earlier %s is kept as %s", folder, kept)
+
+
+def remove_untouched(folder: Path) -> None:
+    """Removes a stage's folder without any work in it: a mended config may use it."""
+    if {path.name for path in folder.iterdir()} == {SETTINGS, SESSIONS}:
+        shutil.rmtree(folder)
+        others = {path.name for path in folder.parent.glob("[!.]*")}  # locks apart
+        if others == {RUN}:
+            (folder.parent / RUN).unlink()
+
+
+def date_of_run(root: Path) -> str:
+    """Date and time of the run's first start: chat templates may have them in prompts."""
+    if not (date := _read(root / RUN).get("date")):
+        date = now()
+        with files.storing(root):
+            root.mkdir(parents=True, exist_ok=True)
+        files.write_json(root / RUN, {"date": date})
+    return date
+
+
+def now() -> str:
+    """Date and time as ISO 8601 has them."""
+    return datetime.datetime.now().astimezone().isoformat()
+
+
+def renamed_key(values: Section) -> tuple[str, str] | None:
+    """The first key that an earlier version named otherwise, and its name now."""
+    students = values.get("students")
+    if isinstance(students, dict) and "path" not in students:
+        return "students", "ensemble, and `student` is now `students`"
+    for old, new in RENAMED.items():
+        part, _, key = old.rpartition(".")
+        section = values.get(part) if part else values
+        if isinstance(section, dict) and key in section:
+            return old, new
+    return None
+
+
+def flat(values: Any, prefix: str = "") -> Record:
+    """Nested values by their dotted keys."""
+    if not isinstance(values, dict) or (prefix and not values):
+        return {prefix: values}
+    return {
+        key: leaf
+        for name, item in values.items()
+        for key, leaf in flat(item, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def differences(old: Record, new: Record) -> dict[str, tuple[Any, Any]]:
+    """Key -> value before and now, where settings differ; {} without any before."""
+    before, after = flat(old), flat(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys() if old else ())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _may_change(folder: Path, found: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether a stage may continue with these differences."""
+    longer = any(
+        (now or 0) > (old or 0) for k, (old, now) in found.items() if k in LENGTHS
+    )
+    return all(map(CHANGEABLE.fullmatch, found)) and (longer or not is_done(folder))
+
+
+def _record_changes(name: str, folder: Path, found: dict[str, tuple[Any, Any]]) -> None:
+    changes = {key: {"before": old, "now": new} for key, (old, new) in found.items()}
+    append_jsonl(folder / CHANGES, [{"time": now(), "changes": changes}])
+    words = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in found.items())
+    LOG.info(f"stage {name} continues with changes: {words}")
+
+
+def _made(name: str, folder: Path, how: str, go_on: bool = False) -> UserError:
+    changes = ", --resume_with_changes to continue with these" if go_on else ""
+    return UserError(
+        f"stage {name}: {folder} was made {how}. Use another --workdir{changes}, or "
+        f"--only={name} to run this stage afresh."
+    )
+
+
+def _settings(name: str, folder: Path) -> Record:
+    """The settings that a folder was made with; {} for a new one."""
+    try:
+        values = files.read_json(folder / SETTINGS)
+        if isinstance(values, dict):
+            return values
+        what = f"{folder / SETTINGS} is damaged: it is no JSON object."
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        what = str(error)
+    raise UserError(
+        f"{what} If the config is the one that the stage was made with, remove that file "
+        f"and the stage continues; --only={name} runs it afresh."
+    )
+
+
+def _inputs(folder: Path, values: Record) -> dict[str, str]:
+    """Complete stages that a stage reads -> when they were complete."""
+    read = preflight.stages_read(values, folder.parent)
+    if values["stage"] == "report":  # it has their names
+        read += re.findall(r'"(\w+)"', json.dumps(values))
+    times = {
+        name: _read(folder.with_name(name) / DONE).get("finished")
+        for name in {*read} - {folder.name}
+    }
+    return {name: time for name, time in times.items() if time}
+
+
+def _read(file: Path) -> Record:
+    """The values in a file; {} where there is none or, with a warning, a damaged one."""
+    try:
+        values = files.read_json(file)
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        LOG.warning(
+            f"{error} It is not used; the stage continues from what else it has."
+        )
+        return {}
+    if not isinstance(values, dict):
+        LOG.warning(f"{file} is damaged: it is no JSON object. It is not used.")
+        return {}
+    return values
