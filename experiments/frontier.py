@@ -59,7 +59,7 @@ CELLS = (
 )
 BUDGETS = {"": 1.0, "_quarter": 0.25}
 CLAIMS_IN = Cell(3, 0.0001)
-REWARDS_IN = (Cell(3, 0.0), Cell(1, 0.0))
+REWARDS_IN = (Cell(1, 0.0),)
 PARTS = ("frontier", "claims", "reward")
 # The RLT reward with what surprises the student counted alone, at most 1 nat a token.
 CLIPPED = {"kl_teacher_term": False, "kl_clip": 1.0}
@@ -106,6 +106,9 @@ ROUTES = {
     "on_rlt": Route("own attempts, judged by the RLT", ("warm", "on_rlt_rl", "on_rlt")),
     "on_itself": Route("own attempts, judged by itself", ("on_itself",)),
 }
+# Where the base next to never takes careful steps, only these get anywhere with all of the
+# compute; the others are left out with a part of it.
+TOLD = ("worked", "worked_solver", "warmup", "rlt", "rlt_clip")
 QUICK_CELLS = (Cell(3, 0.2), Cell(3, 0.0001), Cell(3, 0.0), Cell(1, 0.0))
 
 # How teachers differ: settings of the reward, its students, careful steps in the warm-up.
@@ -231,6 +234,11 @@ def get_config(seeds: str = "") -> ml_collections.ConfigDict:
     return config
 
 
+def routes_of(cell: Cell, suffix: str) -> list[str]:
+    """Names of the routes that are taken in a cell with a part of the compute."""
+    return [x for x in ROUTES if not suffix or cell.share > 0.0001 or x in TOLD]
+
+
 def _stages_of_a_seed(seed: int) -> dict[str, Any]:
     """Name -> section, in order."""
     of_cells = [_parts(cell, seed) for cell in CELLS]
@@ -297,9 +305,12 @@ def _routes(place: Place, suffix: str, budget: float) -> dict[str, dict]:
     for name in ("rlt", "rlt_clip"):
         stages[f"{name}_traces"] = p.collect(of(f"{name}_rl"), part(1024))
         stages[name] = p.distil("habit", of(f"{name}_traces"))
-    for route in ROUTES:
+    taken = routes_of(place.cell, suffix)
+    for route in taken:
         stages[f"{route}_eval"] = p.evaluate(of(route))
-    return {of(name): stage for name, stage in stages.items()}
+    kept = {f"{route}_eval" for route in taken}
+    kept = kept.union(*(ROUTES[route].stages for route in taken))
+    return {of(name): stage for name, stage in stages.items() if name in kept}
 
 
 def _claims(place: Place) -> dict[str, dict]:

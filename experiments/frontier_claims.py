@@ -25,6 +25,7 @@ from experiments.frontier import (
     REWARDS_IN,
     ROUTES,
     SEEDS,
+    routes_of,
 )
 from experiments.frontier_cells import Cell
 from experiments.paper_claims import COLD as FROM_STUDENTS
@@ -145,8 +146,8 @@ def _routes(cell: Cell) -> Iterator[Route]:
 
     yield made("base", cell.label, ())
     for suffix, words in PART_OF_COMPUTE.items():
-        for name, route in ROUTES.items():
-            section = f"{cell.label}{words}"
+        for name in routes_of(cell, suffix):
+            route, section = ROUTES[name], f"{cell.label}{words}"
             yield made(name, section, route.stages, route.label, suffix)
     if cell == CLAIMS_IN:
         large = ("solver_large", "solver_large_traces", "solved_by_large")

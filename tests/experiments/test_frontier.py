@@ -65,6 +65,16 @@ def test_parts_cells_and_quick_choose_stages() -> None:
         stage_sections(config)
 
 
+def test_a_part_of_the_compute_only_where_it_can_suffice() -> None:
+    all_of_them, some = [*frontier.ROUTES], [*frontier.TOLD]
+    assert frontier.routes_of(Cell(3, 0.0), "") == all_of_them
+    assert frontier.routes_of(Cell(3, 0.2), "_quarter") == all_of_them
+    assert frontier.routes_of(Cell(3, 0.0001), "_quarter") == some
+    stages = frontier._parts(Cell(1, 0.0), 7)["frontier"]
+    assert {"rejection_d1c0", "rlt_clip_rl_quarter_d1c0"} <= stages.keys()
+    assert "rejection_traces_quarter_d1c0" not in stages
+
+
 def test_a_habit_has_its_share_of_careful_steps() -> None:
     for share in (0.0, 0.0005, 0.2):
         kinds = Cell(3, share).kinds
