@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -62,19 +61,19 @@ def without_traces() -> Iterator[None]:
     The exception says the same: Orbax logs one for each file besides, and TensorStore calls
     event loops that are closed by then.
     """
-    print_uncaught, logger = sys.excepthook, logging.getLogger("absl")
+    print_ignored, logger = sys.unraisablehook, logging.getLogger("absl")
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in record.pathname)
 
-    def print_others(kind: type, error: BaseException, trace: TracebackType) -> None:
-        if str(error) != "Event loop is closed":
-            print_uncaught(kind, error, trace)
+    def print_others(ignored: Any) -> None:
+        if str(ignored.exc_value) != "Event loop is closed":
+            print_ignored(ignored)
 
     logger.addFilter(is_wanted)
-    sys.excepthook = print_others  # also after a failure, which ends the run
+    sys.unraisablehook = print_others  # also after a failure, which ends the run
     yield
-    sys.excepthook = print_uncaught
+    sys.unraisablehook = print_ignored
     logger.removeFilter(is_wanted)
 
 

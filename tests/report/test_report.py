@@ -12,9 +12,43 @@ import pytest
 
 from rlt_jax.errors import UserError
 from rlt_jax.report import plots
+from rlt_jax.report.explanations import write_explanations
 from rlt_jax.report.pages import ReportConfig, write_report
 
-HOSTILE = "<script>alert(\"1\")</script> & 'é' 数 \u2028 </pre><img src=x onerror=y>"
+# Ways to smuggle an active element into a page, each of which has to arrive as text.
+PAYLOADS = (
+    '<script>alert("1")</script>',
+    "</pre><img src=x onerror=y>",
+    "</title><script src=//evil>",
+    "</style><style>@import '//evil'</style>",
+    "<svg onload=alert(1)>",
+    "<svg><script>alert&#40;1)</script>",
+    "<math><mi xlink:href='javascript:x'>",
+    "<iframe srcdoc='<script>x</script>'>",
+    "<object data=//evil></object>",
+    "<embed src=//evil>",
+    "<base href=//evil/>",
+    "<link rel=stylesheet href=//evil>",
+    "<meta http-equiv=refresh content='0;url=//evil'>",
+    "<form action=//evil><input autofocus onfocus=x>",
+    "<a href=javascript:alert(1)>x</a>",
+    "<details open ontoggle=x>",
+    "<video><source onerror=x>",
+    "<body onload=x>",
+    "<textarea></textarea><noscript><p title='</noscript><img src=x onerror=y>'>",
+    "<template><script>x</script></template>",
+    "<!--><script>x</script>-->",
+    "<![CDATA[<script>x</script>]]>",
+    "'><script>x</script>",
+    '"><script>x</script>',
+    "' onmouseover='x",
+    '" style="background:url(//evil)" x="',
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;script&gt;x&lt;/script&gt;",
+    "<scr\u0131pt>\u2028</scr\u0131pt>",
+    "<%2Fpre><ScRiPt >x</sCrIpT >",
+)
+HOSTILE = " & 'é' 数 \u2028 ".join(PAYLOADS)
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIG = ReportConfig(
     rl="rl",
@@ -213,8 +247,7 @@ class _Page(html.parser.HTMLParser):
 def test_everything_is_escaped_and_nothing_is_loaded(workdir: Path) -> None:
     write_report(workdir, CONFIG, seed=0)
     page = _Page((workdir / "report" / "index.html").read_text(encoding="utf-8"))
-    assert not {"script", "link", "iframe", "i", "/i"} & set(page.tags)
-    assert not {"onerror", "href", "srcset"} & set(page.attributes)
+    assert_harmless(page)
     sources = page.attributes["src"]
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert f"{HOSTILE} collect_warmup explanation 0" in page.pres
@@ -224,6 +257,34 @@ def test_everything_is_escaped_and_nothing_is_loaded(workdir: Path) -> None:
     # Two examples of each kind, and no question twice.
     assert page.pres.count(_question(0)) == page.pres.count(_question(1)) == 2
     assert _question(2) not in page.pres
+
+
+def assert_harmless(page: _Page) -> None:
+    tags = {tag.strip("/") for tag in page.tags}
+    assert not tags & {"script", "link", "iframe", "svg", "math", "form", "a", "i"}
+    assert not tags & {"object", "embed", "base", "video", "template", "details"}
+    active = {"href", "srcset", "srcdoc", "http-equiv", "action", "data"}
+    assert not active & set(page.attributes)
+    assert not [name for name in page.attributes if name.startswith("on")]
+
+
+def test_explanations_are_escaped(tmp_path: Path) -> None:
+    texts = [*PAYLOADS, HOSTILE]
+    record = {"question": HOSTILE, "solution": HOSTILE, "completion": HOSTILE}
+    record |= {
+        "reasoning_trace": HOSTILE,
+        "reward": 1.0,
+        "terms": {HOSTILE: 1.0},
+        "closed": True,
+    }
+    record |= {"explanation_tokens": texts, "solution_tokens": texts}
+    names = ("explanation_kl_tokens", "teacher_log_probs_explanation")
+    names += ("student_log_probs_explanation", "student_log_probs_solution")
+    record |= dict.fromkeys(names, [-1.0] * len(texts))
+    write_explanations([record], tmp_path)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert_harmless(_Page(text))
+    assert "49" not in text.partition("<body")[2]
 
 
 def test_pictures_lie_beside_the_page_and_in_it(workdir: Path) -> None:

@@ -534,8 +534,14 @@ def test_hostile_texts_neither_hang_nor_crash(
     monkeypatch.setattr(math_answers, "SECONDS", 0.5)
     rng = random.Random(0)
     texts = [hostile(rng) for _ in range(count)]
-    for grader in ("exact", "choice", "math"):
-        verdicts = grade([Problem("q", "s", r"\frac{17}{3}", grader)] * count, texts)
+    # Right answers beside them count nevertheless.
+    right = {"exact": r"\frac{17}{3}", "choice": "(C)", "math": r"$\frac{34}{6}$"}
+    for grader, text in right.items():
+        answer = "C" if grader == "choice" else r"\frac{17}{3}"
+        given = [*texts[: count // 2], text, *texts[count // 2 :], text]
+        problem = Problem("q", "s", answer, grader)
+        *verdicts, last = grade([problem] * len(given), given)
+        assert last.correct and verdicts.pop(count // 2).correct
         assert not any(verdict.correct for verdict in verdicts)
     assert {v.error for v in verdicts} <= {None, "timeout", "crash"}
     assert any(verdict.answer for verdict in verdicts)
