@@ -37,6 +37,8 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a disk, a network or another proces
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
 EXIT_SECONDS = 10  # that processes wait for each other when one has failed
 FAILURES = "rlt_jax_failures"
+# In errors of collectives with a process that has ended.
+LOST = ("Connection reset by peer", "Connection closed by peer", "Socket closed")
 
 _stop_requested = threading.Event()
 _stop_status = [STOP_SIGNALS[signal.SIGTERM]]  # that of the signal that came here
@@ -278,6 +280,11 @@ def guard(work: Callable[[], None]) -> None:
             _fail(f"the storage failed: {reason}. {GO_ON}", TRY_AGAIN)
         if not jax.distributed.is_initialized():
             raise
+        if any(text in str(error) for text in LOST):
+            time.sleep(3 * POLL_SECONDS)  # it may tell why
+            reason = " ".join(str(error).split())[:200]
+            message = f"another process, or the network to it, has failed ({reason})"
+            _fail(f"{message}. {GO_ON}", TRY_AGAIN)
         traceback.print_exc()
         _fail("failed, see the traceback above; another process may have failed first.")
     finally:

@@ -238,6 +238,8 @@ def progress(first: int, total: int | None, what: str, unit: str = "step") -> tq
 class _Bar(tqdm.tqdm):
     """Tells the watchdog, too."""
 
+    desc = ""  # a bar that is not shown has none
+
     def update(self, n: float = 1) -> bool | None:
         """Moves the bar on."""
         watchdog.progress(f"{self.desc}, {n} more")
