@@ -23,7 +23,7 @@ import json, ml_collections
 def get_config():
     return ml_collections.ConfigDict(json.loads(%r))
 """
-SECONDS = 300  # a hang, on any machine
+SECONDS = 900  # a hang, on any machine
 STAGES = ("warm", "teach", "explain", "distil", "answer", "show")
 
 Start = Callable[..., subprocess.Popen[str]]
