@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -103,13 +104,26 @@ def run(start: Start) -> Run:
     return run
 
 
+class Whole(NamedTuple):
+    """An uninterrupted run.
+
+    Attributes:
+      workdir: of the run.
+      seconds: that it takes where nothing is to be compiled.
+    """
+
+    workdir: Path
+    seconds: float
+
+
 @pytest.fixture(scope="session")
-def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("faults") / "run"
-    status, errors = run(workdir)
-    assert status == 0, errors
-    return workdir
+def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("faults")
+    for name in ("compiles", "run"):
+        began = time.monotonic()
+        status, errors = run(folder / name)
+        assert status == 0, errors
+    return Whole(folder / "run", time.monotonic() - began)
 
 
 def assert_same_run(workdir: Path, whole: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Run, assert_same_run
+from tests.faults.conftest import Run, Whole, assert_same_run
 
 SHIM = Path(__file__).with_name("failing_disk.c")
 
@@ -30,19 +30,31 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.fixture(scope="session")
+def operations(shim: str, run: Run, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many operations an uninterrupted run has that could fail."""
+    folder = tmp_path_factory.mktemp("count")
+    environment = {"LD_PRELOAD": shim, "FAILING_FOLDER": str(folder)}
+    environment["FAILING_COUNT"] = str(folder.with_name("operations"))
+    assert run(folder / "run", environment=environment)[0] == 0
+    count = int(folder.with_name("operations").read_text())
+    assert count > 300
+    return count
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_failing_operation_loses_nothing(
-    number: int, times: int, shim: str, run: Run, whole: Path, tmp_path: Path
+    number: int,
+    times: int,
+    shim: str,
+    operations: int,
+    run: Run,
+    whole: Whole,
+    tmp_path: Path,
 ) -> None:
     """Full disks stay full until the run ends; a broken one fails once."""
     environment = {"LD_PRELOAD": shim, "FAILING_ERRNO": str(number)}
-    counted = tmp_path / "count"
-    clean = tmp_path / "clean"
-    count = {"FAILING_FOLDER": str(clean), "FAILING_COUNT": str(counted)}
-    assert run(clean, environment=environment | count)[0] == 0
-    operations = int(counted.read_text())
-    assert operations > 300
     if number == errno.ENOSPC:
         environment["FAILING_FOREVER"] = "1"
     for at in random.Random(number).sample(range(1, operations + 1), times):
@@ -57,4 +69,4 @@ def test_a_failing_operation_loses_nothing(
             assert os.strerror(number) in messages[-1]
             assert "same command" in messages[-1]
             assert run(workdir)[0] == 0
-        assert_same_run(workdir, whole)
+        assert_same_run(workdir, whole.workdir)

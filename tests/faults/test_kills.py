@@ -4,12 +4,11 @@ import contextlib
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Run, Start, assert_same_run
+from tests.faults.conftest import Run, Start, Whole, assert_same_run
 
 
 @pytest.mark.parametrize(
@@ -27,25 +26,23 @@ def test_a_run_that_is_disturbed_goes_on(
     count: int,
     start: Start,
     run: Run,
-    whole: Path,
+    whole: Whole,
     tmp_path: Path,
 ) -> None:
-    began = time.monotonic()
-    assert run(tmp_path / "timed")[0] == 0
-    longest, moments = time.monotonic() - began, random.Random(count)
+    moments = random.Random(count)
     disturbed, workdir = 0, tmp_path / "0"
     while disturbed < count:
         process = start(workdir)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(0.2, 0.9) * longest)
+            process.wait(moments.uniform(0.2, 0.9) * whole.seconds)
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
         assert "Traceback" not in errors
         if process.returncode == 0:  # it was complete before
-            assert_same_run(workdir, whole)
+            assert_same_run(workdir, whole.workdir)
             workdir = tmp_path / str(disturbed)
         else:
             assert process.returncode == status, errors
             disturbed += 1
     assert run(workdir)[0] == 0
-    assert_same_run(workdir, whole)
+    assert_same_run(workdir, whole.workdir)

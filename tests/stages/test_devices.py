@@ -234,6 +234,7 @@ def test_a_checkpoint_of_one_device_goes_on_on_eight(
 
 
 @pytest.mark.parametrize("command", [EIGHT, POD], ids=["eight", "pod"])
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_on_on_one(
     command: list[str], sft: Sections, whole: Path, tmp_path: Path
 ) -> None:

@@ -47,12 +47,13 @@ def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("stage", "rank", "optimizer"),
     [
-        ("sft", 0, "adamw"),
-        ("rl", 0, "adamw"),
-        ("sft", 2, "adamw"),
+        # tests/faults kills runs of these.
+        pytest.param("sft", 0, "adamw", marks=pytest.mark.slow),
+        pytest.param("rl", 0, "adamw", marks=pytest.mark.slow),
+        pytest.param("sft", 2, "adamw", marks=pytest.mark.slow),
         ("rl", 2, "adamw"),
         ("taught", 0, "adamw"),
-        ("sft", 0, "adafactor"),
+        pytest.param("sft", 0, "adafactor", marks=pytest.mark.slow),
         ("sft", 0, "muon"),
     ],
 )
@@ -91,7 +92,7 @@ def test_training_resumes_bit_for_bit(
         assert (resumed / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_held_out_records_survive_a_resume(
     every: int,
     section: Section,
@@ -122,6 +123,7 @@ def held_out_steps(folder: Path) -> list[int]:
     return [record["step"] for record in records if record["split"] == "held_out"]
 
 
+@pytest.mark.slow  # tests/faults sends SIGTERM to a run of all stages
 @pytest.mark.parametrize("stage", ["sft", "rl", "collect", "evaluate"])
 def test_a_run_that_was_asked_to_stop_goes_on(
     stage: str,
