@@ -22,10 +22,12 @@ other, elsewhere --coordinator_address, --num_processes and --process_id do.
 import logging
 import sys
 
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 
 from rlt_jax import command_line as given
+
+flags.adopt_module_key_flags(given)  # --help shows them
 
 
 def main(argv: list[str]) -> None:

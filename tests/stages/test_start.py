@@ -204,7 +204,7 @@ def test_files_of_all_stages_are_looked_for_before_the_first(
     for name in ("first", "second"):
         folder = tmp_path / "run" / name
         folder.mkdir(parents=True)
-        (folder / "done.json").write_text("{}")
+        (folder / "done.json").write_text('{"stage": "sft"}')
     run_pipeline(config, tmp_path / "run")
 
 
