@@ -1,7 +1,7 @@
 """Rows of JSON Lines, JSON, CSV and Parquet files, one at a time.
 
 Files are streams, so that memory is bounded whatever they hold: a row of text has at most
-`ROW_SIZE` characters, and a compressed file may expand to `EXPANSION` times its size. A row
+`ROW_SIZE` characters, and a compressed file may expand to `GROWTH` times its size. A row
 that is bad by itself comes as an error instead of a record, and the reader can go on with
 the next one. What makes the rest of a file unreadable is raised.
 """
@@ -27,8 +27,8 @@ TEXTS = (".jsonl", ".json", ".csv")
 ENDINGS = (*TEXTS, ".parquet", *(x + end for end in (".gz", ".zst") for x in TEXTS))
 ROW_SIZE = 2**25  # parsed, a line can take 25 times as much
 # What a compressed file may expand to: the larger of these bytes and times its size.
-EXPANDED_SIZE, EXPANSION = 2**27, 100
-ROW_OVERHEAD = 64  # bytes that a row counts in addition to its content
+EXPANDED_SIZE, GROWTH = 2**27, 100
+ROW_OVERHEAD = 256  # bytes that a row counts in addition to its content
 # Rows of a Parquet file in memory: a few bytes can stand for a long text in each.
 BATCH = 8
 CHUNK = 2**16
@@ -59,11 +59,11 @@ def read_file(file: Path, columns: Columns) -> Rows:
     """
     after, total = "", 0
     try:
-        most = max(EXPANDED_SIZE, EXPANSION * file.stat().st_size)
+        most = max(EXPANDED_SIZE, GROWTH * file.stat().st_size)
         for place, size, parse in _places(file, columns):
             total += size + ROW_OVERHEAD
             if total > most and file.suffix not in TEXTS:
-                raise ValueError(f"it expands {EXPANSION}-fold; if it may, use .jsonl")
+                raise ValueError(f"it expands {GROWTH}-fold; if it should, use .jsonl")
             if parse:
                 where, after = f"{file}, {place}", f" after {place}"
                 try:
@@ -188,8 +188,8 @@ def _parquet_rows(file: Path, columns: Columns) -> Iterator[Any]:
         schema = pf.schema_arrow
         empty = _distinct([(name, None) for name in schema.names])
         read = [x for x in schema if columns is None or x.name.lower() in columns]
-        for x in read:  # Python has no nanoseconds, and a list can repeat a text
-            if pa.types.is_temporal(x.type) or "<dictionary" in str(x.type):
+        for x in read:  # Python has no nanoseconds, and a list can repeat a long text
+            if pa.types.is_temporal(x.type) or "dictionary<" in str(x.type)[1:]:
                 raise ValueError(f"{x.name} is {x.type}; convert it to texts")
         for n in range(pf.num_row_groups):
             group = pf.metadata.row_group(n)
@@ -201,7 +201,7 @@ def _parquet_rows(file: Path, columns: Columns) -> Iterator[Any]:
         rows = ((batch, k) for batch in batches for k in range(len(batch)))
         for n, (batch, k) in enumerate(rows, 1):
             parse = partial(_parquet_record, batch, k, empty)
-            yield f"record {n}", batch.nbytes // len(batch), parse
+            yield f"record {n}", 0 if k else batch.nbytes, parse
 
 
 def _parquet_record(batch: pa.RecordBatch, row: int, empty: Record) -> Record:

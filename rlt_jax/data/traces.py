@@ -18,6 +18,9 @@ files lists and objects are JSON texts.
 solution's own working is the explanation; `answer` is optional. Null values count as
 missing, other columns are ignored. Texts are not changed: in a conversation, they are all
 that is between the tags, including whitespace.
+
+A row that is none of these, or no row of its format at all, is an error with its file and
+line, or is left out and counted with `on_bad_row="skip"`.
 """
 
 import reprlib
