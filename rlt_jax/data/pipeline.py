@@ -46,6 +46,8 @@ def load_problems(config: Section, template: Template, seed: int) -> list[Proble
     dataclass for the other keys; see experiments/countdown.py. `part` chooses a part of
     what any source gives, see `split`.
     Sources that parse tags get the template, sources that generate get the run's seed.
+    The keys of a source are the arguments of its function: of "file" they are those of
+    `traces.read_problems`, path, limit, grader and on_bad_row.
     """
     return _load(PROBLEMS, config, {"template": template, "seed": seed}, "data")
 
@@ -53,7 +55,11 @@ def load_problems(config: Section, template: Template, seed: int) -> list[Proble
 def load_traces(
     config: Section, template: Template, seed: int, where: str = "data"
 ) -> list[Trace]:
-    """Traces of a section, named `where` in messages; see `load_problems`."""
+    """Traces of a section, named `where` in messages; see `load_problems`.
+
+    The keys of "file" are those of `traces.read_traces`: path, limit, keep_cut_off,
+    missing_trace and on_bad_row.
+    """
     return _load(TRACES, config, {"template": template, "seed": seed}, where)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlt_jax.data.tables import read_records
+from rlt_jax.data.tables import as_text, convert, read_records
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
 
@@ -25,8 +25,9 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
             f"predictions are matched by the question, but the {len(problems)} problems "
             f"have only {len(found)} distinct questions; remove duplicates."
         )
-    for where, record in read_records(path):
-        question = str(record.get("question")).strip()
+    columns = ("question", "completions", "completion")
+    for where, record in convert(read_records(path, columns=columns)):
+        question = as_text(where, "question", record.get("question") or "").strip()
         if question not in found:
             raise UserError(
                 f"{where}: the data has no question {question[:60]!r}; use the data "

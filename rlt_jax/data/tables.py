@@ -1,65 +1,117 @@
-"""Records of JSON Lines, JSON, CSV and Parquet files."""
+"""Records of files and folders, also of the Hugging Face Hub."""
 
-import csv
 import functools
 import glob
-import json
+import itertools
+import math
 import os.path
 import re
-import reprlib
-import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
-from rlt_jax.errors import UserError
+from rlt_jax.data.formats import ENDINGS, Columns, Rows, read_file, shown
+from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.records import Record
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+LOGGED = 5  # reasons of skipped rows
 # Data set, revision, and path in it.
 _HUB_PATH = r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?(?:/(.*))?"
 
 
-def read_records(
-    path: str, source: str = "", columns: Collection[str] | None = None
-) -> Iterator[tuple[str, Record]]:
+def read_records(path: str, source: str = "", columns: Columns = None) -> Rows:
     """Reads all records of one or more files.
 
     Args:
-      path: a .jsonl, .json (a list, or one object per line), .csv or .parquet file, a
-        directory with such files, or a glob pattern; or one of these in a data set of the
-        Hugging Face Hub, "hf://datasets/ORG/NAME[@REVISION]/PATH".
+      path: a .jsonl, .json (a list, or one object per line), .csv or .parquet file, the
+        first three also compressed (.jsonl.gz, .jsonl.zst), a directory with such files, or
+        a glob pattern; or one of these in a data set of the Hugging Face Hub,
+        "hf://datasets/ORG/NAME[@REVISION]/PATH".
       source: where the file can be downloaded, for the message when it is missing.
-      columns: columns to read from a Parquet file; the others are None. None reads all.
+      columns: see `formats.read_file`.
 
     Yields:
-      The file and line (or record number), for messages, and the record.
+      The file and line (or record number), for messages; and the record, or why the row is
+      bad.
 
     Raises:
       UserError: a file is missing, cannot be read or is empty.
     """
     for file in find_files(path, source):
         where = ""
-        for where, record in _records(file, columns):
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{where}: the record is {shown(record)}, not an object; write one "
-                    "JSON object per line."
-                )
-            yield where, record
+        for where, row in read_file(file, columns):
+            yield where, row
         if not where:
             raise UserError(
                 f"{file}: the file has no records; remove it from the path."
             )
 
 
-def shown(value: Any) -> str:
-    """Formats a value with its type, for messages."""
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+def convert(
+    rows: Rows,
+    make: Callable[[str, Record], Any] = lambda *row: row,
+    limit: int | None = None,
+    on_bad_row: str = "error",
+) -> Iterator[Any]:
+    """Makes what is wanted of records.
+
+    Args:
+      rows: from `read_records`.
+      make: makes it of the place and the record, by default a pair of them; raises UserError
+        for a bad one.
+      limit: maximum number of rows, with those that are skipped; None for all.
+      on_bad_row: "error", or "skip" leaves out bad rows, and logs how many they are and what
+        is wrong with the first ones.
+
+    Raises:
+      UserError: a row is bad, or all are.
+    """
+    check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise UserError(f"data.limit={limit!r}: a number of rows from 1, or None.")
+    count = bad = 0
+    for count, (where, row) in enumerate(itertools.islice(rows, limit), 1):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            made = make(where, row)
+        except UserError as error:
+            if on_bad_row == "error":
+                raise
+            bad += 1
+            if bad <= LOGGED:
+                LOG.warning("skipped %s", error)
+            reason = str(error)
+        else:
+            yield made
+    if bad and bad == count:
+        raise UserError(f"all {count} rows are bad; the last one is {reason}")
+    if bad:
+        LOG.warning("%s: skipped %d of %d rows up to here", where, bad, count)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Joins column names for messages, in one line that is not too long."""
+    return " ".join(", ".join(names)[:500].split())
+
+
+def as_text(where: str, name: str, value: Any) -> str:
+    """A text or a number of a column as text.
+
+    Raises:
+      UserError: it is neither, or no finite number.
+    """
+    # A bool is an int in Python, and some files have NaN for a missing number.
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return np.format_float_positional(value, trim="0")
+    raise UserError(
+        f"{where}: {name} is {shown(value)}; it must be a string, a number or null."
+    )
 
 
 def find_files(path: str, source: str = "") -> list[Path]:
@@ -67,13 +119,15 @@ def find_files(path: str, source: str = "") -> list[Path]:
 
     Those of the Hub are downloaded once, and then read from its cache, also offline.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"{path!r}: the path of data must be a text.")
     given, endings = path, ", ".join(ENDINGS)
     hint = f" Download it: {source}." if source else ""
     if str(path).startswith("hf:"):
         path, hint = _download(path)
     names, why = [path], f"{given}: it has no file that ends in {endings}; add one."
     if os.path.isdir(path):
-        names = [name for name in Path(path).iterdir() if name.suffix in ENDINGS]
+        names = [file for file in Path(path).iterdir() if file.name.endswith(ENDINGS)]
     elif not os.path.isfile(path):
         names = glob.glob(path, recursive=True)
         why = f"{given!r}: no such file, folder or glob pattern; name one of {endings}."
@@ -81,7 +135,7 @@ def find_files(path: str, source: str = "") -> list[Path]:
     if not files:
         raise UserError(why + hint)
     for file in files:
-        if file.suffix not in ENDINGS:
+        if not file.name.endswith(ENDINGS):
             raise UserError(
                 f"{file}: unknown file type {file.suffix!r}; convert to one of {endings}."
             )
@@ -119,46 +173,3 @@ def _download(path: str) -> tuple[str, str]:
         ) from error
     page = f"https://huggingface.co/datasets/{name}/tree/{revision}"
     return os.path.join(root, inside), f" Its files are listed on {page}."
-
-
-def _records(file: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Any]]:
-    failure, remedy = f"{file} cannot be read", "Create or download it again"
-    try:
-        if file.suffix == ".csv":
-            csv.field_size_limit(sys.maxsize)  # traces can be long
-            with file.open(encoding="utf-8-sig", newline="") as lines:
-                rows = csv.DictReader(lines)
-                for where, record in _numbered(f"{file}, record", rows):
-                    if None in record:
-                        failure, remedy = where, "Put texts with commas in quotes"
-                        raise csv.Error("it has more fields than the header")
-                    yield where, {k: v or None for k, v in record.items()}
-        elif file.suffix == ".parquet":
-            yield from _numbered(f"{file}, record", _parquet_records(file, columns))
-        elif file.suffix == ".json" and file.read_bytes().lstrip()[:1] == b"[":
-            yield from _numbered(f"{file}, record", json.loads(file.read_bytes()))
-        else:
-            with file.open("rb") as lines:  # bytes: texts may contain other separators
-                for where, line in _numbered(f"{file}, line", lines):
-                    failure = f"{where}: not valid JSON"  # or not UTF-8
-                    remedy = "Write one JSON object per line"
-                    if line.strip():
-                        yield where, json.loads(line)
-    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-        raise UserError(f"{failure}: {error}. {remedy}.") from error
-
-
-def _numbered(name: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(records, 1):
-        yield f"{name} {number}", record
-
-
-def _parquet_records(file: Path, columns: Collection[str] | None) -> Iterator[Record]:
-    with pq.ParquetFile(file) as table:
-        names = table.schema_arrow.names
-        # Other columns can be large, or have types that Python cannot represent.
-        to_read = [name for name in names if columns is None or name in columns]
-        for batch in table.iter_batches(columns=to_read):
-            for record in batch.to_pylist():
-                # All column names are keys, so that messages can list them.
-                yield dict.fromkeys(names) | record

@@ -18,17 +18,17 @@ files lists and objects are JSON texts.
 solution's own working is the explanation; `answer` is optional. Null values count as
 missing, other columns are ignored. Texts are not changed: in a conversation, they are all
 that is between the tags, including whitespace.
+
+A row that is none of these, or no row of its format at all, is an error with its file and
+line, or is left out and counted with `on_bad_row="skip"`.
 """
 
-import itertools
-import json
-import math
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from rlt_jax.data.tables import read_records, shown
+from rlt_jax.data.formats import parse_json, shown
+from rlt_jax.data.tables import as_text, convert, listed, read_records
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.records import Problem, Record, Trace
@@ -51,38 +51,51 @@ def read_traces(
     limit: int | None = None,
     keep_cut_off: bool = False,
     missing_trace: str = "error",
+    on_bad_row: str = "error",
 ) -> list[Trace]:
     """Reads traces, without those that were cut off (`closed` is false).
 
     Args:
       path: files, see `tables.read_records`.
       template: template whose tags separate the parts of a conversation.
-      limit: maximum number of records to read.
+      limit: maximum number of rows to read, with those that are left out.
       keep_cut_off: whether to keep traces that were cut off.
       missing_trace: what a record without reasoning_trace is: an "error", or a trace whose
         explanation is the "solution", which then has to show its working.
+      on_bad_row: whether a bad row is an "error" or "skip" leaves it out, see
+        `tables.read_records`.
 
     Raises:
       UserError: see `tables.read_records`; or a record has no question, solution or trace.
     """
     check_choice("data.missing_trace", missing_trace, MISSING)
-    records = list(itertools.islice(read_records(path, columns=COLUMNS), limit))
-    kept = [item for item in records if keep_cut_off or not _was_cut_off(*item)]
+
+    def make(where: str, record: Record) -> Trace | None:
+        if not keep_cut_off and _was_cut_off(where, record):
+            return None
+        return _trace(where, record, template, missing_trace == "solution")
+
+    found = list(convert(read_records(path, "", COLUMNS), make, limit, on_bad_row))
+    kept = [trace for trace in found if trace is not None]
     if not kept:
         raise UserError(
-            f"{path}: all {len(records)} traces were cut off (`closed` is false). Collect "
+            f"{path}: all {len(found)} traces were cut off (`closed` is false). Collect "
             "them with a larger sampling.max_new_tokens, or train on them with "
             "data.keep_cut_off=True."
         )
-    if cut := len(records) - len(kept):
+    if cut := len(found) - len(kept):
         LOG.warning(
-            "%s: skipped %d of %d traces, which were cut off", path, cut, len(records)
+            "%s: skipped %d of %d traces, which were cut off", path, cut, len(found)
         )
-    return [_trace(*item, template, missing_trace == "solution") for item in kept]
+    return kept
 
 
 def read_problems(
-    path: str, template: Template, limit: int | None = None, grader: str = "math"
+    path: str,
+    template: Template,
+    limit: int | None = None,
+    grader: str = "math",
+    on_bad_row: str = "error",
 ) -> list[Problem]:
     """Reads problems from the same files as `read_traces`.
 
@@ -91,8 +104,11 @@ def read_problems(
     Raises:
       UserError: see `tables.read_records`; or a record has no question or solution.
     """
-    records = itertools.islice(read_records(path, columns=COLUMNS), limit)
-    return [_problem(*item, template)._replace(grader=grader) for item in records]
+
+    def make(where: str, record: Record) -> Problem:
+        return _problem(where, record, template)._replace(grader=grader)
+
+    return list(convert(read_records(path, "", COLUMNS), make, limit, on_bad_row))
 
 
 def read_completions(
@@ -111,7 +127,7 @@ def read_completions(
     Raises:
       UserError: see `read_problems`; or `completions` is not a list of texts.
     """
-    for where, record in read_records(path, columns=COLUMNS):
+    for where, record in convert(read_records(path, columns=COLUMNS)):
         completions = _parsed(where, record, "completions")
         if completions is None:
             trace = _trace(where, record, template)
@@ -194,7 +210,7 @@ def _turns(where: str, record: Record) -> tuple[list[tuple[str, str]], str | Non
     in_turn = roles == (["user", "assistant"] * len(roles))[: len(roles)]
     if name and not (read and in_turn):
         raise UserError(
-            f"{where}: the roles in {name} are {roles}; there must be turns of "
+            f"{where}: the roles in {name} are {reprlib.repr(roles)}; there must be turns of "
             f"{' or '.join(USER)} and {' or '.join(ASSISTANT)}, one after the other, the "
             "user's first."
         )
@@ -204,14 +220,14 @@ def _turns(where: str, record: Record) -> tuple[list[tuple[str, str]], str | Non
 def _parsed(where: str, record: Record, name: str) -> Any:
     """The value of a column; JSON in a CSV file is parsed."""
     value = record.get(name)
-    is_text = name == "prompt" and not str(value).lstrip().startswith("[{")
-    if not isinstance(value, str) or is_text:
+    if not isinstance(value, str) or (name == "prompt" and value.lstrip()[:2] != "[{"):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: {name} is {shown(value)}; it must be a list, in a CSV file as JSON."
+            f"{where}: {name} is {shown(value)}; it must be a list, in a CSV file as JSON "
+            f"({error})."
         ) from error
 
 
@@ -235,7 +251,7 @@ def _text(where: str, values: Record, *names: str) -> str:
     if name is None:
         raise UserError(
             f"{where}: {' or '.join(names)} is missing; the keys are "
-            f"{', '.join(values) or 'none'}. A record has question (or prompt) and "
+            f"{listed(values) or 'none'}. A record has question (or prompt) and "
             "solution, for traces also reasoning_trace, optionally answer and "
             "completions; or messages, turns with role and content."
         )
@@ -251,12 +267,4 @@ def _answer(where: str, record: Record) -> str | None:
     answer = record.get("answer")
     if answer is None and isinstance(model, dict):
         answer = model.get("ground_truth")
-    if answer is None or isinstance(answer, str):
-        return answer
-    # A bool is an int in Python, and some files have NaN for a missing number.
-    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
-    if not is_number or math.isnan(answer):
-        raise UserError(
-            f"{where}: answer is {shown(answer)}; it must be a string, a number or null."
-        )
-    return np.format_float_positional(answer, trim="0") if answer % 1 else str(answer)
+    return None if answer is None else as_text(where, "answer", answer)

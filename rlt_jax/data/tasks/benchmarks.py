@@ -1,10 +1,9 @@
 """Benchmarks of questions with short mathematical answers, as published."""
 
-import itertools
 from typing import Any
 
 from rlt_jax.data.boxes import last_box
-from rlt_jax.data.tables import read_records
+from rlt_jax.data.tables import as_text, convert, listed, read_records
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Record
 
@@ -16,6 +15,8 @@ SOURCES = {
     "aime25": f"{_HUB}/math-ai/aime25 or {_HUB}/opencompass/AIME2025",
     "amc23": f"{_HUB}/math-ai/amc23",
 }
+
+COLUMNS = ("problem", "question", "solution", "answer")
 
 
 def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
@@ -29,13 +30,15 @@ def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
     Raises:
       UserError: no file, or a record without question or answer.
     """
-    records = itertools.islice(read_records(path, SOURCES[name]), limit)
-    return [_problem(where, record) for where, record in records]
+    return list(convert(read_records(path, SOURCES[name], COLUMNS), _problem, limit))
 
 
 def _problem(where: str, record: Record) -> Problem:
-    given = {key: value for key, value in record.items() if key and value is not None}
-    texts = {key.strip().lower(): _text(value) for key, value in given.items()}
+    given = {key: value for key, value in record.items() if value is not None}
+    names = {key: name for key in given if (name := key.strip().lower()) in COLUMNS}
+    texts = {name: _text(where, key, given[key]) for key, name in names.items()}
+    if len(texts) < len(names):
+        raise UserError(f"{where}: {listed(names)} are the same column; remove one.")
     question = texts.get("problem", texts.get("question", ""))
     solution = texts.get("solution", "")
     # Some files have the answer only in the solution.
@@ -43,12 +46,11 @@ def _problem(where: str, record: Record) -> Problem:
     if not question.strip() or not answer.strip():
         raise UserError(
             f"{where}: needs problem or question, and answer or a solution with its "
-            f"answer in \\boxed{{}}; the columns are {', '.join(record)}."
+            f"answer in \\boxed{{}}; the columns are {listed(record)}."
         )
     return Problem(question, solution or answer, answer)
 
 
-def _text(value: Any) -> str:
+def _text(where: str, name: str, value: Any) -> str:
     """The value as text; an integer that is stored as the float 27.0 becomes "27"."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    return str(int(value) if is_whole else value)
+    return as_text(where, name, value).removesuffix(".0" * isinstance(value, float))

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from rlt_jax.data.tables import read_records
+from rlt_jax.data.tables import as_text, convert, read_records
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Record
 
@@ -27,15 +27,14 @@ def problems(
     Raises:
       UserError: no file, or a record without one of the columns.
     """
-    records = itertools.islice(read_records(path, SOURCE), limit)
-    return [
-        _problem(where, record, np.random.default_rng([shuffle_seed, n]))
-        for n, (where, record) in enumerate(records)
-    ]
+    rngs = (np.random.default_rng([shuffle_seed, n]) for n in itertools.count())
+    records = read_records(path, SOURCE, [name.lower() for name in COLUMNS])
+    return list(convert(records, lambda *row: _problem(*row, next(rngs)), limit))
 
 
 def _problem(where: str, record: Record, rng: np.random.Generator) -> Problem:
-    question, *options = (str(record.get(name) or "").strip() for name in COLUMNS)
+    texts = [as_text(where, name, record.get(name) or "") for name in COLUMNS]
+    question, *options = (text.strip() for text in texts)
     if not question or not all(options):
         raise UserError(f"{where}: needs the columns {', '.join(COLUMNS)}.")
     order = rng.permutation(len(options)).tolist()

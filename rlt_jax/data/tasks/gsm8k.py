@@ -4,11 +4,10 @@ The text of the answer before `####`, without annotations such as `<<48/2=24>>`,
 explanation; the number is the answer, and in a box the solution.
 """
 
-import itertools
 import math
 import re
 
-from rlt_jax.data.tables import read_records
+from rlt_jax.data.tables import as_text, convert, read_records
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Record, Trace
 
@@ -36,10 +35,10 @@ def traces(
     most = math.inf if max_calculations is None else max_calculations
 
     def is_short(item: tuple[str, Record]) -> bool:
-        return len(_CALCULATION.findall(str(item[1].get("answer")))) <= most
+        return len(_CALCULATION.findall(_answer(*item))) <= most
 
-    records = filter(is_short, read_records(path, SOURCE))
-    return [_trace(*item) for item in itertools.islice(records, limit)]
+    records = convert(read_records(path, SOURCE, ("question", "answer")))
+    return list(convert(filter(is_short, records), _trace, limit))
 
 
 def problems(
@@ -50,10 +49,15 @@ def problems(
 
 
 def _trace(where: str, record: Record) -> Trace:
-    steps, mark, number = str(record.get("answer", "")).rpartition("####")
-    if not mark or "question" not in record:
+    question = as_text(where, "question", record.get("question") or "")
+    steps, mark, number = _answer(where, record).rpartition("####")
+    if not mark or not question.strip():
         raise UserError(f"{where}: needs a question, and an answer with '#### number'.")
     answer = number.strip().replace(",", "")
     solution = f"The answer is \\boxed{{{answer}}}."
     explanation = _CALCULATION.sub("", steps).strip()
-    return Trace(Problem(record["question"], solution, answer), explanation)
+    return Trace(Problem(question, solution, answer), explanation)
+
+
+def _answer(where: str, record: Record) -> str:
+    return as_text(where, "answer", record.get("answer") or "")
