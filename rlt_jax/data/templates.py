@@ -77,10 +77,8 @@ class Template:
                 object.__setattr__(self, f"teacher_{name}", getattr(self, name))
         for name, value in list(vars(self).items()):
             if name.endswith("_tags"):
-                listed = isinstance(value, list | tuple) and len(value) == 2
-                if not listed or not all(
-                    isinstance(t, str) and t.strip() for t in value
-                ):
+                pair = isinstance(value, list | tuple) and len(value) == 2
+                if not pair or not all(isinstance(t, str) and t.strip() for t in value):
                     raise UserError(
                         f"template: {name} is {short(value)}; give an opening and a closing tag."
                     )

@@ -233,14 +233,13 @@ def load_tokenizer(
     stops = read_json(path / "generation_config.json").get("eos_token_id")
     stop_ids = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if any(type(i) is not int or i < 0 for i in stop_ids):
-        file = path / "generation_config.json"
-        raise UserError(f"{file}: eos_token_id={short(stops)}; give an id or a list.")
+        wrong = f"generation_config.json: eos_token_id={short(stops)}"
+        raise UserError(f"{path}/{wrong}; give an id or a list.")
     with _naming_damage(path):
         codec = _load_codec(path, config, embeddings)
     _check_ids(path, codec, stop_ids, embeddings)
-    if not isinstance(set_before := config.get(VARIABLES, {}), dict):
-        raise UserError(f"{config_file}: {VARIABLES} has to be keys and values.")
-    config[VARIABLES] = set_before | dict(chat_template_kwargs or {})
+    with as_user_error(f"{config_file}: {VARIABLES} has to be keys, values", TypeError):
+        config[VARIABLES] = config.get(VARIABLES, {}) | dict(chat_template_kwargs or {})
     source = find_template(path, config.get("chat_template"), chat_template)
     chat = None
     if source is not None:

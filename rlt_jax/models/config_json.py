@@ -27,16 +27,12 @@ SCALING_KEYS = {
     "yarn": ("factor", _LENGTH, "beta_fast", "beta_slow", "attention_factor"),
 }
 
-_SECTIONS = ("text_config", "rope_parameters", "rope_scaling", "sliding_attention")
 _SCALING_TYPES = get_type_hints(RopeScaling) | {_LENGTH: int, "rope_theta": float}
 # Types of keys of config.json, besides those of the fields that the family names.
-_TYPES = {
-    **dict.fromkeys((*_SECTIONS, "full_attention"), dict),
-    **dict.fromkeys(("sliding_window", "sliding_window_pattern"), int),
-    "max_window_layers": int,
-    "use_sliding_window": bool,
-    "layer_types": list[str],
-}
+_TYPES = dict.fromkeys(("text_config", "rope_parameters", "rope_scaling"), dict)
+_TYPES |= dict.fromkeys(("full_attention", "sliding_attention"), dict)
+_TYPES |= dict.fromkeys(("sliding_window_pattern", "max_window_layers"), int)
+_TYPES |= {"sliding_window": int, "use_sliding_window": bool, "layer_types": list[str]}
 _KINDS = {int: "a whole number from {} to {:,}", float: "a number from {} to {}"}
 _KINDS |= {bool: "true or false", str: "a text", dict: "keys and values"}
 # The frequencies of all layers and heads are made at once, before any weight is read.
@@ -53,9 +49,9 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     kind = family(content.get("model_type"))
     hints = get_type_hints(ModelConfig)
     types = _TYPES | {key: hints[field] for field, key in kind.settings.items()}
-    _check_values(_given(content), types)
     # Multimodal models have the settings of the language model in `text_config`.
-    content = kind.defaults | dict(content) | (content.get("text_config") or {})
+    text = content.get("text_config")
+    content = kind.defaults | dict(content) | (text if isinstance(text, dict) else {})
     _check_values(_given(content), types)
     for key in ("quantization_config", "use_bidirectional_attention"):
         if content.get(key):

@@ -141,8 +141,16 @@ DAMAGED = "tokenizer.json, tokenizer.model or an added token is damaged"
         ("tokenizer_config.json", {"eos_token": {"content": 5}}, "eos_token 5 of"),
         ("tokenizer_config.json", {"eos_token": "<end>"}, "eos_token '<end>' of"),
         ("tokenizer_config.json", {"eos_token": "\ud800"}, "_config.json: not valid"),
-        ("tokenizer_config.json", {"chat_template_kwargs": []}, "to be keys and"),
-        ("tokenizer_config.json", {"chat_template_kwargs": None}, "to be keys and"),
+        (
+            "tokenizer_config.json",
+            {"chat_template_kwargs": []},
+            "has to be keys, values: ",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template_kwargs": None},
+            "has to be keys, values: ",
+        ),
         ("tokenizer_config.json", {"chat_template": 5}, "chat template is no text"),
         ("tokenizer_config.json", {"chat_template": [5]}, "chat template is no text"),
         ("tokenizer_config.json", {"chat_template": {"default": 5}}, "is no text"),
