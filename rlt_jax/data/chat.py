@@ -1,16 +1,13 @@
 """Chat templates: Jinja programs that make a text from messages, as transformers runs them."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from rlt_jax.errors import UserError
+from rlt_jax.data import chat_limits
+from rlt_jax.errors import UserError, as_user_error
 
 Message = dict[str, str]  # "role" and "content"
 # Templates in tokenizer_config.json: one, or several with names.
@@ -18,22 +15,6 @@ Stored = str | Mapping[str, str] | list[Mapping[str, str]] | None
 ASSETS = Path(__file__).parent / "assets" / "chat_templates"
 _PROBE = "probe"
 _QUESTION = {"role": "user", "content": "question"}
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant generates; the text stays the same."""
-
-    tags = frozenset(["generation"])
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """A call with what stands between the tags, where variables have their own scope."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_text")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _text(self, caller: Callable[[], str]) -> str:
-        return caller()
 
 
 class ChatTemplate:
@@ -53,13 +34,8 @@ class ChatTemplate:
         self, where: str, source: str, variables: Mapping[str, Any], date: datetime
     ) -> None:
         self.source, self._where, self._variables = source, where, dict(variables)
-        extensions = [jinja2.ext.loopcontrols, _Generation]
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
-        )
-        environment.filters["tojson"] = _to_json  # Jinja's own is for HTML
-        functions = {"raise_exception": _refuse, "strftime_now": date.strftime}
-        self._render = self._guarded(environment.from_string, source, functions).render
+        self._date = date.isoformat()
+        self._run(None)
 
     def render(self, messages: Sequence[Message], open_turn: bool = True) -> str:
         """The chat as text, by default up to where the assistant's turn begins.
@@ -69,7 +45,7 @@ class ChatTemplate:
         """
         values = {"messages": list(messages), "add_generation_prompt": open_turn}
         defaults = {"tools": None, "documents": None}
-        return self._guarded(self._render, defaults | self._variables | values)
+        return self._run(defaults | self._variables | values)
 
     def ending(self) -> str:
         """What is rendered after the text of the last turn, an assistant's.
@@ -92,26 +68,20 @@ class ChatTemplate:
     def _attempt(self, messages: Sequence[Message], open_turn: bool) -> str:
         try:
             return self.render(messages, open_turn)
-        except UserError:
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             return ""
 
-    def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, values: Mapping[str, Any] | None) -> str:
         try:
-            return function(*args)
-        except Exception as error:  # the template may do anything
+            return chat_limits.render(self.source, self._date, values)
+        except (TypeError, ValueError, OSError) as error:
             raise UserError(
                 f"{self._where}: the chat template fails: {error}. Set "
                 "model.chat_template to another one, or its variables in "
                 "model.chat_template_kwargs."
             ) from error
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def find_template(folder: Path, stored: Stored, choice: str) -> str | None:
@@ -129,21 +99,27 @@ def find_template(folder: Path, stored: Stored, choice: str) -> str | None:
     Raises:
       UserError: there is no such template.
     """
-    if isinstance(stored, list):
-        stored = {entry["name"]: entry["template"] for entry in stored}
-    stored = stored or {}
-    named = {"default": stored} if isinstance(stored, str) else dict(stored)
-    more = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    named |= {file.stem: file.read_text(encoding="utf-8") for file in more}
-    if (own := folder / "chat_template.jinja").is_file():
-        named["default"] = own.read_text(encoding="utf-8")
+    shipped = {file.stem: file for file in sorted(ASSETS.glob("*.jinja"))}
+    what = f"tokenizer {folder}: a chat template is no text, or has no name"
+    with as_user_error(what, KeyError, OSError, TypeError, ValueError):
+        if isinstance(stored, list):
+            stored = {entry["name"]: entry["template"] for entry in stored}
+        stored = stored or {}
+        named = {"default": stored} if isinstance(stored, str) else dict(stored)
+        files = {f.stem: f for f in folder.glob("additional_chat_templates/*.jinja")}
+        if (own := folder / "chat_template.jinja").is_file():
+            files["default"] = own
+        if choice not in {**named, **files}:
+            files[choice] = shipped.get(choice, Path(choice))
+        named |= {
+            k: f.read_text("utf-8") for k, f in sorted(files.items()) if f.is_file()
+        }
+        given = [x for pair in named.items() for x in pair]
+        if others := [x for x in given if not isinstance(x, str)]:
+            raise TypeError(short(others[0]))
     source = named.get(choice or "default")
     if source or not (choice or named):
         return source
-    shipped = {file.stem: file for file in sorted(ASSETS.glob("*.jinja"))}
-    file = shipped.get(choice, Path(choice))
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
     known = ", ".join([*named, *shipped])
     raise UserError(
         f"tokenizer {folder}: there is no chat template {choice or 'default'!r}; set "

@@ -13,6 +13,7 @@ import tokenizers
 from rlt_jax.data.token_bytes import Encoding, TokenBytes, concatenate
 from rlt_jax.errors import UserError
 
+MOST_IDS = 2**21  # more are a mistake, and would take up the memory
 _PROBE = "Verify 12 offsets: (a+b)*c = 7,\n\nthen go on."
 
 
@@ -112,6 +113,9 @@ class FastCodec:
       added: tokens by their ids that were added later, or whose flags were changed.
       limit: added tokens with ids from it on are left out, and never found in a text.
 
+    Raises:
+      UserError: the ids make no sense, or the library's offsets or decoder do not fit.
+
     Attributes:
       left_out: text of every token that was left out.
       added: text of every added token by its id.
@@ -136,6 +140,9 @@ class FastCodec:
         spec["added_tokens"] = [token for token in listed if token["id"] < limit]
         self.left_out = [token["content"] for token in listed if token["id"] >= limit]
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        vocabulary = self._tokenizer.get_vocab()
+        if len({*vocabulary.values()}) < len(vocabulary) or self.size() > MOST_IDS:
+            raise UserError(f"{file}: an id is used twice, or is {MOST_IDS:,} or more.")
         found = self._tokenizer.get_added_tokens_decoder()
         self.added = {token_id: token.content for token_id, token in found.items()}
         self.marks = list(self.added.values())

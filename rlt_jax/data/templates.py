@@ -14,11 +14,13 @@ Everything left of `|` is the teacher's prompt.
 """
 
 import dataclasses
-import json
 import re
+from itertools import permutations
 from pathlib import Path
+from reprlib import repr as short
 
 from rlt_jax.data.chat import Message
+from rlt_jax.data.tokenizer import read_json
 from rlt_jax.errors import UserError, as_user_error, check_choice
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import build
@@ -73,19 +75,25 @@ class Template:
         for name in ("solution_tags", "delimiter"):
             if getattr(self, f"teacher_{name}") is None:
                 object.__setattr__(self, f"teacher_{name}", getattr(self, name))
-        check_choice("template: system_role", self.system_role, SYSTEM_ROLES)
         for name, value in list(vars(self).items()):
             if name.endswith("_tags"):
-                if len(value) != 2 or not all(isinstance(t, str) and t for t in value):
+                pair = isinstance(value, list | tuple) and len(value) == 2
+                if not pair or not all(isinstance(t, str) and t.strip() for t in value):
                     raise UserError(
-                        f"template: {name} is {value!r}; give an opening and a closing tag."
+                        f"template: {name} is {short(value)}; give an opening and a closing tag."
                     )
                 object.__setattr__(self, name, tuple(value))
             elif not isinstance(value, str):
-                raise UserError(f"template: {name} is {value!r}; give a text.")
+                raise UserError(f"template: {name} is {short(value)}; give a text.")
+        check_choice("template: system_role", self.system_role, SYSTEM_ROLES)
         for place in ("{question}", "{solution}"):
             if place not in self.privileged:
                 raise UserError(f"template: privileged has no {place}.")
+        teacher = self.teacher_solution_tags + self.explanation_tags
+        student = self.thought_tags + self.solution_tags
+        for tag, other in (*permutations(teacher, 2), *permutations(student, 2)):
+            if tag in other:
+                raise UserError(f"template: the tag {tag!r} stands in {other!r}, too.")
 
     def body(self, text: str) -> str:
         """An explanation as it stands between its tags, padded unless it already is."""
@@ -186,7 +194,7 @@ def load_template(name: str) -> Template:
     """Reads a template by the name of a shipped one or the path of a JSON file.
 
     Raises:
-      UserError: no such file, not JSON, or a field is missing or unknown.
+      UserError: no such file, not JSON, or a field is missing, unknown or invalid.
     """
     shipped = {path.stem: path for path in sorted(ASSETS.glob("*.json"))}
     path = shipped.get(name, Path(name))
@@ -195,7 +203,5 @@ def load_template(name: str) -> Template:
             f"template {name!r} is neither a file nor one of the shipped "
             f"({', '.join(shipped)})."
         )
-    what = f"template {path}: not valid JSON"
-    with as_user_error(what, json.JSONDecodeError, end=""):
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    return build(Template, fields, f"template {path}")
+    with as_user_error(f"template {path}", UserError, end=""):
+        return build(Template, read_json(path), "it")

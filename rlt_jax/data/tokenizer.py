@@ -4,18 +4,20 @@ A tokenizer is a directory: `tokenizer.model` (SentencePiece) or `tokenizer.json
 Face), and `tokenizer_config.json` with the special tokens and the chat template.
 """
 
+import contextlib
 import datetime
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 
 from rlt_jax.data.chat import ChatTemplate, Message, find_template
-from rlt_jax.data.codecs import FastCodec, SentencePieceCodec
+from rlt_jax.data.codecs import MOST_IDS, FastCodec, SentencePieceCodec
 from rlt_jax.data.token_bytes import Decoded, Encoding, concatenate
 from rlt_jax.errors import UserError, as_user_error
 
@@ -55,10 +57,10 @@ class Tokenizer:
         self.variables: dict[str, Any] = config.get(VARIABLES, {})
         self.vocab_size = codec.size()
         eos = _token_text(config.get("eos_token"))
-        self.eos_id = codec.token_id(eos)
+        self.eos_id = codec.token_id(eos) if isinstance(eos, str) else None
         if self.eos_id is None:
             raise UserError(
-                f"tokenizer {path}: eos_token {eos!r} of tokenizer_config.json is not in "
+                f"tokenizer {path}: eos_token {short(eos)} of tokenizer_config.json is not in "
                 "the vocabulary."
             )
         ending = chat.ending() if chat else ""
@@ -66,13 +68,13 @@ class Tokenizer:
         marks = sorted([eos, *codec.marks], key=len, reverse=True)
         found = re.search("|".join(re.escape(m) for m in marks if m.strip()), ending)
         self.end_of_turn = ending[: found.end()] if found else ending.rstrip() + eos
-        last, mark = int(self.encode(self.end_of_turn).ids[-1]), found or [eos]
-        if last != codec.token_id(mark[0]):
+        last, mark = self.encode(self.end_of_turn).ids[-1:].tolist(), found or [eos]
+        if last != [codec.token_id(mark[0])]:
             raise UserError(
                 f"tokenizer {path}: {mark[0]!r}, which ends a turn, is encoded as several "
                 "tokens; list it among the added tokens."
             )
-        self.stop_ids = tuple(sorted({self.eos_id, last, *stop_ids}))
+        self.stop_ids = tuple(sorted({self.eos_id, *last, *stop_ids}))
 
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of the text; no special tokens are added."""
@@ -215,8 +217,8 @@ def load_tokenizer(
       embeddings: number of ids that the model knows.
 
     Raises:
-      UserError: no tokenizer there, or one without end token, or one with ids that the
-        model lacks.
+      UserError: no tokenizer there, or a damaged one, or one without end token, or one
+        with ids that the model lacks.
     """
     path = SHIPPED.get(str(name), Path(name))
     config_file = path / "tokenizer_config.json"
@@ -225,14 +227,19 @@ def load_tokenizer(
             f"tokenizer {path}: no tokenizer_config.json there. Name a directory with "
             "tokenizer.model or tokenizer.json and tokenizer_config.json, or 'embedded'."
         )
-    config = _read_json(config_file)
+    config = read_json(config_file)
     if "added_tokens_decoder" not in config:  # older directories, as in transformers
-        config |= _read_json(path / "special_tokens_map.json")
-    stops = _read_json(path / "generation_config.json").get("eos_token_id")
-    stop_ids = [stops] if isinstance(stops, int) else stops or []
-    codec = _load_codec(path, config, embeddings)
+        config |= read_json(path / "special_tokens_map.json")
+    stops = read_json(path / "generation_config.json").get("eos_token_id")
+    stop_ids = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if any(type(i) is not int or i < 0 for i in stop_ids):
+        wrong = f"generation_config.json: eos_token_id={short(stops)}"
+        raise UserError(f"{path}/{wrong}; give an id or a list.")
+    with _naming_damage(path):
+        codec = _load_codec(path, config, embeddings)
     _check_ids(path, codec, stop_ids, embeddings)
-    config[VARIABLES] = config.get(VARIABLES, {}) | dict(chat_template_kwargs or {})
+    with as_user_error(f"{config_file}: {VARIABLES} has to be keys, values", TypeError):
+        config[VARIABLES] = config.get(VARIABLES, {}) | dict(chat_template_kwargs or {})
     source = find_template(path, config.get("chat_template"), chat_template)
     chat = None
     if source is not None:
@@ -256,10 +263,12 @@ def _local_time(date: str) -> datetime.datetime:
 
 
 def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:
-    texts = _read_json(path / "added_tokens.json")
+    texts = read_json(path / "added_tokens.json")
     listed = {i: {"content": text} for text, i in texts.items()}
     listed = config.get("added_tokens_decoder", listed)
     added = {int(i): token for i, token in listed.items()}
+    if strange := [i for i in added if not 0 <= i < MOST_IDS]:
+        raise UserError(f"tokenizer {path}: an added token has the id {strange[0]}.")
     if (path / "tokenizer.json").is_file():
         return FastCodec(path / "tokenizer.json", added, embeddings)
     if not (path / "tokenizer.model").is_file():
@@ -296,13 +305,33 @@ def _check_ids(
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file, {} if it does not exist."""
+@contextlib.contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Raises UserError for what the libraries raise if the files are damaged: anything."""
+    try:
+        yield
+    except BaseException as error:
+        kind = type(error).__name__  # a panic in Rust is no Exception
+        known = isinstance(error, Exception) or kind == "PanicException"
+        if isinstance(error, UserError) or not known:
+            raise
+        what = "tokenizer.json, tokenizer.model or an added token is damaged"
+        reason = f"{kind}: {error}".splitlines()[0][:300]
+        raise UserError(f"tokenizer {path}: {what} ({reason}).") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file, {} if it does not exist."""
     if not file.is_file():
         return {}
-    with as_user_error(f"{file}: not valid JSON", json.JSONDecodeError, end=""):
-        return json.loads(file.read_text(encoding="utf-8"))
+    kinds = ValueError, OSError, RecursionError
+    with as_user_error(f"{file}: not valid JSON", *kinds, end=""):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # no halves of characters
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is {short(content)}; give it as keys and values.")
+    return content
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str:
-    return token["content"] if isinstance(token, dict) else token or ""
+def _token_text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token or ""

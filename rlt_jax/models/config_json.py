@@ -6,11 +6,13 @@ Reads both formats of RoPE settings: `rope_theta` with `rope_scaling`, and the n
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from reprlib import repr as short
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig, RopeScaling
 from rlt_jax.models.families import Family, family
+from rlt_jax.settings import build
 
 # Names in config.json -> names in ModelConfig.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -25,32 +27,59 @@ SCALING_KEYS = {
     "yarn": ("factor", _LENGTH, "beta_fast", "beta_slow", "attention_factor"),
 }
 
+_SCALING_TYPES = get_type_hints(RopeScaling) | {_LENGTH: int, "rope_theta": float}
+# Types of keys of config.json, besides those of the fields that the family names.
+_TYPES = dict.fromkeys(("text_config", "rope_parameters", "rope_scaling"), dict)
+_TYPES |= dict.fromkeys(("full_attention", "sliding_attention"), dict)
+_TYPES |= dict.fromkeys(("sliding_window_pattern", "max_window_layers"), int)
+_TYPES |= {"sliding_window": int, "use_sliding_window": bool, "layer_types": list[str]}
+_KINDS = {int: "a whole number from {} to {:,}", float: "a number from {} to {}"}
+_KINDS |= {bool: "true or false", str: "a text", dict: "keys and values"}
+# The frequencies of all layers and heads are made at once, before any weight is read.
+_MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "head_dim": 4096}
+
 
 def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes.
 
     Raises:
-      UserError: an unknown family, a missing key, or an unsupported setting.
+      UserError: an unknown family, a missing key, an unsupported setting, or a value that
+        the setting cannot have.
     """
     kind = family(content.get("model_type"))
+    hints = get_type_hints(ModelConfig)
+    types = _TYPES | {key: hints[field] for field, key in kind.settings.items()}
     # Multimodal models have the settings of the language model in `text_config`.
-    content = kind.defaults | dict(content) | content.get("text_config", {})
+    text = content.get("text_config")
+    content = kind.defaults | dict(content) | (text if isinstance(text, dict) else {})
+    _check_values(_given(content), types)
     for key in ("quantization_config", "use_bidirectional_attention"):
         if content.get(key):
-            raise UserError(f"config.json: {key}={content[key]!r} is not supported.")
+            raise UserError(f"{key}={short(content[key])} is not supported.")
     scaling, thetas = _read_rope(content)
     # Old files may lack the number of key/value heads and the head dim.
     heads, width = content.get("num_attention_heads"), content.get("hidden_size")
-    head_dim = width // heads if heads and width else None
+    head_dim = width // heads or None if heads and width else None
     older = {"num_key_value_heads": heads, "head_dim": head_dim}
     content = older | _given(content) | thetas
     fields = {field: content.get(key) for field, key in kind.settings.items()}
     for field in dataclasses.fields(ModelConfig):
         if fields.get(field.name, "") is None and field.default is not None:
-            raise UserError(f"config.json lacks {kind.settings[field.name]!r}.")
+            raise UserError(f"it lacks {kind.settings[field.name]!r}.")
     fields["activation"] = _our_name(ACTIVATIONS, "activation", fields["activation"])
     windows = _read_windows(content, kind)
     return ModelConfig(**fields, **kind.fixed, **windows, rope_scaling=scaling)
+
+
+def config_from_fields(content: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig with the fields that a stage's model.json has.
+
+    Raises:
+      UserError: a field is unknown or missing, or has a value that it cannot have.
+    """
+    _check_values(content, get_type_hints(ModelConfig) | {"rope_scaling": dict | None})
+    _check_values(content.get("rope_scaling") or {}, _SCALING_TYPES)
+    return build(ModelConfig, content, "the model")
 
 
 def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -87,21 +116,41 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _our_name(names: Mapping[str, Any], what: str, name: str) -> Any:
-    if name not in names:
+def _check_values(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raises UserError for a value from JSON that is not of its type, or no sensible one.
+
+    Args:
+      values: the values.
+      types: name -> type, possibly an optional one, or a list or tuple of one.
+    """
+    for name in values.keys() & types.keys():
+        kind, *others = get_args(types[name]) or (types[name],)
+        value, listed = values[name], get_origin(types[name]) in (list, tuple)
+        least = 1e-15 if kind is float else int(name != "max_window_layers")
+        most = _MOST.get(name, 1e15 if kind is float else 2**31 - 1)
+        for item in value if listed and type(value) is list else [value]:
+            fits = type(item) in (kind, *others, int if kind is float else kind)
+            if not fits or (type(item) in (int, float) and not least <= item <= most):
+                give = _KINDS[kind].format(least, most)
+                raise UserError(f"{name}={short(value)}; give {give}.")
+
+
+def _our_name(names: Mapping[str, Any], what: str, name: Any) -> Any:
+    if not isinstance(name, str) or name not in names:
         known = ", ".join(names)
-        raise UserError(f"config.json: {what} {name!r} is not supported, only {known}.")
+        raise UserError(f"{what} {short(name)} is not supported, only {known}.")
     return names[name]
 
 
 def _read_rope(content: Mapping[str, Any]) -> tuple[RopeScaling | None, dict]:
     """The scaling, and the thetas in `rope_parameters` under their old keys."""
-    parameters = content.get("rope_parameters") or {}
+    parameters = _given(content.get("rope_parameters") or {})
+    _check_values(parameters, _TYPES)
     full = parameters.get("full_attention", parameters)
     full = {**(content.get("rope_scaling") or {}), **full}
     local = parameters.get("sliding_attention", {})
     if _read_scaling(local, content) is not None:
-        raise UserError("config.json: scaled RoPE in windowed layers is not supported.")
+        raise UserError("scaled RoPE in windowed layers is not supported.")
     sources = {"rope_theta": full, "rope_local_base_freq": local}
     thetas = {key: source.get("rope_theta") for key, source in sources.items()}
     return _read_scaling(full, content), _given(thetas)
@@ -115,13 +164,16 @@ def _read_scaling(
     others = ("rope_type", "type", "rope_theta")
     given = {k: v for k, v in _given(scaling).items() if k not in others}
     if unknown := sorted(set(given) - set(keys)):
-        raise UserError(f"config.json: {kind} RoPE with {unknown[0]!r} is unsupported.")
+        raise UserError(f"{kind} RoPE with {unknown[0]!r} is unsupported.")
+    _check_values(_given(scaling), _SCALING_TYPES)
     if kind == "default":
         return None
     if "factor" not in given:
-        raise UserError(f"config.json: {kind} RoPE needs 'factor'.")
+        raise UserError(f"{kind} RoPE needs 'factor'.")
     length = given.pop(_LENGTH, content.get("max_position_embeddings"))
     length = length if _LENGTH in keys else None
+    if given.get("low_freq_factor", 1) >= given.get("high_freq_factor", 4):
+        raise UserError(f"{kind} RoPE needs low_freq_factor below high_freq_factor.")
     return RopeScaling(kind, original_length=length, **given)
 
 
@@ -138,8 +190,8 @@ def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
         return {}
     types = content.get("layer_types")
     if types is None:
-        layers = range(content["num_hidden_layers"])
-        windowed = tuple(kind.windowed(content, layer) for layer in layers)
+        layers, given = range(content["num_hidden_layers"]), kind.defaults | content
+        windowed = tuple(kind.windowed(given, layer) for layer in layers)
     else:
         windowed = tuple(_our_name(LAYER_TYPES, "layer type", name) for name in types)
     if not any(windowed) or not content.get("use_sliding_window", True):

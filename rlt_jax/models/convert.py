@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from rlt_jax.errors import LOG, UserError
+from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.models import peft, weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
@@ -59,8 +59,10 @@ def read_config(path: str | Path, **overrides: Any) -> ModelConfig:
       UserError: no config.json, an unknown family, an unsupported setting, or a damaged
         weight file.
     """
-    content = read_json(Path(path) / CONFIG)
-    config = config_from_json(content)
+    file = Path(path) / CONFIG
+    content = read_json(file)
+    with as_user_error(str(file), UserError, end=""):
+        config = config_from_json(content)
     kind = family(content.get("model_type"))
     if config.tie_embeddings and weight_files.has_own_head(Path(path), kind):
         LOG.warning("%s has a head that differs: tie_word_embeddings is ignored", path)

@@ -186,7 +186,7 @@ def family(model_type: str | None) -> Family:
     Raises:
       UserError: the family is not supported.
     """
-    if model_type not in FAMILIES:
-        unknown = f"model_type {model_type!r} is not supported"
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        unknown = f"model_type {str(model_type)[:99]!r} is not supported"
         raise UserError(f"{unknown}; supported are {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]

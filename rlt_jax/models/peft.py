@@ -4,9 +4,11 @@ A folder has adapter_config.json and adapter_model.safetensors with, for a proje
 [out, in], `lora_A` [r, in] and `lora_B` [out, r]: W + scale * B A.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name
 from rlt_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_REPEATS = re.compile(r"[*+?{(]")  # each multiplies the time that a match may take
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # Settings that change what is computed, with the values that do not; what else does comes
 # with tensors of its own.
@@ -66,7 +69,7 @@ def adapter_base(folder: Path) -> str:
     base = weight_files.read_json(folder / CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(
-            f"adapter {folder}: {CONFIG} has base_model_name_or_path={base!r}; write the "
+            f"adapter {folder}: {CONFIG} has base_model_name_or_path={short(base)}; write the "
             "folder or Hub id of the model that the adapter was trained on."
         )
     return base
@@ -85,13 +88,15 @@ def adapt(
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(
-                f"adapter {folder}: {key}={config.get(key)!r} is not supported; merge the "
+                f"adapter {folder}: {key}={short(config.get(key))} is not supported; merge the "
                 "adapter into its model with PEFT."
             )
+    ranks = _patterns(folder, config, "rank_pattern")
+    alphas = _patterns(folder, config, "alpha_pattern")
     unadapted, adapted = dict(stored), {}
     for module, pair in _read_pairs(folder).items():
-        rank = _of_module(config, "r", "rank_pattern", module)
-        alpha = _of_module(config, "lora_alpha", "alpha_pattern", module)
+        rank = _of_module(module, ranks, config.get("r"))
+        alpha = _of_module(module, alphas, config.get("lora_alpha"))
         base = unadapted.pop(name := bare_name(f"{module}.weight"), None)
         shapes = [pair[key].shape if key in pair else None for key in "AB"]
         if base is None:
@@ -99,21 +104,32 @@ def adapt(
                 f"adapter {folder}: {module} is no layer, or has two adapters."
             )
         fits = shapes == [[rank, *base.shape[1:]], [*base.shape[:1], rank]]
-        if not fits or not isinstance(alpha, int | float):
+        fits = fits and len(base.shape) == 2 and type(rank) is int and rank > 0
+        if not (fits and type(alpha) in (int, float) and abs(alpha) < 1e9):
             raise UserError(
                 f"adapter {folder}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, "
-                f"not for r={rank}, lora_alpha={alpha!r} and the model's {base.shape}."
+                f"not for r={rank!r}, lora_alpha={alpha!r} and the model's {base.shape}."
             )
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         adapted[name] = AdaptedTensor(base, pair["A"], pair["B"], scale)
     return unadapted | adapted
 
 
-def _of_module(config: Mapping[str, Any], key: str, patterns: str, module: str) -> Any:
-    """The setting of a module: by the first pattern for the end of its name, as in PEFT."""
-    items = (config.get(patterns) or {}).items()
-    matching = (x for end, x in items if re.match(rf"(.*\.)?({end})$", module))
-    return next(matching, config.get(key))
+def _patterns(
+    folder: Path, config: Mapping[str, Any], key: str
+) -> dict[re.Pattern[str], Any]:
+    """Patterns for modules by the ends of their names, and their settings."""
+    given = config.get(key) or {}
+    if isinstance(given, dict) and all(len(_REPEATS.findall(x)) < 4 for x in given):
+        with contextlib.suppress(re.error, OverflowError, RecursionError):
+            return {re.compile(rf"(.*\.)?({end})$"): x for end, x in given.items()}
+    give = "ends of module names, with at most three repetitions and groups"
+    raise UserError(f"{folder / CONFIG}: {key}={short(given)}; give {give}.")
+
+
+def _of_module(module: str, patterns: Mapping[re.Pattern[str], Any], other: Any) -> Any:
+    """The setting by the first pattern for the module, as in PEFT."""
+    return next((x for end, x in patterns.items() if end.match(module)), other)
 
 
 def _read_pairs(folder: Path) -> dict[str, dict[str, StoredTensor]]:

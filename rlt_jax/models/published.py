@@ -5,15 +5,15 @@ from typing import Any
 
 from rlt_jax.models.config import ModelConfig
 
-# D, F, L, N, K, V.
+# The first fields of ModelConfig: V, D, L, N, K, H, F.
 _QWEN2_5 = {
-    "0.5B": (896, 4864, 24, 14, 2, 151_936),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
-    "3B": (2048, 11008, 36, 16, 2, 151_936),
-    "7B": (3584, 18944, 28, 28, 4, 152_064),
-    "14B": (5120, 13824, 48, 40, 8, 152_064),
-    "32B": (5120, 27648, 64, 40, 8, 152_064),
-    "72B": (8192, 29568, 80, 64, 8, 152_064),
+    "0.5B": (151_936, 896, 24, 14, 2, 64, 4864),
+    "1.5B": (151_936, 1536, 28, 12, 2, 128, 8960),
+    "3B": (151_936, 2048, 36, 16, 2, 128, 11008),
+    "7B": (152_064, 3584, 28, 28, 4, 128, 18944),
+    "14B": (152_064, 5120, 48, 40, 8, 128, 13824),
+    "32B": (152_064, 5120, 64, 40, 8, 128, 27648),
+    "72B": (152_064, 8192, 80, 64, 8, 128, 29568),
 }
 # Fine-tuned models have the configuration of their base model.
 PUBLISHED = {
@@ -33,15 +33,8 @@ def published_config(name: str, **overrides: Any) -> ModelConfig | None:
     if name not in PUBLISHED:
         return None
     size = PUBLISHED[name]
-    D, F, L, N, K, V = _QWEN2_5[size]
     config = ModelConfig(
-        vocab_size=V,
-        embed_dim=D,
-        num_layers=L,
-        num_heads=N,
-        num_kv_heads=K,
-        head_dim=D // N,
-        mlp_dim=F,
+        *_QWEN2_5[size],
         max_length=32_768,
         rope_theta=1_000_000.0,
         tie_embeddings=size in ("0.5B", "1.5B", "3B"),

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _MODULE = r"_(?:orig_mod|(?:forward|fsdp_wrapped|checkpoint_wrapped)_module)\."
 _WRAPPERS = re.compile(rf"^(?:{_MODULE}|(?:module|model|language_model)\.)+|{_MODULE}")
 _ROTARY = ".rotary_emb."  # buffers of old files, such as the RoPE frequencies
+_FILE = re.compile(r"[^/\\\0]{1,240}\.safetensors")
 _ROWS = 4096  # read at once to compare two tensors
 
 
@@ -47,13 +49,22 @@ def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
     """The tensors of all weight files, by their bare names.
 
     Raises:
-      UserError: a file is missing or truncated, or has two tensors of one bare name.
+      UserError: a file is missing or damaged, lacks a tensor that the index says it has,
+        or has two tensors of one bare name.
     """
-    files = _weight_files(path)
-    if not files:
+    listed = _weight_map(path)
+    if not listed:
         raise UserError(f"model {path}: it has neither {WEIGHTS} nor files of {INDEX}.")
+    files = sorted(set(listed.values()))
+    tensors = [tensor for file in files for tensor in open_tensors(path / file)]
+    found = {(tensor.name, tensor.file.name) for tensor in tensors}
+    if lacking := sorted({x for x in listed.items() if x[0]} - found):
+        name, file = bare_name(lacking[0][0]), path / lacking[0][1]
+        raise UserError(
+            f"{path / INDEX} lists {len(lacking)} missing tensors: {name} is not in {file}."
+        )
     stored: dict[str, StoredTensor] = {}
-    for tensor in (tensor for file in files for tensor in open_tensors(path / file)):
+    for tensor in tensors:
         bare = bare_name(tensor.name)
         if bare.startswith(kind.skipped) or _ROTARY in f".{bare}":
             continue
@@ -66,12 +77,17 @@ def find_tensors(path: Path, kind: Family) -> dict[str, StoredTensor]:
     return stored
 
 
-def _weight_files(path: Path) -> Sequence[str]:
-    """Names of the weight files; none if there are no weights."""
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> its file by the index, or "" -> the only file; {} without weights."""
     if (path / WEIGHTS).is_file():
-        return [WEIGHTS]
+        return {"": WEIGHTS}
     index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
-    return sorted(set(index.get("weight_map", {}).values()))
+    listed = index.get("weight_map", {})
+    files = listed.values() if isinstance(listed, dict) else [None]
+    if strange := [x for x in files if type(x) is not str or not _FILE.fullmatch(x)]:
+        what = f"weight_map has {short(strange[0])}, not a .safetensors file beside it"
+        raise UserError(f"{path / INDEX}: {what}; download it again.")
+    return listed
 
 
 def bare_name(name: str) -> str:
@@ -84,18 +100,19 @@ def has_own_head(path: Path, kind: Family) -> bool:
 
     False if there are no weights, as where only the shape of a model is needed.
     """
-    if not any((path / file).is_file() for file in _weight_files(path)):
+    if not any((path / file).is_file() for file in _weight_map(path).values()):
         return False
     stored = find_tensors(path, kind)
     names = (bare_name(kind.tensors[key].name) for key in ("output", "embedding"))
     head, embedding = (stored.get(name) for name in names)
     if head is None or embedding is None:
         return False
+    kinds = {head.dtype, embedding.dtype}
+    if head.shape != embedding.shape or not head.shape or not kinds.issubset(FLOATS):
+        return True
     size = head.shape[0]
     parts = (slice(n, min(n + _ROWS, size)) for n in range(0, size, _ROWS))
-    return head.shape != embedding.shape or not all(
-        np.array_equal(head[part,], embedding[part,]) for part in parts
-    )
+    return not all(np.array_equal(head[part,], embedding[part,]) for part in parts)
 
 
 def check_tensors(
@@ -130,13 +147,16 @@ def check_tensors(
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON file; raises UserError if it is missing or invalid."""
+    """Reads a JSON file of keys and values; raises UserError if it is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing.") from error
-    except ValueError as error:  # not JSON, or not even text
+    except (ValueError, OSError, RecursionError) as error:  # not JSON, or not even text
         raise UserError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is {short(content)}; give keys and values.")
+    return content
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -147,11 +167,11 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def open_tensors(file: Path) -> list[StoredTensor]:
     """The tensors of a file; raises UserError if it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing; download it again.")
     try:
         with safe_open(file, "numpy") as opened:
             slices = [(n, opened.get_slice(n)) for n in list(opened.keys())]
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing; download it again.") from error
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged; download it again.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged; download it again ({error}).") from error
     return [StoredTensor(file, n, x.get_shape(), x.get_dtype()) for n, x in slices]

@@ -23,10 +23,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
-from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.errors import LOG, UserError, as_user_error, check_choice
 from rlt_jax.files import storage_errno, storing
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import ModelConfig
+from rlt_jax.models.config_json import config_from_fields
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.settings import build
@@ -174,8 +175,9 @@ def _model_config(
     if path is None:
         fields = {"vocab_size": vocab_size, **source.architecture, **numerics}
         return build(ModelConfig, fields, "model.architecture")
-    if (path / "model.json").is_file():
-        return ModelConfig(**(read_json(path / "model.json") | numerics))
+    if (file := path / "model.json").is_file():
+        with as_user_error(str(file), UserError, end=""):
+            return config_from_fields(read_json(file) | numerics)
     return convert.read_config(path, **numerics)
 
 

@@ -3,12 +3,21 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
 
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
+from tests.data.mutations import (
+    COUNTS,
+    TEXTS,
+    check_settings,
+    message_of,
+    mutated_json,
+)
 
 PROBLEM = Problem("3+4?", "It is 7.", "7")
 PLAIN = Template(
@@ -175,7 +184,62 @@ def test_bad_template_files_are_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=message):
             load_template(str(file))
-    for tags in (["<e>"], ["<e>", ""], ["<e>", 1]):
+    for tags in (["<e>"], ["<e>", ""], ["<e>", 1], ["<e>", " \n"], "ee", 5, None, {}):
         file.write_text(json.dumps(fields | {"explanation_tags": tags}))
-        with pytest.raises(UserError, match="explanation_tags"):
+        with pytest.raises(UserError, match=f"^template {file}: .*explanation_tags"):
             load_template(str(file))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:8])
+def test_a_file_that_is_no_json_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^template {file}: ") as raised:
+        load_template(str(file))
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solution_tags": ("<t>", "</s>")}, "'<t>' stands in '<t>'"),
+        ({"explanation_tags": ("<e>", "</s>.")}, "'</s>' stands in '</s>.'"),
+        ({"explanation_tags": ("<e>", "<e>")}, "'<e>' stands in '<e>'"),
+        ({"explanation_tags": ("e", "</e>")}, "'e' stands in '</e>'"),
+        ({"thought_tags": ("<t>", "</t><s>")}, "'<s>' stands in '</t><s>'"),
+        ({"teacher_solution_tags": ("<a>", "<e>")}, "'<e>' stands in '<e>'"),
+    ],
+)
+def test_tags_of_a_sequence_are_told_apart(
+    changes: dict[str, tuple[str, str]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(PLAIN, **changes)
+
+
+def test_a_teacher_may_have_the_tags_of_a_thought() -> None:
+    template = dataclasses.replace(PLAIN, explanation_tags=PLAIN.thought_tags)
+    assert template.parse_completion("x</t>") == ("\nx", True)
+
+
+@pytest.mark.parametrize(
+    "examples", [COUNTS[0], pytest.param(COUNTS[1], marks=pytest.mark.slow)]
+)
+def test_any_template_is_valid_or_named(examples: int, tmp_path: Path) -> None:
+    file, outcomes = tmp_path / "mine.json", []
+
+    def use() -> None:
+        template = load_template(str(file))
+        template.teacher_prefix(PROBLEM)
+        template.student_turn(Trace(PROBLEM, "3+4=7"))
+        template.messages("teacher", PROBLEM, True)
+        template.parse_completion(template.privileged_question(PROBLEM))
+
+    @check_settings(examples)
+    @given(mutated_json(dataclasses.asdict(PLAIN)))
+    def check(content: Any) -> None:
+        file.write_text(json.dumps(content))
+        outcomes.append(message_of(use, str(file)))
+
+    check()
+    assert 0 < sum(map(bool, outcomes)) < len(outcomes)
