@@ -309,7 +309,7 @@ def _watch_others(heartbeat_timeout: float) -> None:
 
     JAX does the latter, too, a little later and with a stack trace of its C++ code.
     """
-    silence, count = 0.8 * heartbeat_timeout, private_jax.num_processes()
+    silence, count = 0.5 * heartbeat_timeout, private_jax.num_processes()
     answered = dict.fromkeys(range(count), time.monotonic())
     beats: dict[int, str] = {}
     while not _exiting.wait(POLL_SECONDS):
