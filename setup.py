@@ -52,6 +52,7 @@ setuptools.setup(
             *EXPERIMENTS,
             *REASONING_GYM,
             "gguf",  # the slow test of real models makes them from GGUF files
+            "hypothesis",
             "ipykernel",
             "jax[tpu]>=0.10",  # libtpu compiles without a TPU
             "nbclient",

@@ -25,13 +25,14 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tasks.arithmetic import sample_kinds
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import Checked, NonNegativeInt, OneOf, PositiveInt, Range
 from rlt_jax.records import Problem, Trace
 
 GRADER = "experiments.countdown:is_solution"
@@ -122,7 +123,7 @@ def _evaluate(expression: str, used: list[int]) -> Fraction:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemConfig:
+class ProblemConfig(Checked):
     """Settings of `problems`.
 
     Attributes:
@@ -136,21 +137,17 @@ class ProblemConfig:
       signs: allowed operations, a subset of "+-*/".
     """
 
-    split: str
-    size: int
-    seed: int
-    stream: int = 0
-    numbers: int = 4
-    max_number: int = 25
-    max_target: int = 100
+    split: Annotated[str, OneOf(("train", "test"))]
+    size: Annotated[int, Range(0, 10**7)]
+    seed: NonNegativeInt
+    stream: NonNegativeInt = 0
+    numbers: Annotated[int, Range(2, 100)] = 4
+    max_number: PositiveInt = 25
+    max_target: PositiveInt = 100
     signs: str = "+-*/"
 
     def __post_init__(self) -> None:
-        check_choice("data.split", self.split, ("train", "test"))
-        if self.numbers < 2:
-            raise UserError(f"data.numbers={self.numbers}: must be at least 2.")
-        if self.max_number < 1:
-            raise UserError(f"data.max_number={self.max_number}: must be at least 1.")
+        super().__post_init__()
         if not self.signs or set(self.signs) - set("+-*/"):
             raise UserError(f"data.signs={self.signs!r}: must be some of '+-*/'.")
 
@@ -164,7 +161,7 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... from 3, 4, 7. It is 7*4-3."
     """
 
-    kinds: Mapping[str, float]
+    kinds: Mapping[Annotated[str, OneOf(KINDS)], Annotated[float, Range(0, 1)]]
     hinted: bool = False
 
 

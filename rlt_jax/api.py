@@ -38,6 +38,7 @@ from rlt_jax.inference.head import token_log_probs
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.ranges import Size, check_value
 from rlt_jax.records import Problem
 from rlt_jax.scoring import ScoringConfig, make_renderers, make_scorer, text_completion
 from rlt_jax.settings import build
@@ -112,6 +113,8 @@ def generate(
         return Rollout([], [], [], np.zeros(0, bool))
     if isinstance(sampling, Mapping):
         limits = sampling.get("max_new_tokens", 0)
+        numbers = np.ravel(limits).tolist()
+        check_value("sampling.max_new_tokens", Sequence[Size], numbers)
         longest = {"max_new_tokens": int(np.max(limits))}
         sampling = build(SamplingConfig, {**sampling, **longest}, "sampling")
     else:

@@ -1,6 +1,7 @@
 """Builds dataclasses and calls functions from sections of the config."""
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -11,6 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.ranges import check_ranges, check_value
 
 T = TypeVar("T")
 Section = Mapping[str, Any]  # settings of one part of a config
@@ -24,16 +26,17 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
       **values: fields without a default, and fields that differ from their default.
 
     Raises:
-      UserError: unknown or missing keys.
+      UserError: unknown or missing keys, or a value outside its range.
     """
     config = ml_collections.ConfigDict()
     built = build(owner, values, owner.__name__)
     for field in dataclasses.fields(owner):
         value = getattr(built, field.name)
+        kind = getattr(field.type, "__origin__", field.type)  # of an annotated one
         if isinstance(value, Mapping):
             value = dict(value)
-        elif field.type not in (int, float, str, bool):
-            # Fields of several types; the dataclass checks the value.
+        elif kind not in (int, float, str, bool):
+            # Fields of several types; the flag of the command line takes any.
             config[field.name] = config_dict.placeholder(object)
         config[field.name] = value
     return config
@@ -84,7 +87,7 @@ def resolve(config: ml_collections.ConfigDict) -> None:
 
 
 def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
-    """Calls `factory` with the keys of a config section.
+    """Calls `factory` with the keys of a config section, checked against their types.
 
     Args:
       factory: a dataclass, a function whose keyword arguments are the keys, or a function
@@ -93,7 +96,7 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
       where: name of the section, for messages, such as "config.rl.loop".
 
     Raises:
-      UserError: unknown or missing keys.
+      UserError: unknown or missing keys, or a value outside its range.
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -101,6 +104,7 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     known = inspect.signature(owner).parameters
     required = [k for k, x in known.items() if x.default is inspect.Parameter.empty]
     _check_keys(values, known, required, where)
+    check_ranges(where, owner, values)
     if not dataclasses.is_dataclass(owner):
         return factory(**values)
     with as_user_error(f"{where}: a value of a wrong type", TypeError):
@@ -135,22 +139,24 @@ def check(owner: Any, values: Any, where: str) -> None:
 
     Args:
       owner: a factory for `build`; or a mapping from every key of the section to the owner
-        of its value; or None for a value that is checked where it is used. A section that
-        can be None is owned by a union with None.
+        of its value; or the type of a value, see `ranges.py`; or None for a value that is
+        checked where it is used. A section that can be None is owned by a union with None.
       values: the config section, or a value in it.
       where: name of the section, for messages.
 
     Raises:
       UserError: unknown or missing keys, or invalid values.
     """
-    if isinstance(owner, UnionType):  # a section or None
-        owner = None if values is None else owner.__args__[0]
+    if isinstance(owner, UnionType) and values is not None:  # a section or None
+        owner = owner.__args__[0]
     if isinstance(owner, Mapping):
         _check_keys(values, owner, owner, where)
         for name, section_owner in owner.items():
             check(section_owner, values[name], f"{where}.{name}")
-    elif owner is not None:
+    elif dataclasses.is_dataclass(owner):
         build(owner, values, where)
+    elif owner is not None:
+        check_value(where, owner, values)
 
 
 def _check_keys(
@@ -158,8 +164,11 @@ def _check_keys(
 ) -> None:
     if not isinstance(values, Mapping):
         raise UserError(f"{where} is {values!r}; give it as keys and values.")
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := sorted(map(str, set(values) - set(known))):
         names = ", ".join(known)
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {names}.")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        what = f"{where}: unknown key {unknown[0]!r}{meant}"
+        raise UserError(f"{what}; known keys: {names}.")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{where}: the key {missing[0]!r} is missing.")

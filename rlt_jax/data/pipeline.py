@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import grain
 
@@ -14,7 +14,8 @@ from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k, reasoning_gym
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import OneOf, Range, check_value
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import Section, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
@@ -34,6 +35,7 @@ TRACES: dict[str, Callable[..., list[Trace]]] = {
 }
 
 MIX = "mix"
+PART = Annotated[str, OneOf(("all", "train", "held_out"))]
 
 # No threads that read ahead: they would only compete for the interpreter.
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -86,8 +88,7 @@ def load_sources(config: Section, template: Template, seed: int) -> list[Source]
     for where, section in build(_mix_sections, config, "data"):
         keys = dict(section)
         weight = keys.pop("share", 1.0)
-        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise UserError(f"{where}.share={weight!r}: a number from 0.")
+        check_value(f"{where}.share", Annotated[float, Range(0, 10**6)], weight)
         if weight:
             traces = load_traces(keys, template, seed, where)
             loaded.append(Source(where, weight, traces))
@@ -112,6 +113,7 @@ def _load(
 ) -> list:
     keys = dict(config)
     part, task = keys.pop("part", "all"), keys.pop("task", None)
+    check_value(f"{where}.task", str | None, task)
     if task not in sources and ":" not in str(task):
         raise UserError(
             f"{where}.task={task!r}: choose one of {', '.join(sources)}; or name a "
@@ -143,7 +145,7 @@ def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
     Raises:
       UserError: an unknown part, or fewer than four questions.
     """
-    check_choice(f"{where}: part", part, ("all", "train", "held_out"))
+    check_value(f"{where}: part", PART, part)
     if part == "all":
         return loaded
     questions = [getattr(one, "problem", one).question for one in loaded]

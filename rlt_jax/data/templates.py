@@ -17,9 +17,11 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Annotated
 
 from rlt_jax.data.chat import Message
-from rlt_jax.errors import UserError, as_user_error, check_choice
+from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.ranges import Checked, OneOf
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import build
 
@@ -35,7 +37,7 @@ Now answer the question yourself, step by step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class Template(Checked):
     """System prompts, tags and delimiters; see the module docstring.
 
     Attributes:
@@ -66,23 +68,21 @@ class Template:
     teacher_delimiter: str | None = None
     teacher_solution_tags: tuple[str, str] | None = None
     thought_prefix: str = ""
-    system_role: str = "system"
+    system_role: Annotated[str, OneOf(SYSTEM_ROLES)] = "system"
     privileged: str = PRIVILEGED
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("solution_tags", "delimiter"):
             if getattr(self, f"teacher_{name}") is None:
                 object.__setattr__(self, f"teacher_{name}", getattr(self, name))
-        check_choice("template: system_role", self.system_role, SYSTEM_ROLES)
         for name, value in list(vars(self).items()):
             if name.endswith("_tags"):
-                if len(value) != 2 or not all(isinstance(t, str) and t for t in value):
+                if not all(value):
                     raise UserError(
                         f"template: {name} is {value!r}; give an opening and a closing tag."
                     )
                 object.__setattr__(self, name, tuple(value))
-            elif not isinstance(value, str):
-                raise UserError(f"template: {name} is {value!r}; give a text.")
         for place in ("{question}", "{solution}"):
             if place not in self.privileged:
                 raise UserError(f"template: privileged has no {place}.")

@@ -24,13 +24,14 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from rlt_jax.data.tables import read_records, shown
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.ranges import OneOf, PositiveInt
 from rlt_jax.records import Problem, Record, Trace
 
 CONVERSATIONS = ("messages", "conversations", "prompt")
@@ -48,9 +49,9 @@ ROLES = dict.fromkeys(USER, "user") | dict.fromkeys(ASSISTANT, "assistant")
 def read_traces(
     path: str,
     template: Template,
-    limit: int | None = None,
+    limit: PositiveInt | None = None,
     keep_cut_off: bool = False,
-    missing_trace: str = "error",
+    missing_trace: Annotated[str, OneOf(MISSING)] = "error",
 ) -> list[Trace]:
     """Reads traces, without those that were cut off (`closed` is false).
 
@@ -82,7 +83,10 @@ def read_traces(
 
 
 def read_problems(
-    path: str, template: Template, limit: int | None = None, grader: str = "math"
+    path: str,
+    template: Template,
+    limit: PositiveInt | None = None,
+    grader: str = "math",
 ) -> list[Problem]:
     """Reads problems from the same files as `read_traces`.
 

@@ -1,19 +1,25 @@
 """Configuration of a decoder-only transformer."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import Checked, OneOf, PositiveFloat, PositiveInt, Range, Size
+from rlt_jax.settings import build
 
 REMAT_POLICIES = ("none", "full", "dots")
 ACTIVATIONS = ("silu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
+# The base of angles: above 1, or all pairs of a head would turn alike.
+Theta = Annotated[float, Range(1, 1e15, above=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Checked):
     """Scaling of the rotary frequencies for sequences beyond the original context.
 
     Attributes:
@@ -32,23 +38,23 @@ class RopeScaling:
         0.1 * log(factor) + 1.
     """
 
-    kind: str
-    factor: float
-    original_length: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    kind: Annotated[str, OneOf(ROPE_SCALINGS)]
+    factor: PositiveFloat
+    original_length: PositiveInt | None = None
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        check_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        super().__post_init__()
         if self.kind != "linear" and not self.original_length:
             raise UserError(f"rope_scaling: set original_length for {self.kind}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Shape and numerics of a decoder-only transformer.
 
     Attributes:
@@ -86,40 +92,42 @@ class ModelConfig:
       rope_scaling: scaling of the rotary frequencies, or None.
     """
 
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    max_length: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    vocab_size: Annotated[int, Range(1, 2**24)]
+    embed_dim: Size
+    num_layers: Annotated[int, Range(1, 10_000)]
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    mlp_dim: Size
+    max_length: PositiveInt
+    rope_theta: Theta = 10_000.0
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    remat: Annotated[str, OneOf(REMAT_POLICIES)] = "none"
     out_bias: bool = False
     mlp_bias: bool = False
-    activation: str = "silu"
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = "silu"
     norm_plus_one: bool = False
     post_norms: bool = False
     scale_embeddings: bool = False
-    query_scale_dim: int | None = None
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    sliding_window: int | None = None
+    query_scale_dim: PositiveFloat | None = None
+    attention_softcap: PositiveFloat | None = None
+    final_softcap: PositiveFloat | None = None
+    sliding_window: PositiveInt | None = None
     windowed_layers: tuple[bool, ...] = ()
-    local_rope_theta: float | None = None
-    rope_scaling: RopeScaling | None = None
+    local_rope_theta: Theta | None = None
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # JSON has only lists and dicts, but a config has to be hashable.
         object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
-        if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            scaling = build(RopeScaling, self.rope_scaling, "rope_scaling")
+            object.__setattr__(self, "rope_scaling", scaling)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of "
@@ -134,9 +142,6 @@ class ModelConfig:
             )
         if any(self.windowed_layers) != bool(self.sliding_window):
             raise UserError("set sliding_window and windowed_layers together.")
-        check_choice("activation", self.activation, ACTIVATIONS)
-        check_choice("remat", self.remat, REMAT_POLICIES)
-        check_choice("dtype", self.dtype, DTYPES)
 
     @property
     def activation_dtype(self) -> jnp.dtype:

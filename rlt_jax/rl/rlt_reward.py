@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax import masked
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
 from rlt_jax.inference.spans import gather, mask, segment_mask, segment_sums
+from rlt_jax.ranges import Checked, NonNegativeFloat, OneOf, PositiveInt, Range, Weight
 from rlt_jax.rl import kl
 from rlt_jax.types import Array, Batch, Reward
 
@@ -30,10 +32,12 @@ MAPS: dict[str, Callable[[Array], Array]] = {
 }
 
 OVER_VOCABULARY = ("full", "top_k")
+Map = Annotated[str, OneOf(MAPS)]
+Reductions = Mapping[Annotated[str, OneOf(REDUCTIONS)], Weight]
 
 
 @dataclasses.dataclass(frozen=True)
-class RLTRewardConfig:
+class RLTRewardConfig(Checked):
     """Weights and reductions of the terms; the defaults are the published ones.
 
     Attributes:
@@ -58,38 +62,28 @@ class RLTRewardConfig:
         log-probs, and as this in every reduction of its KL; its sum is 0.
     """
 
-    student_temperature: float = 0.7
-    solution_coef: float = 1.0
-    solution_reductions: Mapping[str, float] = dataclasses.field(
+    student_temperature: Annotated[float, Range(1e-3, 1e3)] = 0.7
+    solution_coef: NonNegativeFloat = 1.0
+    solution_reductions: Reductions = dataclasses.field(
         default_factory=lambda: {"mean": 1.0, "min": 0.01}
     )
-    solution_map: str = "none"
-    solution_clip: float | None = None
-    explanation_kl_coef: float | str = 3.0
-    kl_reductions: Mapping[str, float] = dataclasses.field(
+    solution_map: Map = "none"
+    solution_clip: Weight | None = None
+    explanation_kl_coef: NonNegativeFloat | Annotated[str, OneOf(("auto",))] = 3.0
+    kl_reductions: Reductions = dataclasses.field(
         default_factory=lambda: {"mean": 1.0, "max": 0.01}
     )
-    kl_map: str = "none"
-    kl_clip: float | None = None
-    kl_estimator: str = "k1"
-    kl_top_k: int = 16
+    kl_map: Map = "none"
+    kl_clip: Weight | None = None
+    kl_estimator: Annotated[str, OneOf((*kl.ESTIMATORS, *OVER_VOCABULARY))] = "k1"
+    kl_top_k: PositiveInt = 16
     kl_teacher_term: bool = True
-    format_penalty: float = -1.0
-    empty_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice("rlt_reward.solution_map", self.solution_map, MAPS)
-        check_choice("rlt_reward.kl_map", self.kl_map, MAPS)
-        estimators = (*kl.ESTIMATORS, *OVER_VOCABULARY)
-        check_choice("rlt_reward.kl_estimator", self.kl_estimator, estimators)
-        if isinstance(coef := self.explanation_kl_coef, str):
-            check_choice("rlt_reward.explanation_kl_coef", coef, ("auto",))
-        for name in (*self.solution_reductions, *self.kl_reductions):
-            check_choice("rlt_reward: reduction", name, REDUCTIONS)
+    format_penalty: Annotated[float, Range(-(10**6), 0)] = -1.0
+    empty_penalty: Annotated[float, Range(0, 10**6)] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleConfig:
+class EnsembleConfig(Checked):
     """How the rewards of several students become one.
 
     Attributes:
@@ -97,11 +91,11 @@ class EnsembleConfig:
       weights: one per student, for "weights"; they are divided by their sum.
     """
 
-    combine: str = "mean"
-    weights: Sequence[float] = ()
+    combine: Annotated[str, OneOf(("mean", "min", "weights"))] = "mean"
+    weights: Sequence[Annotated[float, Range(0, 10**6)]] = ()
 
     def __post_init__(self) -> None:
-        check_choice("ensemble.combine", self.combine, ("mean", "min", "weights"))
+        super().__post_init__()
         if self.weights and not sum(self.weights) > 0:
             raise UserError(f"ensemble.weights={self.weights}: their sum must be > 0.")
 

@@ -8,6 +8,7 @@ seconds and the peak memory of the stage (on accelerators, of all stages so far)
 """
 
 import datetime
+import difflib
 import json
 import re
 import shutil
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from rlt_jax import settings
 from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.ranges import NonNegativeInt, check_value
 from rlt_jax.records import Record
 from rlt_jax.stages import preflight
 from rlt_jax.training import hosts
@@ -94,12 +97,18 @@ def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
     settings.resolve(config)
     if "seed" not in config:
         raise UserError("config: the key 'seed' is missing.")
+    check_value("config.seed", NonNegativeInt, config.seed)
     if "stage" in config:
         section = ConfigDict(config.to_dict())
         del section.seed
         return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
         raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
+    check_value("config.pipeline", Sequence[str], config.pipeline)
+    if not config.pipeline or len({*config.pipeline}) < len(config.pipeline):
+        raise UserError(
+            f"config.pipeline={config.pipeline}: one or more different names."
+        )
     for name in config.pipeline:
         if name not in config:
             raise UserError(
@@ -115,9 +124,7 @@ def _checked_stage(section: Any, where: str) -> str:
         raise UserError(f"{where} is {section!r}, not the section of a stage.")
     values = section.to_dict()
     stage = values.pop("stage", None)
-    seed = values.pop("seed", 0)
-    if not isinstance(seed, int):
-        raise UserError(f"{where}.seed={seed!r}: write an integer.")
+    check_value(f"{where}.seed", NonNegativeInt, values.pop("seed", 0))
     check_choice(f"{where}.stage", stage, STAGES)
     if renamed := _renamed(values):
         raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
@@ -144,8 +151,29 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
         pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
         if any(re.match(pattern, argument) for argument in arguments):
             return f"has an old name: {old} is now called {new}."
+    is_setting = re.compile(r"--?(?:no)?config\.([^=]+)")
+    others = [x for x in arguments if not is_setting.match(x)]
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=others)
+    parsed(others, known_only=True)
+    known = _keys(parsed.config)
+    for key in (found[1] for found in map(is_setting.match, arguments) if found):
+        if not any(re.match(rf"{re.escape(key)}($|[.\[])", one) for one in known):
+            same = [one for one in known if one.split(".")[-1] == key.split(".")[-1]]
+            near = difflib.get_close_matches(key, same or known, 1, 0 if same else 0.6)
+            meant = f" (did you mean --config.{near[0]}?)" if near else ""
+            return f"has a key the config lacks: --config.{key}{meant}"
     reason = error.args[0] if isinstance(error.args[0], LookupError) else error
-    return f"has a key the config lacks: {' '.join(str(reason.args[0]).split())}"
+    return f"does not fit the config: {' '.join(str(reason.args[0]).split())}"
+
+
+def _keys(config: ConfigDict) -> list[str]:
+    """Keys of all settings, as the command line names them."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        json.loads(config.to_json_best_effort()), is_leaf=lambda x: not x
+    )
+    names = (jax.tree_util.keystr(path) for path, _ in leaves)
+    return [re.sub(r"\['(.*?)'\]", r".\1", name)[1:] for name in names]
 
 
 def _run_stage(name: str, values: Record, root: Path) -> None:

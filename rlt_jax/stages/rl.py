@@ -7,9 +7,9 @@ up, `train` is the loop; `rl_journal.py` keeps metrics, samples and checkpoints.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -40,9 +40,9 @@ from rlt_jax.types import Array, Batch, Params
 
 SECTIONS = setup.SECTIONS | {
     "policy": checkpoint.ModelSource,
-    "data": None,
-    "held_out": None,
-    "reward_terms": None,
+    "data": Mapping[str, Any],
+    "held_out": Mapping[str, Any] | None,
+    "reward_terms": Mapping[str, Mapping[str, Any]],
     "objective": ObjectiveConfig,
     "teaching": TeachingConfig | None,
     "loop": RLConfig,

@@ -40,7 +40,7 @@ from rlt_jax.types import Request, Reward, Rollout, TrainState
 SECTIONS = {
     "students": None,  # a tuple of ModelSource sections, () for none
     "ensemble": EnsembleConfig,
-    "template": None,
+    "template": str,
     "rows": RowShape,
     "sampling": SamplingConfig,
     "engine": EngineConfig,

@@ -7,7 +7,7 @@ and computes x W + alpha / rank * x A B. Only A and B are trained.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
+from rlt_jax.ranges import Checked, OneOf, PositiveFloat, Range
 from rlt_jax.training.sharding import param_shardings, to_shardings
 from rlt_jax.types import Params
 
@@ -25,7 +26,7 @@ A, B = "_lora_a", "_lora_b"  # suffixes of qwix to the name of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
     """Settings of low-rank adapters.
 
     Attributes:
@@ -34,14 +35,13 @@ class LoRAConfig:
       modules: projections with adapters, a subset of `PROJECTIONS`.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    modules: Sequence[str] = PROJECTIONS
+    rank: Annotated[int, Range(0, 2**16)] = 0
+    alpha: PositiveFloat = 16.0
+    modules: Sequence[Annotated[str, OneOf(PROJECTIONS)]] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError(f"lora.rank={self.rank}: must be at least 0.")
-        if not self.modules or not {*self.modules} <= {*PROJECTIONS}:
+        super().__post_init__()
+        if not self.modules:
             known = ", ".join(PROJECTIONS)
             raise UserError(f"lora.modules={self.modules!r}: must be some of {known}.")
 

@@ -190,8 +190,8 @@ def test_rank_zero_is_full_fine_tuning(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": -1}, "lora.rank=-1: must be at least 0"),
-        ({"rank": 2, "modules": ("query", "head")}, "lora.modules=.*some of"),
+        ({"rank": -1}, "LoRAConfig.rank=-1: at least 0"),
+        ({"rank": 2, "modules": ("query", "head")}, "modules=.*each one of query"),
         ({"rank": 2, "modules": ()}, "lora.modules=.*some of"),
     ],
 )

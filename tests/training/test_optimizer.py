@@ -422,10 +422,13 @@ def test_eight_devices_step_as_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "adam"}, "optimizer.name='adam': one of adamw, adafactor, muon"),
+        (
+            {"name": "adam"},
+            "OptimizerConfig.name='adam': one of adamw, adafactor, muon",
+        ),
         (
             {"state_dtype": "int8"},
-            "optimizer.state_dtype='int8': one of None, bfloat16",
+            "OptimizerConfig.state_dtype='int8': one of None, bfloat16",
         ),
         (
             {"name": "adafactor", "state_dtype": "bfloat16"},

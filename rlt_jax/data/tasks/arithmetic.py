@@ -28,11 +28,12 @@ import itertools
 import operator
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from rlt_jax.errors import UserError, check_choice, check_minima
+from rlt_jax.errors import UserError, check_choice
+from rlt_jax.ranges import Checked, Fraction, NonNegativeInt, OneOf, Range
 from rlt_jax.records import Problem, Trace
 
 KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
@@ -40,6 +41,8 @@ CHAIN_LENGTH = 6
 STEPS_PER_SKIP = 3
 # Notation -> text before the start digit, and symbols for + - *.
 NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
+# Of problems that are made: more would take hours.
+Amount = Annotated[int, Range(0, 10**7)]
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
 _FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -163,7 +166,7 @@ def sample_kinds(
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemConfig:
+class ProblemConfig(Checked):
     """Settings of `problems`.
 
     Attributes:
@@ -177,22 +180,17 @@ class ProblemConfig:
         same number, so that questions with more are harder.
     """
 
-    split: str
-    size: int
-    seed: int
-    stream: int = 0
-    notation: str = "signs"
-    chains: int = 1
-    operations: Sequence[int] = (CHAIN_LENGTH, CHAIN_LENGTH)
+    split: Annotated[str, OneOf(("train", "test"))]
+    size: Amount
+    seed: NonNegativeInt
+    stream: NonNegativeInt = 0
+    notation: Annotated[str, OneOf(NOTATIONS)] = "signs"
+    chains: Annotated[int, Range(1, 100)] = 1
+    operations: Sequence[Annotated[int, Range(1, 1000)]] = (CHAIN_LENGTH, CHAIN_LENGTH)
 
     def __post_init__(self) -> None:
-        check_choice("data.split", self.split, ("train", "test"))
-        check_choice("data.notation", self.notation, NOTATIONS)
-        check_minima("data", self, size=0, chains=1)
-        if (
-            len(self.operations) != 2
-            or not 1 <= self.operations[0] <= self.operations[1]
-        ):
+        super().__post_init__()
+        if len(self.operations) != 2 or self.operations[0] > self.operations[1]:
             raise UserError(
                 f"data.operations={tuple(self.operations)}: must be (least, most), two "
                 "whole numbers from 1."
@@ -221,9 +219,9 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... Last digit? It is 4."
     """
 
-    kinds: Mapping[str, float]
+    kinds: Mapping[Annotated[str, OneOf(KINDS)], Fraction]
     known_answer: bool
-    drills: int = 0
+    drills: Amount = 0
     hinted: bool = False
 
 
