@@ -11,6 +11,7 @@ from typing import Any
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig, RopeScaling
 from rlt_jax.models.families import Family, family
+from rlt_jax.settings import build
 
 # Names in config.json -> names in ModelConfig.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -50,7 +51,8 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
             raise UserError(f"config.json lacks {kind.settings[field.name]!r}.")
     fields["activation"] = _our_name(ACTIVATIONS, "activation", fields["activation"])
     windows = _read_windows(content, kind)
-    return ModelConfig(**fields, **kind.fixed, **windows, rope_scaling=scaling)
+    fields |= kind.fixed | windows | {"rope_scaling": scaling}
+    return build(ModelConfig, fields, "the model's config.json")
 
 
 def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:

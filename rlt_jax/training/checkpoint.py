@@ -170,8 +170,8 @@ def _model_config(
     if path is None:
         fields = {"vocab_size": vocab_size, **source.architecture, **numerics}
         return build(ModelConfig, fields, "model.architecture")
-    if (path / "model.json").is_file():
-        return ModelConfig(**(read_json(path / "model.json") | numerics))
+    if (file := path / "model.json").is_file():
+        return build(ModelConfig, read_json(file) | numerics, str(file))
     return convert.read_config(path, **numerics)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
-from rlt_jax.ranges import Checked, OneOf, PositiveFloat, Range
+from rlt_jax.ranges import Checked, NonNegativeFloat, OneOf, Range
 from rlt_jax.training.sharding import param_shardings, to_shardings
 from rlt_jax.types import Params
 
@@ -36,7 +36,7 @@ class LoRAConfig(Checked):
     """
 
     rank: Annotated[int, Range(0, 2**16)] = 0
-    alpha: PositiveFloat = 16.0
+    alpha: NonNegativeFloat = 16.0
     modules: Sequence[Annotated[str, OneOf(PROJECTIONS)]] = PROJECTIONS
 
     def __post_init__(self) -> None:
@@ -44,6 +44,8 @@ class LoRAConfig(Checked):
         if not self.modules:
             known = ", ".join(PROJECTIONS)
             raise UserError(f"lora.modules={self.modules!r}: must be some of {known}.")
+        if self.rank and not self.alpha:
+            raise UserError("lora.alpha=0: adapters would have no effect; raise it.")
 
 
 class Tuning(NamedTuple):

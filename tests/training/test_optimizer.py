@@ -132,9 +132,8 @@ def test_a_run_may_be_all_warm_up() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    config = OptimizerConfig(1.0, schedule="sawtooth")
     with pytest.raises(UserError, match="'sawtooth': one of constant, cosine, linear"):
-        make_optimizer(config, 10)
+        OptimizerConfig(1.0, schedule="sawtooth")
 
 
 def update(config: OptimizerConfig, params: Params, grads: Params) -> Params:
