@@ -36,7 +36,7 @@ class Range(NamedTuple):
       below: whether the upper end is left out.
     """
 
-    least: float = -FLOAT32
+    least: float
     most: float = FLOAT32
     above: bool = False
     below: bool = False
@@ -47,15 +47,11 @@ class Range(NamedTuple):
         return low and (value < self.most if self.below else value <= self.most)
 
     def allowed(self, value: Any) -> str:
-        """The interval as text; the limits of 32 bits only where a number passes them."""
+        """The interval as text; the limit of 32 bits only where a number passes it."""
         low = f"{'above' if self.above else 'at least'} {self.least}"
         high = f"{'below' if self.below else 'at most'} {self.most}"
-        is_number = isinstance(value, Real)
-        sides = {
-            low: self.least > -INT32 or (is_number and not self.least <= value),
-            high: self.most < INT32 or (is_number and not value <= self.most),
-        }
-        return ", ".join(text for text, said in sides.items() if said)
+        too_large = isinstance(value, Real) and not value <= self.most
+        return f"{low}, {high}" if too_large or self.most < INT32 else low
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,8 +73,9 @@ PositiveInt = Annotated[int, Range(1, INT32)]
 NonNegativeInt = Annotated[int, Range(0, INT32)]
 Count = Annotated[int, Range(1, 2**16)]  # of rows, completions and the like at once
 Size = Annotated[int, Range(1, 2**20)]  # of an axis of a model, or of a sequence
-PositiveFloat = Annotated[float, Range(0, above=True)]
-NonNegativeFloat = Annotated[float, Range(0)]
+Limit = PositiveInt | None  # None for none
+PositiveFloat = Annotated[float, Range(0, 10**6, above=True)]
+NonNegativeFloat = Annotated[float, Range(0, 10**6)]
 Fraction = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(-(10**6), 10**6)]
 Temperature = Annotated[float, Range(0, 1000)]  # 0 is greedy
@@ -100,9 +97,7 @@ class Checked:
         check_ranges(type(self).__name__, type(self), vars(self))
 
 
-def check_ranges(
-    where: str, owner: Callable[..., Any], values: Mapping[str, Any]
-) -> None:
+def check_ranges(where: str, owner: Any, values: Mapping[str, Any]) -> None:
     """Checks values against the types of a dataclass's fields or a function's arguments.
 
     Args:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from types import UnionType
 from typing import Any, TypeVar
 
 import ml_collections
@@ -87,7 +87,14 @@ def resolve(config: ml_collections.ConfigDict) -> None:
 
 
 def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
-    """Calls `factory` with the keys of a config section, checked against their types.
+    """Calls `factory` with the keys of a config section; see `bind`."""
+    return bind(factory, values, where)()
+
+
+def bind(
+    factory: Callable[..., T], values: Mapping[str, Any], where: str
+) -> Callable[[], T]:
+    """A call of `factory` with the keys of a config section, all that is checked before.
 
     Args:
       factory: a dataclass, a function whose keyword arguments are the keys, or a function
@@ -106,10 +113,11 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     _check_keys(values, known, required, where)
     check_ranges(where, owner, values)
     if not dataclasses.is_dataclass(owner):
-        return factory(**values)
-    with as_user_error(f"{where}: a value of a wrong type", TypeError):
+        return functools.partial(factory, **values)
+    wrong = as_user_error(f"{where}: a value of a wrong type", TypeError)
+    with wrong, as_user_error(where, UserError, end=""):
         made = owner(**values)
-    return made if owner is factory else factory(made)
+    return (lambda: made) if owner is factory else functools.partial(factory, made)
 
 
 def owner_of_keys(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,23 +146,26 @@ def check(owner: Any, values: Any, where: str) -> None:
     """Checks all keys of a section before the stage starts.
 
     Args:
-      owner: a factory for `build`; or a mapping from every key of the section to the owner
-        of its value; or the type of a value, see `ranges.py`; or None for a value that is
-        checked where it is used. A section that can be None is owned by a union with None.
+      owner: a dataclass; or a mapping from every key of the section to the owner of its
+        value; or a function of a value and its name that checks it; or the type of a value,
+        see `ranges.py`; or None for any value. A section that can be None is owned by a
+        pair, (owner, None).
       values: the config section, or a value in it.
       where: name of the section, for messages.
 
     Raises:
       UserError: unknown or missing keys, or invalid values.
     """
-    if isinstance(owner, UnionType) and values is not None:  # a section or None
-        owner = owner.__args__[0]
+    if isinstance(owner, tuple):
+        owner = owner[values is None]
     if isinstance(owner, Mapping):
         _check_keys(values, owner, owner, where)
         for name, section_owner in owner.items():
             check(section_owner, values[name], f"{where}.{name}")
     elif dataclasses.is_dataclass(owner):
         build(owner, values, where)
+    elif inspect.isfunction(owner):
+        owner(values, where)
     elif owner is not None:
         check_value(where, owner, values)
 

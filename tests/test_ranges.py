@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pkgutil
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -217,9 +218,7 @@ def test_every_field_says_its_range(owner: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_of_a_stage_has_an_owner(stage: str) -> None:
     sections = importlib.import_module(f"rlt_jax.stages.{stage}").SECTIONS
-    if not dataclasses.is_dataclass(sections):
-        # The models of students have a message of their own.
-        assert {key for key, owner in sections.items() if owner is None} <= {"students"}
+    assert dataclasses.is_dataclass(sections) or None not in sections.values()
 
 
 @pytest.mark.parametrize("owner", CHECKED, ids=lambda owner: owner.__name__)
@@ -395,6 +394,64 @@ def test_nonsense_at_the_top(changes: dict[str, Any], message: str) -> None:
     assert_one_message(error, message)
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "message"),
+    [
+        (
+            "distil_rlt",
+            "data",
+            {"limit": -1},
+            "data of task 'file': limit=-1: at least 1",
+        ),
+        (
+            "distil_rlt",
+            "data",
+            {"part": "most"},
+            "distil_rlt.data.part='most': one of all",
+        ),
+        ("distil_rlt", "data", {"limti": 1}, "'limti' (did you mean 'limit'?)"),
+        ("distil_rlt", "data", {"task": []}, "distil_rlt.data.task=[]: a text"),
+        ("distil_rlt", "data", 3, "config.distil_rlt.data=3: keys and values"),
+        ("distil_rlt", "held_out", 3, "config.distil_rlt.held_out=3: keys and values"),
+        (
+            "distil_rlt",
+            "data",
+            {"task": "mix", "path": None, "sources": {"x": {"share": math.nan}}},
+            "config.distil_rlt.data.sources.x.share=nan: at least 0",
+        ),
+        (
+            "rl",
+            "students",
+            [{"path": "x", "dtype": "f"}],
+            "students[0].dtype='f': one of",
+        ),
+        ("rl", "students", 3, "config.rl.students is 3; give a tuple of models"),
+        ("rl", "reward_terms", {"rlt": {"weight": "1"}}, "weight='1': a number"),
+        ("rl", "reward_terms", 3, "reward_terms=3: keys and values"),
+        (
+            "rl",
+            "teaching",
+            {"teacher": {"path": "x", "remat": "some"}},
+            "teaching.teacher.remat='some': one of none",
+        ),
+        ("eval_base", "predictions", None, "config.eval_base.predictions=None: a text"),
+    ],
+)
+def test_every_stage_is_checked_at_the_start(
+    stage: str, key: str, value: Any, message: str
+) -> None:
+    """Also what reads files that the run has yet to make."""
+    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+    values = config.to_dict()
+    if isinstance(value, dict) and key == "data":
+        value = values[stage][key] | value
+        value = {name: one for name, one in value.items() if one is not None}
+    values[stage][key] = value
+    with pytest.raises(UserError) as error:
+        stage_sections(ml_collections.ConfigDict(values))
+    assert_one_message(error, message)
+
+
 def test_messages_name_key_value_and_range() -> None:
     for hint, value, message in [
         (Fraction, 2, "2: at least 0, at most 1."),
@@ -419,10 +476,13 @@ def test_messages_name_key_value_and_range() -> None:
 
 def test_an_architecture_of_a_million_layers() -> None:
     values = {"architecture": {"num_layers": 10**6}, "tokenizer": "embedded"}
-    with pytest.raises(
-        UserError, match="num_layers=1000000: at least 1, at most 10000"
-    ):
+    with pytest.raises(UserError) as error:
         build(ModelSource, values, "config.rl.policy")
+    where, _, message = str(error.value).partition(": ")
+    assert where == "config.rl.policy"
+    assert (
+        message == "model.architecture.num_layers=1000000: at least 1, at most 10000."
+    )
 
 
 def test_unknown_keys_name_the_nearest() -> None:
@@ -445,11 +505,12 @@ def test_a_function_of_the_user_is_checked_by_its_types() -> None:
 
 # The imports take seconds; each command line then has a process of its own.
 COMMANDS = """
-import os, sys
+import gc, os, sys
 from rlt_jax import main
 from rlt_jax.stages import STAGES, preflight
 for stage in STAGES:
     preflight.module_of(stage)
+gc.freeze()  # or the processes copy all memory
 for number, flags in enumerate(eval(sys.argv[1])):
     sys.stderr.flush()
     child = os.fork()

@@ -31,7 +31,7 @@ import numpy as np
 from rlt_jax.data.tables import read_records, shown
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import LOG, UserError, check_choice
-from rlt_jax.ranges import OneOf, PositiveInt
+from rlt_jax.ranges import Limit, OneOf
 from rlt_jax.records import Problem, Record, Trace
 
 CONVERSATIONS = ("messages", "conversations", "prompt")
@@ -49,7 +49,7 @@ ROLES = dict.fromkeys(USER, "user") | dict.fromkeys(ASSISTANT, "assistant")
 def read_traces(
     path: str,
     template: Template,
-    limit: PositiveInt | None = None,
+    limit: Limit = None,
     keep_cut_off: bool = False,
     missing_trace: Annotated[str, OneOf(MISSING)] = "error",
 ) -> list[Trace]:
@@ -83,10 +83,7 @@ def read_traces(
 
 
 def read_problems(
-    path: str,
-    template: Template,
-    limit: PositiveInt | None = None,
-    grader: str = "math",
+    path: str, template: Template, limit: Limit = None, grader: str = "math"
 ) -> list[Problem]:
     """Reads problems from the same files as `read_traces`.
 

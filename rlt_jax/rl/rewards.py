@@ -102,6 +102,7 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
     Raises:
       UserError: unknown names, functions or settings.
     """
+    check_value("reward_terms", Mapping[str, Mapping[str, Any]], config)
     terms = []
     for name, entry in config.items():
         settings = {"weight": 1.0, **entry}

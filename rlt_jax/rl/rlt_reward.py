@@ -79,7 +79,7 @@ class RLTRewardConfig(Checked):
     kl_top_k: PositiveInt = 16
     kl_teacher_term: bool = True
     format_penalty: Annotated[float, Range(-(10**6), 0)] = -1.0
-    empty_penalty: Annotated[float, Range(0, 10**6)] = 1.0
+    empty_penalty: NonNegativeFloat = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class EnsembleConfig(Checked):
     """
 
     combine: Annotated[str, OneOf(("mean", "min", "weights"))] = "mean"
-    weights: Sequence[Annotated[float, Range(0, 10**6)]] = ()
+    weights: Sequence[NonNegativeFloat] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,9 @@ from rlt_jax.data.privileged import PROMPTS, SEES
 from rlt_jax.errors import UserError
 from rlt_jax.inference import divergence, spans
 from rlt_jax.inference.divergence import DivergenceConfig, Positive
-from rlt_jax.ranges import Fraction, NonNegativeInt, OneOf, Range
+from rlt_jax.ranges import Fraction, NonNegativeFloat, NonNegativeInt, OneOf, Range
+from rlt_jax.settings import build
+from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.types import Array, Batch, Reward
 
 ADVANTAGE = "advantage"
@@ -57,7 +59,7 @@ class TeachingConfig(DivergenceConfig):
 
     kind: Annotated[str, OneOf((ADVANTAGE, *divergence.KINDS))] = ADVANTAGE
     weight: Positive = 1.0
-    reward_weight: Annotated[float, Range(0, 10**6)] = 0.0
+    reward_weight: NonNegativeFloat = 0.0
     teacher: Mapping[str, Any] | None = None
     sync_every: NonNegativeInt = 1
     sync_alpha: Annotated[float, Range(1e-6, 1)] = 1.0
@@ -71,6 +73,8 @@ class TeachingConfig(DivergenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher is not None:
+            build(ModelSource, self.teacher, "teaching.teacher")
         if self.prompt == "teacher" and self.sees in ("nothing", "attempt"):
             raise UserError(
                 f"teaching.sees={self.sees!r} is for teaching.prompt='privileged': a teacher "

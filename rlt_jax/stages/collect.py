@@ -7,15 +7,13 @@ its kind where `classify` gives one, and its provenance. `sft` and `score` read 
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlt_jax.data import rows
+from rlt_jax.data import pipeline, rows
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs, sampler
 from rlt_jax.inference.layout import check_memory
@@ -46,7 +44,7 @@ class CollectConfig(Checked):
 
 SECTIONS = setup.SECTIONS | {
     "teacher": checkpoint.ModelSource,
-    "data": Mapping[str, Any],
+    "data": pipeline.check_problems,
     "collect": CollectConfig,
 }
 

@@ -7,14 +7,15 @@ for also `traces.jsonl`, the right completions for `sft` to learn from.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlt_jax.data import pipeline
 from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
@@ -68,7 +69,7 @@ class EvaluateConfig(Checked):
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": str,
-    "data": Mapping[str, Any],
+    "data": pipeline.check_problems,
     "predictions": str,  # a path, "" for none
     "sampling": SamplingConfig,
     "engine": EngineConfig,

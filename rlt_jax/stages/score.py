@@ -54,7 +54,7 @@ class ScoreConfig(Checked):
 
 PARTS = {
     "teacher": checkpoint.ModelSource,
-    "students": None,  # a tuple of ModelSource sections
+    "students": setup.check_students,
     "ensemble": EnsembleConfig,
     "template": str,
     "data": {"path": str},

@@ -36,9 +36,22 @@ from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_h
 from rlt_jax.training.state import new_state, state_shardings
 from rlt_jax.types import Request, Reward, Rollout, TrainState
 
+
+def check_students(given: Any, where: str = "students") -> list[checkpoint.ModelSource]:
+    """The models of the students.
+
+    Raises:
+      UserError: they are no tuple of models, or an invalid one.
+    """
+    if not isinstance(given, list | tuple):
+        raise UserError(f"{where} is {given!r}; give a tuple of models, () for none.")
+    source = checkpoint.ModelSource
+    return [build(source, one, f"{where}[{n}]") for n, one in enumerate(given)]
+
+
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {
-    "students": None,  # a tuple of ModelSource sections, () for none
+    "students": check_students,
     "ensemble": EnsembleConfig,
     "template": str,
     "rows": RowShape,
@@ -220,23 +233,10 @@ def load_row_shape(config: Section, mesh: Mesh) -> RowShape:
     return rows
 
 
-def student_sections(given: Any) -> list[Any]:
-    """The sections of the students.
-
-    Raises:
-      UserError: `students` is not a tuple.
-    """
-    if not isinstance(given, list | tuple):
-        raise UserError(f"students is {given!r}; give a tuple of models, () for none.")
-    return list(given)
-
-
 def model_sources(config: Section, name: str) -> list[checkpoint.ModelSource]:
     """The model of the section `name`, then those of `students`."""
-    students = student_sections(config["students"])
-    sections = {f"students[{i}]": section for i, section in enumerate(students)}
-    sections = {name: config[name]} | sections
-    return [build(checkpoint.ModelSource, x, where) for where, x in sections.items()]
+    own = build(checkpoint.ModelSource, config[name], name)
+    return [own, *check_students(config["students"])]
 
 
 def open_models(config: Section, name: str) -> list[LoadedModel]:

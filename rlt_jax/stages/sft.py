@@ -7,9 +7,9 @@ solution).
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -100,8 +100,8 @@ class SFTConfig(ranges.Checked):
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": str,
-    "data": Mapping[str, Any],
-    "held_out": Mapping[str, Any] | None,  # traces like those of `data`, without a mix
+    "data": pipeline.check_sources,
+    "held_out": (pipeline.check_traces, None),  # without a mix
     "sft": SFTConfig,
     "lora": LoRAConfig,
     "optimizer": OptimizerConfig,

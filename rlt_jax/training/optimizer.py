@@ -10,7 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from rlt_jax.errors import UserError
-from rlt_jax.ranges import Checked, Fraction, NonNegativeFloat, OneOf, Range
+from rlt_jax.ranges import Checked, Fraction, OneOf, Range
 
 SCHEDULES = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -68,7 +68,7 @@ class OptimizerConfig(Checked):
     warmup_fraction: Fraction = 0.0
     b1: Annotated[float, Range(0, 1, below=True)] = 0.9
     b2: Annotated[float, Range(0, 1, below=True)] = 0.95
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: Annotated[float, Range(0, 100)] = 1e-4
     clip_norm: Annotated[float, Range(0, math.inf, above=True)] = 1.0
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     state_dtype: Annotated[str | None, OneOf((None, "bfloat16"))] = None

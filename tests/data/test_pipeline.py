@@ -146,7 +146,7 @@ def test_sources_of_a_mix_have_names_and_shares(tmp_path: Path, tiny: Template) 
         ),
         ({"sources": {"x": {"share": -1}}}, "data.sources.x.share=-1: at least 0"),
         ({"sources": {"x": {"share": "2"}}}, "data.sources.x.share='2': a number"),
-        ({"sources": {"x": "file"}}, "data.sources.x is 'file'"),
+        ({"sources": {"x": "file"}}, "data.sources.x='file': keys and values"),
         ({"sources": "x"}, "data.sources='x': keys and values"),
         (
             {"source": {}},

@@ -10,7 +10,7 @@ import re
 
 from rlt_jax.data.tables import read_records
 from rlt_jax.errors import UserError
-from rlt_jax.ranges import NonNegativeInt, PositiveInt
+from rlt_jax.ranges import Limit, NonNegativeInt
 from rlt_jax.records import Problem, Record, Trace
 
 SOURCE = (
@@ -21,9 +21,7 @@ _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
 def traces(
-    path: str,
-    limit: PositiveInt | None = None,
-    max_calculations: NonNegativeInt | None = None,
+    path: str, limit: Limit = None, max_calculations: NonNegativeInt | None = None
 ) -> list[Trace]:
     """Reads problems with explanations.
 
@@ -46,9 +44,7 @@ def traces(
 
 
 def problems(
-    path: str,
-    limit: PositiveInt | None = None,
-    max_calculations: NonNegativeInt | None = None,
+    path: str, limit: Limit = None, max_calculations: NonNegativeInt | None = None
 ) -> list[Problem]:
     """Reads problems; see `traces`."""
     return [one.problem for one in traces(path, limit, max_calculations)]
