@@ -66,6 +66,23 @@ def run(
     return call
 
 
+@pytest.fixture
+def refused(
+    run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the command, which ends with status 1; returns its message."""
+
+    def call(*arguments: str, **typed: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            run(*arguments, **typed)
+        assert error.value.code == 1
+        message = capsys.readouterr().err
+        assert message.startswith("rlt_jax: ")
+        return message
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def teacher() -> Chat:
     return Chat(chat._parse(["chat", "--model=embedded", "--role=teacher"]))
@@ -298,17 +315,15 @@ def test_a_stage_brings_its_settings(
     ],
 )
 def test_bad_flags_are_one_message(
-    arguments: list[str], expected: str, workdir: Path, run: Callable[..., str]
+    arguments: list[str], expected: str, workdir: Path, refused: Callable[..., str]
 ) -> None:
-    with pytest.raises(SystemExit) as error:
-        run(*(argument.format(workdir) for argument in arguments), typed="1+1?\n")
-    assert str(error.value).startswith("rlt_jax: ")
-    assert expected.format(workdir) in str(error.value)
+    arguments = [argument.format(workdir) for argument in arguments]
+    assert expected.format(workdir) in refused(*arguments, typed="1+1?\n")
 
 
-def test_a_teacher_needs_a_solution(run: Callable[..., str]) -> None:
-    with pytest.raises(SystemExit, match="rlt_jax: no solution follows '1[+]1[?]'"):
-        run("--model=embedded", "--role=teacher", typed="1+1?\n\n")
+def test_a_teacher_needs_a_solution(refused: Callable[..., str]) -> None:
+    message = refused("--model=embedded", "--role=teacher", typed="1+1?\n\n")
+    assert "no solution follows '1+1?'" in message
 
 
 def test_help_lists_the_flags(run: Callable[..., str]) -> None:
@@ -333,7 +348,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_can_be_typed(
-    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., str],
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     questions = asked(monkeypatch)
     typed = "1+1?\n\n two \\\nlines\n"
@@ -350,8 +367,8 @@ def test_what_can_be_typed(
     printed = run("--model=embedded", typed=f"{long}\n1+1?\n", at_terminal=True)
     assert "question> rlt_jax: the prompt has" in printed
     assert questions == [(1, "1+1?")]
-    with pytest.raises(SystemExit, match="rlt_jax: the prompt has 4[0-9][0-9] tokens"):
-        run("--model=embedded", typed=f"{long}\n1+1?\n")
+    message = refused("--model=embedded", typed=f"{long}\n1+1?\n")
+    assert re.match("rlt_jax: the prompt has 4[0-9][0-9] tokens", message)
     questions.clear()
     run("--model=embedded", typed=":quit\n1+1?\n", at_terminal=True)
     assert not questions

@@ -87,8 +87,11 @@ def write(file: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
+TAGS = tuple((f"<{name}>", f"</{name}>") for name in ("explain", "think", "solution"))
+
+
 def load(task: str, path: str, **keys: Any) -> list[Problem]:
-    template = Template("", "", *[("<a>", "</a>")] * 3, pad="", delimiter="")
+    template = Template("", "", *TAGS, pad="", delimiter="")
     return pipeline.load_problems({"task": task, "path": path, **keys}, template, 0)
 
 
