@@ -9,7 +9,7 @@ settings were chosen on seed 100. Settings after `--` are those of the config:
 
     --config.parts="('frontier',)"   some of the parts
     --config.cells="('d3c5',)"       some of the cells: 3 digits, c = 5 in ten thousand
-    --config.quick=True              four cells, and only the routes of the main picture
+    --config.quick=True              four cells and five routes, a quarter of the compute
 
 Parts:
 
@@ -71,27 +71,21 @@ class Route(NamedTuple):
     Attributes:
       label: in tables and pictures.
       stages: those that train it, in order; the last one makes the student.
-      quick: whether `quick` has it.
     """
 
     label: str
     stages: tuple[str, ...]
-    quick: bool = True
 
 
 ROUTES = {
     "solver": Route("correctness RL", ("solver",)),
     "solved": Route(
-        "right answers of a solver",
-        ("solved_rl", "solved_traces", "solved"),
-        quick=False,
+        "right answers of a solver", ("solved_rl", "solved_traces", "solved")
     ),
     "rejection": Route(
-        "right answers of the base, best of 64",
-        ("rejection_traces", "rejection"),
-        quick=False,
+        "right answers of the base, best of 64", ("rejection_traces", "rejection")
     ),
-    "worked": Route("the warm-up's worked explanations", ("worked",), quick=False),
+    "worked": Route("the warm-up's worked explanations", ("worked",)),
     "worked_solver": Route(
         "worked explanations, then correctness RL", ("worked_some", "worked_solver")
     ),
@@ -106,9 +100,10 @@ ROUTES = {
     "on_rlt": Route("own attempts, judged by the RLT", ("warm", "on_rlt_rl", "on_rlt")),
     "on_itself": Route("own attempts, judged by itself", ("on_itself",)),
 }
-# Where the base next to never takes careful steps, only these get anywhere with all of the
-# compute; the others are left out with a part of it.
-TOLD = ("worked", "worked_solver", "warmup", "rlt", "rlt_clip")
+# Where the base next to never takes careful steps, most other routes get nowhere with all of
+# the compute; these alone are taken with a part of it.
+WITH_LESS = ("solver", "worked", "worked_solver", "warmup", "rlt", "rlt_clip")
+QUICK_ROUTES = ("solver", "worked_solver", "warmup", "rlt", "rlt_clip")
 QUICK_CELLS = (Cell(3, 0.2), Cell(3, 0.0001), Cell(3, 0.0), Cell(1, 0.0))
 
 # How teachers differ: settings of the reward, its students, careful steps in the warm-up.
@@ -236,7 +231,7 @@ def get_config(seeds: str = "") -> ml_collections.ConfigDict:
 
 def routes_of(cell: Cell, suffix: str) -> list[str]:
     """Names of the routes that are taken in a cell with a part of the compute."""
-    return [x for x in ROUTES if not suffix or cell.share > 0.0001 or x in TOLD]
+    return [x for x in ROUTES if not suffix or cell.share > 0.0001 or x in WITH_LESS]
 
 
 def _stages_of_a_seed(seed: int) -> dict[str, Any]:
@@ -266,10 +261,11 @@ def _quick(cell: Cell) -> set[str]:
     """The stages of a cell that `quick` runs."""
     if cell not in QUICK_CELLS:
         return set()
+    suffix = min(BUDGETS, key=BUDGETS.get)
     stages = {"habit", "base_eval"}
-    for name, route in ROUTES.items():
-        if route.quick:
-            stages |= {*route.stages, f"{name}_eval"}
+    for route in QUICK_ROUTES:
+        of_route = (*ROUTES[route].stages, f"{route}_eval")
+        stages.update(f"{stage}{suffix}" for stage in of_route)
     return {Place(cell, 0).name(stage) for stage in stages}
 
 

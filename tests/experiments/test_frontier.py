@@ -58,15 +58,16 @@ def test_parts_cells_and_quick_choose_stages() -> None:
     assert all("_d1c0_" in name for name in config.pipeline)
     config.quick = True
     quick = set(config.pipeline)
-    assert {"habit_d1c0_7", "rlt_eval_d1c0_7", "on_itself_d1c0_7"} <= quick
-    assert not {name for name in quick if "quarter" in name or "solved" in name}
+    assert {"habit_d1c0_7", "warm_quarter_d1c0_7", "rlt_eval_quarter_d1c0_7"} <= quick
+    assert not {name for name in quick if "on_itself" in name or "solved" in name}
+    assert quick <= everything
     config.cells = ("d9c0",)
     with pytest.raises(UserError, match="config.cells='d9c0': one of d3c2000"):
         stage_sections(config)
 
 
 def test_a_part_of_the_compute_only_where_it_can_suffice() -> None:
-    all_of_them, some = [*frontier.ROUTES], [*frontier.TOLD]
+    all_of_them, some = [*frontier.ROUTES], [*frontier.WITH_LESS]
     assert frontier.routes_of(Cell(3, 0.0), "") == all_of_them
     assert frontier.routes_of(Cell(3, 0.2), "_quarter") == all_of_them
     assert frontier.routes_of(Cell(3, 0.0001), "_quarter") == some
