@@ -177,8 +177,8 @@ def test_bad_template_files_are_refused(tmp_path: Path) -> None:
         ([], "give it as keys and values"),
         (fields | {"colour": "red"}, "unknown key 'colour'"),
         ({"pad": ""}, "the key 'teacher_system' is missing"),
-        (fields | {"pad": 1}, "pad is 1; give a text"),
-        (fields | {"thought_prefix": None}, "thought_prefix is None; give a text"),
+        (fields | {"pad": 1}, "mine.json: pad=1: a text"),
+        (fields | {"thought_prefix": None}, "thought_prefix=None: a text"),
         (fields | {"system_role": "tool"}, "system_role"),
     ]:
         file.write_text(json.dumps(bad))

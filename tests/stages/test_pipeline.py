@@ -381,8 +381,14 @@ def test_the_recipe_of_distillation_knows_its_students() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("warmup.sft.step", "config.warmup.sft: unknown key 'step'; known keys: role"),
-        ("rl.loop.stepz", "config.rl.loop: unknown key 'stepz'; known keys: steps"),
+        (
+            "warmup.sft.step",
+            "config.warmup.sft: unknown key 'step' (did you mean 'steps'?)",
+        ),
+        (
+            "rl.loop.stepz",
+            "config.rl.loop: unknown key 'stepz' (did you mean 'steps'?); known keys: steps",
+        ),
         ("rl.rlt_reward.lamda", "config.rl.rlt_reward: unknown key 'lamda'"),
         ("eval_base.mesh.rows", "config.eval_base.mesh: unknown key 'rows'"),
         ("report.pictures", "config.report: unknown key 'pictures'"),
