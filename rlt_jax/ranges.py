@@ -98,7 +98,9 @@ Temperature = Annotated[float, _TEMPERATURES]
 # The first step, and the one after the last; () for none.
 _SPAN = Condition("(first, end)", lambda x: len(x) in (0, 2) and [*x] == sorted({*x}))
 Steps = Annotated[Sequence[NonNegativeInt], _SPAN]
-PROBABILITIES = Condition("with a sum of 1", lambda x: abs(sum(x.values()) - 1) < 1e-8)
+PROBABILITIES = Condition(
+    "numbers that sum to 1", lambda x: abs(sum(x.values()) - 1) < 1e-8
+)
 
 # Type -> its name in messages, and the values that fit; True and False are no numbers.
 _KINDS: dict[Any, tuple[str, type]] = {

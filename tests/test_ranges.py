@@ -32,7 +32,15 @@ from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig, RopeScaling
-from rlt_jax.ranges import Checked, Fraction, OneOf, Range, check_ranges, check_value
+from rlt_jax.ranges import (
+    Checked,
+    Condition,
+    Fraction,
+    OneOf,
+    Range,
+    check_ranges,
+    check_value,
+)
 from rlt_jax.report.pages import ReportConfig
 from rlt_jax.rl.rewards import TERMS, make_terms
 from rlt_jax.settings import build, owner_of_keys
@@ -55,7 +63,8 @@ DATACLASSES = sorted(
         one
         for module in MODULES
         for one in vars(module).values()
-        if dataclasses.is_dataclass(one)
+        if isinstance(one, type)
+        and dataclasses.is_dataclass(one)
         and one.__module__.startswith("rlt_jax.")
         and not issubclass(one, nn.Module)
     },
@@ -63,7 +72,8 @@ DATACLASSES = sorted(
 )
 CHECKED = [one for one in DATACLASSES if issubclass(one, Checked)]
 # What programs make of the settings, and no setting themselves.
-MADE = "Run Teacher Journal Engine GivenSampler StoredSampler OneOf _Prompt _Running"
+MADE = "Run Teacher Journal Engine GivenSampler StoredSampler _Prompt _Running"
+MADE += " OneOf Condition"
 FUNCTIONS = {
     **{f"problems of {task}": one for task, one in pipeline.PROBLEMS.items()},
     **{f"traces of {task}": one for task, one in pipeline.TRACES.items()},
@@ -135,12 +145,7 @@ def fits(hint: Any, value: Any) -> bool:
     """Whether a value lies in its declared range: the rules, written a second time."""
     kind, args = get_origin(hint), get_args(hint)
     if kind is Annotated:
-        return fits(args[0], value) and all(
-            any(value == one and type(value) is type(one) for one in rule.known)
-            if isinstance(rule, OneOf)
-            else in_interval(rule, value)
-            for rule in args[1:]
-        )
+        return fits(args[0], value) and all(obeys(rule, value) for rule in args[1:])
     if kind in (Union, UnionType):
         return any(fits(one, value) for one in args)
     if kind in (tuple, Sequence):
@@ -161,18 +166,23 @@ def fits(hint: Any, value: Any) -> bool:
     return isinstance(value, kinds.get(hint, hint))
 
 
-def in_interval(rule: Range, value: Any) -> bool:
+def obeys(rule: Range | OneOf | Condition, value: Any) -> bool:
+    if isinstance(rule, OneOf):
+        return any(value == one and type(value) is type(one) for one in rule.known)
+    if isinstance(rule, Condition):
+        return bool(rule.holds(value))  # each has a test of its own
     ends = (rule.above and value == rule.least) or (rule.below and value == rule.most)
     return bool(min(max(value, rule.least), rule.most) == value) and not ends
 
 
 def parts(hint: Any) -> Iterator[Any]:
     """The types that a type is made of; an annotated one is one of them."""
-    if get_origin(hint) is Annotated or not get_args(hint):
+    is_annotated = get_origin(hint) is Annotated
+    if is_annotated or not get_args(hint):
         yield hint
-    else:
-        for one in get_args(hint):
-            yield from parts(one)
+    within = get_args(get_args(hint)[0]) if is_annotated else get_args(hint)
+    for one in within:
+        yield from parts(one)
 
 
 def hints_of(owner: Callable[..., Any]) -> dict[str, Any]:
@@ -207,7 +217,9 @@ def test_every_field_says_its_range(owner: Callable[..., Any]) -> None:
             if get_origin(part) is Annotated:
                 rules = get_args(part)[1:]
                 assert rules, name
-                assert all(isinstance(rule, Range | OneOf) for rule in rules), name
+                assert all(
+                    isinstance(rule, Range | OneOf | Condition) for rule in rules
+                ), name
             elif part is Any:
                 assert Mapping in map(get_origin, [hint, *get_args(hint)]), name
             else:
@@ -425,7 +437,7 @@ def test_nonsense_at_the_top(changes: dict[str, Any], message: str) -> None:
             [{"path": "x", "dtype": "f"}],
             "students[0].dtype='f': one of",
         ),
-        ("rl", "students", 3, "config.rl.students is 3; give a tuple of models"),
+        ("rl", "students", 3, "config.rl.students=3: a list"),
         ("rl", "reward_terms", {"rlt": {"weight": "1"}}, "weight='1': a number"),
         ("rl", "reward_terms", 3, "reward_terms=3: keys and values"),
         (

@@ -266,8 +266,8 @@ def test_questions_differ_in_their_number_of_operations() -> None:
     [
         ({"chains": 0}, r"chains=0: at least 1, at most 100"),
         ({"operations": (0, 3)}, r"operations=\(0, 3\): a list, each at least 1"),
-        ({"operations": (4, 3)}, r"data.operations=\(4, 3\): must be"),
-        ({"operations": (3,)}, r"data.operations=\(3,\): must be"),
+        ({"operations": (4, 3)}, r"operations=\(4, 3\): the least, then the most"),
+        ({"operations": (3,)}, r"operations=\(3,\): a list of 2"),
         ({"operations": (1, 1), "size": 3000}, "of 3000 distinct questions exist"),
     ],
 )

@@ -301,7 +301,7 @@ def test_bad_ensembles_are_refused() -> None:
         EnsembleConfig("sum")
     with pytest.raises(UserError, match="weights=.*each at least 0"):
         EnsembleConfig("weights", (1.0, -1.0))
-    with pytest.raises(UserError, match="ensemble.weights=.*must be > 0"):
+    with pytest.raises(UserError, match="weights=.*: not all 0"):
         EnsembleConfig("weights", (0.0, 0))
     with pytest.raises(UserError, match="1 numbers for 2 students"):
         EnsembleConfig("weights", (1.0,)).check(2)

@@ -321,7 +321,7 @@ def test_a_config_may_be_one_stage(stage: Stage, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("seed"), "config: the key 'seed' is missing"),
+        (lambda c: c.pop("seed"), "config.seed=None: a whole number, at least 0."),
         (lambda c: c.pop("pipeline"), "needs a 'stage', or a 'pipeline'"),
         (lambda c: c.pop("b"), "config.pipeline names 'b', config.b is missing"),
         (lambda c: c.update(b=3), "config.b is 3, not the section of a stage"),

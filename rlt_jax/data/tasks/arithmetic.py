@@ -45,7 +45,7 @@ NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
 Amount = Annotated[int, ranges.Range(0, 10**7)]
 Kind = Annotated[str, ranges.OneOf(KINDS)]
 Length = Annotated[int, ranges.Range(1, 1000)]
-ORDERED = ranges.Condition("(least, most)", lambda x: x[0] <= x[1])
+ORDERED = ranges.Condition("the least, then the most", lambda x: x[0] <= x[1])
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
 _FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
