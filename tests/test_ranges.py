@@ -43,6 +43,7 @@ from rlt_jax.ranges import (
 )
 from rlt_jax.report.pages import ReportConfig
 from rlt_jax.rl.rewards import TERMS, make_terms
+from rlt_jax.rl.rlt_reward import EnsembleConfig
 from rlt_jax.settings import build, owner_of_keys
 from rlt_jax.stages import STAGES, stage_sections
 from rlt_jax.stages.collect import CollectConfig
@@ -51,6 +52,7 @@ from rlt_jax.stages.plan import PlanConfig
 from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
+from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -387,11 +389,11 @@ def test_nonsense_for_reward_terms(terms: dict[str, Any], message: str) -> None:
         ({"seed": 2**40}, f"config.seed={2**40}: at least 0, at most 2147483647."),
         ({"seed": "zero"}, "config.seed='zero': a whole number, at least 0."),
         ({"seed": None}, "config.seed=None: a whole number, at least 0."),
-        ({"pipeline": "rl"}, "config.pipeline='rl': a list."),
-        ({"pipeline": 3}, "config.pipeline=3: a list."),
+        ({"pipeline": "rl"}, "config.pipeline='rl': a list, one or more"),
+        ({"pipeline": 3}, "config.pipeline=3: a list, one or more"),
         (
             {"pipeline": ("part", 3)},
-            "config.pipeline=('part', 3): a list, each a text.",
+            "config.pipeline=('part', 3): a list, each a text, one or more",
         ),
         ({"pipeline": ()}, "config.pipeline=(): one or more different names."),
         ({"pipeline": ("part", "part")}, "('part', 'part'): one or more different"),
@@ -484,6 +486,40 @@ def test_messages_name_key_value_and_range() -> None:
         with pytest.raises(UserError) as error:
             check_value("config.key", hint, value)
         assert str(error.value).startswith(f"config.key={message}")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "good", "bad"),
+    [
+        (SamplingConfig, "temperature", (0, 0.0, 0.001, 1000), (-0.1, 1e-30, 1001)),
+        (SamplingConfig, "stop", ((), ["a"], ("a", "b")), (("a", ""), "a")),
+        (SFTConfig, "profile_steps", ((), [0, 1], (5, 9)), ((5, 5), (5, 3), (1,))),
+        (RLConfig, "profile_steps", ((), (0, 1)), ((5, 5), (9, 5), (1, 2, 3))),
+        (ProblemConfig, "operations", ((2, 2), [1, 3]), ((3, 2), (3,), (0, 1))),
+        (TraceConfig, "kinds", ({"careful": 0.7, "wrong": 0.3},), ({},)),
+        (TraceConfig, "kinds", (), ({"careful": 0.9999999}, {"careful": 0.5})),
+        (LoRAConfig, "modules", (("query",), ["key", "down"]), ((), ("other",))),
+        (EnsembleConfig, "weights", ((), (0, 1)), ((0,), (0.0, 0), (-1, 2))),
+        (ModelConfig, "head_dim", (2, 4096), (3, 0, 4098)),
+        (ModelConfig, "norm_eps", (1e-5,), (0, 1e-300, 2)),
+        (ModelConfig, "attention_softcap", (None, 30), (0, 1e-300)),
+        (RopeScaling, "low_freq_factor", (3.9,), (4, 4.0, 5)),
+        (RopeScaling, "beta_fast", (1.1,), (1, 0.5)),
+        (Template, "pad", ("", "\n"), (1, None)),
+        (Template, "thought_tags", (["<a>", "<b>"],), (("<a>", " "), ("<a>",))),
+    ],
+)
+def test_conditions_by_hand(
+    owner: type, name: str, good: Sequence[Any], bad: Sequence[Any]
+) -> None:
+    valid = REQUIRED.get(owner, {})
+    for value in good:
+        made = getattr(build(owner, valid | {name: value}, "part"), name)
+        assert made == (tuple(value) if isinstance(value, list) else value)
+    for value in bad:
+        with pytest.raises(UserError, match=name) as error:
+            build(owner, valid | {name: value}, "part")
+        assert_one_message(error, name)
 
 
 def test_an_architecture_of_a_million_layers() -> None:
