@@ -99,7 +99,7 @@ Temperature = Annotated[float, _TEMPERATURES]
 _SPAN = Condition("(first, end)", lambda x: len(x) in (0, 2) and [*x] == sorted({*x}))
 Steps = Annotated[Sequence[NonNegativeInt], _SPAN]
 PROBABILITIES = Condition(
-    "numbers that sum to 1", lambda x: abs(sum(x.values()) - 1) < 1e-8
+    "numbers that sum to 1", lambda x: round(sum(x.values()), 8) == 1
 )
 
 # Type -> its name in messages, and the values that fit; True and False are no numbers.
@@ -160,9 +160,7 @@ def _mismatch(hint: Any, value: Any) -> str:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         wrong = _mismatch(args[0], value)
-        rules = [
-            rule for rule in args[1:] if isinstance(rule, Range | OneOf | Condition)
-        ]
+        rules = [x for x in args[1:] if isinstance(x, Range | OneOf | Condition)]
         fits = not wrong and all(rule.holds(value) for rule in rules)
         said = [wrong, *(rule.allowed(value) for rule in rules)]
         return "" if fits else ", ".join(filter(None, said))
