@@ -25,17 +25,28 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tasks.arithmetic import sample_kinds
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import (
+    PROBABILITIES,
+    Checked,
+    Condition,
+    NonNegativeInt,
+    OneOf,
+    PositiveInt,
+    Range,
+)
 from rlt_jax.records import Problem, Trace
 
 GRADER = "experiments.countdown:is_solution"
 KINDS = ("careful", "skipping", "restating", "wrong")
+Kind = Annotated[str, OneOf(KINDS)]
+SOME = Condition("some of + - * /", lambda x: x and not set(x) - set("+-*/"))
 _OPERATIONS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -122,7 +133,7 @@ def _evaluate(expression: str, used: list[int]) -> Fraction:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemConfig:
+class ProblemConfig(Checked):
     """Settings of `problems`.
 
     Attributes:
@@ -136,23 +147,14 @@ class ProblemConfig:
       signs: allowed operations, a subset of "+-*/".
     """
 
-    split: str
-    size: int
-    seed: int
-    stream: int = 0
-    numbers: int = 4
-    max_number: int = 25
-    max_target: int = 100
-    signs: str = "+-*/"
-
-    def __post_init__(self) -> None:
-        check_choice("data.split", self.split, ("train", "test"))
-        if self.numbers < 2:
-            raise UserError(f"data.numbers={self.numbers}: must be at least 2.")
-        if self.max_number < 1:
-            raise UserError(f"data.max_number={self.max_number}: must be at least 1.")
-        if not self.signs or set(self.signs) - set("+-*/"):
-            raise UserError(f"data.signs={self.signs!r}: must be some of '+-*/'.")
+    split: Annotated[str, OneOf(("train", "test"))]
+    size: Annotated[int, Range(0, 10**7)]
+    seed: NonNegativeInt
+    stream: NonNegativeInt = 0
+    numbers: Annotated[int, Range(2, 100)] = 4
+    max_number: PositiveInt = 25
+    max_target: PositiveInt = 100
+    signs: Annotated[str, SOME] = "+-*/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... from 3, 4, 7. It is 7*4-3."
     """
 
-    kinds: Mapping[str, float]
+    kinds: Annotated[Mapping[Kind, Annotated[float, Range(0, 1)]], PROBABILITIES]
     hinted: bool = False
 
 
@@ -181,10 +183,10 @@ def traces(config: TraceConfig) -> list[Trace]:
     """Samples distinct problems with explanations.
 
     Raises:
-      UserError: an unknown kind, invalid probabilities, or too few distinct problems.
+      UserError: too few distinct problems exist for the settings.
     """
     rng = np.random.default_rng([config.seed, 1, config.stream])
-    kinds = sample_kinds(rng, config.kinds, KINDS, config.size)
+    kinds = sample_kinds(rng, config.kinds, config.size)
     result = []
     for puzzle, kind in zip(_puzzles(config), kinds, strict=True):
         problem = puzzle.problem

@@ -32,12 +32,13 @@ import numpy as np
 
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.head import token_log_probs
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.ranges import Size, check_value
 from rlt_jax.records import Problem
 from rlt_jax.scoring import ScoringConfig, make_renderers, make_scorer, text_completion
 from rlt_jax.settings import build
@@ -110,13 +111,14 @@ def generate(
     """
     if not prompts:
         return Rollout([], [], [], np.zeros(0, bool))
-    if isinstance(sampling, Mapping):
-        limits = sampling.get("max_new_tokens", 0)
-        longest = {"max_new_tokens": int(np.max(limits))}
+    is_config = isinstance(sampling, SamplingConfig)
+    limits = sampling.max_new_tokens if is_config else sampling.get("max_new_tokens")
+    with as_user_error("sampling.max_new_tokens", ValueError):
+        limits = np.broadcast_to(limits, len(prompts)).tolist()
+    if not is_config:
+        check_value("sampling.max_new_tokens", Sequence[Size], limits)
+        longest = {"max_new_tokens": max(limits)}
         sampling = build(SamplingConfig, {**sampling, **longest}, "sampling")
-    else:
-        limits = sampling.max_new_tokens
-    limits = np.broadcast_to(limits, len(prompts)).tolist()
     V = model.config.vocab_size
     ids = [np.asarray(prompt, np.int32) for prompt in prompts]
     requests = list(map(Request, ids, range(len(ids)), limits))

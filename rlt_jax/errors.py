@@ -35,10 +35,3 @@ def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     """Raises UserError if a setting is not one of the known values."""
     if value not in known:
         raise UserError(f"{name}={value!r}: one of {', '.join(map(str, known))}.")
-
-
-def check_minima(where: str, settings: Any, **minima: int) -> None:
-    """Raises UserError if an attribute of a section is below its minimum."""
-    for name, least in minima.items():
-        if (value := getattr(settings, name)) < least:
-            raise UserError(f"{where}.{name}={value}: at least {least}.")

@@ -17,6 +17,7 @@ from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.ranges import Checked, Temperature
 from rlt_jax.records import Problem, Trace
 from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
 from rlt_jax.rl import rlt_reward
@@ -32,7 +33,7 @@ TOKENS_PER_MICRO_BATCH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoringConfig:
+class ScoringConfig(Checked):
     """How explanations that are given as text are scored.
 
     Attributes:
@@ -45,7 +46,7 @@ class ScoringConfig:
 
     rlt_reward: RLTRewardConfig = dataclasses.field(default_factory=RLTRewardConfig)
     ensemble: EnsembleConfig = dataclasses.field(default_factory=EnsembleConfig)
-    teacher_temperature: float = 0.7
+    teacher_temperature: Temperature = 0.7
     assume_closed: bool = False
     per_token: bool = False
 
@@ -176,7 +177,7 @@ def compile_log_probs(
 ) -> log_probs.LogProbPrograms:
     """The programs of the policy at a temperature, and of the reward's students."""
     return log_probs.compile_programs(
-        (policy, temperature),
+        (policy, temperature or 1.0),  # log-probs of greedy decoding are those at 1
         [(student, reward.student_temperature) for student in students],
         mesh,
         reward.kl_top_k if reward.kl_estimator == "top_k" else None,

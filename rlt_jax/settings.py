@@ -1,16 +1,18 @@
 """Builds dataclasses and calls functions from sections of the config."""
 
 import dataclasses
+import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from types import UnionType
 from typing import Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
 
 from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.ranges import check_ranges, check_value
 
 T = TypeVar("T")
 Section = Mapping[str, Any]  # settings of one part of a config
@@ -24,7 +26,7 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
       **values: fields without a default, and fields that differ from their default.
 
     Raises:
-      UserError: unknown or missing keys.
+      UserError: unknown or missing keys, or a value outside its range.
     """
     config = ml_collections.ConfigDict()
     built = build(owner, values, owner.__name__)
@@ -32,8 +34,13 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
         value = getattr(built, field.name)
         if isinstance(value, Mapping):
             value = dict(value)
-        elif field.type not in (int, float, str, bool):
-            # Fields of several types; the dataclass checks the value.
+        elif getattr(field.type, "__origin__", field.type) not in (
+            int,
+            float,
+            str,
+            bool,
+        ):
+            # Neither such a type nor one annotated; the command line's flag takes any.
             config[field.name] = config_dict.placeholder(object)
         config[field.name] = value
     return config
@@ -84,7 +91,14 @@ def resolve(config: ml_collections.ConfigDict) -> None:
 
 
 def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
-    """Calls `factory` with the keys of a config section.
+    """Calls `factory` with the keys of a config section; see `bind`."""
+    return bind(factory, values, where)()
+
+
+def bind(
+    factory: Callable[..., T], values: Mapping[str, Any], where: str
+) -> Callable[[], T]:
+    """A call of `factory` with the keys of a config section, all that is checked before.
 
     Args:
       factory: a dataclass, a function whose keyword arguments are the keys, or a function
@@ -93,7 +107,7 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
       where: name of the section, for messages, such as "config.rl.loop".
 
     Raises:
-      UserError: unknown or missing keys.
+      UserError: unknown or missing keys, or a value outside its range.
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -101,11 +115,12 @@ def build(factory: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     known = inspect.signature(owner).parameters
     required = [k for k, x in known.items() if x.default is inspect.Parameter.empty]
     _check_keys(values, known, required, where)
+    check_ranges(where, owner, values)
     if not dataclasses.is_dataclass(owner):
-        return factory(**values)
-    with as_user_error(f"{where}: a value of a wrong type", TypeError):
+        return functools.partial(factory, **values)
+    with as_user_error(where, TypeError, UserError, end=""):
         made = owner(**values)
-    return made if owner is factory else factory(made)
+    return (lambda: made) if owner is factory else functools.partial(factory, made)
 
 
 def owner_of_keys(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,32 +149,39 @@ def check(owner: Any, values: Any, where: str) -> None:
     """Checks all keys of a section before the stage starts.
 
     Args:
-      owner: a factory for `build`; or a mapping from every key of the section to the owner
-        of its value; or None for a value that is checked where it is used. A section that
-        can be None is owned by a union with None.
+      owner: a dataclass; or a mapping from every key of the section to the owner of its
+        value; or a function of a value and its name that checks it; or the type of a value,
+        see `ranges.py`; or None for any value. A section that can be None is owned by a
+        pair, (owner, None).
       values: the config section, or a value in it.
       where: name of the section, for messages.
 
     Raises:
       UserError: unknown or missing keys, or invalid values.
     """
-    if isinstance(owner, UnionType):  # a section or None
-        owner = None if values is None else owner.__args__[0]
+    if isinstance(owner, tuple):
+        owner = owner[values is None]
     if isinstance(owner, Mapping):
         _check_keys(values, owner, owner, where)
         for name, section_owner in owner.items():
             check(section_owner, values[name], f"{where}.{name}")
-    elif owner is not None:
+    elif dataclasses.is_dataclass(owner):
         build(owner, values, where)
+    elif inspect.isfunction(owner):
+        owner(values, where)
+    elif owner is not None:
+        check_value(where, owner, values)
 
 
 def _check_keys(
     values: Any, known: Collection[str], required: Collection[str], where: str
 ) -> None:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where} is {values!r}; give it as keys and values.")
-    if unknown := sorted(set(values) - set(known)):
+    check_value(where, Section, values)
+    if unknown := sorted(map(str, set(values) - set(known))):
         names = ", ".join(known)
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys: {names}.")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        what = f"{where}: unknown key {unknown[0]!r}{meant}"
+        raise UserError(f"{what}; known keys: {names}.")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{where}: the key {missing[0]!r} is missing.")

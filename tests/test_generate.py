@@ -65,5 +65,8 @@ def test_bad_requests_are_refused(model: Transformer, params: Params) -> None:
         rlt_jax.generate(model, params, [[1] * 510], {"max_new_tokens": 4})
     with pytest.raises(UserError, match="need a tokenizer"):
         rlt_jax.generate(model, params, [[1]], {"max_new_tokens": 4, "stop": ["x"]})
+    for limits in ([4, 9, 4], [], None, "4", [[4]], [4, 0], [4, 1.5]):
+        with pytest.raises(UserError, match="sampling.max_new_tokens"):
+            rlt_jax.generate(model, params, [[1], [2]], {"max_new_tokens": limits})
     with pytest.raises(UserError, match="top_q"):
         rlt_jax.generate(model, params, [[1]], {"max_new_tokens": 4, "top_q": 1})

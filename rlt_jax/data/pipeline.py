@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import grain
 
@@ -13,10 +13,11 @@ from rlt_jax.data import traces as files
 from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k, reasoning_gym
-from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.data.templates import Template, load_template
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import NonNegativeFloat, OneOf, check_value
 from rlt_jax.records import Problem, Trace
-from rlt_jax.settings import Section, build, load_function, owner_of_keys
+from rlt_jax.settings import Section, bind, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
 
 PROBLEMS: dict[str, Callable[..., list[Problem]]] = {
@@ -34,6 +35,7 @@ TRACES: dict[str, Callable[..., list[Trace]]] = {
 }
 
 MIX = "mix"
+PART = Annotated[str, OneOf(("all", "train", "held_out"))]
 
 # No threads that read ahead: they would only compete for the interpreter.
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -49,7 +51,7 @@ def load_problems(config: Section, template: Template, seed: int) -> list[Proble
     The keys of a source are the arguments of its function: of "file" they are those of
     `traces.read_problems`, path, limit, grader and on_bad_row.
     """
-    return _load(PROBLEMS, config, {"template": template, "seed": seed}, "data")
+    return _bind(PROBLEMS, config, {"template": template, "seed": seed}, "data")()
 
 
 def load_traces(
@@ -60,7 +62,24 @@ def load_traces(
     The keys of "file" are those of `traces.read_traces`: path, limit, keep_cut_off,
     missing_trace and on_bad_row.
     """
-    return _load(TRACES, config, {"template": template, "seed": seed}, where)
+    return _bind(TRACES, config, {"template": template, "seed": seed}, where)()
+
+
+def check_problems(config: Any, where: str) -> None:
+    """Raises UserError for a `data` section of problems that cannot be; reads no file."""
+    _bind(PROBLEMS, config, {"template": load_template("tiny"), "seed": 0}, where)
+
+
+def check_traces(config: Any, where: str) -> None:
+    """The same for traces."""
+    _bind(TRACES, config, {"template": load_template("tiny"), "seed": 0}, where)
+
+
+def check_sources(config: Any, where: str) -> None:
+    """The same for traces or a mix of them."""
+    is_mix = isinstance(config, Mapping) and config.get("task") == MIX
+    for name, keys, _ in _parts(config, where) if is_mix else [(where, config, 1.0)]:
+        check_traces(keys, name)
 
 
 class Source(NamedTuple):
@@ -89,11 +108,7 @@ def load_sources(config: Section, template: Template, seed: int) -> list[Source]
     if config.get("task") != MIX:
         return [Source("data", 1.0, load_traces(config, template, seed))]
     loaded = []
-    for where, section in build(_mix_sections, config, "data"):
-        keys = dict(section)
-        weight = keys.pop("share", 1.0)
-        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise UserError(f"{where}.share={weight!r}: a number from 0.")
+    for where, keys, weight in _parts(config, "data"):
         if weight:
             traces = load_traces(keys, template, seed, where)
             loaded.append(Source(where, weight, traces))
@@ -102,22 +117,28 @@ def load_sources(config: Section, template: Template, seed: int) -> list[Source]
     return loaded
 
 
-def _mix_sections(task: str, sources: Section) -> list[tuple[str, Section]]:
-    """Name and section of each source of a mix, sorted by name."""
-    sections = [("data.sources", sources)]
-    if isinstance(sources, Mapping):
-        sections = [(f"data.sources.{name}", sources[name]) for name in sorted(sources)]
-    for where, section in sections:
-        if not isinstance(section, Mapping):
-            raise UserError(f"{where} is {section!r}; give it as keys and values.")
-    return sections
+def _parts(config: Section, where: str) -> list[tuple[str, Section, float]]:
+    """Name, section without `share`, and share of each source of a mix, sorted by name."""
+    sources, parts = build(lambda task, sources: sources, config, where), []
+    check_value(f"{where}.sources", Section, sources)
+    for name in sorted(sources, key=str):
+        of_part = f"{where}.sources.{name}"
+        check_value(of_part, Section, sources[name])
+        keys = {"share": 1.0, **sources[name]}
+        check_value(f"{of_part}.share", NonNegativeFloat, share := keys.pop("share"))
+        parts.append((of_part, keys, share))
+    return parts
 
 
-def _load(
+def _bind(
     sources: dict[str, Callable[..., list]], config: Section, given: Section, where: str
-) -> list:
+) -> Callable[[], list]:
+    """A call that loads a section, all of whose keys are checked before."""
+    check_value(where, Section, config)
     keys = dict(config)
     part, task = keys.pop("part", "all"), keys.pop("task", None)
+    check_value(f"{where}.task", str | None, task)
+    check_value(f"{where}.part", PART, part)
     if task not in sources and ":" not in str(task):
         raise UserError(
             f"{where}.task={task!r}: choose one of {', '.join(sources)}; or name a "
@@ -131,7 +152,8 @@ def _load(
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    return split(build(source, keys, where), part, where)
+    load = bind(source, keys, where)
+    return lambda: split(load(), part, where)
 
 
 def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
@@ -149,7 +171,6 @@ def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
     Raises:
       UserError: an unknown part, or fewer than four questions.
     """
-    check_choice(f"{where}: part", part, ("all", "train", "held_out"))
     if part == "all":
         return loaded
     questions = [getattr(one, "problem", one).question for one in loaded]

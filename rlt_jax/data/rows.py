@@ -9,13 +9,14 @@ from grain import MapDataset
 
 from rlt_jax.data import examples
 from rlt_jax.data.examples import EMPTY, Example, Renderer
-from rlt_jax.errors import UserError, check_minima
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import Checked, Count, Size
 from rlt_jax.records import Trace
 from rlt_jax.types import Batch, Rollout, Spans
 
 
 @dataclasses.dataclass(frozen=True)
-class RowShape:
+class RowShape(Checked):
     """Fixed shape of packed rows.
 
     Attributes:
@@ -23,11 +24,8 @@ class RowShape:
       row_length: T, tokens per packed row, and the longest single sequence.
     """
 
-    micro_batch_size: int
-    row_length: int
-
-    def __post_init__(self) -> None:
-        check_minima("rows", self, micro_batch_size=1, row_length=1)
+    micro_batch_size: Count
+    row_length: Size
 
 
 # Fills up a batch.

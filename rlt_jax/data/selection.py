@@ -4,19 +4,20 @@ import dataclasses
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from rlt_jax.data.examples import EMPTY, Example, check_lengths
-from rlt_jax.errors import UserError, check_minima
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import Checked, NonNegativeInt, Range
 
 # What happens to sequences that are too long.
 OVERLONG = ("error", "drop", "shorter", "truncate")
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectionConfig:
+class SelectionConfig(Checked):
     """Which traces to keep; applied in the order of the attributes.
 
     Traces whose explanation is not closed are the last to be kept, whatever their reward:
@@ -28,14 +29,9 @@ class SelectionConfig:
       top_fraction: fraction of the remaining traces to keep, those of the highest reward.
     """
 
-    max_tokens: int = 0
-    best_per_question: int = 0
-    top_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_minima("select", self, max_tokens=0, best_per_question=0)
-        if not 0 < self.top_fraction <= 1:
-            raise UserError(f"select.top_fraction={self.top_fraction}: 0 < x <= 1.")
+    max_tokens: NonNegativeInt = 0
+    best_per_question: NonNegativeInt = 0
+    top_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
 
 
 class Candidate(NamedTuple):

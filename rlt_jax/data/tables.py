@@ -8,16 +8,18 @@ import os.path
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import huggingface_hub
 import numpy as np
 
 from rlt_jax.data.formats import ENDINGS, Columns, Rows, read_file, shown
-from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.errors import LOG, UserError
+from rlt_jax.ranges import Limit, OneOf, check_ranges
 from rlt_jax.records import Record
 
 LOGGED = 5  # reasons of skipped rows
+OnBadRow = Annotated[str, OneOf(("error", "skip"))]
 # Data set, revision, and path in it.
 _HUB_PATH = r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?(?:/(.*))?"
 
@@ -53,8 +55,8 @@ def read_records(path: str, source: str = "", columns: Columns = None) -> Rows:
 def convert(
     rows: Rows,
     make: Callable[[str, Record], Any] = lambda *row: row,
-    limit: int | None = None,
-    on_bad_row: str = "error",
+    limit: Limit = None,
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[Any]:
     """Makes what is wanted of records.
 
@@ -69,9 +71,7 @@ def convert(
     Raises:
       UserError: a row is bad, or all are.
     """
-    check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
-        raise UserError(f"data.limit={limit!r}: a number of rows from 1, or None.")
+    check_ranges("data", convert, {"limit": limit, "on_bad_row": on_bad_row})
     count = bad = 0
     for count, (where, row) in enumerate(itertools.islice(rows, limit), 1):
         try:
@@ -119,8 +119,6 @@ def find_files(path: str, source: str = "") -> list[Path]:
 
     Those of the Hub are downloaded once, and then read from its cache, also offline.
     """
-    if not isinstance(path, str | Path):
-        raise UserError(f"{path!r}: the path of data must be a text.")
     given, endings = path, ", ".join(ENDINGS)
     hint = f" Download it: {source}." if source else ""
     if str(path).startswith("hf:"):

@@ -17,16 +17,18 @@ import dataclasses
 import re
 from itertools import permutations
 from pathlib import Path
-from reprlib import repr as short
+from typing import Annotated
 
 from rlt_jax.data.chat import Message
 from rlt_jax.data.tokenizer import read_json
-from rlt_jax.errors import UserError, as_user_error, check_choice
+from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.ranges import Checked, Condition, OneOf
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import build
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
 SYSTEM_ROLES = ("system", "user", "auto")
+Tag = Annotated[str, Condition("not only whitespace", str.strip)]
 PRIVILEGED = """{question}
 
 A solution of it, as a reference for you alone:
@@ -37,7 +39,7 @@ Now answer the question yourself, step by step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class Template(Checked):
     """System prompts, tags and delimiters; see the module docstring.
 
     Attributes:
@@ -60,32 +62,22 @@ class Template:
 
     teacher_system: str
     student_system: str
-    explanation_tags: tuple[str, str]
-    thought_tags: tuple[str, str]
-    solution_tags: tuple[str, str]
+    explanation_tags: tuple[Tag, Tag]
+    thought_tags: tuple[Tag, Tag]
+    solution_tags: tuple[Tag, Tag]
     pad: str
     delimiter: str
     teacher_delimiter: str | None = None
-    teacher_solution_tags: tuple[str, str] | None = None
+    teacher_solution_tags: tuple[Tag, Tag] | None = None
     thought_prefix: str = ""
-    system_role: str = "system"
+    system_role: Annotated[str, OneOf(SYSTEM_ROLES)] = "system"
     privileged: str = PRIVILEGED
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("solution_tags", "delimiter"):
             if getattr(self, f"teacher_{name}") is None:
                 object.__setattr__(self, f"teacher_{name}", getattr(self, name))
-        for name, value in list(vars(self).items()):
-            if name.endswith("_tags"):
-                pair = isinstance(value, list | tuple) and len(value) == 2
-                if not pair or not all(isinstance(t, str) and t.strip() for t in value):
-                    raise UserError(
-                        f"template: {name} is {short(value)}; give an opening and a closing tag."
-                    )
-                object.__setattr__(self, name, tuple(value))
-            elif not isinstance(value, str):
-                raise UserError(f"template: {name} is {short(value)}; give a text.")
-        check_choice("template: system_role", self.system_role, SYSTEM_ROLES)
         for place in ("{question}", "{solution}"):
             if place not in self.privileged:
                 raise UserError(f"template: privileged has no {place}.")

@@ -25,12 +25,13 @@ line, or is left out and counted with `on_bad_row="skip"`.
 
 import reprlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from rlt_jax.data.formats import parse_json, shown
-from rlt_jax.data.tables import as_text, convert, listed, read_records
+from rlt_jax.data.tables import OnBadRow, as_text, convert, listed, read_records
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.errors import LOG, UserError
+from rlt_jax.ranges import Limit, OneOf
 from rlt_jax.records import Problem, Record, Trace
 
 CONVERSATIONS = ("messages", "conversations", "prompt")
@@ -38,7 +39,6 @@ COLUMNS = (
     *("question", "solution", "reasoning_trace", "answer", "reward_model"),
     *("completions", "closed", *CONVERSATIONS),
 )
-MISSING = ("error", "solution")
 CLOSED = {True: True, False: False, "true": True, "false": False, "": True, None: True}
 USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")
@@ -48,10 +48,10 @@ ROLES = dict.fromkeys(USER, "user") | dict.fromkeys(ASSISTANT, "assistant")
 def read_traces(
     path: str,
     template: Template,
-    limit: int | None = None,
+    limit: Limit = None,
     keep_cut_off: bool = False,
-    missing_trace: str = "error",
-    on_bad_row: str = "error",
+    missing_trace: Annotated[str, OneOf(("error", "solution"))] = "error",
+    on_bad_row: OnBadRow = "error",
 ) -> list[Trace]:
     """Reads traces, without those that were cut off (`closed` is false).
 
@@ -68,7 +68,6 @@ def read_traces(
     Raises:
       UserError: see `tables.read_records`; or a record has no question, solution or trace.
     """
-    check_choice("data.missing_trace", missing_trace, MISSING)
 
     def make(where: str, record: Record) -> Trace | None:
         if not keep_cut_off and _was_cut_off(where, record):
@@ -93,9 +92,9 @@ def read_traces(
 def read_problems(
     path: str,
     template: Template,
-    limit: int | None = None,
+    limit: Limit = None,
     grader: str = "math",
-    on_bad_row: str = "error",
+    on_bad_row: OnBadRow = "error",
 ) -> list[Problem]:
     """Reads problems from the same files as `read_traces`.
 

@@ -8,7 +8,7 @@ chunk of tokens at a time, forward and backward, as in `head.py`.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rlt_jax.inference import head, spans
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, capped, head_logits, hidden_states
+from rlt_jax.ranges import Checked, OneOf, PositiveFloat, PositiveInt, Range
 from rlt_jax.types import Array, Batch, Params, Spans
 
 KINDS = ("reverse", "forward", "jensen_shannon")
@@ -23,7 +24,7 @@ LIVE = 4  # arrays like the logits of a chunk that a divergence holds at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class DivergenceConfig:
+class DivergenceConfig(Checked):
     """A divergence of the student's distribution s from the teacher's t.
 
     Attributes:
@@ -39,10 +40,10 @@ class DivergenceConfig:
         (see `contributions`), so a clipped divergence is not negative either.
     """
 
-    kind: str = "reverse"
-    mixture: float = 0.5
-    top_k: int | None = None
-    clip: float | None = None
+    kind: Annotated[str, OneOf(KINDS)] = "reverse"
+    mixture: Annotated[float, Range(1e-6, 1 - 1e-6)] = 0.5
+    top_k: PositiveInt | None = None
+    clip: PositiveFloat | None = None
 
 
 class Models(NamedTuple):

@@ -2,21 +2,22 @@
 
 import dataclasses
 import os
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from jax.sharding import Mesh
 
-from rlt_jax.errors import UserError, check_choice, check_minima
+from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import CPU_TILES
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.paged_cache import page_bytes
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.ranges import Checked, Count, OneOf, Range, Size
 from rlt_jax.training.sharding import num_groups
 from rlt_jax.types import Requests
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Checked):
     """Sizes of the engine.
 
     Attributes:
@@ -30,19 +31,18 @@ class EngineConfig:
         "int8" rounds the kernels of layers, with a scale for each of their outputs.
     """
 
-    slots: int = 16
-    page_size: int = 64
-    cache_tokens: int | None = None
-    steps: int = 8
-    prefill_chunk: int = 512
-    weights: str = "model"
+    slots: Count = 16
+    page_size: Size = 64
+    cache_tokens: Annotated[int, Range(1)] | None = None
+    steps: Size = 8
+    prefill_chunk: Size = 512
+    weights: Annotated[str, OneOf(("model", "bfloat16", "int8"))] = "model"
 
     def __post_init__(self) -> None:
-        check_minima("engine", self, slots=1, page_size=1, steps=1, prefill_chunk=1)
+        super().__post_init__()
         if self.prefill_chunk % self.page_size:
             sizes = f"{self.prefill_chunk} is no multiple of page_size={self.page_size}"
             raise UserError(f"engine.prefill_chunk={sizes}.")
-        check_choice("engine.weights", self.weights, ("model", "bfloat16", "int8"))
 
     @property
     def prefill_sizes(self) -> tuple[int, ...]:

@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from rlt_jax.errors import UserError
+from rlt_jax import ranges
 from rlt_jax.types import Array
 
 _BLOCK = 128  # tokens per block: a block is sampled first, then a token in it
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(ranges.Checked):
     """How completions are sampled.
 
     Attributes:
@@ -28,34 +29,14 @@ class SamplingConfig:
       stop_ids: ids that end a completion, besides those of the tokenizer.
     """
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-        }
-        for name, (valid, allowed) in ranges.items():
-            if not valid:
-                value = getattr(self, name)
-                raise UserError(f"sampling.{name}={value}: must be {allowed}.")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise UserError(
-                f"sampling.stop={self.stop!r}: must be a list of non-empty strings."
-            )
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+    max_new_tokens: ranges.Size
+    temperature: ranges.Temperature = 1.0
+    top_k: ranges.NonNegativeInt = 0
+    top_p: Annotated[float, ranges.Range(0, 1, above=True)] = 1.0
+    min_p: ranges.Fraction = 0.0
+    repetition_penalty: ranges.PositiveFloat = 1.0
+    stop: tuple[Annotated[str, ranges.NOT_EMPTY], ...] = ()
+    stop_ids: tuple[ranges.NonNegativeInt, ...] = ()
 
 
 def sample(

@@ -1,19 +1,26 @@
 """Configuration of a decoder-only transformer."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax import ranges
+from rlt_jax.errors import UserError
+from rlt_jax.settings import build
 
 REMAT_POLICIES = ("none", "full", "dots")
 ACTIVATIONS = ("silu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
+EVEN = ranges.Condition("even", lambda x: x % 2 == 0)
+# The base of angles: above 1, or all pairs of a head would turn alike.
+Theta = Annotated[float, ranges.Range(1, 1e15, above=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(ranges.Checked):
     """Scaling of the rotary frequencies for sequences beyond the original context.
 
     Attributes:
@@ -32,23 +39,27 @@ class RopeScaling:
         0.1 * log(factor) + 1.
     """
 
-    kind: str
-    factor: float
-    original_length: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    kind: Annotated[str, ranges.OneOf(ROPE_SCALINGS)]
+    factor: ranges.PositiveFloat
+    original_length: ranges.PositiveInt | None = None
+    low_freq_factor: ranges.PositiveFloat = 1.0
+    high_freq_factor: ranges.PositiveFloat = 4.0
+    beta_fast: ranges.PositiveFloat = 32.0
+    beta_slow: ranges.PositiveFloat = 1.0
+    attention_factor: ranges.PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        check_choice("rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        super().__post_init__()
         if self.kind != "linear" and not self.original_length:
             raise UserError(f"rope_scaling: set original_length for {self.kind}.")
+        ordered = {"low_freq_factor": "high_freq_factor", "beta_slow": "beta_fast"}
+        for low, high in ordered.items():
+            if getattr(self, low) >= getattr(self, high):
+                raise UserError(f"rope_scaling: set {low} below {high}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ranges.Checked):
     """Shape and numerics of a decoder-only transformer.
 
     Attributes:
@@ -57,7 +68,7 @@ class ModelConfig:
       num_layers: L, number of layers.
       num_heads: N, number of query heads.
       num_kv_heads: K, number of key/value heads; divides N.
-      head_dim: H, dimension of a head.
+      head_dim: H, dimension of a head; even, as RoPE turns pairs.
       mlp_dim: F, width of the gated MLP.
       max_length: maximum sequence length in tokens that the model is meant for.
       rope_theta: base of the rotary position angles.
@@ -86,47 +97,45 @@ class ModelConfig:
       rope_scaling: scaling of the rotary frequencies, or None.
     """
 
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    max_length: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    vocab_size: Annotated[int, ranges.Range(1, 2**24)]
+    embed_dim: ranges.Size
+    num_layers: Annotated[int, ranges.Range(1, 10_000)]
+    num_heads: ranges.Size
+    num_kv_heads: ranges.Size
+    head_dim: Annotated[int, ranges.Range(1, 4096), EVEN]
+    mlp_dim: ranges.Size
+    max_length: ranges.PositiveInt
+    rope_theta: Theta = 10_000.0
+    norm_eps: Annotated[float, ranges.Range(1e-15, 1)] = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
+    dtype: Annotated[str, ranges.OneOf(DTYPES)] = "float32"
+    remat: Annotated[str, ranges.OneOf(REMAT_POLICIES)] = "none"
     out_bias: bool = False
     mlp_bias: bool = False
-    activation: str = "silu"
+    activation: Annotated[str, ranges.OneOf(ACTIVATIONS)] = "silu"
     norm_plus_one: bool = False
     post_norms: bool = False
     scale_embeddings: bool = False
-    query_scale_dim: int | None = None
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    sliding_window: int | None = None
+    query_scale_dim: ranges.PositiveFloat | None = None
+    attention_softcap: ranges.PositiveFloat | None = None
+    final_softcap: ranges.PositiveFloat | None = None
+    sliding_window: ranges.PositiveInt | None = None
     windowed_layers: tuple[bool, ...] = ()
-    local_rope_theta: float | None = None
-    rope_scaling: RopeScaling | None = None
+    local_rope_theta: Theta | None = None
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        # JSON has only lists and dicts, but a config has to be hashable.
-        object.__setattr__(self, "windowed_layers", tuple(self.windowed_layers))
-        if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        super().__post_init__()
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            scaling = build(RopeScaling, self.rope_scaling, "rope_scaling")
+            object.__setattr__(self, "rope_scaling", scaling)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of "
                 f"num_kv_heads={self.num_kv_heads}."
             )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim}: must be even for RoPE.")
         if len(self.windowed_layers) not in (0, self.num_layers):
             raise UserError(
                 f"windowed_layers has {len(self.windowed_layers)} values; give one for "
@@ -134,9 +143,6 @@ class ModelConfig:
             )
         if any(self.windowed_layers) != bool(self.sliding_window):
             raise UserError("set sliding_window and windowed_layers together.")
-        check_choice("activation", self.activation, ACTIVATIONS)
-        check_choice("remat", self.remat, REMAT_POLICIES)
-        check_choice("dtype", self.dtype, DTYPES)
 
     @property
     def activation_dtype(self) -> jnp.dtype:

@@ -7,11 +7,12 @@ Reads both formats of RoPE settings: `rope_theta` with `rope_scaling`, and the n
 import dataclasses
 from collections.abc import Mapping
 from reprlib import repr as short
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 from rlt_jax.errors import UserError
-from rlt_jax.models.config import ModelConfig, RopeScaling
+from rlt_jax.models.config import ModelConfig, RopeScaling, Theta
 from rlt_jax.models.families import Family, family
+from rlt_jax.ranges import NonNegativeInt, OneOf, PositiveInt, check_value, hints_of
 from rlt_jax.settings import build
 
 # Names in config.json -> names in ModelConfig.
@@ -27,16 +28,13 @@ SCALING_KEYS = {
     "yarn": ("factor", _LENGTH, "beta_fast", "beta_slow", "attention_factor"),
 }
 
-_SCALING_TYPES = get_type_hints(RopeScaling) | {_LENGTH: int, "rope_theta": float}
 # Types of keys of config.json, besides those of the fields that the family names.
 _TYPES = dict.fromkeys(("text_config", "rope_parameters", "rope_scaling"), dict)
 _TYPES |= dict.fromkeys(("full_attention", "sliding_attention"), dict)
-_TYPES |= dict.fromkeys(("sliding_window_pattern", "max_window_layers"), int)
-_TYPES |= {"sliding_window": int, "use_sliding_window": bool, "layer_types": list[str]}
-_KINDS = {int: "a whole number from {} to {:,}", float: "a number from {} to {}"}
-_KINDS |= {bool: "true or false", str: "a text", dict: "keys and values"}
-# The frequencies of all layers and heads are made at once, before any weight is read.
-_MOST = {"num_hidden_layers": 10_000, "num_layers": 10_000, "head_dim": 4096}
+_TYPES |= dict.fromkeys(("sliding_window", "sliding_window_pattern"), PositiveInt)
+_TYPES |= {"max_window_layers": NonNegativeInt, "use_sliding_window": bool}
+_TYPES |= {"layer_types": list[Annotated[str, OneOf(LAYER_TYPES)]]}
+_SCALING_TYPES = hints_of(RopeScaling) | {_LENGTH: PositiveInt, "rope_theta": Theta}
 
 
 def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
@@ -47,7 +45,7 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
         the setting cannot have.
     """
     kind = family(content.get("model_type"))
-    hints = get_type_hints(ModelConfig)
+    hints = hints_of(ModelConfig) | {"activation": Annotated[str, OneOf(ACTIVATIONS)]}
     types = _TYPES | {key: hints[field] for field, key in kind.settings.items()}
     # Multimodal models have the settings of the language model in `text_config`.
     text = content.get("text_config")
@@ -66,20 +64,10 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
     for field in dataclasses.fields(ModelConfig):
         if fields.get(field.name, "") is None and field.default is not None:
             raise UserError(f"it lacks {kind.settings[field.name]!r}.")
-    fields["activation"] = _our_name(ACTIVATIONS, "activation", fields["activation"])
+    fields["activation"] = ACTIVATIONS[fields["activation"]]
     windows = _read_windows(content, kind)
-    return ModelConfig(**fields, **kind.fixed, **windows, rope_scaling=scaling)
-
-
-def config_from_fields(content: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig with the fields that a stage's model.json has.
-
-    Raises:
-      UserError: a field is unknown or missing, or has a value that it cannot have.
-    """
-    _check_values(content, get_type_hints(ModelConfig) | {"rope_scaling": dict | None})
-    _check_values(content.get("rope_scaling") or {}, _SCALING_TYPES)
-    return build(ModelConfig, content, "the model")
+    fields |= kind.fixed | windows | {"rope_scaling": scaling}
+    return build(ModelConfig, fields, "the model's config.json")
 
 
 def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -117,29 +105,9 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Raises UserError for a value from JSON that is not of its type, or no sensible one.
-
-    Args:
-      values: the values.
-      types: name -> type, possibly an optional one, or a list or tuple of one.
-    """
+    """Raises UserError for a value that does not fit the type of its name, if it has one."""
     for name in values.keys() & types.keys():
-        kind, *others = get_args(types[name]) or (types[name],)
-        value, listed = values[name], get_origin(types[name]) in (list, tuple)
-        least = 1e-15 if kind is float else int(name != "max_window_layers")
-        most = _MOST.get(name, 1e15 if kind is float else 2**31 - 1)
-        for item in value if listed and type(value) is list else [value]:
-            fits = type(item) in (kind, *others, int if kind is float else kind)
-            if not fits or (type(item) in (int, float) and not least <= item <= most):
-                give = _KINDS[kind].format(least, most)
-                raise UserError(f"{name}={short(value)}; give {give}.")
-
-
-def _our_name(names: Mapping[str, Any], what: str, name: Any) -> Any:
-    if not isinstance(name, str) or name not in names:
-        known = ", ".join(names)
-        raise UserError(f"{what} {short(name)} is not supported, only {known}.")
-    return names[name]
+        check_value(name, types[name], values[name])
 
 
 def _read_rope(content: Mapping[str, Any]) -> tuple[RopeScaling | None, dict]:
@@ -160,7 +128,8 @@ def _read_scaling(
     scaling: Mapping[str, Any], content: Mapping[str, Any]
 ) -> RopeScaling | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    keys = _our_name(SCALING_KEYS, "rope_type", kind)
+    check_value("rope_type", Annotated[str, OneOf(SCALING_KEYS)], kind)
+    keys = SCALING_KEYS[kind]
     others = ("rope_type", "type", "rope_theta")
     given = {k: v for k, v in _given(scaling).items() if k not in others}
     if unknown := sorted(set(given) - set(keys)):
@@ -168,13 +137,10 @@ def _read_scaling(
     _check_values(_given(scaling), _SCALING_TYPES)
     if kind == "default":
         return None
-    if "factor" not in given:
-        raise UserError(f"{kind} RoPE needs 'factor'.")
     length = given.pop(_LENGTH, content.get("max_position_embeddings"))
     length = length if _LENGTH in keys else None
-    if given.get("low_freq_factor", 1) >= given.get("high_freq_factor", 4):
-        raise UserError(f"{kind} RoPE needs low_freq_factor below high_freq_factor.")
-    return RopeScaling(kind, original_length=length, **given)
+    fields = {"kind": kind, "original_length": length, **given}
+    return build(RopeScaling, fields, "rope_scaling")
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -193,7 +159,7 @@ def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
         layers, given = range(content["num_hidden_layers"]), kind.defaults | content
         windowed = tuple(kind.windowed(given, layer) for layer in layers)
     else:
-        windowed = tuple(_our_name(LAYER_TYPES, "layer type", name) for name in types)
+        windowed = tuple(LAYER_TYPES[name] for name in types)
     if not any(windowed) or not content.get("use_sliding_window", True):
         return {}
     window = content.get("sliding_window")

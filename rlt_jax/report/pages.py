@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlt_jax.errors import UserError
+from rlt_jax.ranges import Checked, NonNegativeInt
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import read_json, read_lines, write_page
@@ -22,7 +23,7 @@ QUANTITIES = ("accuracy", *statistics.SOLUTION_LOG_PROBS)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Checked):
     """Stages of the run that the report reads, by their folders in the workdir.
 
     Attributes:
@@ -36,7 +37,7 @@ class ReportConfig:
     rl: str
     traces: Sequence[tuple[str, str]]
     evaluations: Sequence[tuple[str, str]]
-    num_examples: int = 6
+    num_examples: NonNegativeInt = 6
 
 
 def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:

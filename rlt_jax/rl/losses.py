@@ -4,14 +4,12 @@ The loss of a batch is the sum of weight times loss over its tokens.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlt_jax.errors import UserError, check_choice
 from rlt_jax.inference.divergence import (
     DivergenceConfig,
     Models,
@@ -19,6 +17,7 @@ from rlt_jax.inference.divergence import (
 )
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.ranges import Checked, NonNegativeFloat, OneOf, PositiveFloat
 from rlt_jax.rl import kl
 from rlt_jax.rl.baselines import ADVANTAGES
 from rlt_jax.training.learner import LossFn
@@ -81,7 +80,7 @@ LOSSES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
     """The objective; the defaults are GRPO as it trains reinforcement-learned teachers.
 
     Attributes:
@@ -100,28 +99,16 @@ class ObjectiveConfig:
       skip_gradient_norm: a step with a longer gradient changes nothing; None for never.
     """
 
-    loss: str = "grpo"
-    advantage: str = "group"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    beta: float = 0.04
-    kl_estimator: str = "k3"
-    importance_cap: float | None = None
-    truncated: str = "keep"
+    loss: Annotated[str, OneOf(LOSSES)] = "grpo"
+    advantage: Annotated[str, OneOf(ADVANTAGES)] = "group"
+    clip_low: PositiveFloat | None = None
+    clip_high: PositiveFloat | None = None
+    beta: NonNegativeFloat = 0.04
+    kl_estimator: Annotated[str, OneOf(kl.ESTIMATORS)] = "k3"
+    importance_cap: PositiveFloat | None = None
+    truncated: Annotated[str, OneOf(("keep", "mask"))] = "keep"
     skip_equal_groups: bool = False
-    skip_gradient_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("objective.loss", self.loss, LOSSES)
-        check_choice("objective.advantage", self.advantage, ADVANTAGES)
-        check_choice("objective.kl_estimator", self.kl_estimator, kl.ESTIMATORS)
-        check_choice("objective.truncated", self.truncated, ("keep", "mask"))
-        if not 0 <= self.beta < math.inf:
-            raise UserError(f"objective.beta={self.beta}: at least 0, and finite.")
-        for name in ("clip_low", "clip_high", "importance_cap", "skip_gradient_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"objective.{name}={value}: above 0, or None for off.")
+    skip_gradient_norm: PositiveFloat | None = None
 
 
 class Divergence(NamedTuple):

@@ -6,7 +6,6 @@ device, from log-probs.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +14,10 @@ import numpy as np
 
 from rlt_jax.data.controls import copied_share
 from rlt_jax.data.templates import Template
-from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import NonNegativeInt, Weight, check_value
 from rlt_jax.rl.grading import grade
-from rlt_jax.settings import load_function
+from rlt_jax.settings import bind, load_function
 from rlt_jax.training import hosts
 from rlt_jax.types import Array, Batch, Reward, Rollout
 
@@ -27,9 +27,9 @@ RLT = "rlt"
 def correctness(
     rollout: Rollout,
     template: Template,
-    right: float = 1.0,
-    wrong: float = -0.5,
-    unreadable: float = -1.0,
+    right: Weight = 1.0,
+    wrong: Weight = -0.5,
+    unreadable: Weight = -1.0,
 ) -> np.ndarray:
     """Graded answers; the defaults are those of the published baseline."""
     problems = [request.problem for request in rollout.requests]
@@ -39,7 +39,7 @@ def correctness(
     return np.where(missing, unreadable, np.where(correct, right, wrong))
 
 
-def length(rollout: Rollout, template: Template, budget: int) -> np.ndarray:
+def length(rollout: Rollout, template: Template, budget: NonNegativeInt) -> np.ndarray:
     """Minus the tokens beyond a budget, stop token included."""
     lengths = np.array([len(tokens) for tokens in rollout.tokens])
     return -np.maximum(lengths - budget, 0)
@@ -101,15 +101,17 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
     Raises:
       UserError: unknown names, functions or settings.
     """
+    check_value("reward_terms", Mapping[str, Mapping[str, Any]], config)
     terms = []
     for name, entry in config.items():
         settings = {"weight": 1.0, **entry}
-        weight = settings.pop("weight")
+        where, weight = f"reward term {name!r}", settings.pop("weight")
+        check_value(f"{where}: weight", Weight, weight)
         if name in ("value", "reward", "accuracy"):
-            raise UserError(f"reward term {name!r}: a name of results; pick another.")
+            raise UserError(f"{where}: a name of results; pick another.")
         if name not in (RLT, *TERMS) and "function" not in settings:
             raise UserError(
-                f"reward term {name!r}: one of {', '.join((RLT, *TERMS))}; or name a "
+                f"{where}: one of {', '.join((RLT, *TERMS))}; or name a "
                 'function of your own, function="module:function".'
             )
         if name == RLT and settings:
@@ -117,8 +119,7 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
         function = None
         if name != RLT:
             function = TERMS.get(name) or _user_function(settings.pop("function"))
-            with as_user_error(f"reward term {name!r}", TypeError):
-                inspect.signature(function).bind(None, None, **settings)
+            bind(functools.partial(function, None, None), settings, where)
             function = functools.partial(function, **settings)
         terms.append(Term(name, weight, function))
     return tuple(terms)

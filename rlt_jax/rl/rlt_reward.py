@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 
-from rlt_jax import masked
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax import masked, ranges
+from rlt_jax.errors import UserError
 from rlt_jax.inference.spans import gather, mask, segment_mask, segment_sums
 from rlt_jax.rl import kl
 from rlt_jax.types import Array, Batch, Reward
@@ -30,10 +31,15 @@ MAPS: dict[str, Callable[[Array], Array]] = {
 }
 
 OVER_VOCABULARY = ("full", "top_k")
+KL_ESTIMATORS = (*kl.ESTIMATORS, *OVER_VOCABULARY)
+NOT_ALL_0 = ranges.Condition("not all 0", lambda x: not x or sum(x) > 0)
+Auto = Annotated[str, ranges.OneOf(("auto",))]
+Map = Annotated[str, ranges.OneOf(MAPS)]
+Reductions = Mapping[Annotated[str, ranges.OneOf(REDUCTIONS)], ranges.Weight]
 
 
 @dataclasses.dataclass(frozen=True)
-class RLTRewardConfig:
+class RLTRewardConfig(ranges.Checked):
     """Weights and reductions of the terms; the defaults are the published ones.
 
     Attributes:
@@ -58,38 +64,28 @@ class RLTRewardConfig:
         log-probs, and as this in every reduction of its KL; its sum is 0.
     """
 
-    student_temperature: float = 0.7
-    solution_coef: float = 1.0
-    solution_reductions: Mapping[str, float] = dataclasses.field(
+    student_temperature: Annotated[float, ranges.Range(1e-3, 1e3)] = 0.7
+    solution_coef: ranges.NonNegativeFloat = 1.0
+    solution_reductions: Reductions = dataclasses.field(
         default_factory=lambda: {"mean": 1.0, "min": 0.01}
     )
-    solution_map: str = "none"
-    solution_clip: float | None = None
-    explanation_kl_coef: float | str = 3.0
-    kl_reductions: Mapping[str, float] = dataclasses.field(
+    solution_map: Map = "none"
+    solution_clip: ranges.Weight | None = None
+    explanation_kl_coef: ranges.NonNegativeFloat | Auto = 3.0
+    kl_reductions: Reductions = dataclasses.field(
         default_factory=lambda: {"mean": 1.0, "max": 0.01}
     )
-    kl_map: str = "none"
-    kl_clip: float | None = None
-    kl_estimator: str = "k1"
-    kl_top_k: int = 16
+    kl_map: Map = "none"
+    kl_clip: ranges.Weight | None = None
+    kl_estimator: Annotated[str, ranges.OneOf(KL_ESTIMATORS)] = "k1"
+    kl_top_k: ranges.PositiveInt = 16
     kl_teacher_term: bool = True
-    format_penalty: float = -1.0
-    empty_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice("rlt_reward.solution_map", self.solution_map, MAPS)
-        check_choice("rlt_reward.kl_map", self.kl_map, MAPS)
-        estimators = (*kl.ESTIMATORS, *OVER_VOCABULARY)
-        check_choice("rlt_reward.kl_estimator", self.kl_estimator, estimators)
-        if isinstance(coef := self.explanation_kl_coef, str):
-            check_choice("rlt_reward.explanation_kl_coef", coef, ("auto",))
-        for name in (*self.solution_reductions, *self.kl_reductions):
-            check_choice("rlt_reward: reduction", name, REDUCTIONS)
+    format_penalty: Annotated[float, ranges.Range(-(10**6), 0)] = -1.0
+    empty_penalty: ranges.NonNegativeFloat = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleConfig:
+class EnsembleConfig(ranges.Checked):
     """How the rewards of several students become one.
 
     Attributes:
@@ -97,13 +93,8 @@ class EnsembleConfig:
       weights: one per student, for "weights"; they are divided by their sum.
     """
 
-    combine: str = "mean"
-    weights: Sequence[float] = ()
-
-    def __post_init__(self) -> None:
-        check_choice("ensemble.combine", self.combine, ("mean", "min", "weights"))
-        if self.weights and not sum(self.weights) > 0:
-            raise UserError(f"ensemble.weights={self.weights}: their sum must be > 0.")
+    combine: Annotated[str, ranges.OneOf(("mean", "min", "weights"))] = "mean"
+    weights: Annotated[Sequence[ranges.NonNegativeFloat], NOT_ALL_0] = ()
 
     def check(self, num_students: int) -> None:
         """Raises UserError unless there is a weight for each student."""

@@ -11,31 +11,20 @@ the teacher sees, arXiv 2601.18734 and 2601.20802):
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from rlt_jax import masked
+from rlt_jax import masked, ranges
 from rlt_jax.data.privileged import PROMPTS, SEES
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
 from rlt_jax.inference import divergence, spans
 from rlt_jax.inference.divergence import DivergenceConfig
+from rlt_jax.settings import build
+from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.types import Array, Batch, Reward
 
 ADVANTAGE = "advantage"
-# The least and the largest value of the numbers.
-RANGES = {
-    "weight": (1e-6, 1e6),
-    "reward_weight": (0, 1e6),
-    "sync_every": (0, 2**31),
-    "sync_alpha": (1e-6, 1),
-    "own_samples": (0, 1),
-    "clip": (1e-6, 1e6),
-    "mask_above": (1e-6, 1e6),
-    "mixture": (1e-6, 1 - 1e-6),
-    "top_k": (1, 2**31),
-}
-OPTIONAL = ("clip", "mask_above", "top_k")  # None for off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,33 +56,24 @@ class TeachingConfig(DivergenceConfig):
       top_k: likewise.
     """
 
-    kind: str = ADVANTAGE
-    weight: float = 1.0
-    reward_weight: float = 0.0
+    kind: Annotated[str, ranges.OneOf((ADVANTAGE, *divergence.KINDS))] = ADVANTAGE
+    weight: ranges.PositiveFloat = 1.0
+    reward_weight: ranges.NonNegativeFloat = 0.0
     teacher: Mapping[str, Any] | None = None
-    sync_every: int = 1
-    sync_alpha: float = 1.0
-    prompt: str = "privileged"
-    sees: str = "solution"
+    sync_every: ranges.NonNegativeInt = 1
+    sync_alpha: Annotated[float, ranges.Range(1e-6, 1)] = 1.0
+    prompt: Annotated[str, ranges.OneOf(PROMPTS)] = "privileged"
+    sees: Annotated[str, ranges.OneOf(SEES)] = "solution"
     explanations: str = ""
-    own_samples: float = 1.0
+    own_samples: ranges.Fraction = 1.0
     traces: str = ""
-    mask_above: float | None = None
-    baseline: str = "none"
+    mask_above: ranges.PositiveFloat | None = None
+    baseline: Annotated[str, ranges.OneOf(("none", "group"))] = "none"
 
     def __post_init__(self) -> None:
-        check_choice("teaching.kind", self.kind, (ADVANTAGE, *divergence.KINDS))
-        check_choice("teaching.prompt", self.prompt, PROMPTS)
-        check_choice("teaching.sees", self.sees, SEES)
-        check_choice("teaching.baseline", self.baseline, ("none", "group"))
-        for name, (least, most) in RANGES.items():
-            value, or_none = getattr(self, name), ", or None" * (name in OPTIONAL)
-            whole = name in ("sync_every", "top_k")
-            if value is None and or_none:
-                continue
-            if not least <= value <= most or (whole and value % 1):
-                what = f"from {least:g} to {most:g}{or_none}"
-                raise UserError(f"teaching.{name}={value!r}: {what}.")
+        super().__post_init__()
+        if self.teacher is not None:
+            build(ModelSource, self.teacher, "teaching.teacher")
         if self.prompt == "teacher" and self.sees in ("nothing", "attempt"):
             raise UserError(
                 f"teaching.sees={self.sees!r} is for teaching.prompt='privileged': a teacher "

@@ -8,18 +8,21 @@ seconds and the peak memory of the stage (on accelerators, of all stages so far)
 """
 
 import contextlib
+import difflib
 import json
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from rlt_jax import settings
 from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.ranges import Condition, NonNegativeInt, check_value
 from rlt_jax.records import Record
 from rlt_jax.stages import lock, preflight
 from rlt_jax.stages.folder import (
@@ -39,6 +42,7 @@ from rlt_jax.stages.folder import (
 from rlt_jax.training import hosts, watchdog
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
+DIFFERENT = Condition("one or more different names", lambda x: len({*x}) == len(x) > 0)
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 
 
@@ -102,14 +106,14 @@ def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
         with unknown or missing keys.
     """
     settings.resolve(config)
-    if "seed" not in config:
-        raise UserError("config: the key 'seed' is missing.")
+    check_value("config.seed", NonNegativeInt, config.get("seed"))
     if "stage" in config:
         section = ConfigDict(config.to_dict())
         del section.seed
         return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
         raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
+    check_value("config.pipeline", Annotated[Sequence[str], DIFFERENT], config.pipeline)
     for name in config.pipeline:
         if name not in config:
             raise UserError(
@@ -125,9 +129,7 @@ def _checked_stage(section: Any, where: str) -> str:
         raise UserError(f"{where} is {section!r}, not the section of a stage.")
     values = section.to_dict()
     stage = values.pop("stage", None)
-    seed = values.pop("seed", 0)
-    if not isinstance(seed, int):
-        raise UserError(f"{where}.seed={seed!r}: write an integer.")
+    check_value(f"{where}.seed", NonNegativeInt, values.pop("seed", 0))
     check_choice(f"{where}.stage", stage, STAGES)
     if renamed := renamed_key(values):
         raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
@@ -141,8 +143,20 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
         pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
         if any(re.match(pattern, argument) for argument in arguments):
             return f"has an old name: {old} is now called {new}."
+    is_setting = re.compile(r"--?(?:no)?config\.([^=]+)")
+    others = [x for x in arguments if not is_setting.match(x)]
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=others)
+    parsed(others, known_only=True)
+    known = flat(parsed.config.to_dict())
+    for key in (found[1] for found in map(is_setting.match, arguments) if found):
+        if not any(f"{one}.".startswith(f"{key.partition('[')[0]}.") for one in known):
+            same = [one for one in known if one.split(".")[-1] == key.split(".")[-1]]
+            near = difflib.get_close_matches(key, same or known, 1, 0 if same else 0.6)
+            meant = f" (did you mean --config.{near[0]}?)" if near else ""
+            return f"has a key the config lacks: --config.{key}{meant}"
     reason = error.args[0] if isinstance(error.args[0], LookupError) else error
-    return f"has a key the config lacks: {' '.join(str(reason.args[0]).split())}"
+    return f"does not fit the config: {' '.join(str(reason.args[0]).split())}"
 
 
 def _run_stage(name: str, values: Record, root: Path, with_changes: bool) -> None:
@@ -205,12 +219,12 @@ def _checked_workdir(workdir: str | Path) -> Path:
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     """Several processes have to do the same."""
     values = flat(config.to_dict(), "config")
-    flags = {"--workdir": str(root), "--only": only}
+    given = {"--workdir": str(root), "--only": only}
     package = Path(__file__).parents[1]
     sources = (file.read_bytes() for file in sorted(package.rglob("*.py")))
     hosts.agree_on_items("the code of rlt_jax", sources)
     hosts.agree("libraries", {"the version of jax": jax.__version__})
-    hosts.agree("config and flags", flags | values)
+    hosts.agree("config and flags", given | values)
     # Later, as counting starts the devices.
     hosts.agree("the devices", {"their number": jax.local_device_count()})
 

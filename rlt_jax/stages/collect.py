@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlt_jax.data import rows
-from rlt_jax.errors import UserError, check_minima
+from rlt_jax.data import pipeline, rows
+from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs, sampler
 from rlt_jax.inference.layout import check_memory
+from rlt_jax.ranges import Checked, Count
 from rlt_jax.records import Problem, Record
 from rlt_jax.rl.rewards import RLT, Term
 from rlt_jax.rl.rlt_reward import RLTRewardConfig
@@ -26,7 +27,7 @@ from rlt_jax.training import checkpoint, hosts, metrics, sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectConfig:
+class CollectConfig(Checked):
     """Settings of the stage.
 
     Attributes:
@@ -36,17 +37,14 @@ class CollectConfig:
         none.
     """
 
-    batch_size: int
-    samples_per_problem: int = 1
+    batch_size: Count
+    samples_per_problem: Count = 1
     classify: str = ""
-
-    def __post_init__(self) -> None:
-        check_minima("collect", self, batch_size=1, samples_per_problem=1)
 
 
 SECTIONS = setup.SECTIONS | {
     "teacher": checkpoint.ModelSource,
-    "data": None,
+    "data": pipeline.check_problems,
     "collect": CollectConfig,
 }
 

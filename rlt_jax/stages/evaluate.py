@@ -9,22 +9,25 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from rlt_jax import files
+from rlt_jax.data import pipeline
 from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.errors import UserError, check_choice, check_minima
+from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampler import in_order
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
+from rlt_jax.ranges import Checked, Count, OneOf
 from rlt_jax.records import Problem, Record, problem_record
 from rlt_jax.report import statistics
 from rlt_jax.report.files import read_evaluation
@@ -39,7 +42,7 @@ from rlt_jax.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """Settings of the stage.
 
     Attributes:
@@ -56,23 +59,19 @@ class EvaluateConfig:
         effects than the accuracy. Problems without an answer are then not graded.
     """
 
-    batch_size: int
-    samples_per_problem: int = 1
-    untagged: str = "wrong"
+    batch_size: Count
+    samples_per_problem: Count = 1
+    untagged: Annotated[str, OneOf(("wrong", "whole"))] = "wrong"
     compare_with: str = ""
     keep_right: bool = False
     solution_log_probs: bool = False
 
-    def __post_init__(self) -> None:
-        check_minima("evaluate", self, batch_size=1, samples_per_problem=1)
-        check_choice("evaluate.untagged", self.untagged, ("wrong", "whole"))
-
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
-    "template": None,
-    "data": None,
-    "predictions": None,  # a path, "" for none
+    "template": str,
+    "data": pipeline.check_problems,
+    "predictions": str,  # a path, "" for none
     "sampling": SamplingConfig,
     "engine": EngineConfig,
     "evaluate": EvaluateConfig,

@@ -3,16 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlt_jax.errors import LOG, UserError, check_choice
+from rlt_jax.errors import LOG, UserError
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES
 from rlt_jax.models.families import family
 from rlt_jax.models.weight_files import read_json
+from rlt_jax.ranges import OneOf
 from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
@@ -22,9 +24,9 @@ from rlt_jax.types import Params
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
-    "model_type": None,  # the family to write it as, "" for the first that can be
-    "dtype": None,  # of the weights
-    "adapter_base": None,  # "" exports a whole model; else the model of the adapters
+    "model_type": str,  # the family to write it as, "" for the first that can be
+    "dtype": Annotated[str, OneOf(DTYPES)],  # of the weights
+    "adapter_base": str,  # "" exports a whole model; else the model of the adapters
     "mesh": sharding.MeshConfig,
 }
 
@@ -38,7 +40,6 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     Returns:
       The path and the number of parameters.
     """
-    check_choice("export.dtype", config.dtype, DTYPES)
     mesh = setup.load_mesh(config)
     source = build(checkpoint.ModelSource, config.model, "model")
     model, _, tokenizer = checkpoint.open_model(source)

@@ -15,6 +15,7 @@ import runpy
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 from jax.experimental import topologies
@@ -26,6 +27,7 @@ from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import LOG, UserError, as_user_error
+from rlt_jax.ranges import Checked, PositiveInt, Range, Size
 from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
 from rlt_jax.stages import setup
@@ -39,7 +41,7 @@ _TOO_MUCH = r"(?:Used |temporaries \()([\d.]+)([GM])\)? (?:of|exceeds)"
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Checked):
     """What is planned.
 
     Attributes:
@@ -61,16 +63,15 @@ class PlanConfig:
     topology: str
     stages: Sequence[str] = ()
     changes: Sequence[str] = ()
-    prompt_tokens: int = 2048
-    completion_tokens: int = 4096
-    traces: int = 17_000
-    headroom: float = 0.05
-    efficiency: float = 0.4
+    prompt_tokens: Size = 2048
+    completion_tokens: Size = 4096
+    traces: PositiveInt = 17_000
+    headroom: Annotated[float, Range(0, 1, below=True)] = 0.05
+    efficiency: Annotated[float, Range(0, 1, above=True)] = 0.4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         chip_of(self.topology)
-        if not 0 <= self.headroom < 1 or not 0 < self.efficiency <= 1:
-            raise UserError("plan.headroom and plan.efficiency are shares of 1.")
 
 
 SECTIONS = {"plan": PlanConfig}

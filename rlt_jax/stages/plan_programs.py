@@ -250,8 +250,8 @@ def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
-    sections = setup.student_sections(section["students"])
-    return [shapes.load_shape(one, recipe, mesh) for one in sections]
+    setup.check_students(section["students"])
+    return [shapes.load_shape(one, recipe, mesh) for one in section["students"]]
 
 
 def _optimizer(section: Section, steps: int) -> optax.GradientTransformation:

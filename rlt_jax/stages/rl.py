@@ -40,11 +40,11 @@ from rlt_jax.types import Array, Batch, Params
 
 SECTIONS = setup.SECTIONS | {
     "policy": checkpoint.ModelSource,
-    "data": None,
-    "held_out": None,
-    "reward_terms": None,
+    "data": pipeline.check_problems,
+    "held_out": (pipeline.check_problems, None),
+    "reward_terms": lambda terms, where: make_terms(terms),
     "objective": ObjectiveConfig,
-    "teaching": TeachingConfig | None,
+    "teaching": (TeachingConfig, None),
     "loop": RLConfig,
     "lora": LoRAConfig,
     "optimizer": OptimizerConfig,
@@ -128,7 +128,7 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     c = build(RLConfig, config.loop, "loop")
     mesh = setup.load_mesh(config)
     terms = make_terms(config.reward_terms)
-    if c.self_teaching and setup.student_sections(config["students"]):
+    if c.self_teaching and config["students"]:
         raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
     opened = setup.open_models(config, "policy")
     students = opened if c.self_teaching else opened[1:]

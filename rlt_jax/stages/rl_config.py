@@ -1,14 +1,14 @@
 """Settings of the RL loop."""
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Annotated
 
+from rlt_jax import ranges
 from rlt_jax.data.examples import ROLES
-from rlt_jax.errors import UserError, check_choice, check_minima
 
 
 @dataclasses.dataclass(frozen=True)
-class RLConfig:
+class RLConfig(ranges.Checked):
     """Settings of the loop.
 
     Attributes:
@@ -34,30 +34,21 @@ class RLConfig:
         are there already are used again, which replays a run.
     """
 
-    steps: int
-    batch_size: int
-    group_size: int
-    role: str = "teacher"
-    updates_per_rollout: int = 1
-    sync_every: int = 32
-    sync_alpha: float = 0.9
+    steps: ranges.PositiveInt
+    batch_size: ranges.Count
+    group_size: Annotated[int, ranges.Range(2, 2**16)]
+    role: Annotated[str, ranges.OneOf(ROLES)] = "teacher"
+    updates_per_rollout: ranges.PositiveInt = 1
+    sync_every: ranges.NonNegativeInt = 32
+    sync_alpha: ranges.Fraction = 0.9
     self_teaching: bool = False
-    student_sync_every: int = 1
-    student_sync_alpha: float = 1.0
+    student_sync_every: ranges.NonNegativeInt = 1
+    student_sync_alpha: ranges.Fraction = 1.0
     offload: bool = False
-    sample_every: int = 10
-    evaluate_every: int = 0
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 1
-    max_skipped: int = 5
-    profile_steps: Sequence[int] = ()
+    sample_every: ranges.PositiveInt = 10
+    evaluate_every: ranges.NonNegativeInt = 0
+    checkpoint_every: ranges.PositiveInt = 20
+    keep_checkpoints: ranges.PositiveInt = 1
+    max_skipped: ranges.PositiveInt = 5
+    profile_steps: ranges.Steps = ()
     rollouts: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.profile_steps) not in (0, 2):
-            raise UserError(f"loop.profile_steps={self.profile_steps}: (first, end).")
-        positive = ("steps", "batch_size", "updates_per_rollout", "max_skipped")
-        positive += ("sample_every", "checkpoint_every")
-        minima = dict.fromkeys(positive, 1) | {"group_size": 2, "evaluate_every": 0}
-        check_minima("loop", self, **minima)
-        check_choice("loop.role", self.role, ROLES)

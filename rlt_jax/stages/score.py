@@ -20,7 +20,8 @@ from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
-from rlt_jax.errors import LOG, UserError, as_user_error, check_minima
+from rlt_jax.errors import LOG, UserError, as_user_error
+from rlt_jax.ranges import Checked, Count, NonNegativeInt, Temperature
 from rlt_jax.records import Problem, Record, history_of, problem_record
 from rlt_jax.report.explanations import write_explanations
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig, balanced_kl_coef
@@ -31,7 +32,7 @@ from rlt_jax.training import checkpoint, hosts, metrics, sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Checked):
     """Settings of the stage, at the top level of its config.
 
     Attributes:
@@ -43,28 +44,25 @@ class ScoreConfig:
       num_examples: number of the best and of the worst explanations shown on the page.
     """
 
-    teacher_temperature: float = 0.7
-    batch_size: int = 32
+    teacher_temperature: Temperature = 0.7
+    batch_size: Count = 32
     assume_closed: bool = False
     per_token: bool = False
     controls: bool = False
-    num_examples: int = 10
-
-    def __post_init__(self) -> None:
-        check_minima("score", self, batch_size=1, num_examples=0)
+    num_examples: NonNegativeInt = 10
 
 
 PARTS = {
     "teacher": checkpoint.ModelSource,
-    "students": None,  # a tuple of ModelSource sections
+    "students": setup.check_students,
     "ensemble": EnsembleConfig,
-    "template": None,
-    "data": {"path": None},
+    "template": str,
+    "data": {"path": str},
     "rlt_reward": RLTRewardConfig,
     "select": SelectionConfig,
     "mesh": sharding.MeshConfig,
 }
-SECTIONS = PARTS | {field.name: None for field in dataclasses.fields(ScoreConfig)}
+SECTIONS = PARTS | {field.name: field.type for field in dataclasses.fields(ScoreConfig)}
 
 
 class Scorer:

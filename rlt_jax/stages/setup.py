@@ -15,13 +15,14 @@ from rlt_jax.data import examples, pipeline
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.log_probs import LogProbPrograms
 from rlt_jax.inference.sampler import Sampler
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
+from rlt_jax.ranges import check_value
 from rlt_jax.records import Problem, Record, Trace, problem_record
 from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
@@ -36,11 +37,23 @@ from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_h
 from rlt_jax.training.state import new_state, state_shardings
 from rlt_jax.types import Request, Reward, Rollout, TrainState
 
+
+def check_students(given: Any, where: str = "students") -> list[checkpoint.ModelSource]:
+    """The models of the students.
+
+    Raises:
+      UserError: they are no tuple of models, or an invalid one.
+    """
+    check_value(where, Sequence[Section], given)
+    source = checkpoint.ModelSource
+    return [build(source, one, f"{where}[{n}]") for n, one in enumerate(given)]
+
+
 # Sections that `load_run` reads, with the owners of their keys.
 SECTIONS = {
-    "students": None,  # a tuple of ModelSource sections, () for none
+    "students": check_students,
     "ensemble": EnsembleConfig,
-    "template": None,
+    "template": str,
     "rows": RowShape,
     "sampling": SamplingConfig,
     "engine": EngineConfig,
@@ -128,7 +141,6 @@ def load_run(
     Raises:
       UserError: settings contradict each other, or do not fit the mesh or the models.
     """
-    check_choice("role", role, examples.ROLES)
     template = load_template(config["template"])
     row_shape = load_row_shape(config, mesh)
     if uses_rlt(terms) != bool(students) or (students and role != "teacher"):
@@ -220,23 +232,10 @@ def load_row_shape(config: Section, mesh: Mesh) -> RowShape:
     return rows
 
 
-def student_sections(given: Any) -> list[Any]:
-    """The sections of the students.
-
-    Raises:
-      UserError: `students` is not a tuple.
-    """
-    if not isinstance(given, list | tuple):
-        raise UserError(f"students is {given!r}; give a tuple of models, () for none.")
-    return list(given)
-
-
 def model_sources(config: Section, name: str) -> list[checkpoint.ModelSource]:
     """The model of the section `name`, then those of `students`."""
-    students = student_sections(config["students"])
-    sections = {f"students[{i}]": section for i, section in enumerate(students)}
-    sections = {name: config[name]} | sections
-    return [build(checkpoint.ModelSource, x, where) for where, x in sections.items()]
+    own = build(checkpoint.ModelSource, config[name], name)
+    return [own, *check_students(config["students"])]
 
 
 def open_models(config: Section, name: str) -> list[LoadedModel]:

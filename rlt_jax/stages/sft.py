@@ -9,17 +9,18 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlt_jax import ranges
 from rlt_jax.data import examples, pipeline, selection
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.templates import load_template
-from rlt_jax.errors import LOG, UserError, check_choice, check_minima
+from rlt_jax.errors import LOG, UserError
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Record
@@ -35,7 +36,7 @@ from rlt_jax.types import Array, Batch, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(ranges.Checked):
     """Settings of the loop.
 
     Attributes:
@@ -62,20 +63,20 @@ class SFTConfig:
       profile_steps: the first step to profile, and the one after the last.
     """
 
-    role: str
-    batch_size: int
-    row_length: int
-    steps: int = 0
-    epochs: float = 0.0
-    micro_batch_size: int = 0
-    overlong: str = "error"
+    role: Annotated[str, ranges.OneOf(examples.ROLES)]
+    batch_size: ranges.Count
+    row_length: ranges.Size
+    steps: ranges.NonNegativeInt = 0
+    epochs: Annotated[float, ranges.Range(0, 10_000)] = 0.0
+    micro_batch_size: Annotated[int, ranges.Range(0, 2**16)] = 0
+    overlong: Annotated[str, ranges.OneOf(selection.OVERLONG)] = "error"
     allow_empty: bool = False
-    traces_per_question: int = 0
-    evaluate_every: int = 0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 1
-    max_skipped: int = 5
-    profile_steps: Sequence[int] = ()
+    traces_per_question: ranges.NonNegativeInt = 0
+    evaluate_every: ranges.NonNegativeInt = 0
+    checkpoint_every: ranges.PositiveInt = 100
+    keep_checkpoints: ranges.PositiveInt = 1
+    max_skipped: ranges.NonNegativeInt = 5
+    profile_steps: ranges.Steps = ()
 
     @property
     def shape(self) -> RowShape:
@@ -83,11 +84,7 @@ class SFTConfig:
         return RowShape(self.micro_batch_size or self.batch_size, self.row_length)
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "row_length", "checkpoint_every")
-        others = ("micro_batch_size", "traces_per_question", "evaluate_every")
-        others += ("steps", "epochs")
-        minima = dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)
-        check_minima("sft", self, **minima)
+        super().__post_init__()
         if bool(self.steps) == bool(self.epochs):
             given = f"sft.steps={self.steps}, sft.epochs={self.epochs}"
             raise UserError(f"{given}: set one of the two, and the other to 0.")
@@ -96,17 +93,13 @@ class SFTConfig:
                 f"sft.micro_batch_size={self.micro_batch_size} does not divide "
                 f"batch_size={self.batch_size}."
             )
-        if len(self.profile_steps) not in (0, 2):
-            raise UserError(f"sft.profile_steps={self.profile_steps}: (first, end).")
-        check_choice("sft.role", self.role, examples.ROLES)
-        check_choice("sft.overlong", self.overlong, selection.OVERLONG)
 
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
-    "template": None,
-    "data": None,
-    "held_out": None,  # traces like those of `data`, without a mix; or None
+    "template": str,
+    "data": pipeline.check_sources,
+    "held_out": (pipeline.check_traces, None),  # without a mix
     "sft": SFTConfig,
     "lora": LoRAConfig,
     "optimizer": OptimizerConfig,

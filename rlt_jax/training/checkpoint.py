@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import huggingface_hub
 import jax
@@ -23,13 +23,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
-from rlt_jax.errors import LOG, UserError, as_user_error, check_choice
+from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.files import storage_errno, storing
 from rlt_jax.models import convert, peft
-from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.config_json import config_from_fields
+from rlt_jax.models.config import DTYPES, REMAT_POLICIES, ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.models.weight_files import read_json, write_json
+from rlt_jax.ranges import Checked, OneOf, check_ranges
 from rlt_jax.settings import build
 from rlt_jax.training import checksums, hosts
 from rlt_jax.training.checksums import Manager, without_traces
@@ -48,7 +48,7 @@ SHIPPED = {name: _ASSETS / name for name in _NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSource:
+class ModelSource(Checked):
     """Source of a model: the path of a model, or an architecture with random weights.
 
     Attributes:
@@ -75,12 +75,13 @@ class ModelSource:
     chat_template: str = ""
     chat_template_kwargs: Mapping[str, Any] | None = None
     date: str = ""
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "none"
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    param_dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    remat: Annotated[str, OneOf(REMAT_POLICIES)] = "none"
 
     def __post_init__(self) -> None:
-        check_choice("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
+        super().__post_init__()
+        check_ranges("model.architecture", ModelConfig, self.architecture or {})
         if bool(self.path) == (self.architecture is not None):
             raise UserError("model: set either path or architecture.")
         if self.architecture is not None and not self.tokenizer:
@@ -177,7 +178,7 @@ def _model_config(
         return build(ModelConfig, fields, "model.architecture")
     if (file := path / "model.json").is_file():
         with as_user_error(str(file), UserError, end=""):
-            return config_from_fields(read_json(file) | numerics)
+            return build(ModelConfig, read_json(file) | numerics, "the model")
     return convert.read_config(path, **numerics)
 
 

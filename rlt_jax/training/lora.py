@@ -7,7 +7,7 @@ and computes x W + alpha / rank * x A B. Only A and B are trained.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,17 @@ from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
+from rlt_jax.ranges import NOT_EMPTY, Checked, NonNegativeFloat, OneOf, Range
 from rlt_jax.training.sharding import param_shardings, to_shardings
 from rlt_jax.types import Params
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+Projection = Annotated[str, OneOf(PROJECTIONS)]
 A, B = "_lora_a", "_lora_b"  # suffixes of qwix to the name of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
     """Settings of low-rank adapters.
 
     Attributes:
@@ -34,16 +36,14 @@ class LoRAConfig:
       modules: projections with adapters, a subset of `PROJECTIONS`.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    modules: Sequence[str] = PROJECTIONS
+    rank: Annotated[int, Range(0, 2**16)] = 0
+    alpha: NonNegativeFloat = 16.0
+    modules: Annotated[Sequence[Projection], NOT_EMPTY] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError(f"lora.rank={self.rank}: must be at least 0.")
-        if not self.modules or not {*self.modules} <= {*PROJECTIONS}:
-            known = ", ".join(PROJECTIONS)
-            raise UserError(f"lora.modules={self.modules!r}: must be some of {known}.")
+        super().__post_init__()
+        if self.rank and not self.alpha:
+            raise UserError("lora.alpha=0: adapters would have no effect; raise it.")
 
 
 class Tuning(NamedTuple):

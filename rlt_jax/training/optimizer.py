@@ -1,14 +1,16 @@
 """Optimizers with a learning rate schedule and gradient clipping, from optax."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import Checked, Fraction, OneOf, Range
 
 SCHEDULES = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -43,7 +45,7 @@ OPTIMIZERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """Optimizer settings.
 
     Attributes:
@@ -54,33 +56,31 @@ class OptimizerConfig:
       b2: decay rate of AdamW's second moment.
       weight_decay: decoupled weight decay of kernels, embeddings, output head and
         adapters, not of norms and biases.
-      clip_norm: maximum global norm of the gradient.
+      clip_norm: maximum global norm of the gradient; infinity for none.
       name: "adamw"; "adafactor", with factored second moments and no first moment; or
         "muon" for projections, with AdamW for all other parameters.
       state_dtype: dtype of the first moment, None or "bfloat16"; None uses the dtype of
         the parameter.
     """
 
-    learning_rate: float
-    schedule: str = "constant"
-    warmup_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 1e-4
-    clip_norm: float = 1.0
-    name: str = "adamw"
-    state_dtype: str | None = None
+    learning_rate: Annotated[float, Range(0, 10)]
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "constant"
+    warmup_fraction: Fraction = 0.0
+    b1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    b2: Annotated[float, Range(0, 1, below=True)] = 0.95
+    weight_decay: Annotated[float, Range(0, 100)] = 1e-4
+    clip_norm: Annotated[float, Range(0, math.inf, above=True)] = 1.0
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    state_dtype: Annotated[str | None, OneOf((None, "bfloat16"))] = None
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, OPTIMIZERS)
-        check_choice("optimizer.state_dtype", self.state_dtype, (None, "bfloat16"))
+        super().__post_init__()
         if self.state_dtype and self.name == "adafactor":
             raise UserError("optimizer.state_dtype: adafactor has no first moment.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the step, for a run of `steps` steps."""
-    check_choice("optimizer.schedule", config.schedule, SCHEDULES)
     warmup = round(config.warmup_fraction * steps)
     after = SCHEDULES[config.schedule](config.learning_rate, steps - warmup)
     rise = optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from jax.stages import Wrapped
 from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.transformer import Transformer, logical_axes
+from rlt_jax.ranges import Checked, Range
 
 MESH_AXES = ("data", "fsdp", "tensor")
+AxisSize = Annotated[int, Range(-1, 2**20)]
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 # Logical axis of a parameter or activation -> mesh axis that shards it. A mesh axis shards
@@ -44,12 +46,12 @@ DECODING_RULES: Rules = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Sizes of the mesh axes; one may be -1, for all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -203,16 +203,16 @@ def test_the_seed_decides_problems_and_kinds() -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds",
+    ("kinds", "message"),
     [
-        {},
-        {"careful": 0.9},
-        {"careful": 0.5, "clever": 0.5},
-        {"careful": 1.5, "wrong": -0.5},
+        ({}, "that sum to 1"),
+        ({"careful": 0.9}, "that sum to 1"),
+        ({"careful": 0.5, "clever": 0.5}, "each one of careful, skipping"),
+        ({"careful": 1.5, "wrong": -0.5}, "each at least 0, at most 1"),
     ],
 )
-def test_bad_shares_are_refused(kinds: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="that sum to 1"):
+def test_bad_shares_are_refused(kinds: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         traces("train", 5, 0, kinds)
 
 
@@ -264,10 +264,10 @@ def test_questions_differ_in_their_number_of_operations() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"chains": 0}, r"data.chains=0: at least 1"),
-        ({"operations": (0, 3)}, r"data.operations=\(0, 3\): must be"),
-        ({"operations": (4, 3)}, r"data.operations=\(4, 3\): must be"),
-        ({"operations": (3,)}, r"data.operations=\(3,\): must be"),
+        ({"chains": 0}, r"chains=0: at least 1, at most 100"),
+        ({"operations": (0, 3)}, r"operations=\(0, 3\): a list, each at least 1"),
+        ({"operations": (4, 3)}, r"operations=\(4, 3\): the least, then the most"),
+        ({"operations": (3,)}, r"operations=\(3,\): a list of 2"),
         ({"operations": (1, 1), "size": 3000}, "of 3000 distinct questions exist"),
     ],
 )

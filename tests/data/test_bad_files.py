@@ -539,15 +539,19 @@ def test_other_keys_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINE)
     for limit in (0, -1, 1.5, "1"):
-        with pytest.raises(UserError, match=f"data.limit={limit!r}: a number of rows"):
+        with pytest.raises(
+            UserError, match=f"data.limit={limit!r}: .*at least 1, or N"
+        ):
             read_problems(str(path), TEMPLATE, limit=limit)
-        with pytest.raises(UserError, match=f"data.limit={limit!r}: a number of rows"):
+        with pytest.raises(
+            UserError, match=f"data.limit={limit!r}: .*at least 1, or N"
+        ):
             gsm8k.problems(str(path), limit=limit)
     with pytest.raises(UserError, match=r"data.on_bad_row='drop': one of error, skip"):
         read_problems(str(path), TEMPLATE, on_bad_row="drop")
     for wrong in (None, 5, ["a.jsonl"]):
-        with pytest.raises(UserError, match="the path of data must be a text"):
-            read_problems(wrong, TEMPLATE)
+        with pytest.raises(UserError, match="'file': path=.*: a text"):
+            pipeline.load_problems({"task": "file", "path": wrong}, TEMPLATE, seed=0)
 
 
 BAD_ROWS = [

@@ -144,11 +144,14 @@ def test_sources_of_a_mix_have_names_and_shares(tmp_path: Path, tiny: Template) 
             {"sources": {"x": ARITHMETIC}},
             "data.sources.x of task 'arithmetic': the key",
         ),
-        ({"sources": {"x": {"share": -1}}}, "data.sources.x.share=-1: a number from 0"),
+        ({"sources": {"x": {"share": -1}}}, "data.sources.x.share=-1: at least 0"),
         ({"sources": {"x": {"share": "2"}}}, "data.sources.x.share='2': a number"),
-        ({"sources": {"x": "file"}}, "data.sources.x is 'file'"),
-        ({"sources": "x"}, "data.sources is 'x'"),
-        ({"source": {}}, "data: unknown key 'source'; known keys: task, sources"),
+        ({"sources": {"x": "file"}}, "data.sources.x='file': keys and values"),
+        ({"sources": "x"}, "data.sources='x': keys and values"),
+        (
+            {"source": {}},
+            r"data: unknown key 'source' \(did you mean 'sources'\?\); known keys: task",
+        ),
         ({}, "data: the key 'sources' is missing"),
     ],
 )

@@ -141,5 +141,5 @@ def test_no_trace_left_is_an_error(overlong: str) -> None:
 
 def test_negative_numbers_are_refused() -> None:
     for name in ("max_tokens", "best_per_question"):
-        with pytest.raises(UserError, match=f"select.{name}=-1"):
+        with pytest.raises(UserError, match=f"SelectionConfig.{name}=-1: at least 0"):
             SelectionConfig(**{name: -1})

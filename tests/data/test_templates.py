@@ -174,11 +174,11 @@ def test_bad_template_files_are_refused(tmp_path: Path) -> None:
         load_template(str(file))
     fields = dataclasses.asdict(PLAIN)
     for bad, message in [
-        ([], "give it as keys and values"),
+        ([], "mine.json is .*; give it as keys and values"),
         (fields | {"colour": "red"}, "unknown key 'colour'"),
         ({"pad": ""}, "the key 'teacher_system' is missing"),
-        (fields | {"pad": 1}, "pad is 1; give a text"),
-        (fields | {"thought_prefix": None}, "thought_prefix is None; give a text"),
+        (fields | {"pad": 1}, "mine.json: it.pad=1: a text"),
+        (fields | {"thought_prefix": None}, "thought_prefix=None: a text"),
         (fields | {"system_role": "tool"}, "system_role"),
     ]:
         file.write_text(json.dumps(bad))

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlt_jax.data.pipeline import load_traces
 from rlt_jax.data.templates import load_template
 from rlt_jax.data.traces import read_completions, read_problems, read_traces
 from rlt_jax.errors import UserError
@@ -432,8 +433,9 @@ def test_a_teacher_can_warm_up_on_the_working_of_solutions(
     # Where there is a trace, that is learned.
     path = write(file.with_name("more.jsonl"), ROW, chat())
     assert read_traces(path, TEMPLATE, missing_trace="solution") == [TRACE, BODIES]
-    with pytest.raises(UserError, match="missing_trace='x'"):
-        read_traces(path, TEMPLATE, missing_trace="x")
+    with pytest.raises(UserError, match="missing_trace='x': one of error, solution"):
+        config = {"task": "file", "path": path, "missing_trace": "x"}
+        load_traces(config, TEMPLATE, seed=0)
 
 
 def test_csv_is_read_as_jsonl_is(tmp_path: Path) -> None:

@@ -155,10 +155,11 @@ def test_division_is_exact() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "dev"}, "data.split='dev': one of train, test"),
-        ({"signs": "+^"}, "data.signs"),
-        ({"numbers": 1}, "data.numbers=1: must be at least 2"),
-        ({"max_number": 0}, "data.max_number=0: must be at least 1"),
+        ({"split": "dev"}, "split='dev': one of train, test"),
+        ({"signs": "+^"}, "signs='[+]^': some of"),
+        ({"signs": ""}, "signs='': some of"),
+        ({"numbers": 1}, "TraceConfig.numbers=1: at least 2"),
+        ({"max_number": 0}, "max_number=0: at least 1"),
         ({"numbers": 2, "max_number": 3}, "only .* of 300"),
         ({"kinds": {"careful": 0.5}}, "sum to 1"),
     ],

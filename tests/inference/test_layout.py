@@ -72,7 +72,7 @@ def test_a_cache_too_large_for_the_memory_is_refused(
 def test_other_sizes_that_cannot_be_are_refused(model: Transformer, mesh: Mesh) -> None:
     with pytest.raises(UserError, match="may have 513 tokens, the model's context is"):
         make_engine(model, None, SAMPLED, SIZES, mesh, model.config.max_length + 1)
-    with pytest.raises(UserError, match="engine.slots=0: at least 1"):
+    with pytest.raises(UserError, match="EngineConfig.slots=0: at least 1"):
         EngineConfig(slots=0)
     with pytest.raises(UserError, match="prefill_chunk=100 is no multiple of page_si"):
         EngineConfig(prefill_chunk=100)

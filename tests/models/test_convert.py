@@ -294,10 +294,16 @@ def test_a_missing_or_broken_config_is_refused(tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama, qwen2"),
         ({"hidden_size": None, "head_dim": None}, "lacks 'hidden_size'"),
         ({"num_attention_heads": None}, "lacks 'num_attention_heads'"),
-        ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act='relu': one of silu, gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type 'dynamic'"),
-        ({"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rope_type='dynamic': one of default",
+        ),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope_scaling: the key 'factor' is missing",
+        ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1.0}},
             "yarn RoPE with 'mscale'",
@@ -305,7 +311,7 @@ def test_a_missing_or_broken_config_is_refused(tmp_path: Path) -> None:
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
             {"layer_types": ["full_attention", "linear_attention"]},
-            "layer type 'linear_attention'",
+            "layer_types=.*: a list, each one of sliding_attention, full_attention",
         ),
     ],
 )

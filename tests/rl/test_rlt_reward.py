@@ -253,8 +253,14 @@ def test_no_reduction_of_an_empty_text_is_large(name: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"solution_reductions": {"average": 1.0}}, "'average': one of mean"),
-        ({"kl_reductions": {"average": 1.0}}, "'average': one of mean"),
+        (
+            {"solution_reductions": {"average": 1.0}},
+            "'average': 1.0}: keys and values, each one of mean",
+        ),
+        (
+            {"kl_reductions": {"average": 1.0}},
+            "'average': 1.0}: keys and values, each one of mean",
+        ),
         ({"solution_map": "log"}, "solution_map='log': one of none"),
         ({"kl_map": "log"}, "kl_map='log': one of none"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4': one of k1, k2, k3"),
@@ -289,10 +295,14 @@ def test_students_combined_by_hand() -> None:
 
 
 def test_bad_ensembles_are_refused() -> None:
-    with pytest.raises(UserError, match="ensemble.combine='sum': one of mean, min"):
+    with pytest.raises(
+        UserError, match="EnsembleConfig.combine='sum': one of mean, min"
+    ):
         EnsembleConfig("sum")
-    with pytest.raises(UserError, match="ensemble.weights=.*must be > 0"):
+    with pytest.raises(UserError, match="weights=.*each at least 0"):
         EnsembleConfig("weights", (1.0, -1.0))
+    with pytest.raises(UserError, match="weights=.*: not all 0"):
+        EnsembleConfig("weights", (0.0, 0))
     with pytest.raises(UserError, match="1 numbers for 2 students"):
         EnsembleConfig("weights", (1.0,)).check(2)
 

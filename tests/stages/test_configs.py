@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 import ml_collections
@@ -75,8 +74,8 @@ def owned(section: ml_collections.ConfigDict) -> Iterator[tuple[str, set[str], t
     if section.stage == "score":
         yield "", set(section) - set(PARTS) - {"stage", "seed"}, ScoreConfig
     for key, owner in owners.items():
-        if isinstance(owner, UnionType) and section[key] is not None:
-            owner = owner.__args__[0]
+        if isinstance(owner, tuple):  # of a section or None
+            owner = owner[section[key] is None]
         if dataclasses.is_dataclass(owner):
             yield key, set(section[key]), owner
     for i, student in enumerate(section.get("students", ())):

@@ -248,7 +248,7 @@ def test_the_export_has_the_chat_template_that_is_in_use(tmp_path: Path) -> None
     exported = rlt_jax.load_tokenizer(folder)
     assert exported.render([{"role": "user", "content": "q"}]) == "q!"
     config["dtype"] = "int8"
-    with pytest.raises(UserError, match="export.dtype='int8'"):
+    with pytest.raises(UserError, match="config.dtype='int8': one of float32"):
         run_pipeline(ml_collections.ConfigDict(config), tmp_path / "other")
 
 

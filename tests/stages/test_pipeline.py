@@ -321,7 +321,7 @@ def test_a_config_may_be_one_stage(stage: Stage, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("seed"), "config: the key 'seed' is missing"),
+        (lambda c: c.pop("seed"), "config.seed=None: a whole number, at least 0."),
         (lambda c: c.pop("pipeline"), "needs a 'stage', or a 'pipeline'"),
         (lambda c: c.pop("b"), "config.pipeline names 'b', config.b is missing"),
         (lambda c: c.update(b=3), "config.b is 3, not the section of a stage"),
@@ -381,8 +381,14 @@ def test_the_recipe_of_distillation_knows_its_students() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("warmup.sft.step", "config.warmup.sft: unknown key 'step'; known keys: role"),
-        ("rl.loop.stepz", "config.rl.loop: unknown key 'stepz'; known keys: steps"),
+        (
+            "warmup.sft.step",
+            "config.warmup.sft: unknown key 'step' (did you mean 'steps'?)",
+        ),
+        (
+            "rl.loop.stepz",
+            "config.rl.loop: unknown key 'stepz' (did you mean 'steps'?); known keys: steps",
+        ),
         ("rl.rlt_reward.lamda", "config.rl.rlt_reward: unknown key 'lamda'"),
         ("eval_base.mesh.rows", "config.eval_base.mesh: unknown key 'rows'"),
         ("report.pictures", "config.report: unknown key 'pictures'"),

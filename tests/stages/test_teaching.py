@@ -175,7 +175,11 @@ def test_a_problem_without_a_trace_is_told(
         ),
         ({"reward_terms": {}}, {"reward_weight": 1.0}, "no reward_terms"),
         ({}, {"teacher": {"path": "nowhere"}}, "nowhere"),
-        ({}, {"teacher": "nowhere"}, "teaching.teacher is 'nowhere'; give it as keys"),
+        (
+            {},
+            {"teacher": "nowhere"},
+            "teaching.teacher='nowhere': keys and values, or None",
+        ),
         ({}, {"explanations": "no.jsonl", "sees": "explanation"}, "no.jsonl"),
         ({"batch_size": 1}, {"sees": "other"}, "needs loop.batch_size of 2"),
         (

@@ -190,9 +190,10 @@ def test_rank_zero_is_full_fine_tuning(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": -1}, "lora.rank=-1: must be at least 0"),
-        ({"rank": 2, "modules": ("query", "head")}, "lora.modules=.*some of"),
+        ({"rank": -1}, "LoRAConfig.rank=-1: at least 0"),
+        ({"rank": 2, "modules": ("query", "head")}, "modules=.*each one of query"),
         ({"rank": 2, "modules": ()}, "lora.modules=.*some of"),
+        ({"rank": 2, "alpha": 0.0}, "lora.alpha=0"),
     ],
 )
 def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -132,9 +132,8 @@ def test_a_run_may_be_all_warm_up() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    config = OptimizerConfig(1.0, schedule="sawtooth")
     with pytest.raises(UserError, match="'sawtooth': one of constant, cosine, linear"):
-        make_optimizer(config, 10)
+        OptimizerConfig(1.0, schedule="sawtooth")
 
 
 def update(config: OptimizerConfig, params: Params, grads: Params) -> Params:
@@ -446,10 +445,13 @@ def test_eight_devices_step_as_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "adam"}, "optimizer.name='adam': one of adamw, adafactor, muon"),
+        (
+            {"name": "adam"},
+            "OptimizerConfig.name='adam': one of adamw, adafactor, muon",
+        ),
         (
             {"state_dtype": "int8"},
-            "optimizer.state_dtype='int8': one of None, bfloat16",
+            "OptimizerConfig.state_dtype='int8': one of None, bfloat16",
         ),
         (
             {"name": "adafactor", "state_dtype": "bfloat16"},

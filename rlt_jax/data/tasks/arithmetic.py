@@ -27,12 +27,13 @@ import dataclasses
 import itertools
 import operator
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from rlt_jax.errors import UserError, check_choice, check_minima
+from rlt_jax import ranges
+from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
 
 KINDS = ("careful", "skipping", "restating", "wrong", "mistaken")
@@ -40,6 +41,11 @@ CHAIN_LENGTH = 6
 STEPS_PER_SKIP = 3
 # Notation -> text before the start digit, and symbols for + - *.
 NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
+# Of problems that are made: more would take hours.
+Amount = Annotated[int, ranges.Range(0, 10**7)]
+Kind = Annotated[str, ranges.OneOf(KINDS)]
+Length = Annotated[int, ranges.Range(1, 1000)]
+ORDERED = ranges.Condition("the least, then the most", lambda x: x[0] <= x[1])
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
 _FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -63,7 +69,6 @@ class Exercise(NamedTuple):
 
     def question(self, notation: str = "signs") -> str:
         """The question as text, in one of `NOTATIONS`."""
-        check_choice("data.notation", notation, NOTATIONS)
         opening, symbols = NOTATIONS[notation]
         symbol = dict(zip("+-*", symbols, strict=True))
         starts = ", ".join(str(chain.start) for chain in self.chains)
@@ -146,24 +151,14 @@ def _explain_chain(
 
 
 def sample_kinds(
-    rng: np.random.Generator, kinds: Mapping[str, float], known: Sequence[str], n: int
+    rng: np.random.Generator, kinds: Mapping[str, float], n: int
 ) -> np.ndarray:
-    """Samples n kinds of explanations with the probabilities `kinds`.
-
-    Raises:
-      UserError: an unknown kind, or the probabilities do not sum to 1.
-    """
-    probs = list(kinds.values())
-    if set(kinds) - set(known) or abs(sum(probs) - 1) > 1e-6 or min(probs) < 0:
-        raise UserError(
-            f"data.kinds={dict(kinds)}: must be probabilities of {', '.join(known)} that "
-            "sum to 1."
-        )
-    return rng.choice(list(kinds), n, p=probs)
+    """Samples n kinds of explanations with the probabilities `kinds`."""
+    return rng.choice(list(kinds), n, p=list(kinds.values()))
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemConfig:
+class ProblemConfig(ranges.Checked):
     """Settings of `problems`.
 
     Attributes:
@@ -177,26 +172,13 @@ class ProblemConfig:
         same number, so that questions with more are harder.
     """
 
-    split: str
-    size: int
-    seed: int
-    stream: int = 0
-    notation: str = "signs"
-    chains: int = 1
-    operations: Sequence[int] = (CHAIN_LENGTH, CHAIN_LENGTH)
-
-    def __post_init__(self) -> None:
-        check_choice("data.split", self.split, ("train", "test"))
-        check_choice("data.notation", self.notation, NOTATIONS)
-        check_minima("data", self, size=0, chains=1)
-        if (
-            len(self.operations) != 2
-            or not 1 <= self.operations[0] <= self.operations[1]
-        ):
-            raise UserError(
-                f"data.operations={tuple(self.operations)}: must be (least, most), two "
-                "whole numbers from 1."
-            )
+    split: Annotated[str, ranges.OneOf(("train", "test"))]
+    size: Amount
+    seed: ranges.NonNegativeInt
+    stream: ranges.NonNegativeInt = 0
+    notation: Annotated[str, ranges.OneOf(NOTATIONS)] = "signs"
+    chains: Annotated[int, ranges.Range(1, 100)] = 1
+    operations: Annotated[tuple[Length, Length], ORDERED] = (CHAIN_LENGTH, CHAIN_LENGTH)
 
 
 def problems(config: ProblemConfig) -> list[Problem]:
@@ -221,9 +203,9 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... Last digit? It is 4."
     """
 
-    kinds: Mapping[str, float]
+    kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.PROBABILITIES]
     known_answer: bool
-    drills: int = 0
+    drills: Amount = 0
     hinted: bool = False
 
 
@@ -231,11 +213,11 @@ def traces(config: TraceConfig) -> list[Trace]:
     """Samples distinct problems with explanations; `size` does not count drills.
 
     Raises:
-      UserError: an unknown kind, invalid probabilities, or too few distinct problems.
+      UserError: too few distinct problems exist.
     """
     c = config
     rng = np.random.default_rng([c.seed, 1, c.stream])
-    kinds = sample_kinds(rng, c.kinds, KINDS, c.size)
+    kinds = sample_kinds(rng, c.kinds, c.size)
     result = []
     for exercise, kind in zip(_exercises(c), kinds, strict=True):
         explanation, answer = explain(exercise, str(kind), rng, c.known_answer)

@@ -5,6 +5,7 @@ from typing import Any
 from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tables import as_text, convert, listed, read_records
 from rlt_jax.errors import UserError
+from rlt_jax.ranges import Limit
 from rlt_jax.records import Problem, Record
 
 _HUB = "https://huggingface.co/datasets"
@@ -19,7 +20,7 @@ SOURCES = {
 COLUMNS = ("problem", "question", "solution", "answer")
 
 
-def problems(name: str, path: str, limit: int | None = None) -> list[Problem]:
+def problems(name: str, path: str, limit: Limit = None) -> list[Problem]:
     """Reads a benchmark; the answer is used if the file has no solution.
 
     Args:

@@ -6,6 +6,7 @@ import numpy as np
 
 from rlt_jax.data.tables import as_text, convert, read_records
 from rlt_jax.errors import UserError
+from rlt_jax.ranges import Limit, NonNegativeInt
 from rlt_jax.records import Problem, Record
 
 SOURCE = "gpqa_diamond.csv of https://huggingface.co/datasets/Idavidrein/gpqa"
@@ -14,7 +15,7 @@ LETTERS = "ABCD"
 
 
 def problems(
-    path: str, limit: int | None = None, shuffle_seed: int = 0
+    path: str, limit: Limit = None, shuffle_seed: NonNegativeInt = 0
 ) -> list[Problem]:
     """Reads questions with their answers in random order as options (A) to (D).
 

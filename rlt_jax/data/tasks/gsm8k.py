@@ -9,6 +9,7 @@ import re
 
 from rlt_jax.data.tables import as_text, convert, read_records
 from rlt_jax.errors import UserError
+from rlt_jax.ranges import Limit, NonNegativeInt
 from rlt_jax.records import Problem, Record, Trace
 
 SOURCE = (
@@ -19,7 +20,7 @@ _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
 def traces(
-    path: str, limit: int | None = None, max_calculations: int | None = None
+    path: str, limit: Limit = None, max_calculations: NonNegativeInt | None = None
 ) -> list[Trace]:
     """Reads problems with explanations.
 
@@ -42,7 +43,7 @@ def traces(
 
 
 def problems(
-    path: str, limit: int | None = None, max_calculations: int | None = None
+    path: str, limit: Limit = None, max_calculations: NonNegativeInt | None = None
 ) -> list[Problem]:
     """Reads problems; see `traces`."""
     return [one.problem for one in traces(path, limit, max_calculations)]

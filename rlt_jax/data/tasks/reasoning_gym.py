@@ -23,11 +23,12 @@ import pickle
 import random
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 from rlt_jax.data.boxes import last_box
 from rlt_jax.errors import UserError, check_choice
+from rlt_jax.ranges import Checked, NonNegativeInt, OneOf, Range
 from rlt_jax.records import Problem
 from rlt_jax.settings import Section
 
@@ -36,7 +37,7 @@ CHUNK = 1000  # entries of one seed; as many in a row without a new question are
 
 
 @dataclasses.dataclass(frozen=True)
-class PuzzleConfig:
+class PuzzleConfig(Checked):
     """Settings of `problems`.
 
     Attributes:
@@ -50,10 +51,10 @@ class PuzzleConfig:
     """
 
     dataset: str
-    split: str
-    size: int
-    seed: int
-    stream: int = 0
+    split: Annotated[str, OneOf(("train", "test"))]
+    size: Annotated[int, Range(0, 10**7)]
+    seed: NonNegativeInt
+    stream: NonNegativeInt = 0
     config: Section = dataclasses.field(default_factory=dict)
     solution: str = "The answer is \\boxed{{answer}}."
 
@@ -65,7 +66,6 @@ def problems(config: PuzzleConfig) -> list[Problem]:
       UserError: the library is missing, a wrong setting, or too few questions.
     """
     c, made, failure = config, {}, ""
-    check_choice("data.split", c.split, ("train", "test"))
     # Some data sets depend on the order of sets, which differs between processes.
     if os.environ.get("PYTHONHASHSEED") != "0":
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
