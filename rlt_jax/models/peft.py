@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save
 
 from rlt_jax.errors import UserError
+from rlt_jax.files import write_whole
 from rlt_jax.models import weight_files
 from rlt_jax.models.families import Family
 from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name
@@ -177,7 +178,7 @@ def write_adapter(
     folder.mkdir(parents=True)
     weight_files.write_json(folder / CONFIG, content)
     # `save_file` would set mode 600.
-    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+    write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
 
 
 def _stored(adapters: Params, kind: Family) -> Iterator[tuple[str, np.ndarray]]:

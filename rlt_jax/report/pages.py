@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlt_jax.errors import UserError
+from rlt_jax.files import write_whole
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
 from rlt_jax.report.files import read_json, read_lines, write_page
@@ -77,7 +78,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         answers=_side_by_side(answers, config.num_examples),
         z_95=plots.Z_95,
     )
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

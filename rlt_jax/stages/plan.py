@@ -26,6 +26,7 @@ from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import LOG, UserError, as_user_error
+from rlt_jax.files import write_json, write_whole
 from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
 from rlt_jax.stages import setup
@@ -88,8 +89,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(PlanConfig, config.plan, "plan")
     result = plan(c)
     table = render(result)
-    (workdir.parent / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
-    (workdir.parent / "plan.txt").write_text(table)
+    write_json(workdir.parent / "plan.json", result)
+    write_whole(workdir.parent / "plan.txt", table)
     print(table)
     if not result["fits"]:
         advice = " ".join(result["recipe"]["advice"])
