@@ -180,9 +180,8 @@ def differences(old: Record, new: Record) -> dict[str, tuple[Any, Any]]:
 
 def _may_change(folder: Path, found: dict[str, tuple[Any, Any]]) -> bool:
     """Whether a stage may continue with these differences."""
-    longer = any(
-        (now or 0) > (old or 0) for k, (old, now) in found.items() if k in LENGTHS
-    )
+    lengths = [found[key] for key in LENGTHS if key in found]
+    longer = any((now or 0) > (old or 0) for old, now in lengths)
     return all(map(CHANGEABLE.fullmatch, found)) and (longer or not is_done(folder))
 
 
@@ -217,11 +216,9 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
     read = preflight.stages_read(values, folder.parent)
     if values["stage"] == "report":  # it has their names
         read += re.findall(r'"(\w+)"', json.dumps(values))
-    times = {
-        name: _read(folder.with_name(name) / DONE).get("finished")
-        for name in {*read} - {folder.name}
-    }
-    return {name: time for name, time in times.items() if time}
+    others = {*read} - {folder.name}
+    done = {name: _read(folder.with_name(name) / DONE) for name in others}
+    return {name: x["finished"] for name, x in done.items() if x.get("finished")}
 
 
 def _read(file: Path) -> Record:

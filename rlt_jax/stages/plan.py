@@ -148,9 +148,7 @@ def slice_mesh(topology: str, section: Section) -> Mesh:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     single = {} if num_chips(topology) > 1 else {"chips_per_host_bounds": [1, 1, 1]}
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **single
-        )
+        described = topologies.get_topology_desc(topology, "tpu", **single)
     except Exception as error:  # what libtpu raises has no class of its own
         raise UserError(
             f"plan.topology={topology!r} cannot be compiled for: "
