@@ -7,7 +7,7 @@ device, from log-probs.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -173,8 +173,3 @@ def _user_function(path: str) -> TermFunction:
         return values
 
     return checked
-
-
-def uses_rlt(terms: Sequence[Term]) -> bool:
-    """Whether students are needed."""
-    return any(term.name == RLT for term in terms)
