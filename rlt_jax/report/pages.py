@@ -135,15 +135,11 @@ def _costs(workdir: Path) -> Record:
 
 
 def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, bytes]:
-    pictures = {
-        group: plots.metric_curves(metrics, names)
-        for group, names in plots.metric_groups(metrics).items()
-    }
+    groups = plots.metric_groups(metrics).items()
+    pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
     graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
-    accuracies = {label: result["accuracy"] for label, result in graded.items()}
-    errors = {label: result["standard_error"] for label, result in graded.items()}
     if graded:
-        pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
+        pictures["accuracy"] = plots.accuracy_bars(graded)
     return pictures
 
 
