@@ -227,7 +227,7 @@ def dense_pages(q: Array, cache: PagedCache, layer: Any, at: Array, _: Any) -> A
 def picked(settings: Any, q: Array, k: Array, v: Array, tokens: Any) -> Array:
     """What `attention` computes on a GPU; on a CPU the same kernel, interpreted."""
     if jax.default_backend() != "cpu":
-        return attention.attention(q, k, v, tokens, scale=settings.scale)
+        return attention.attention(q, k, v, tokens, settings)
     operands = q, k, v, tokens.segment_ids, tokens.windowed, settings
     return attention_kernels.gpu_attention(*operands, interpret=True)
 
@@ -282,8 +282,10 @@ def paged_attention(*size: Any) -> Measure:
     cache = PagedCache(*pools, jnp.asarray(table))
     args = query, cache, jnp.asarray(at), jnp.array(False)
     read = LAYERS * 2 * K * H * query.dtype.itemsize * int((at + 1).sum())
-    xla = functools.partial(paged_cache._pagewise, softcap=None, window=None)
-    paths = {"picked": paged_cache.paged_attention, "xla": xla, "dense": dense_pages}
+    settings = attention_kernels.Settings(1.0)
+    xla = functools.partial(paged_cache._pagewise, settings)
+    attend = functools.partial(paged_cache.paged_attention, settings=settings)
+    paths = {"picked": attend, "xla": xla, "dense": dense_pages}
     programs: Programs = {
         f"{path} both": (jax.jit(functools.partial(over_layers, attend)), args)
         for path, attend in paths.items()

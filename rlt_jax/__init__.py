@@ -1,23 +1,24 @@
 """Reinforcement-learned teachers in JAX.
 
-The functions of `rlt_jax.api` are attributes of the package; they are imported on first
-use, so that `import rlt_jax` is cheap and never starts a JAX backend.
+Its names are imported on first use, so that `import rlt_jax` is cheap and never starts a
+JAX backend.
 """
 
 import importlib
 from typing import Any
 
-__all__ = [
-    "ScoringConfig",
-    "generate",
-    "load_model",
-    "load_tokenizer",
-    "score_explanations",
-    "token_log_probs",
-]
+_MODULES = {
+    "ScoringConfig": "scoring",
+    "generate": "api",
+    "load_model": "api",
+    "load_tokenizer": "data.tokenizer",
+    "score_explanations": "api",
+    "token_log_probs": "inference.head",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("rlt_jax.api"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"rlt_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'rlt_jax' has no attribute {name!r}")

@@ -31,10 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
-from rlt_jax.inference.head import token_log_probs
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
@@ -44,15 +43,6 @@ from rlt_jax.scoring import ScoringConfig, make_renderers, make_scorer, text_com
 from rlt_jax.settings import build
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.types import Params, Request, Rollout
-
-__all__ = [
-    "ScoringConfig",
-    "generate",
-    "load_model",
-    "load_tokenizer",
-    "score_explanations",
-    "token_log_probs",
-]
 
 Model = tuple[Transformer, Params, Tokenizer]
 

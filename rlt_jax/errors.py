@@ -2,10 +2,16 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
 LOG = logging.getLogger("rlt_jax")
+
+
+def tell(message: str) -> None:
+    """Prints a message of the program to standard error at once."""
+    print(f"rlt_jax: {message}", file=sys.stderr, flush=True)
 
 
 class UserError(ValueError):

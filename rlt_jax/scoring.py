@@ -125,9 +125,8 @@ def make_scorer(
     reward = scoring.rlt_reward
     transformers = [model.model for model in models]
     check_tokenizers(reward, *[model.tokenizer for model in models])
-    programs = compile_log_probs(
-        transformers[0], transformers[1:], scoring.teacher_temperature, reward, mesh
-    )
+    args = scoring.teacher_temperature, reward, mesh
+    programs = compile_log_probs(transformers[0], transformers[1:], *args)
     compute = jit_rlt_reward(reward, scoring.ensemble, len(models) - 1, mesh)
     of_tokens = functools.partial(_values_of_tokens, reward)
     replicated = sharding.replicated(mesh)
@@ -213,12 +212,11 @@ def check_finite(reward: Reward, questions: Sequence[str]) -> None:
             )
 
 
-def check_tokenizers(
-    reward: RLTRewardConfig, teacher: Tokenizer, *students: Tokenizer
-) -> None:
+def check_tokenizers(reward: RLTRewardConfig, *tokenizers: Tokenizer) -> None:
     """Raises UserError for a KL over the vocabulary of models with other tokenizers."""
     if reward.kl_estimator not in OVER_VOCABULARY or not reward.kl_teacher_term:
         return
+    teacher, *students = tokenizers
     for student in students:
         if student.pieces != teacher.pieces:
             raise UserError(
@@ -262,9 +260,8 @@ def make_solution_scorer(
     limit = min(BUCKETS[-1], loaded.model.config.max_length)
     model = loaded.model, 1.0
     programs = log_probs.compile_programs(model, [model], mesh)
-    of_solutions = sharding.jit(
-        rlt_reward.solution_log_probs, mesh, out_shardings=sharding.replicated(mesh)
-    )
+    replicated = {"out_shardings": sharding.replicated(mesh)}
+    of_solutions = sharding.jit(rlt_reward.solution_log_probs, mesh, **replicated)
 
     def means(traces: Sequence[Trace]) -> list[float | None]:
         made, _ = rows.fitting_examples(renderer, traces, limit)
@@ -314,12 +311,7 @@ def _arrays(
     offsets = example.explanation.offsets
     _, mask = values["explanation_kl_tokens"]
     pieces = [offsets[segments[: len(offsets)] == i] for i in np.flatnonzero(mask)]
-    return {
-        "explanation_tokens": [
-            trace.explanation[part[:, 0].min() : part[:, 1].max()] for part in pieces
-        ],
-        "solution_tokens": [
-            trace.problem.solution[start:end] for start, end in example.solution.offsets
-        ],
-        **{name: x[mask].tolist() for name, (x, mask) in values.items()},
-    }
+    told = [trace.explanation[x[:, 0].min() : x[:, 1].max()] for x in pieces]
+    solution = [trace.problem.solution[a:b] for a, b in example.solution.offsets]
+    arrays = {name: x[mask].tolist() for name, (x, mask) in values.items()}
+    return {"explanation_tokens": told, "solution_tokens": solution} | arrays

@@ -97,10 +97,9 @@ def _collectives(program: Program, body: Computation) -> Counter[str]:
 
 def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
     """Whether a fusion uses only a slice of an all-reduce, a reduce-scatter on TPU."""
-    return any(
-        line.opcode == "dynamic-slice" and line.operands[0] == reduce.name
-        for line in fusion.instructions.values()
-    )
+    lines = fusion.instructions.values()
+    sliced = [x.operands[0] for x in lines if x.opcode == "dynamic-slice"]
+    return reduce.name in sliced
 
 
 def _group_size(program: Program, attributes: str) -> int:

@@ -34,14 +34,10 @@ def render(plan: Mapping[str, Any]) -> str:
         for kind, one in p.get("collectives", {}).items():
             sizes = _number(one["count"]), _amount(one["bytes"], "B")
             traffic.append((name, kind, *sizes))
-    parts = [
-        f"{plan['topology']}: {fits}",
-        "GB of memory per device\n" + _table(memory),
-        _table(costs),
-        *([_table(traffic)] if len(traffic) > 1 else []),
-        _recipe(plan["recipe"]),
-    ]
-    return "\n\n".join(parts) + "\n"
+    tables = [memory, costs, traffic] if len(traffic) > 1 else [memory, costs]
+    parts = [*map(_table, tables), _recipe(plan["recipe"])]
+    heading = f"{plan['topology']}: {fits}\n\nGB of memory per device\n"
+    return heading + "\n\n".join(parts) + "\n"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:

@@ -111,9 +111,8 @@ def find_template(folder: Path, stored: Stored, choice: str) -> str | None:
             files["default"] = own
         if choice not in {**named, **files}:
             files[choice] = shipped.get(choice, Path(choice))
-        named |= {
-            k: f.read_text("utf-8") for k, f in sorted(files.items()) if f.is_file()
-        }
+        texts = {k: f.read_text("utf-8") for k, f in files.items() if f.is_file()}
+        named |= dict(sorted(texts.items()))
         given = [x for pair in named.items() for x in pair]
         if others := [x for x in given if not isinstance(x, str)]:
             raise TypeError(short(others[0]))

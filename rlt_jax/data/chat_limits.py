@@ -98,9 +98,8 @@ def _compile(source: str, date: str) -> jinja2.Template:
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = _to_json  # Jinja's own is for HTML
     now = datetime.fromisoformat(date).strftime
-    return sandbox.from_string(
-        source, {"raise_exception": _refuse, "strftime_now": now}
-    )
+    names = {"raise_exception": _refuse, "strftime_now": now}
+    return sandbox.from_string(source, names)
 
 
 def _refuse(message: str) -> None:

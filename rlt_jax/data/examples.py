@@ -212,10 +212,7 @@ def teacher_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     return text_examples(renderer, [trace.problem for trace in traces], texts)
 
 
-EXAMPLES: dict[str, Callable[[Renderer, Sequence[Trace]], list[Example]]] = {
-    "teacher": teacher_examples,
-    "student": student_examples,
-}
+EXAMPLES = {"teacher": teacher_examples, "student": student_examples}
 
 
 def completion_example(
@@ -281,23 +278,3 @@ def decode_completion(tokenizer: Tokenizer, completion: np.ndarray) -> Decoded:
     if stopped:
         offsets = np.pad(offsets, ((0, 1), (0, 0)), constant_values=len(text))
     return text, offsets
-
-
-def check_lengths(sequences: Sequence[np.ndarray], limit: int, what: str) -> None:
-    """Raises an error for sequences that do not fit.
-
-    Args:
-      sequences: token ids, [T] each.
-      limit: longest allowed length.
-      what: names the sequences and the limit's setting in the message.
-
-    Raises:
-      UserError: with the number of the first such sequence and its length.
-    """
-    longer = [n for n, tokens in enumerate(sequences) if len(tokens) > limit]
-    if longer:
-        raise UserError(
-            f"{what}: sequence {longer[0]} has {len(sequences[longer[0]])} tokens, the "
-            f"limit is {limit} ({len(longer)} of {len(sequences)} sequences are longer). "
-            "Raise the limit or drop the sequence."
-        )

@@ -217,9 +217,8 @@ def all_batches(made: Sequence[Example], shape: RowShape, num_rows: int) -> list
 
 
 def _stream(made: Sequence[Example]) -> grain.MapDataset:
-    return grain.MapDataset.source(
-        [{"tokens": one.tokens, "loss_mask": one.loss_mask} for one in made]
-    )
+    records = [{"tokens": one.tokens, "loss_mask": one.loss_mask} for one in made]
+    return grain.MapDataset.source(records)
 
 
 def problem_batches(

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rlt_jax.data import examples
 from rlt_jax.data.controls import other_solutions
-from rlt_jax.data.examples import EMPTY, Example, Renderer, Span
+from rlt_jax.data.examples import EMPTY, Example, Renderer, Span, find_span
 from rlt_jax.data.rows import ABSENT
 from rlt_jax.data.templates import Template
 from rlt_jax.data.token_bytes import Encoding
@@ -141,8 +140,8 @@ def _as_student(
             offsets = _as_one(offsets, -1, end)
             places = _as_one(places, -1, first + end)
             end += 1
-        span = examples.find_span(places, first, first + end)
-        own = examples.find_span(offsets, 0, end)
+        span = find_span(places, first, first + end)
+        own = find_span(offsets, 0, end)
     return Example(all_ids, np.ones(len(all_ids), bool), span, EMPTY), own
 
 
@@ -168,8 +167,8 @@ def _as_teacher(
         offsets = _as_one(offsets, _inside(offsets, end, end + len(closing)), end)
         places = _as_one(places, _inside(places, last, last + len(told)), last)
         last, end = last + 1, end + 1
-    span = examples.find_span(places, first, last)
-    own = examples.find_span(offsets, start, end)
+    span = find_span(places, first, last)
+    own = find_span(offsets, start, end)
     return Example(all_ids, np.ones(len(all_ids), bool), span, EMPTY), own
 
 

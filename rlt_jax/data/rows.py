@@ -28,6 +28,8 @@ class RowShape(Checked):
     row_length: Size
 
 
+Examples = Sequence[Example]
+
 # Fills up a batch.
 ABSENT = Example(np.zeros(0, np.int32), np.zeros(0, bool), EMPTY, EMPTY)
 
@@ -131,11 +133,8 @@ def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
       NumPy arrays, with sampler_log_probs and without any other log-probs.
     """
     problems = [request.problem for request in rollout.requests]
-    columns = problems, rollout.tokens, rollout.texts, rollout.offsets
-    policy = [
-        examples.completion_example(run.renderer, *completion)
-        for completion in zip(*columns, strict=True)
-    ]
+    columns = zip(problems, rollout.tokens, rollout.texts, rollout.offsets, strict=True)
+    policy = [examples.completion_example(run.renderer, *each) for each in columns]
     template = run.renderer.template
     parsed = [template.parse_completion(text) for text in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
@@ -160,8 +159,8 @@ def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
 
 def pack_examples(
     shape: RowShape,
-    policy: Sequence[Example],
-    students: Sequence[Sequence[Example]],
+    policy: Examples,
+    students: Sequence[Examples],
     closed: np.ndarray,
     count: int | None = None,
 ) -> Batch:
@@ -193,10 +192,7 @@ def pack_examples(
 
 
 def pack_student(
-    shape: RowShape,
-    student: Sequence[Example],
-    policy: Sequence[Example],
-    policy_starts: np.ndarray,
+    shape: RowShape, student: Examples, policy: Examples, policy_starts: np.ndarray
 ) -> Batch:
     """A student's batch; `policy_starts` are the policy's sequences in its own batch."""
     batch, starts = pack_sequences([one.tokens for one in student], shape)

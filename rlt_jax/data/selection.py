@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from rlt_jax.data.examples import EMPTY, Example, check_lengths
+from rlt_jax.data.examples import EMPTY, Example
 from rlt_jax.errors import UserError
 from rlt_jax.ranges import Checked, NonNegativeInt, Range
 
@@ -65,11 +65,7 @@ def select(config: SelectionConfig, candidates: Sequence[Candidate]) -> list[int
 
 
 def choose(
-    questions: Sequence[str],
-    fits: Sequence[bool],
-    per_question: int,
-    refill: bool,
-    seed: int,
+    questions: list[str], fits: list[bool], per_question: int, refill: bool, seed: int
 ) -> tuple[list[int], Counter[str]]:
     """Picks the traces of each question that a student is trained on.
 
@@ -110,7 +106,7 @@ def choose(
 
 def fit_examples(
     made: Sequence[Example],
-    questions: Sequence[str],
+    questions: list[str],
     limit: int,
     overlong: str,
     per_question: int,
@@ -138,9 +134,15 @@ def fit_examples(
     Raises:
       UserError: a sequence is too long, or none fits.
     """
-    if overlong == "error":
-        check_lengths([one.tokens for one in made], limit, what)
-    fits = [len(one.tokens) <= limit for one in made]
+    lengths = [len(one.tokens) for one in made]
+    fits = [length <= limit for length in lengths]
+    if overlong == "error" and not all(fits):
+        n = fits.index(False)
+        raise UserError(
+            f"{what}: sequence {n} has {lengths[n]} tokens, the limit is {limit} "
+            f"({fits.count(False)} of {len(fits)} sequences are longer). Raise the limit or "
+            "drop the sequence."
+        )
     if overlong == "truncate":
         fits = [bool(one.loss_mask[1:limit].any()) for one in made]
     chosen, counts = choose(questions, fits, per_question, overlong == "shorter", seed)

@@ -56,12 +56,11 @@ class TokenBytes:
           The text, and int32 offsets [T, 2].
         """
         ids = np.minimum(np.asarray(ids, np.int64), len(self._pieces) - 1)
-        parts = [self._pieces[i] for i in ids.tolist()]
-        data = b"".join(parts)
+        data = b"".join([self._pieces[i] for i in ids.tolist()])
         try:
             text, char_of_byte = data.decode("utf-8"), _chars_of_bytes(data)
         except UnicodeDecodeError:
-            text, widths = _decode_invalid(*self._separated(ids, parts))
+            text, widths = _decode_invalid(*self._separated(ids))
             char_of_byte = np.repeat(np.arange(len(text)), widths)
         return text, self._offsets(ids, np.append(char_of_byte, len(text)))
 
@@ -101,15 +100,13 @@ class TokenBytes:
         end = np.where(ends > starts, last + 1, start)
         return np.stack([start, end], axis=-1).astype(np.int32)
 
-    def _separated(
-        self, ids: np.ndarray, parts: list[bytes]
-    ) -> tuple[bytes, np.ndarray]:
+    def _separated(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
         """The bytes, and for each whether it is of `byte_ids`.
 
         In a run that is invalid as a whole each byte is made invalid by itself.
         """
         is_byte = self._is_byte[ids]
-        parts = list(parts)
+        parts = [self._pieces[i] for i in ids.tolist()]
         if self._whole_runs:
             present = np.flatnonzero(self._lengths[ids]).tolist()
             runs = itertools.groupby(present, is_byte.__getitem__)

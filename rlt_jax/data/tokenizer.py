@@ -285,9 +285,7 @@ def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:
     return codec
 
 
-def _check_ids(
-    path: Path, codec: Codec, stop_ids: Sequence[int], embeddings: int
-) -> None:
+def _check_ids(path: Path, codec: Codec, stop_ids: list[int], embeddings: int) -> None:
     """Raises UserError for ids without a row in the embedding.
 
     Tokens of images and the like, which tokenizers of text-only models may have (Gemma

@@ -164,9 +164,8 @@ def segment_divergence(
     span, shape = batch.explanation, batch.tokens.shape
     args = others, batch.policy_explanation, span, shape
     states, wanted = states_beside((teacher[0], told), *args)
-    batch = batch._replace(
-        teacher_states=states, teacher_kernel=head.kernel_of(teacher[0].config, told)
-    )
+    kernel = head.kernel_of(teacher[0].config, told)
+    batch = batch._replace(teacher_states=states, teacher_kernel=kernel)
     models = Models(*[(one.config, t or 1.0) for one, t in (student, teacher)])
 
     def one(m: Array, found: Array) -> Array:

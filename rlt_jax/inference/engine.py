@@ -24,13 +24,11 @@ from rlt_jax.inference.sampler import decode as decode_texts
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.scheduler import Prefill, Scheduler
 from rlt_jax.inference.weights import decode_weights
-from rlt_jax.models.attention_kernels import split_by_hand
+from rlt_jax.models.attention_kernels import ROW_AXES, split_by_hand
 from rlt_jax.models.paged_cache import empty_pages
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import sharding
 from rlt_jax.types import Array, PagedCache, Params, Request, Requests, Rollout
-
-SHARD_AXES = ("data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +124,11 @@ def make_engine(
     reader, to_decode, axes = decode_weights(model, config.weights)
     static = DecodeConfig(reader, sampling, stop_ids, config.steps, layout.tile)
 
-    whole, rows, tokens = Spec(), Spec(SHARD_AXES), Spec(None, SHARD_AXES)
-    pools = PagedCache(*[Spec(None, None, SHARD_AXES)] * 2, whole)
+    whole, rows, tokens = Spec(), Spec(ROW_AXES), Spec(None, ROW_AXES)
+    pools = PagedCache(*[Spec(None, None, ROW_AXES)] * 2, whole)
     cache = cache_shardings(mesh)
     # Each part of slots and pages by itself; tensor is left to the compiler.
-    axes_by_hand = set(SHARD_AXES) if mesh.size > 1 else set()
+    axes_by_hand = set(ROW_AXES) if mesh.size > 1 else set()
     split = functools.partial(split_by_hand, axes=axes_by_hand)
     fill = split(functools.partial(prefill, reader), (whole, pools, *[rows] * 3), pools)
     draw = functools.partial(decode, static)
@@ -155,7 +153,7 @@ def make_engine(
 
 def cache_shardings(mesh: Mesh) -> PagedCache:
     """Pages are split over data and fsdp, heads over tensor."""
-    pool = NamedSharding(mesh, Spec("tensor", None, SHARD_AXES))
+    pool = NamedSharding(mesh, Spec("tensor", None, ROW_AXES))
     return PagedCache(pool, pool, sharding.replicated(mesh))
 
 

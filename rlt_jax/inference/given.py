@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlt_jax.data import examples
-from rlt_jax.data.examples import Renderer
+from rlt_jax.data.examples import Renderer, student_examples
 from rlt_jax.errors import UserError
 from rlt_jax.inference.sampler import Sampler, decode, join
 from rlt_jax.records import Problem, Trace
@@ -43,12 +42,9 @@ class GivenSampler(Sampler):
             if rng.random() >= self.own:
                 traces = self.given[request.problem.asked]
                 taken[n] = traces[rng.integers(len(traces))]
-        rollout = Rollout(
-            [requests[n] for n in taken],
-            list(taken.values()),
-            [np.zeros(len(tokens), np.float32) for tokens in taken.values()],
-            np.ones(len(taken), bool),
-        )
+        given, tokens = [requests[n] for n in taken], list(taken.values())
+        log_probs = [np.zeros(len(one), np.float32) for one in tokens]
+        rollout = Rollout(given, tokens, log_probs, np.ones(len(taken), bool))
         parts = [([*taken], decode(rollout, self.renderer.tokenizer))]
         if left := [n for n in range(len(requests)) if n not in taken]:
             own = [requests[n] for n in left]
@@ -57,26 +53,23 @@ class GivenSampler(Sampler):
 
 
 def given_completions(
-    renderer: Renderer,
-    traces: Sequence[Trace],
-    problems: Sequence[Problem],
-    max_new_tokens: int,
+    renderer: Renderer, traces: Sequence[Trace], problems: Sequence[Problem], limit: int
 ) -> dict[Any, list[np.ndarray]]:
     """`Problem.asked` -> completions that a student would have written, one or more for each.
 
     Raises:
-      UserError: a problem has no trace of at most `max_new_tokens` tokens.
+      UserError: a problem has no trace of at most `limit` tokens.
     """
-    made = examples.student_examples(renderer, traces)
+    made = student_examples(renderer, traces)
     given: dict[Any, list[np.ndarray]] = {}
     for trace, one in zip(traces, made, strict=True):
         tokens = one.tokens[one.loss_mask]
-        if len(tokens) <= max_new_tokens:
+        if len(tokens) <= limit:
             given.setdefault(trace.problem.asked, []).append(tokens)
     if missing := [p.question for p in problems if p.asked not in given]:
         raise UserError(
             f"teaching.traces: {len(missing)} of {len(problems)} questions have no trace "
-            f"of at most sampling.max_new_tokens={max_new_tokens} tokens, such as "
+            f"of at most sampling.max_new_tokens={limit} tokens, such as "
             f"{missing[0]!r}. Set teaching.own_samples=1, or leave them out of the data."
         )
     return given

@@ -15,16 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from rlt_jax.models.attention import block_of
 from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import (
-    Transformer,
-    capped,
-    hidden_states,
-    raw_logits,
-)
+from rlt_jax.models.transformer import Transformer, capped, hidden_states, raw_logits
 from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
@@ -35,7 +31,7 @@ def log_probs_and_entropy(
     params: Params,
     batch: Batch,
     temperature: float = 1.0,
-    wanted: Array | bool = True,
+    wanted: ArrayLike = True,
 ) -> tuple[Array, Array]:
     """Log-probability of every token given those before it, and the entropy there.
 
@@ -139,11 +135,7 @@ class Chunks(NamedTuple):
 
 
 def arrange(
-    model: Transformer,
-    params: Params,
-    batch: Batch,
-    wanted: Array | bool = True,
-    live: int = 1,
+    model: Transformer, params: Params, batch: Batch, wanted: ArrayLike, live: int = 1
 ) -> Chunks:
     """The hidden states of a micro-batch; `live` arrays like logits are held at a time."""
     tokens, positions, segment_ids = batch.tokens, batch.positions, batch.segment_ids

@@ -36,14 +36,7 @@ class Tokens(NamedTuple):
 
 
 def attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    tokens: Tokens,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    query: Array, key: Array, value: Array, tokens: Tokens, settings: Settings
 ) -> Array:
     """Causal grouped-query attention within segments, with a float32 softmax.
 
@@ -52,15 +45,11 @@ def attention(
       key: [B, T, K, H]; query head n reads key head n // G with G = N / K.
       value: [B, T, K, H].
       tokens: positions and segments of the packed rows.
-      scale: multiplies the queries.
-      softcap: scores become softcap * tanh(score / softcap).
-      window: number of tokens that a query attends to in a windowed layer, itself
-        included.
+      settings: scale, soft cap and window.
 
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
-    settings = Settings(scale, softcap, window)
     tpu = cuda = xla = functools.partial(_blockwise, settings)
     if kernels.tpu_takes(query):
         tpu = _kernel(kernels.tpu_attention, settings, query)

@@ -37,13 +37,8 @@ ReadFn = Callable[[Index], np.ndarray]  # reads a part of a stored array
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000  # larger models are split into files of this size
-TOKENIZER_FILES = (  # glob patterns
-    "*token*.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER_FILES = ("*token*.json", "tokenizer.model", "chat_template.jinja")  # globs
+TOKENIZER_FILES += ("vocab.json", "merges.txt")
 
 
 def read_config(path: str | Path, **overrides: Any) -> ModelConfig:

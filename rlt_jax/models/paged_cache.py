@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models.attention import MASKED, OnlineSoftmax, float_einsum, soft_cap
-from rlt_jax.models.attention_kernels import pad, split_by_hand
+from rlt_jax.models.attention_kernels import Settings, pad, split_by_hand
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.types import Array, PagedCache
 
@@ -120,9 +120,7 @@ def paged_attention(
     layer: Array,
     positions: Array,
     windowed: Array,
-    *,
-    softcap: float | None = None,
-    window: int | None = None,
+    settings: Settings,
 ) -> Array:
     """Causal attention of queries to the cached keys and values of their rows.
 
@@ -130,21 +128,19 @@ def paged_attention(
     JAX where they support the sizes; everything else is plain XLA.
 
     Args:
-      query: [B, T, N, H], already scaled; query head n reads key head n // G.
+      query: [B, T, N, H]; query head n reads key head n // G.
       cache: pool and page table of the B rows, with the T tokens already written.
       layer: [] int32, index of the layer.
       positions: [B, T] int32.
       windowed: [] bool, whether the layer has a sliding window.
-      softcap: scores become softcap * tanh(score / softcap).
-      window: number of tokens that a query attends to in a windowed layer, itself
-        included.
+      settings: scale, soft cap and window.
 
     Returns:
       [B, T, N, H] in the dtype of the query.
     """
-    xla = functools.partial(_pagewise, softcap=softcap, window=window)
-    operands = (query, cache, layer, positions, windowed)
-    if query.shape[1] > 1 or window is not None:
+    xla, softcap = functools.partial(_pagewise, settings), settings.softcap
+    operands = (query * settings.scale, cache, layer, positions, windowed)
+    if query.shape[1] > 1 or settings.window is not None:
         return xla(*operands)
     C, H = cache.keys.shape[3:]
     # Sizes that the kernels support; the TPU kernel rounds keys and values to bfloat16.
@@ -165,13 +161,12 @@ def paged_attention(
 
 
 def _pagewise(
+    settings: Settings,
     query: Array,
     cache: PagedCache,
     layer: Array,
     positions: Array,
     windowed: Array,
-    softcap: float | None,
-    window: int | None,
 ) -> Array:
     """Online softmax over the pages, up to the last one that any row uses.
 
@@ -190,12 +185,12 @@ def _pagewise(
         pools = (cache.keys, cache.values)
         key, value = (x[:, layer, pages].reshape(K, B, C, H) for x in pools)
         scores = float_einsum("KBGTH,KBSH->KBGTS", query, key)
-        if softcap is not None:
-            scores = soft_cap(scores, softcap)
+        if settings.softcap is not None:
+            scores = soft_cap(scores, settings.softcap)
         distance = positions[:, :, None] - (j * C + jnp.arange(C))
         visible = distance >= 0
-        if window is not None:
-            visible &= (distance < window) | ~windowed
+        if settings.window is not None:
+            visible &= (distance < settings.window) | ~windowed
         scores = jnp.where(visible[:, None], scores, MASKED)
         return state.add(scores, value, "KBGTS,KBSH->KBGTH")
 

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save
 
 from rlt_jax.errors import UserError
+from rlt_jax.files import write_whole
 from rlt_jax.models import weight_files
 from rlt_jax.models.families import Family
 from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name
@@ -99,16 +100,15 @@ def adapt(
         alpha = _of_module(module, alphas, config.get("lora_alpha"))
         base = unadapted.pop(name := bare_name(f"{module}.weight"), None)
         shapes = [pair[key].shape if key in pair else None for key in "AB"]
+        what = f"adapter {folder}: {module}"
         if base is None:
-            raise UserError(
-                f"adapter {folder}: {module} is no layer, or has two adapters."
-            )
+            raise UserError(f"{what} is no layer, or has two adapters.")
         fits = shapes == [[rank, *base.shape[1:]], [*base.shape[:1], rank]]
         fits = fits and len(base.shape) == 2 and type(rank) is int and rank > 0
         if not (fits and type(alpha) in (int, float) and abs(alpha) < 1e9):
             raise UserError(
-                f"adapter {folder}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, "
-                f"not for r={rank!r}, lora_alpha={alpha!r} and the model's {base.shape}."
+                f"{what} has lora_A {shapes[0]} and lora_B {shapes[1]}, not for r={rank!r}, "
+                f"lora_alpha={alpha!r} and the model's {base.shape}."
             )
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         adapted[name] = AdaptedTensor(base, pair["A"], pair["B"], scale)
@@ -177,7 +177,7 @@ def write_adapter(
     folder.mkdir(parents=True)
     weight_files.write_json(folder / CONFIG, content)
     # `save_file` would set mode 600.
-    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+    write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
 
 
 def _stored(adapters: Params, kind: Family) -> Iterator[tuple[str, np.ndarray]]:

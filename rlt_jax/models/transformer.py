@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlt_jax.models.attention import Tokens, attention, soft_cap
+from rlt_jax.models.attention import Settings, Tokens, attention, soft_cap
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.paged_cache import paged_attention, write
 from rlt_jax.models.rope import Rope, layer_ropes, rotate
@@ -155,14 +155,14 @@ class Attention(nn.Module):
         key = _constrain(key, "batch", None, "kv_heads", "head_dim")
         value = _constrain(value, "batch", None, "kv_heads", "head_dim")
         scale = (c.query_scale_dim or H) ** -0.5
-        limits = {"softcap": c.attention_softcap, "window": c.sliding_window}
+        settings = Settings(scale, c.attention_softcap, c.sliding_window)
         if kv_cache is None:
             tokens = Tokens(positions, segment_ids, layer.windowed)
-            y = attention(query, key, value, tokens, scale=scale, **limits)
+            y = attention(query, key, value, tokens, settings)
         else:
             kv_cache = write(kv_cache, layer.index, positions, key, value)
-            args = (query * scale, kv_cache, layer.index, positions, layer.windowed)
-            y = paged_attention(*args, **limits)
+            args = (query, kv_cache, layer.index, positions, layer.windowed)
+            y = paged_attention(*args, settings)
         o_axes = ("heads", "head_dim", "embed")
         return Projection((N, H), (D,), o_axes, c.out_bias, name="out")(y), kv_cache
 

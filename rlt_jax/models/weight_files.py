@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlt_jax.errors import UserError
+from rlt_jax.files import write_whole
 from rlt_jax.models.families import Family
 
 WEIGHTS = "model.safetensors"
@@ -160,9 +161,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes an indented JSON file."""
-    text = json.dumps(content, indent=2, sort_keys=True)
-    file.write_text(text + "\n", encoding="utf-8")
+    """Writes an indented JSON file whole, its keys sorted; see `files.write_whole`."""
+    write_whole(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def open_tensors(file: Path) -> list[StoredTensor]:

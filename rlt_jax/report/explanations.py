@@ -3,26 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rlt_jax.report.files import write_page
 from rlt_jax.settings import Section
 
 MAX_NATS = 4.0  # value with the most intense color
-
-
-class Token(NamedTuple):
-    """A token of the page.
-
-    Attributes:
-      text: text of the token.
-      color: CSS background color.
-      title: tooltip.
-    """
-
-    text: str
-    color: str
-    title: str
+Token = tuple[str, str, str]  # text, CSS background color, tooltip
 
 
 def write_explanations(records: Sequence[Section], folder: Path) -> None:
@@ -32,15 +18,7 @@ def write_explanations(records: Sequence[Section], folder: Path) -> None:
       records: records of the stage `score` with per-token arrays, best reward first.
       folder: folder of the page; created if it does not exist.
     """
-    items = [
-        {
-            **record,
-            "explanation": explanation_tokens(record),
-            "solution": solution_tokens(record),
-            "terms": {k: f"{v:.4g}" for k, v in record["terms"].items()},
-        }
-        for record in records
-    ]
+    items = [(x, explanation_tokens(x), solution_tokens(x)) for x in records]
     write_page(folder, "explanations.html", {}, items=items)
 
 
@@ -49,7 +27,7 @@ def explanation_tokens(record: Section) -> list[Token]:
     names = ["explanation_tokens", "explanation_kl_tokens"]
     names += ["teacher_log_probs_explanation", "student_log_probs_explanation"]
     return [
-        Token(text, _color(kl), f"KL {kl:.3f} = teacher {t:.3f} - student {s:.3f}")
+        (text, _color(kl), f"KL {kl:.3f} = teacher {t:.3f} - student {s:.3f}")
         for text, kl, t, s in zip(*(record[name] for name in names), strict=True)
     ]
 
@@ -58,7 +36,7 @@ def solution_tokens(record: Section) -> list[Token]:
     """Tokens of the solution: red if the student gives them a low probability."""
     log_probs = record["student_log_probs_solution"]
     return [
-        Token(token, _color(-log_prob), f"log-probability {log_prob:.3f}")
+        (token, _color(-log_prob), f"log-probability {log_prob:.3f}")
         for token, log_prob in zip(record["solution_tokens"], log_probs, strict=True)
     ]
 

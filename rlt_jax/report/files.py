@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.files import write_whole
 from rlt_jax.records import Record
 
 
@@ -79,9 +80,9 @@ def write_page(
     page = environment.get_template(template).render(values, pictures=embedded)
     folder.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
+        write_whole(folder / f"{name}.png", png)
     # Completions can contain lone surrogates, which UTF-8 cannot encode.
-    (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
+    write_whole(folder / "index.html", page.encode("utf-8", "replace"))
 
 
 def _number(value: float | None, digits: int = 5) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlt_jax.errors import UserError
+from rlt_jax.files import write_whole
 from rlt_jax.ranges import Checked, NonNegativeInt
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
@@ -78,7 +79,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         answers=_side_by_side(answers, config.num_examples),
         z_95=plots.Z_95,
     )
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -135,15 +136,11 @@ def _costs(workdir: Path) -> Record:
 
 
 def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, bytes]:
-    pictures = {
-        group: plots.metric_curves(metrics, names)
-        for group, names in plots.metric_groups(metrics).items()
-    }
+    groups = plots.metric_groups(metrics).items()
+    pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
     graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
-    accuracies = {label: result["accuracy"] for label, result in graded.items()}
-    errors = {label: result["standard_error"] for label, result in graded.items()}
     if graded:
-        pictures["accuracy"] = plots.accuracy_bars(accuracies, errors)
+        pictures["accuracy"] = plots.accuracy_bars(graded)
     return pictures
 
 

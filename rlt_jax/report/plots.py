@@ -63,12 +63,10 @@ def metric_curves(records: Sequence[Section], names: Sequence[str]) -> bytes:
     return png(figure)
 
 
-def accuracy_bars(
-    accuracies: Mapping[str, float], standard_errors: Mapping[str, float]
-) -> bytes:
-    """Plots a bar with a 95% interval for each evaluation, in percent."""
-    heights = [100 * value for value in accuracies.values()]
-    spans = [100 * Z_95 * standard_errors[label] for label in accuracies]
+def accuracy_bars(results: Mapping[str, Section]) -> bytes:
+    """Plots the accuracy of each evaluation with its 95% interval, in percent."""
+    heights = [100 * result["accuracy"] for result in results.values()]
+    spans = [100 * Z_95 * result["standard_error"] for result in results.values()]
     places = range(len(heights))
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.add_subplot()
@@ -79,7 +77,7 @@ def accuracy_bars(
     texts = [f"{height:.1f} ± {span:.1f}" for height, span in zip(heights, spans)]
     axes.bar_label(bars, texts, padding=5, color=INK)
     wrap = max(90 // len(heights), 8)
-    labels = [textwrap.fill(label.replace("_", " "), wrap) for label in accuracies]
+    labels = [textwrap.fill(label.replace("_", " "), wrap) for label in results]
     axes.set_xticks(places, labels, parse_math=False, color=INK)
     axes.set_xlim(-0.6, len(heights) - 0.4)
     axes.set_ylim(0, 1.15 * max(1.0, *map(sum, zip(heights, spans))))

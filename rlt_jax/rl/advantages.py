@@ -9,27 +9,23 @@ from rlt_jax.types import Array, Batch
 
 
 def fill(
-    objective: ObjectiveConfig,
-    group_size: int,
-    max_new_tokens: int,
-    batch: Batch,
-    rewards: Array,
+    config: ObjectiveConfig, group_size: int, limit: int, batch: Batch, rewards: Array
 ) -> Batch:
     """The batch with advantages, inverse lengths and loss weights of its tokens.
 
     Args:
-      objective: names advantage and normalisation, and what has no gradient.
+      config: names advantage and normalisation, and what has no gradient.
       group_size: R.
-      max_new_tokens: tokens that a completion can have, the constant of Dr. GRPO.
+      limit: most tokens that a completion can have, the constant of Dr. GRPO.
       batch: of E completions.
       rewards: [E] float32.
     """
     shape, completion = batch.tokens.shape, batch.completion
     lengths = spans.mask(completion).sum(-1)
     inverse = 1 / jnp.maximum(lengths, 1).astype(jnp.float32)
-    kept = completion_mask(objective, rewards, batch.finished, group_size)
-    weight = LOSSES[objective.loss].weight(lengths, kept, max_new_tokens)
-    advantages = ADVANTAGES[objective.advantage](rewards, group_size)
+    kept = completion_mask(config, rewards, batch.finished, group_size)
+    weight = LOSSES[config.loss].weight(lengths, kept, limit)
+    advantages = ADVANTAGES[config.advantage](rewards, group_size)
     return batch._replace(
         advantages=spans.scatter(advantages, completion, shape),
         inverse_length=spans.scatter(inverse, completion, shape),

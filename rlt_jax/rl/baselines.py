@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rlt_jax import masked
 from rlt_jax.types import Array
 
 
@@ -19,7 +18,7 @@ def group_advantages(rewards: Array, group_size: int) -> Array:
     GRPO (arXiv 2402.03300, section 4.1.2).
     """
     centred = centred_advantages(rewards, group_size).reshape(-1, group_size)
-    std = masked.std(centred, jnp.ones(centred.shape, bool))[:, None]
+    std = centred.std(axis=1, ddof=1, keepdims=True)
     return (centred / (std + 1e-4)).reshape(-1)
 
 

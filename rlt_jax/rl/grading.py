@@ -12,9 +12,7 @@ from rlt_jax.settings import load_function
 MAX_CHARACTERS = 2000  # searched for the letter of a choice, from the end
 
 
-def grade(
-    problems: Sequence[Problem], predictions: Sequence[str | None]
-) -> list[Verdict]:
+def grade(problems: Sequence[Problem], texts: Sequence[str | None]) -> list[Verdict]:
     """Grades predictions, each by the grader of its problem.
 
     A grader "module:function?argument" is called with the argument as its third, in a
@@ -22,7 +20,7 @@ def grade(
 
     Args:
       problems: the problem of each prediction.
-      predictions: solutions as the model generated them, None when there is none.
+      texts: the predictions, solutions as the model generated them, None when there is none.
 
     Raises:
       UserError: a problem has no answer or an unknown grader.
@@ -30,7 +28,7 @@ def grade(
     check_gradable(problems)
     pairs = [
         None if text is None else Pair(text, problem.answer, problem.grader)
-        for problem, text in zip(problems, predictions, strict=True)
+        for problem, text in zip(problems, texts, strict=True)
     ]
     verdicts = {pair: _grade(pair) for pair in set(pairs)}
     verdicts |= compare([pair for pair in verdicts if verdicts[pair] is None])

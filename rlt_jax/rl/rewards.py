@@ -6,7 +6,7 @@ device, from log-probs.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -174,8 +174,3 @@ def _user_function(path: str) -> TermFunction:
         return values
 
     return checked
-
-
-def uses_rlt(terms: Sequence[Term]) -> bool:
-    """Whether students are needed."""
-    return any(term.name == RLT for term in terms)

@@ -230,20 +230,17 @@ def combine(config: EnsembleConfig, rewards: Sequence[Reward]) -> Reward:
     return combined | {f"student_{i}": r["value"] for i, r in enumerate(rewards)}
 
 
-def balanced_kl_coef(
-    solution_score: Sequence[float], explanation_kl: Sequence[float]
-) -> float:
+def balanced_kl_coef(scores: Sequence[float], kls: Sequence[float]) -> float:
     """The KL weight that gives both terms the same mean absolute size.
 
     Args:
-      solution_score: solution scores of the first completions of a run.
-      explanation_kl: explanation KLs of the same completions.
+      scores: solution scores of the first completions of a run.
+      kls: explanation KLs of the same completions.
 
     Raises:
       UserError: the explanation KL of all completions is 0, or a number is not finite.
     """
-    score = float(np.mean(np.abs(solution_score)))
-    divergence = float(np.mean(np.abs(explanation_kl)))
+    score, divergence = (float(np.mean(np.abs(x))) for x in (scores, kls))
     coef = score / divergence if divergence else math.inf
     if not math.isfinite(coef):
         raise UserError(

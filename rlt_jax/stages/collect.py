@@ -15,12 +15,10 @@ from ml_collections import ConfigDict
 
 from rlt_jax.data import pipeline, rows
 from rlt_jax.errors import UserError
-from rlt_jax.inference import log_probs, sampler
-from rlt_jax.inference.layout import check_memory
+from rlt_jax.inference import layout, log_probs, sampler
 from rlt_jax.ranges import Checked, Count
 from rlt_jax.records import Problem, Record
 from rlt_jax.rl.rewards import RLT, Term
-from rlt_jax.rl.rlt_reward import RLTRewardConfig
 from rlt_jax.settings import build, load_function
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
@@ -63,12 +61,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(CollectConfig, config.collect, "collect")
     classify = load_function(c.classify) if c.classify else None
     run, opened, problems = prepare(config, seed)
-    mesh, kl_coef = run.mesh, fixed_kl_coef(run.rlt_reward)
+    mesh, kl_coef = run.mesh, run.rlt_reward.explanation_kl_coef
     teacher, *students = setup.load_weights(config, "teacher", opened, mesh, seed)
-    check_memory(teacher.model, run.sampler.layout, mesh)
+    layout.check_memory(teacher.model, run.sampler.layout, mesh)
     asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
     temperatures = run.sampling.temperature, run.rlt_reward.student_temperature
-    origin = setup.provenance_of(teacher, students, run.template, *temperatures)
+    origin = setup.provenance_of([teacher, *students], run.template, *temperatures)
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
     file = workdir / "traces.jsonl"
@@ -105,19 +103,14 @@ def prepare(
     opened = setup.open_models(config, "teacher")
     terms = (Term(RLT, 1.0, None),)
     run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
+    if isinstance(kl_coef := run.rlt_reward.explanation_kl_coef, str):
+        raise UserError(
+            f"rlt_reward.explanation_kl_coef={kl_coef!r} is for rl and score; give the "
+            "number that they logged."
+        )
     problems = setup.load_problems(config.data, run.template, seed)
     setup.check_fit(run, problems)
     return run, opened, problems
-
-
-def fixed_kl_coef(config: RLTRewardConfig) -> float:
-    """The weight of the explanation KL; raises UserError for "auto"."""
-    if isinstance(config.explanation_kl_coef, str):
-        raise UserError(
-            f"rlt_reward.explanation_kl_coef={config.explanation_kl_coef!r} is for rl and "
-            "score; give the number that they logged."
-        )
-    return config.explanation_kl_coef
 
 
 def _summary(records: list[Record]) -> Record:

@@ -172,13 +172,11 @@ def summarise(rows: Sequence[Section], questions: int) -> Record:
     errors = Counter(row["error"] for row in rows)
     lengths = [row["tokens"] for row in rows]
     has_lengths = None not in lengths  # predictions have none
+    unread = [row for row in rows if row["read"] is None and row["error"] is None]
     return results | {
         "num_questions": questions,
         "samples_per_question": k,
-        "unreadable": sum(
-            row["correct"] is not None and row["read"] is None and row["error"] is None
-            for row in rows
-        ),
+        "unreadable": sum(row["correct"] is not None for row in unread),
         "timed_out": errors["timeout"],
         "crashed": errors["crash"],
         "truncated": sum(row["truncated"] for row in rows) if has_lengths else None,
@@ -247,21 +245,17 @@ def _graded(
     gradable = [n for n, problem in enumerate(problems) if problem.answer]
     graded = grade([problems[n] for n in gradable], [extracted[n] for n in gradable])
     verdicts, sampled = dict(zip(gradable, graded, strict=True)), bool(rollout.tokens)
-    return [
-        {
-            **problem_record(problem),
-            "completion": rollout.texts[n],
-            "extracted": extracted[n],
-            "read": (verdict := verdicts.get(n, Verdict(None))).answer,
-            "correct": verdict.correct,
-            "error": verdict.error,
-            "prompt_tokens": len(rollout.requests[n].prompt) if sampled else None,
-            "tokens": len(rollout.tokens[n]) if sampled else None,
-            "truncated": not rollout.finished[n] if sampled else None,
-            **found[n],
-        }
-        for n, problem in enumerate(problems)
-    ]
+    records = []
+    for n, problem in enumerate(problems):
+        verdict = verdicts.get(n, Verdict(None))
+        row = {"completion": rollout.texts[n], "extracted": extracted[n]}
+        row |= {"read": verdict.answer, "correct": verdict.correct}
+        row["error"] = verdict.error
+        row["prompt_tokens"] = len(rollout.requests[n].prompt) if sampled else None
+        row["tokens"] = len(rollout.tokens[n]) if sampled else None
+        row["truncated"] = not rollout.finished[n] if sampled else None
+        records.append(problem_record(problem) | row | found[n])
+    return records
 
 
 def _write_right(
@@ -272,17 +266,13 @@ def _write_right(
     The thought may begin in the prompt, with the text `opened`.
     """
     file.unlink(missing_ok=True)
-    traces = [
-        {
-            **{key: row[key] for key in ("question", "answer", "prompt") if key in row},
-            "solution": solution,
-            "reasoning_trace": thought,
-        }
-        for row in rows
-        if row["correct"]
-        and (thought := template.thought_of(opened + row["completion"])) is not None
-        and (solution := template.solution_of(row["completion"])) is not None
-    ]
+    traces, names = [], ("question", "answer", "prompt")
+    for row in (row for row in rows if row["correct"]):
+        thought = template.thought_of(opened + row["completion"])
+        solution = template.solution_of(row["completion"])
+        if thought is not None and solution is not None:
+            kept = {key: row[key] for key in names if key in row}
+            traces.append(kept | {"solution": solution, "reasoning_trace": thought})
     metrics.append_jsonl(file, traces)
     return len(traces)
 

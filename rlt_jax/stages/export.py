@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlt_jax.errors import LOG, UserError
+from rlt_jax.files import write_whole
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES
 from rlt_jax.models.families import family
@@ -58,7 +59,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     card = _model_card(source, size, dtype)
     if hosts.is_first():
         checkpoint.write_chat_template(target, tokenizer)
-        (target / "README.md").write_text(card, encoding="utf-8")
+        write_whole(target / "README.md", card)
     return {"path": str(target), "parameters": size}
 
 
@@ -103,7 +104,7 @@ def _lineage(folder: Path) -> list[tuple[Path, Record, str]]:
     """The stage in a folder and those its model came from: settings, path of the model."""
     stages = []
     while (folder / "settings.json").is_file():
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "settings.json")
         sources = filter(None, map(settings.get, ("model", "policy", "teacher")))
         began = next(sources, {}).get("path") or ""
         stages.append((folder, settings, began))

@@ -180,9 +180,8 @@ def differences(old: Record, new: Record) -> dict[str, tuple[Any, Any]]:
 
 def _may_change(folder: Path, found: dict[str, tuple[Any, Any]]) -> bool:
     """Whether a stage may continue with these differences."""
-    longer = any(
-        (now or 0) > (old or 0) for k, (old, now) in found.items() if k in LENGTHS
-    )
+    lengths = [found[key] for key in LENGTHS if key in found]
+    longer = any((now or 0) > (old or 0) for old, now in lengths)
     return all(map(CHANGEABLE.fullmatch, found)) and (longer or not is_done(folder))
 
 
@@ -204,18 +203,12 @@ def _made(name: str, folder: Path, how: str, go_on: bool = False) -> UserError:
 def _settings(name: str, folder: Path) -> Record:
     """The settings that a folder was made with; {} for a new one."""
     try:
-        values = files.read_json(folder / SETTINGS)
-        if isinstance(values, dict):
-            return values
-        what = f"{folder / SETTINGS} is damaged: it is no JSON object."
-    except FileNotFoundError:
-        return {}
+        return _object(folder / SETTINGS)
     except UserError as error:
-        what = str(error)
-    raise UserError(
-        f"{what} If the config is the one that the stage was made with, remove that file "
-        f"and the stage continues; --only={name} runs it afresh."
-    )
+        raise UserError(
+            f"{error} If the config is the one that the stage was made with, remove that "
+            f"file and the stage continues; --only={name} runs it afresh."
+        ) from error
 
 
 def _inputs(folder: Path, values: Record) -> dict[str, str]:
@@ -223,25 +216,26 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
     read = preflight.stages_read(values, folder.parent)
     if values["stage"] == "report":  # it has their names
         read += re.findall(r'"(\w+)"', json.dumps(values))
-    times = {
-        name: _read(folder.with_name(name) / DONE).get("finished")
-        for name in {*read} - {folder.name}
-    }
-    return {name: time for name, time in times.items() if time}
+    others = {*read} - {folder.name}
+    done = {name: _read(folder.with_name(name) / DONE) for name in others}
+    return {name: x["finished"] for name, x in done.items() if x.get("finished")}
 
 
 def _read(file: Path) -> Record:
     """The values in a file; {} where there is none or, with a warning, a damaged one."""
     try:
+        return _object(file)
+    except UserError as error:
+        LOG.warning("%s It is not used; the stage continues without it.", error)
+        return {}
+
+
+def _object(file: Path) -> Record:
+    """The object in a JSON file, {} if there is none; UserError if it is damaged."""
+    try:
         values = files.read_json(file)
     except FileNotFoundError:
         return {}
-    except UserError as error:
-        LOG.warning(
-            f"{error} It is not used; the stage continues from what else it has."
-        )
-        return {}
     if not isinstance(values, dict):
-        LOG.warning(f"{file} is damaged: it is no JSON object. It is not used.")
-        return {}
+        raise UserError(f"{file} is damaged: it is no JSON object.")
     return values

@@ -27,6 +27,7 @@ from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import LOG, UserError, as_user_error
+from rlt_jax.files import write_json, write_whole
 from rlt_jax.ranges import Checked, PositiveInt, Range, Size
 from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
@@ -89,8 +90,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(PlanConfig, config.plan, "plan")
     result = plan(c)
     table = render(result)
-    (workdir.parent / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
-    (workdir.parent / "plan.txt").write_text(table)
+    write_json(workdir.parent / "plan.json", result)
+    write_whole(workdir.parent / "plan.txt", table)
     print(table)
     if not result["fits"]:
         advice = " ".join(result["recipe"]["advice"])
@@ -148,9 +149,7 @@ def slice_mesh(topology: str, section: Section) -> Mesh:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     single = {} if num_chips(topology) > 1 else {"chips_per_host_bounds": [1, 1, 1]}
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **single
-        )
+        described = topologies.get_topology_desc(topology, "tpu", **single)
     except Exception as error:  # what libtpu raises has no class of its own
         raise UserError(
             f"plan.topology={topology!r} cannot be compiled for: "

@@ -22,8 +22,7 @@ from rlt_jax.settings import Section, build
 from rlt_jax.stages import plan_shapes as shapes
 from rlt_jax.stages import rl, setup, sft
 from rlt_jax.stages.plan_shapes import Lengths, Shape
-from rlt_jax.training import sharding
-from rlt_jax.training.learner import jit_update, mix
+from rlt_jax.training import learner, sharding
 from rlt_jax.training.state import abstract_state, state_shardings
 from rlt_jax.types import Batch, Params
 
@@ -65,7 +64,7 @@ def sft_programs(
     batch = shapes.packed(mesh, c.batch_size, c.shape)
     weights = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
     placed = state_shardings(model, tx, mesh)
-    update = jit_update(sft.next_token_loss, model, tx, mesh, placed)
+    update = learner.jit_update(sft.next_token_loss, model, tx, mesh, placed)
     args = state, batch._replace(loss_weights=weights), None
     tokens, at_once = c.batch_size * c.row_length, c.shape.micro_batch_size
     C = chunk_length(at_once, c.row_length, model.config.vocab_size, mesh.size)
@@ -112,14 +111,14 @@ def rl_programs(
     loss_fn = policy_loss(objective, sampling.temperature, E)
     placed = state_shardings(policy.model, tx, mesh)
     limit = objective.skip_gradient_norm
-    update = jit_update(loss_fn, policy.model, tx, mesh, placed, limit)
+    update = learner.jit_update(loss_fn, policy.model, tx, mesh, placed, limit)
     flops, runs = _flops(train_flops, policy, E, lengths), c.updates_per_rollout
     args = state, filled, None
     programs.append(Program("update", update, args, others, runs, flops, trips))
     if objective.beta and c.sync_every:
         args = (reference, state.params, c.sync_alpha)
         beside = (state.opt_state, others[:-1])
-        programs.append(Program("mix", mix, args, beside, 1 / c.sync_every))
+        programs.append(Program("mix", learner.mix, args, beside, 1 / c.sync_every))
     return programs
 
 

@@ -20,9 +20,7 @@ def module_of(stage: str) -> Any:
     return importlib.import_module(f"rlt_jax.stages.{stage}")
 
 
-def check(
-    stages: Sequence[Record], to_make: Mapping[str, Record], root: str | Path
-) -> None:
+def check(stages: Sequence[Record], to_make: Section, root: str | Path) -> None:
     """Opens the models and the data of stages, without any weights.
 
     Where a stage of the run makes the model, the one that it starts from is opened instead;

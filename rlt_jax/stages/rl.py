@@ -18,12 +18,10 @@ from ml_collections import ConfigDict
 
 from rlt_jax.data import pipeline, rows
 from rlt_jax.errors import LOG, UserError
-from rlt_jax.inference import log_probs
-from rlt_jax.inference.layout import check_memory
+from rlt_jax.inference import layout, log_probs
 from rlt_jax.records import Problem, Record
 from rlt_jax.rl import advantages, rewards
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
-from rlt_jax.rl.rewards import make_terms
 from rlt_jax.rl.teaching import TeachingConfig, mix_advantages
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
@@ -32,7 +30,6 @@ from rlt_jax.stages.rl_journal import Journal, Weights
 from rlt_jax.stages.setup import Run
 from rlt_jax.stages.teaching import Teacher, load_weights, open_teacher
 from rlt_jax.training import checkpoint, offload, sharding
-from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.optimizer import OptimizerConfig
@@ -42,7 +39,7 @@ SECTIONS = setup.SECTIONS | {
     "policy": checkpoint.ModelSource,
     "data": pipeline.check_problems,
     "held_out": (pipeline.check_problems, None),
-    "reward_terms": lambda terms, where: make_terms(terms),
+    "reward_terms": lambda terms, where: rewards.make_terms(terms),
     "objective": ObjectiveConfig,
     "teaching": (TeachingConfig, None),
     "loop": RLConfig,
@@ -67,7 +64,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     run, opened, problems, held_out, prompts, teacher = prepare(config, seed)
     mesh = run.mesh
     policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
-    check_memory(policy.model, run.sampler.layout, mesh)
+    layout.check_memory(policy.model, run.sampler.layout, mesh)
 
     updates = c.steps * c.updates_per_rollout
     completions = c.batch_size * c.group_size
@@ -116,7 +113,7 @@ class Prepared(NamedTuple):
     """
 
     run: Run
-    opened: list[LoadedModel]
+    opened: list[checkpoint.LoadedModel]
     problems: list[Problem]
     held_out: list[Problem]
     prompts: grain.DatasetIterator
@@ -127,7 +124,7 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     """Models without weights and data of the stage; raises UserError for bad input."""
     c = build(RLConfig, config.loop, "loop")
     mesh = setup.load_mesh(config)
-    terms = make_terms(config.reward_terms)
+    terms = rewards.make_terms(config.reward_terms)
     if c.self_teaching and config["students"]:
         raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
     opened = setup.open_models(config, "policy")
@@ -154,6 +151,7 @@ def train(
     # The log-probs at the time of the rollout serve the reward and later updates.
     needs_policy = bool(run.students) or c.updates_per_rollout > 1
     needs_policy |= teacher is not None and teacher.needs_policy
+    taught = teacher.config if teacher else TeachingConfig()
     for step in journal.steps():
         state, reference, *_ = journal.weights
         policy, students = journal.policy(), journal.students()
@@ -171,11 +169,9 @@ def train(
         )
         reward = rewards.compute(run.reward, batch, rollout, journal.kl_coef)
         if teacher:
+            rest = rollout, packed.completion.start, batch
             batch, judged = teacher.teach(
-                teacher.loaded.params or journal.weights.teacher or policy,
-                rollout,
-                packed.completion.start,
-                batch,
+                teacher.loaded.params or journal.weights.teacher or policy, *rest
             )
             reward |= judged
         journal.lap("score", batch, reward)
@@ -186,27 +182,22 @@ def train(
             state, metrics = learner.update(state, batch)
             updates.append(metrics)
         weights = journal.weights._replace(state=state)
-        journal.weights = sync(c, teacher and teacher.config, learner, weights, step)
+        journal.weights = sync(c, taught, learner, weights, step)
         journal.lap("update", journal.weights)
         journal.record(step, rollout, batch, reward, updates)
 
 
 def sync(
-    c: RLConfig,
-    teaching: TeachingConfig | None,
-    learner: Learner,
-    weights: Weights,
-    step: int,
+    c: RLConfig, taught: TeachingConfig, learner: Learner, weights: Weights, step: int
 ) -> Weights:
     """Mixes the policy into the reference and its copies, where they are due."""
     state, reference, student, teacher = weights
-    taught = teaching or TeachingConfig()
 
     def mixed(params: Params, every: int, alpha: float) -> Params:
         if not params or not every or (step + 1) % every:
             return params
         mixture = learner.mix(offload.fetch(params), state.params, alpha)
-        return offload.put_back(mixture, params)
+        return jax.device_put(mixture, jax.tree.map(lambda x: x.sharding, params))
 
     return weights._replace(
         reference=mixed(reference, c.sync_every, c.sync_alpha),

@@ -18,21 +18,11 @@ from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.statistics import mean_and_error
-from rlt_jax.rl import rewards
+from rlt_jax.rl import rewards, rlt_reward
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
-from rlt_jax.rl.rlt_reward import balanced_kl_coef
 from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.setup import Run, is_due, sample_records
-from rlt_jax.training import checkpoint, hosts, sharding, watchdog
-from rlt_jax.training.lora import Tuning
-from rlt_jax.training.metrics import (
-    MetricWriter,
-    append_jsonl,
-    keep_records,
-    peak_gib,
-    phase_metrics,
-    steps,
-)
+from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding, watchdog
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
 
@@ -73,7 +63,7 @@ class Journal:
 
     c: RLConfig
     run: Run
-    tuning: Tuning
+    tuning: lora.Tuning
     held_out: Sequence[Problem]
     prompts: grain.DatasetIterator
     key: Array
@@ -93,7 +83,7 @@ class Journal:
         keep = self.c.keep_checkpoints
         with checkpoint.open_manager(self.workdir, keep) as self._manager:
             self._restore()
-            with MetricWriter(self.workdir, self._first) as self._writer:
+            with metrics.MetricWriter(self.workdir, self._first) as self._writer:
                 yield
             self._manager.wait_until_finished()
 
@@ -110,7 +100,8 @@ class Journal:
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
         c = self.c
-        for step in steps(self._first, c.steps, self.workdir, c.profile_steps):
+        progress = self._first, c.steps, self.workdir, c.profile_steps
+        for step in metrics.steps(*progress):
             self._times = {"": time.monotonic()}
             yield step
 
@@ -135,17 +126,17 @@ class Journal:
           UserError: too many updates in a row were skipped.
         """
         c, done = self.c, step + 1
-        metrics = reward_metrics(reward, self._advantage, c.group_size)
-        metrics |= over_updates(updates) | rollout_metrics(rollout)
-        metrics |= _overlong(batch) | {"memory/peak_gib": peak_gib()}
-        metrics |= self._phases(rollout, len(updates))
+        numbers = reward_metrics(reward, self._advantage, c.group_size)
+        numbers |= over_updates(updates) | rollout_metrics(rollout)
+        numbers |= _overlong(batch) | {"memory/peak_gib": metrics.peak_gib()}
+        numbers |= self._phases(rollout, len(updates))
         if is_due(done, c.evaluate_every, c.steps):
             result = self._evaluate(done)
             self._results["last"] = result
             self._keep_best(done, result["reward"])
             if c.evaluate_every:
-                metrics |= {f"held_out/{name}": x for name, x in result.items()}
-        check_updates(self._writer.write(step, metrics), c.max_skipped, False)
+                numbers |= {f"held_out/{name}": x for name, x in result.items()}
+        check_updates(self._writer.write(step, numbers), c.max_skipped, False)
         if step % c.sample_every == 0:
             self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
         stop = hosts.stopping()
@@ -171,10 +162,10 @@ class Journal:
         sampled = sum(map(len, rollout.tokens))
         tokens = sampled + sum(len(request.prompt) for request in rollout.requests)
         counts = {"rollout": sampled, "score": tokens, "update": tokens * num_updates}
-        metrics = {}
+        numbers = {}
         for (_, start), (phase, end) in itertools.pairwise(self._times.items()):
-            metrics |= phase_metrics(phase, counts[phase], end - start)
-        return metrics | {"time/step_seconds": time.monotonic() - self._times[""]}
+            numbers |= metrics.phase_metrics(phase, counts[phase], end - start)
+        return numbers | {"time/step_seconds": time.monotonic() - self._times[""]}
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Held-out results of the current policy; calls differ by the policy alone."""
@@ -188,17 +179,15 @@ class Journal:
         if self.kl_coef == "auto":
             terms = jax.device_get(rewards.compute(run.reward, batch, rollout))
             names = ("solution_score", "explanation_kl")
-            self.kl_coef = balanced_kl_coef(*(terms[name] for name in names))
+            self.kl_coef = rlt_reward.balanced_kl_coef(*(terms[name] for name in names))
         reward = rewards.compute(run.reward, batch, rollout, self.kl_coef)
-        shown = slice(32)
-        self._append(step, "held_out", rollout, reward, shown)
+        self._append(step, "held_out", rollout, reward, slice(32))
         values = jax.device_get(reward)
         values["reward"] = values.pop("value")
         answered = all(problem.answer is not None for problem in self.held_out)
         if run.role == "student" and answered:
-            values["accuracy"] = rewards.correctness(
-                rollout, run.template, right=1.0, wrong=0.0, unreadable=0.0
-            )
+            points = {"right": 1.0, "wrong": 0.0, "unreadable": 0.0}
+            values["accuracy"] = rewards.correctness(rollout, run.template, **points)
         results = {}
         for name, value in values.items():
             mean, error = mean_and_error(np.asarray(value))
@@ -220,7 +209,7 @@ class Journal:
         """Appends some completions of a rollout to `samples.jsonl`."""
         where = {"step": step, "split": split}
         records = sample_records(self.run, rollout, reward, shown)
-        append_jsonl(self._samples, [where | record for record in records])
+        metrics.append_jsonl(self._samples, [where | record for record in records])
 
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
@@ -231,18 +220,11 @@ class Journal:
             self._first, items, data = restored
             self.prompts.set_state(data["prompts"])
             self._results = data["results"]
-            self.weights = Weights(
-                from_items(items, self.tuning.item),
-                items.get("reference", {}),
-                items.get("student", {}),
-                items.get("teacher", {}),
-            )
+            optional = (items.get(name, {}) for name in Weights._fields[1:])
+            self.weights = Weights(from_items(items, self.tuning.item), *optional)
         # Held-out records of a step belong to the checkpoint that it ends with.
-        first = self._first
-        keep_records(
-            self._samples,
-            lambda x: x["step"] < first + (x["split"] == "held_out" and first > 0),
-        )
+        first = {"train": self._first, "held_out": self._first + (self._first > 0)}
+        metrics.keep_records(self._samples, lambda x: x["step"] < first[x["split"]])
         if restored is None:
             self.kl_coef = self.run.rlt_reward.explanation_kl_coef
             result = self._evaluate(0)
@@ -257,7 +239,7 @@ def _overlong(batch: Batch) -> Metrics:
     return {"rollout/overlong": jnp.stack(counts).max()} if counts else {}
 
 
-def _items(tuning: Tuning, weights: Weights) -> Record:
+def _items(tuning: lora.Tuning, weights: Weights) -> Record:
     items = to_items(weights.state, tuning.item)
     optional = dict(zip(Weights._fields[1:], weights[1:], strict=True))
     return items | {name: tree for name, tree in optional.items() if tree}

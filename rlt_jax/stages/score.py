@@ -107,9 +107,7 @@ class Scorer:
         settings = scoring.ScoringConfig(reward, ensemble, c.teacher_temperature)
         self._score = scoring.make_scorer(models, self._renderers, settings, mesh)
         temperatures = c.teacher_temperature, reward.student_temperature
-        self._origin = setup.provenance_of(
-            models[0], models[1:], self.template, *temperatures
-        )
+        self._origin = setup.provenance_of(models, self.template, *temperatures)
 
     def score(
         self, batch: list[TextCompletion], per_token: bool = False
@@ -124,23 +122,13 @@ class Scorer:
         # Null where there is no control, as when all questions of a batch are the same.
         asked = controls.CONTROLS if self.c.controls else ()
         none = dict.fromkeys(f"reward_{name}" for name in asked)
-        rows = [
-            {
-                **problem_record(trace.problem),
-                "completion": text,
-                "reasoning_trace": trace.explanation,
-                "closed": closed,
-                **scored,
-                **none,
-                "copied_share": controls.copied_share(
-                    trace.explanation, trace.problem.solution
-                ),
-                "provenance": origin,
-            }
-            for (text, trace, closed), scored in zip(
-                batch, self.score(batch, self.c.per_token), strict=True
-            )
-        ]
+        rows, scores = [], self.score(batch, self.c.per_token)
+        for (text, trace, closed), scored in zip(batch, scores, strict=True):
+            problem, explanation = trace
+            row = {"completion": text, "reasoning_trace": explanation, "closed": closed}
+            share = controls.copied_share(explanation, problem.solution)
+            row |= scored | none | {"copied_share": share, "provenance": origin}
+            rows.append(problem_record(problem) | row)
         for name, given in self._controls(batch, first).items():
             for row, scored in zip(rows, self.score(given), strict=True):
                 row[f"reward_{name}"] = scored["reward"]
@@ -152,12 +140,10 @@ class Scorer:
         """Control -> a completion for each of the batch; {} where none are asked for."""
         if not self.c.controls:
             return {}
-        replaced = controls.controlled(
-            [completion.text for completion in batch],
-            [completion.trace.problem for completion in batch],
-            self.template.explanation_tags[1],
-            [self._seed, first],
-        )
+        texts = [completion.text for completion in batch]
+        problems = [completion.trace.problem for completion in batch]
+        closing, seed = self.template.explanation_tags[1], [self._seed, first]
+        replaced = controls.controlled(texts, problems, closing, seed)
         return {
             name: [text_completion(self.template, *pair, True) for pair in pairs]
             for name, pairs in replaced.items()
@@ -207,14 +193,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         for name, values in rewards.items():
             if row.get(f"reward_{name}") is not None:
                 values.append(row[f"reward_{name}"])
-        candidates.append(
-            Candidate(
-                json.dumps(row.get("prompt", row["question"])),
-                row["reward"],
-                row["student_tokens"],
-                row["closed"],
-            )
-        )
+        question = json.dumps(row.get("prompt", row["question"]))
+        scored = row["reward"], row["student_tokens"], row["closed"]
+        candidates.append(Candidate(question, *scored))
     kept = set(select(selection, candidates))
     for n, row in enumerate(metrics.stream_jsonl(file)):
         if n in kept:
@@ -233,11 +214,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
 
 
 def write_scores(
-    scorer: Scorer,
-    todo: Iterator[TextCompletion],
-    file: Path,
-    first: int,
-    total: int | None = None,
+    scorer: Scorer, todo: Iterator[TextCompletion], file: Path, first: int, total: int
 ) -> int:
     """Scores completions batch by batch and appends a row for each.
 
@@ -294,19 +271,11 @@ def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) 
     chosen, examples = list(rows.values()), []
     for start in range(0, len(chosen), scorer.c.batch_size):
         part = chosen[start : start + scorer.c.batch_size]
-        batch = [
-            text_completion(
-                scorer.template,
-                Problem(
-                    row["question"],
-                    row["solution"],
-                    history=history_of(row),
-                ),
-                row["completion"],
-                row["closed"],
-            )
-            for row in part
-        ]
+        batch = []
+        for row in part:
+            problem = Problem(row["question"], row["solution"], history=history_of(row))
+            text, closed = row["completion"], row["closed"]
+            batch.append(text_completion(scorer.template, problem, text, closed))
         scored = scorer.score(batch, per_token=True)
         examples += [row | tokens for row, tokens in zip(part, scored, strict=True)]
     if hosts.is_first():

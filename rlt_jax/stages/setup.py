@@ -24,7 +24,7 @@ from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.ranges import check_value
 from rlt_jax.records import Problem, Record, Trace, problem_record
-from rlt_jax.rl.rewards import RewardFunction, Term, uses_rlt
+from rlt_jax.rl.rewards import RLT, RewardFunction, Term
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.scoring import check_tokenizers, compile_log_probs, jit_rlt_reward
 from rlt_jax.settings import Section, build
@@ -143,9 +143,10 @@ def load_run(
     """
     template = load_template(config["template"])
     row_shape = load_row_shape(config, mesh)
-    if uses_rlt(terms) != bool(students) or (students and role != "teacher"):
+    names = [term.name for term in terms]
+    if (RLT in names) != bool(students) or (students and role != "teacher"):
         raise UserError(
-            f"reward_terms are {[term.name for term in terms]}, the role is {role!r} and "
+            f"reward_terms are {names}, the role is {role!r} and "
             f"there are {len(students)} students: the term `rlt` needs students (or "
             "loop.self_teaching) and the role 'teacher', and students need that term."
         )
@@ -307,9 +308,7 @@ def check_fit(run: Run, problems: Sequence[Problem]) -> None:
         check_room(lengths[renderer], new, context, what, "the student's context")
 
 
-def check_room(
-    lengths: Sequence[int], new: int, limit: int, what: str, where: str
-) -> None:
+def check_room(lengths: list[int], new: int, limit: int, what: str, where: str) -> None:
     """Raises UserError unless sequences leave room for a completion.
 
     Args:
@@ -336,23 +335,26 @@ def is_due(done: int, every: int, total: int) -> bool:
 
 
 def provenance_of(
-    teacher: LoadedModel,
-    students: Sequence[LoadedModel],
-    template: Template,
-    teacher_temperature: float,
-    student_temperature: float,
+    models: Sequence[LoadedModel], template: Template, teacher: float, students: float
 ) -> Record:
-    """What a reward depends on: fingerprints of weights, tokenizers and template."""
-    weights, *students_weights = (weights_hash(m.params) for m in (teacher, *students))
-    tokenizer, *others = (tokenizer_hash(m.tokenizer) for m in (teacher, *students))
+    """What a reward depends on: fingerprints of weights, tokenizers and template.
+
+    Args:
+      models: the teacher, then the students.
+      template: of the prompts.
+      teacher: temperature of the teacher.
+      students: temperature of the students.
+    """
+    weights, *students_weights = (weights_hash(model.params) for model in models)
+    tokenizer, *others = (tokenizer_hash(model.tokenizer) for model in models)
     return {
         "teacher": weights,
         "teacher_tokenizer": tokenizer,
         "students": students_weights,
         "student_tokenizers": others,
         "template": template_hash(template),
-        "teacher_temperature": teacher_temperature,
-        "student_temperature": student_temperature,
+        "teacher_temperature": teacher,
+        "student_temperature": students,
     }
 
 

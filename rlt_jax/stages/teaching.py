@@ -13,10 +13,8 @@ from rlt_jax.data import privileged, rows
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.traces import read_traces
 from rlt_jax.errors import LOG, UserError
-from rlt_jax.inference import head, spans
+from rlt_jax.inference import given, head, log_probs, spans
 from rlt_jax.inference.divergence import Models, states_beside
-from rlt_jax.inference.given import GivenSampler, given_completions
-from rlt_jax.inference.log_probs import packed_log_probs
 from rlt_jax.inference.sampler import Sampler
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem
@@ -26,7 +24,6 @@ from rlt_jax.rl.teaching import TeachingConfig, token_advantages
 from rlt_jax.settings import Section, build
 from rlt_jax.stages.setup import Run, check_room
 from rlt_jax.training import checkpoint, offload, sharding
-from rlt_jax.training.checkpoint import LoadedModel, ModelSource
 from rlt_jax.types import Array, Batch, Params, Reward, Rollout
 
 
@@ -46,7 +43,7 @@ class Teacher:
 
     config: TeachingConfig
     run: Run
-    loaded: LoadedModel
+    loaded: checkpoint.LoadedModel
     renderer: Renderer
     seen: Callable[..., list[str | None]]
     judge: Callable[[Params, Batch, Batch], tuple[dict[str, Array], Reward]]
@@ -80,11 +77,7 @@ class Teacher:
         return Divergence(c.weight, c, Models(*both))
 
     def teach(
-        self,
-        params: Params,
-        rollout: Rollout,
-        starts: np.ndarray,
-        batch: Batch,
+        self, params: Params, rollout: Rollout, starts: np.ndarray, batch: Batch
     ) -> tuple[Batch, Reward]:
         """The batch with what the teacher says of its tokens, and terms [E] for metrics.
 
@@ -105,9 +98,8 @@ class Teacher:
             pairs = zip(graded > 0, rollout.texts, strict=True)
             right = [text.strip() if correct else None for correct, text in pairs]
         seen = self.seen([request.problem for request in rollout.requests], right)
-        made = privileged.privileged_examples(
-            self.renderer, run.renderer, rollout, seen, self.limit
-        )
+        renderers = self.renderer, run.renderer
+        made = privileged.privileged_examples(*renderers, rollout, seen, self.limit)
         packed = rows.pack_student(run.row_shape, *made, starts)
         params = offload.fetch(params)
         args = sharding.put_rows(packed, run.mesh), batch
@@ -146,9 +138,8 @@ def open_teacher(
     _check_settings(config, c, run)
     loaded = run.policy._replace(params=None)
     if c.teacher is not None:
-        loaded = checkpoint.open_model(
-            build(ModelSource, c.teacher, "teaching.teacher")
-        )
+        source = build(checkpoint.ModelSource, c.teacher, "teaching.teacher")
+        loaded = checkpoint.open_model(source)
     if c.over_vocabulary and loaded.tokenizer.pieces != run.policy.tokenizer.pieces:
         raise UserError(
             f"teaching.kind={c.kind!r} compares whole vocabularies, but those of "
@@ -164,20 +155,16 @@ def open_teacher(
     if c.traces:
         traces = read_traces(c.traces, run.template)
         args = traces, problems, run.sampling.max_new_tokens
-        given = given_completions(run.renderer, *args)
-        sampler = GivenSampler(sampler, c.own_samples, given, run.renderer)
+        made = given.given_completions(run.renderer, *args)
+        sampler = given.GivenSampler(sampler, c.own_samples, made, run.renderer)
     args = c, group_size, loaded.model, run.sampling.temperature
-    program = functools.partial(judge, *args)
-    compiled = sharding.jit(program, run.mesh)
-    args = c.sees, run.template, explanations
-    seen = functools.partial(privileged.seen_texts, *args)
+    compiled = sharding.jit(functools.partial(judge, *args), run.mesh)
+    seen = functools.partial(privileged.seen_texts, c.sees, run.template, explanations)
     teacher = Teacher(c, run, loaded, renderer, seen, compiled, sampler)
     if c.sees != "attempt":
         _check_prompts(teacher, problems)
     elif any(problem.answer is None for problem in problems):
-        raise UserError(
-            "teaching.sees='attempt' needs answers: data have none of some."
-        )
+        raise UserError("teaching.sees='attempt' needs answers: some data have none.")
     return teacher
 
 
@@ -208,14 +195,10 @@ def _check_prompts(teacher: Teacher, problems: Sequence[Problem]) -> None:
         raise UserError(f"{missing}. See other things, or name other files.")
     if len(known) < len(problems):
         LOG.warning(f"{missing}; they are not taught.")
-    prompts = [
-        len(privileged.privileged_prompt(teacher.renderer, run.renderer, one)[1].ids)
-        for one in known
-    ]
-    new, where = (
-        run.sampling.max_new_tokens,
-        "rows.row_length or the teacher's context",
-    )
+    renderers = teacher.renderer, run.renderer
+    encoded = [privileged.privileged_prompt(*renderers, one)[1] for one in known]
+    prompts = [len(encoding.ids) for encoding in encoded]
+    where, new = "rows.row_length or the teacher's context", run.sampling.max_new_tokens
     check_room(prompts, new, teacher.limit, "the teacher's prompt", where)
 
 
@@ -223,7 +206,7 @@ def load_weights(teacher: Teacher | None, seed: int, on_host: bool) -> Teacher |
     """The teacher with its weights, if it is not the policy."""
     if teacher is None or teacher.config.teacher is None:
         return teacher
-    source = build(ModelSource, teacher.config.teacher, "teaching.teacher")
+    source = build(checkpoint.ModelSource, teacher.config.teacher, "teaching.teacher")
     key = jax.random.fold_in(jax.random.key(seed), 1)
     mesh, loaded = teacher.run.mesh, teacher.loaded
     params = checkpoint.load_params(source, loaded.model, mesh, key)
@@ -256,14 +239,13 @@ def judge(
       compared; and terms [E] for metrics.
     """
     if not config.over_vocabulary:
-        found = packed_log_probs(model, temperature, params, teacher)
+        found = log_probs.packed_log_probs(model, temperature, params, teacher)
         teacher = teacher._replace(log_probs=found)
         taught, terms = token_advantages(config, group_size, batch, teacher)
         return {"taught": taught}, terms
     own, told = teacher.policy_explanation, teacher.explanation
-    states, known = states_beside(
-        (model, params), teacher, told, own, batch.tokens.shape
-    )
+    shape = batch.tokens.shape
+    states, known = states_beside((model, params), teacher, told, own, shape)
     taught = known.astype(jnp.float32)
     share = spans.gather(taught, batch.completion)
     terms = {"taught_fraction": masked.mean(share, spans.mask(batch.completion))}

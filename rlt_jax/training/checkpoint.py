@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
 from rlt_jax.errors import LOG, UserError, as_user_error
-from rlt_jax.files import storage_errno, storing
+from rlt_jax.files import storage_errno, storing, write_whole
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES, REMAT_POLICIES, ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
@@ -241,7 +241,7 @@ def describe(stage_dir: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 def write_chat_template(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes the chat template that is in use beside the files of a tokenizer."""
     if tokenizer.chat is not None:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat.source, "utf-8")
+        write_whole(folder / "chat_template.jinja", tokenizer.chat.source)
     if tokenizer.variables:
         file = folder / TOKENIZER_CONFIG
         write_json(file, read_json(file) | {VARIABLES: tokenizer.variables})

@@ -94,9 +94,7 @@ def add(folder: Path, step: int, is_open: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS)
     try:
         found = _checksums(checkpoint, checkpoint.rglob("*"))
-        kept = {
-            name: x for name, x in _read(folder).items() if (folder / name).is_dir()
-        }
+        kept = {n: x for n, x in _read(folder).items() if (folder / n).is_dir()}
         files.write_json(folder.with_name(NAME), kept | {str(step): found})
     except FileNotFoundError:  # a newer checkpoint has replaced it
         return

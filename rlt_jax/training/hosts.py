@@ -21,17 +21,14 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from rlt_jax.errors import StorageError, UserError
+from rlt_jax.errors import StorageError, UserError, tell
 from rlt_jax.files import GO_ON, storage_errno
 from rlt_jax.training import private_jax
 
 T = TypeVar("T")
 
 # Stop signal -> exit status. A scheduler gives the command again after all but 1 and 130.
-STOP_SIGNALS = {
-    signal.SIGTERM: 128 + signal.SIGTERM,
-    signal.SIGINT: 128 + signal.SIGINT,
-}
+STOP_SIGNALS = {number: 128 + number for number in (signal.SIGTERM, signal.SIGINT)}
 USER_ERROR = 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a disk, a network or another process failed
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
@@ -94,9 +91,7 @@ def connect(
             return
     elif ":" not in coordinator_address or process_id not in range(num_processes):
         given = " ".join(f"{name}={value}" for name, value in flags.items())
-        raise UserError(
-            f"{given}: give HOST:PORT, and an id from 0 to num_processes - 1."
-        )
+        raise UserError(f"{given}: give HOST:PORT, an id from 0 to num_processes - 1.")
     jax.config.update("jax_enable_preemption_service", True)  # for `stopping`
     address = coordinator_address or "the coordinator that the cluster names"
     who = "this process" if missing else f"process {process_id} of {num_processes}"
@@ -132,13 +127,11 @@ def _in_cluster() -> bool:
 
 
 def _time_out(who: str, address: str, timeout: int) -> NoReturn:
-    message = (
-        f"rlt_jax: {who} timed out waiting for the other processes at {address} after "
-        f"{timeout} s. Check that all were started with this address and the same number "
-        "of processes, and that no firewall blocks the port. --init_timeout=SECONDS "
-        "waits longer."
+    tell(
+        f"{who} timed out waiting for the other processes at {address} after {timeout} s. "
+        "Check that all were started with this address and the same number of processes, "
+        "and that no firewall blocks the port. --init_timeout=SECONDS waits longer."
     )
-    print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -269,8 +262,7 @@ def guard(work: Callable[[], None]) -> None:
     except UserError as error:
         _fail(str(error))
     except Stopped:
-        message = "stopped by a signal, all is saved; the same command resumes the run."
-        print(f"rlt_jax: {message}", file=sys.stderr)
+        tell("stopped by a signal, all is saved; the same command resumes the run.")
         sys.exit(_stop_status[0])
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, StorageError):
@@ -294,7 +286,7 @@ def guard(work: Callable[[], None]) -> None:
 def _fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Exits with a message, which the other processes print too."""
     if not jax.distributed.is_initialized():
-        print(f"rlt_jax: {message}", file=sys.stderr)
+        tell(message)
         sys.exit(status)
     index = private_jax.process_id()
     message = f"process {index} of {private_jax.num_processes()}: {message}"
@@ -314,12 +306,11 @@ def _watch_others(heartbeat_timeout: float) -> None:
     beats: dict[int, str] = {}
     while not _exiting.wait(POLL_SECONDS):
         failures, now = [], time.monotonic()
+        stamp = str(now)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is silent
-            private_jax.beat(str(now))
+            private_jax.beat(stamp)
             failures = private_jax.received(FAILURES)
-            new = (
-                private_jax.beats() if is_first() else dict.fromkeys(answered, str(now))
-            )
+            new = private_jax.beats() if is_first() else dict.fromkeys(answered, stamp)
             answered |= {i: now for i in new if new[i] != beats.get(i)}
             beats = new
         silent = [i for i in answered if now - answered[i] > silence]
@@ -337,7 +328,7 @@ def _watch_others(heartbeat_timeout: float) -> None:
 
 def _exit_together(message: str, status: int) -> NoReturn:
     """Exits when all processes have heard of the failure, or after EXIT_SECONDS."""
-    print(f"rlt_jax: {message}", file=sys.stderr, flush=True)
+    tell(message)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is dead
         private_jax.wait_at_barrier("rlt_jax_exit", EXIT_SECONDS)
     if is_first():

@@ -87,14 +87,12 @@ class _Events:
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder, self._writer = folder, None
         if hosts.is_first():
-            start = Event(
-                step=first_step, session_log=SessionLog(status=SessionLog.START)
-            )
             with self._given_up_on_failure():
                 folder.mkdir(parents=True, exist_ok=True)
                 suffix = f".{os.getpid()}.{first_step}"
                 self._writer = EventsWriter(str(folder / "events"), suffix)
-                self._write(start)
+                start = SessionLog(status=SessionLog.START)
+                self._write(Event(step=first_step, session_log=start))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes numbers of a step."""

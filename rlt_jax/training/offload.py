@@ -36,11 +36,6 @@ def fetch(tree: Any) -> Any:
     return _move(tree, "device")
 
 
-def put_back(tree: Any, like: Any) -> Any:
-    """Moves a new tree to the shardings and memory kinds of an old one."""
-    return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), tree, like)
-
-
 def _move(tree: Any, kind: str) -> Any:
     shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
     return jax.device_put(tree, shardings)

@@ -43,13 +43,13 @@ def cluster_process_count() -> int:
     return 1
 
 
-def send(key: str, value: str) -> None:
+def send(key: str, value: str, overwrite: bool = False) -> None:
     """Stores a string in the coordination service, where every process can read it.
 
     Raises:
       jax.errors.JaxRuntimeError: process 0 is dead, or the key has a value.
     """
-    global_state.client.key_value_set(key, value)
+    global_state.client.key_value_set(key, value, allow_overwrite=overwrite)
 
 
 def receive(key: str) -> str:
@@ -81,8 +81,7 @@ def beat(value: str) -> None:
     Raises:
       jax.errors.JaxRuntimeError: process 0 is dead.
     """
-    key = f"{BEATS}/{process_id()}"
-    global_state.client.key_value_set(key, value, allow_overwrite=True)
+    send(f"{BEATS}/{process_id()}", value, overwrite=True)
 
 
 def beats() -> dict[int, str]:
@@ -111,4 +110,4 @@ def announce_preemption() -> None:
     `multihost_utils.reached_preemption_sync_point` that returns True.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat()
-    global_state.client.key_value_set(PREEMPTION_NOTICE, now, allow_overwrite=True)
+    send(PREEMPTION_NOTICE, now, overwrite=True)

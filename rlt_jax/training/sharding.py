@@ -209,7 +209,5 @@ def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
 
 def device_bytes(tree: Any) -> int:
     """Bytes per device of a tree of arrays or ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+    parts = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)

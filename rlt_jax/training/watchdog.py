@@ -13,6 +13,8 @@ import time
 
 import jax
 
+from rlt_jax.errors import tell
+
 STALLED = 75  # exit status; see `hosts`
 
 _last = ["start", time.monotonic()]
@@ -45,22 +47,15 @@ def _watch(timeout: float, ends: bool) -> None:
             patience *= 2
             _report(what, time.monotonic() - since)
             if ends:
-                message = (
-                    "rlt_jax: ended by --stall_exit; the same command resumes the run"
-                )
-                print(message, file=sys.stderr, flush=True)
+                tell("ended by --stall_exit; the same command resumes the run")
                 os._exit(STALLED)
 
 
 def _report(what: str, seconds: float) -> None:
-    print(
-        f"rlt_jax: no progress for {seconds:.0f} s since: {what}. Threads, the most recent "
-        "call first:",
-        file=sys.stderr,
-        flush=True,
-    )
+    stalled = f"no progress for {seconds:.0f} s since: {what}"
+    tell(f"{stalled}. Threads, the most recent call first:")
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     for device in jax.local_devices():
         used = (device.memory_stats() or {}).get("bytes_in_use")
         memory = "" if used is None else f": {used / 2**30:.1f} GiB in use"
-        print(f"rlt_jax: {device}{memory}", file=sys.stderr, flush=True)
+        tell(f"{device}{memory}")

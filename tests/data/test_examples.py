@@ -337,14 +337,6 @@ def test_alignment_is_common_and_finest() -> None:
         assert texts[0] == texts[1] == dict(enumerate(expected))
 
 
-def test_sequences_that_do_not_fit_are_named() -> None:
-    sequences = [np.zeros(length, np.int32) for length in (3, 9, 4, 7)]
-    examples.check_lengths(sequences, 9, "sequences")
-    message = r"mine: sequence 1 has 9 tokens, the limit is 5 \(2 of 4 sequences"
-    with pytest.raises(UserError, match=message):
-        examples.check_lengths(sequences, 5, "mine")
-
-
 TURNS = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}"
     "{% endfor %}"

@@ -10,6 +10,7 @@ import pytest
 
 from rlt_jax.models import attention as attention_lib
 from rlt_jax.models.attention import MASKED, Tokens, attention, soft_cap
+from rlt_jax.models.attention_kernels import Settings
 
 B, T, N, K, H = 2, 128, 6, 2, 8
 LENGTHS = ([40, 50, 20], [90, 7, 31])
@@ -32,11 +33,10 @@ def dense(
     key: jax.Array,
     value: jax.Array,
     tokens: Tokens,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    settings: Settings,
 ) -> jax.Array:
     """The same by all pairs of tokens, one query head at a time."""
+    scale, softcap, window = settings
     distance = tokens.positions[:, :, None] - tokens.positions[:, None, :]
     seen = tokens.segment_ids[:, :, None] == tokens.segment_ids[:, None, :]
     seen &= distance >= 0
@@ -72,11 +72,11 @@ def test_blocks_change_neither_values_nor_gradients(
     value = jax.random.normal(keys[2], (B, T, K, H))
     live = (segment_ids > 0)[:, :, None, None]
     tokens = Tokens(positions, segment_ids, jnp.array(windowed))
-    settings = {"scale": H**-0.5, "softcap": softcap, "window": window}
+    settings = Settings(H**-0.5, softcap, window)
     monkeypatch.setattr(attention_lib, "BLOCK", block)
 
     def loss(attend: Callable, *arrays: jax.Array) -> jax.Array:
-        out = attend(*arrays, tokens, **settings)
+        out = attend(*arrays, tokens, settings)
         return (jnp.where(live, out, 0.0) ** 2).sum()
 
     found = [
@@ -96,7 +96,7 @@ def test_memory_grows_with_the_length_and_not_its_square() -> None:
 
         def loss(x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
             tokens = Tokens(positions, segments, jnp.array(False))
-            return (attention(x, x, x, tokens, scale=1.0) ** 2).sum()
+            return (attention(x, x, x, tokens, Settings(1.0)) ** 2).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(shape, numbers, numbers).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -47,10 +47,8 @@ def operands(length: int, windowed: bool, dtype: str) -> tuple:
 
 def of_tokens(kernel: Callable) -> Callable:
     """A kernel, run by the interpreter, with the signature of `attention`."""
-    return lambda q, k, v, tokens, **settings: kernel(
-        *(q, k, v, tokens.segment_ids, tokens.windowed),
-        kernels.Settings(**settings),
-        interpret=True,
+    return lambda q, k, v, tokens, settings: kernel(
+        *(q, k, v, tokens.segment_ids, tokens.windowed, settings), interpret=True
     )
 
 
@@ -88,9 +86,9 @@ def test_the_tpu_kernel_agrees(
     monkeypatch.setattr(kernels, "TPU_BLOCKS", blocks)
     monkeypatch.setattr(kernels, "TPU_KEYS_AT_ONCE", 128)
     args = operands(length, windowed, "float32")
-    settings = {"scale": H**-0.5, "softcap": softcap, "window": window}
-    kernel = functools.partial(of_tokens(kernels.tpu_attention), **settings)
-    xla = functools.partial(attention, **settings)
+    settings = kernels.Settings(H**-0.5, softcap, window)
+    kernel = functools.partial(of_tokens(kernels.tpu_attention), settings=settings)
+    xla = functools.partial(attention, settings=settings)
     for ours, theirs in zip(
         values_and_gradients(kernel, *args), values_and_gradients(xla, *args)
     ):
@@ -100,9 +98,9 @@ def test_the_tpu_kernel_agrees(
 @pytest.mark.parametrize("length", [100, 192])
 def test_the_gpu_kernel_agrees(length: int) -> None:
     args = operands(length, False, "float32")
-    settings = {"scale": H**-0.5}
-    kernel = functools.partial(of_tokens(kernels.gpu_attention), **settings)
-    xla = functools.partial(attention, **settings)
+    settings = kernels.Settings(H**-0.5)
+    kernel = functools.partial(of_tokens(kernels.gpu_attention), settings=settings)
+    xla = functools.partial(attention, settings=settings)
     for ours, theirs in zip(
         values_and_gradients(kernel, *args), values_and_gradients(xla, *args)
     ):
@@ -112,8 +110,9 @@ def test_the_gpu_kernel_agrees(length: int) -> None:
 @pytest.mark.parametrize("kernel", [kernels.tpu_attention, kernels.gpu_attention])
 def test_kernels_agree_in_bfloat16(kernel: Callable) -> None:
     args = operands(200, False, "bfloat16")
-    run = functools.partial(of_tokens(kernel), scale=H**-0.5)
-    xla = functools.partial(attention, scale=H**-0.5)
+    settings = kernels.Settings(H**-0.5)
+    run = functools.partial(of_tokens(kernel), settings=settings)
+    xla = functools.partial(attention, settings=settings)
     for ours, theirs in zip(
         values_and_gradients(run, *args), values_and_gradients(xla, *args)
     ):
@@ -127,7 +126,7 @@ def test_kernels_agree_in_bfloat16(kernel: Callable) -> None:
 def test_padding_has_finite_gradients(kernel: Callable) -> None:
     query, key, value, d_out, tokens = operands(140, False, "float32")
     tokens = tokens._replace(segment_ids=jnp.zeros_like(tokens.segment_ids))
-    run = functools.partial(of_tokens(kernel), scale=1.0)
+    run = functools.partial(of_tokens(kernel), settings=kernels.Settings(1.0))
     out, pull = jax.vjp(lambda *x: run(*x, tokens), query, key, value)
     assert all(jnp.isfinite(x).all() for x in (out, *pull(d_out)))
 
@@ -190,7 +189,7 @@ def test_accelerators_use_their_kernels_where_these_take_the_sizes(
 
     def loss(q: jax.Array, k: jax.Array, ids: jax.Array) -> jax.Array:
         tokens = Tokens(ids, ids, jnp.array(True))
-        out = attention(q, k, k, tokens, scale=1.0, window=window)
+        out = attention(q, k, k, tokens, kernels.Settings(1.0, window=window))
         return (out.astype(jnp.float32) ** 2).sum()
 
     with jax.sharding.use_abstract_mesh(gpu):

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax.models import paged_cache
+from rlt_jax.models.attention_kernels import Settings
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.paged_cache import (
     copy_pages,
@@ -24,7 +25,6 @@ from rlt_jax.models.paged_cache import (
 from rlt_jax.types import PagedCache
 
 L, K, C, H = 2, 2, 4, 8
-ATTENTION = jax.jit(paged_attention, static_argnames=("softcap", "window"))
 CONFIG = ModelConfig(
     vocab_size=8,
     embed_dim=8,
@@ -35,6 +35,13 @@ CONFIG = ModelConfig(
     mlp_dim=8,
     max_length=64,
 )
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "window"))
+def attend(
+    *operands: Any, softcap: float | None = None, window: int | None = None
+) -> jax.Array:
+    return paged_attention(*operands, Settings(1.0, softcap, window))
 
 
 def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
@@ -93,7 +100,7 @@ def test_pages_are_seen_as_whole_rows(
     query = normal(rng, 4, T, 4, H)
     # The shortest row, ends of a page, and one that sees everything.
     positions = np.array([[0], [C - 1], [2 * C], [5 * C - T]]) + np.arange(T)
-    ours = ATTENTION(
+    ours = attend(
         query,
         cache,
         jnp.int32(1),
@@ -112,12 +119,12 @@ def test_pages_that_no_row_needs_change_no_bit() -> None:
     cache, _, _ = pool_and_rows(rng, B=2, columns=5)
     args = jnp.int32(1), jnp.array([[6], [3]]), jnp.asarray(False)
     query = normal(rng, 2, 1, 4, H)
-    both = ATTENTION(query, cache, *args)
+    both = attend(query, cache, *args)
     longer = jnp.array([[6], [19]])
-    mixed = ATTENTION(query, cache, args[0], longer, args[2])
+    mixed = attend(query, cache, args[0], longer, args[2])
     np.testing.assert_array_equal(mixed[0], both[0])
     wild = cache._replace(table=cache.table.at[:, 2:].set(0))
-    np.testing.assert_array_equal(ATTENTION(query, wild, *args), both)
+    np.testing.assert_array_equal(attend(query, wild, *args), both)
 
 
 def stored(write_where: str, *args: jax.Array) -> PagedCache:
@@ -220,7 +227,7 @@ def test_the_tpu_kernel_agrees(columns: int, softcap: float | None) -> None:
     as_float = cache._replace(
         keys=cache.keys.astype(jnp.float32), values=cache.values.astype(jnp.float32)
     )
-    exact = ATTENTION(query, as_float, *operands[2:], softcap=softcap)
+    exact = attend(query, as_float, *operands[2:], softcap=softcap)
     np.testing.assert_allclose(ours, exact, atol=1e-5)
 
 

@@ -361,7 +361,8 @@ def test_a_std_is_the_band_of_its_mean() -> None:
 
 
 def test_an_accuracy_of_zero_can_be_drawn() -> None:
-    assert plots.accuracy_bars({"base": 0.0}, {"base": 0.0}).startswith(PNG)
+    results = {"base": {"accuracy": 0.0, "standard_error": 0.0}}
+    assert plots.accuracy_bars(results).startswith(PNG)
 
 
 def test_the_report_needs_no_jax() -> None:

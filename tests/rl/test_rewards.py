@@ -11,7 +11,7 @@ import pytest
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem
-from rlt_jax.rl.rewards import RewardFunction, compute, make_terms, uses_rlt
+from rlt_jax.rl.rewards import RewardFunction, compute, make_terms
 from rlt_jax.types import Batch, Request, Reward, Rollout
 
 SOLUTION = "three plus four is seven"
@@ -96,11 +96,6 @@ def test_without_students_the_host_terms_are_all_there_is(rlt: Template) -> None
     for values in reward.values():
         assert values.dtype == np.float32
         np.testing.assert_array_equal(values, [0, -4, -1])
-
-
-def test_which_rewards_need_students() -> None:
-    assert uses_rlt(make_terms({"copy": {}, "rlt": {}}))
-    assert not uses_rlt(make_terms({"copy": {}}))
 
 
 @pytest.fixture
