@@ -43,13 +43,14 @@ Columns = Collection[str] | None
 Rows = Iterator[tuple[str, Record | UserError]]
 
 
-def read_file(file: Path, columns: Columns) -> Rows:
+def read_file(file: Path, columns: Columns, halves: bool = False) -> Rows:
     """Reads the rows of a file.
 
     Args:
       file: has one of `ENDINGS`.
       columns: columns to read from a Parquet file, in lower case; the case in the file does
         not matter. The others are None. None reads all.
+      halves: see `parse_json`.
 
     Yields:
       The file and line (or record number); and the record, or why the row is bad.
@@ -60,7 +61,7 @@ def read_file(file: Path, columns: Columns) -> Rows:
     after, total = "", 0
     try:
         most = max(EXPANDED_SIZE, GROWTH * file.stat().st_size)
-        for place, size, parse in _places(file, columns):
+        for place, size, parse in _places(file, columns, halves):
             total += size + ROW_OVERHEAD
             if total > most and file.suffix not in TEXTS:
                 raise ValueError(f"it expands {GROWTH}-fold; if it should, use .jsonl")
@@ -78,8 +79,13 @@ def read_file(file: Path, columns: Columns) -> Rows:
         raise UserError(f"{file} cannot be read{after}: {reason}") from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, halves: bool = False) -> Any:
     """Parses a JSON text.
+
+    Args:
+      text: of one value.
+      halves: whether texts may have halves of surrogate pairs, as those of a model that
+        stopped in the middle of a character.
 
     Raises:
       ValueError: it is no JSON, or an object has a key twice, or a text cannot be written
@@ -88,7 +94,7 @@ def parse_json(text: str) -> Any:
     """
     _check_utf8(text)
     value = _DECODER.decode(text.strip(_SPACE))
-    if "\\ud" in text.lower():  # perhaps half of a surrogate pair
+    if not halves and "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -98,7 +104,7 @@ def shown(value: Any) -> str:
     return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
-def _places(file: Path, columns: Columns) -> Iterator[Any]:
+def _places(file: Path, columns: Columns, halves: bool) -> Iterator[Any]:
     """A place in the file, its size, and what parses the row there, if there is one."""
     kind = Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
     if kind == ".parquet":
@@ -110,9 +116,9 @@ def _places(file: Path, columns: Columns) -> Iterator[Any]:
         if kind == ".csv":
             yield from _csv_rows(_lines(text))
         elif kind == ".json" and stream.peek().lstrip(_SPACE.encode())[:1] == b"[":
-            yield from _json_rows("record", _list_items(text))
+            yield from _json_rows("record", _list_items(text), halves)
         else:
-            yield from _json_rows("line", _lines(text))
+            yield from _json_rows("line", _lines(text), halves)
 
 
 def _lines(text: io.TextIOWrapper) -> Iterator[str]:
@@ -145,15 +151,15 @@ def _list_items(text: io.TextIOWrapper) -> Iterator[str]:
         raise ValueError("there is text after the end of the list")
 
 
-def _json_rows(name: str, texts: Iterable[str]) -> Iterator[Any]:
+def _json_rows(name: str, texts: Iterable[str], halves: bool) -> Iterator[Any]:
     for n, text in enumerate(texts, 1):
-        parse = text.strip(_SPACE) and partial(_json_record, text)
+        parse = text.strip(_SPACE) and partial(_json_record, text, halves)
         yield f"{name} {n}", len(text), parse
 
 
-def _json_record(text: str) -> Record:
+def _json_record(text: str, halves: bool) -> Record:
     try:
-        value = parse_json(text)
+        value = parse_json(text, halves)
     except (ValueError, RecursionError) as error:
         fix = "Write one JSON object per line, in UTF-8"
         raise ValueError(f"not valid JSON: {_reason(error)}. {fix}") from error

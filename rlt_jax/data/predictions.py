@@ -26,7 +26,7 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
             f"have only {len(found)} distinct questions; remove duplicates."
         )
     columns = ("question", "completions", "completion")
-    for where, record in convert(read_records(path, columns=columns)):
+    for where, record in convert(read_records(path, "", columns, halves=True)):
         question = as_text(where, "question", record.get("question") or "").strip()
         if question not in found:
             raise UserError(

@@ -24,7 +24,9 @@ OnBadRow = Annotated[str, OneOf(("error", "skip"))]
 _HUB_PATH = r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?(?:/(.*))?"
 
 
-def read_records(path: str, source: str = "", columns: Columns = None) -> Rows:
+def read_records(
+    path: str, source: str = "", columns: Columns = None, halves: bool = False
+) -> Rows:
     """Reads all records of one or more files.
 
     Args:
@@ -34,6 +36,7 @@ def read_records(path: str, source: str = "", columns: Columns = None) -> Rows:
         "hf://datasets/ORG/NAME[@REVISION]/PATH".
       source: where the file can be downloaded, for the message when it is missing.
       columns: see `formats.read_file`.
+      halves: see `formats.parse_json`.
 
     Yields:
       The file and line (or record number), for messages; and the record, or why the row is
@@ -44,7 +47,7 @@ def read_records(path: str, source: str = "", columns: Columns = None) -> Rows:
     """
     for file in find_files(path, source):
         where = ""
-        for where, row in read_file(file, columns):
+        for where, row in read_file(file, columns, halves):
             yield where, row
         if not where:
             raise UserError(
