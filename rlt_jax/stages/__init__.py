@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlt_jax import settings
+from rlt_jax import settings, stores
 from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.records import Record
 from rlt_jax.stages import lock, preflight
@@ -36,7 +36,7 @@ from rlt_jax.stages.folder import (
     renamed_key,
     set_aside,
 )
-from rlt_jax.training import hosts, watchdog
+from rlt_jax.training import hosts, private_jax, watchdog
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
@@ -57,7 +57,7 @@ def run_pipeline(
 
     Args:
       config: the config.
-      workdir: folder that holds a folder for each stage.
+      workdir: folder that holds a folder for each stage, or the URL of one.
       only: name of the one stage to run, afresh if it was complete. Later stages that read
         from it run afresh the next time.
       with_changes: whether a stage that was begun may continue with another learning rate,
@@ -67,7 +67,14 @@ def run_pipeline(
       UserError: bad input, anywhere in a stage.
       StorageError: a file cannot be written.
     """
-    root = _checked_workdir(workdir)
+    _check_workdir(workdir)
+    with stores.workdir(workdir) as root:
+        _run_stages(config, root, only, with_changes)
+
+
+def _run_stages(
+    config: ConfigDict, root: Path, only: str | None, with_changes: bool
+) -> None:
     sections = stage_sections(config)
     _check_hosts(config, root, only)
     if only is not None:
@@ -157,6 +164,7 @@ def _run_stage(name: str, values: Record, root: Path, with_changes: bool) -> Non
             LOG.info("stage %s is complete, skipped", name)
             return
         _work(name, values, folder)
+        stores.push()
 
 
 def _work(name: str, values: Record, folder: Path) -> None:
@@ -184,11 +192,12 @@ def _work(name: str, values: Record, folder: Path) -> None:
     LOG.info("stage %s took %.0f s", name, costs["seconds"])
 
 
-def _checked_workdir(workdir: str | Path) -> Path:
-    """The workdir, if files in it can be appended to and renamed."""
+def _check_workdir(workdir: str | Path) -> None:
+    """Several hosts append to files and rename folders, so they share a file system."""
     address = re.match(r"(\w\w+):/+([^/]*)/?(.*)", str(workdir))
-    if address is None:
-        return Path(workdir)
+    alone = (private_jax.num_processes() or 1) == 1
+    if not address or (alone and stores.is_url(workdir) and address[1] != "hf"):
+        return
     scheme, bucket, folder = address.groups()
     mount = (
         "mount the bucket on every host, `gcsfuse --implicit-dirs "
@@ -197,8 +206,8 @@ def _checked_workdir(workdir: str | Path) -> Path:
         "launch/tpu_pod.sh and launch/hosts.sh do it by themselves."
     )
     raise UserError(
-        f"--workdir={workdir}: a run appends to files and renames folders, which needs a "
-        f"file system; {mount if scheme == 'gs' else 'name a folder in one.'}"
+        f"--workdir={workdir}: a run of one process can work at gs://, s3:// and the like, "
+        f"this one needs a file system; {mount if scheme == 'gs' else 'name a folder.'}"
     )
 
 

@@ -1,0 +1,320 @@
+"""Object stores: workdirs, data and models at gs://, s3:// and other URLs of fsspec.
+
+A workdir at a URL has a mirror, a folder in the cache in which the run works. A push puts
+what has changed there to the URL, then the list of its files, `.mirror.json`, and removes
+what is not in the list any more. A store replaces an object as a whole, and only what is in
+the list is ever pulled: a push that is cut off leaves a run that can go on.
+
+Every list has a new id, and a mirror keeps the last list that it has put, with the id
+before. That tells whether the store lacks something of the mirror, or has gone on from
+another one; and a run notices that another has taken its place.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from rlt_jax import files
+from rlt_jax.errors import LOG, StorageError, UserError, as_user_error
+from rlt_jax.records import Record
+
+T = TypeVar("T")
+
+LIST = ".mirror.json"
+PUSH_SECONDS = 60.0  # between two pushes of a stage without checkpoints
+# What fails is tried again after 1, 2, 4 ... seconds: TRIES times in all, but not when
+# SECONDS have passed. Before that, some libraries repeat a request by themselves.
+TRIES, SECONDS, FIRST_WAIT = 6, 180.0, 1.0
+SILENCE = 20.0  # seconds without a byte after which a request to gs:// has failed
+THREADS = 8
+_PARTIAL = re.compile(r"\..*|.*\.partial|.*\.orbax-checkpoint-tmp.*")
+_REFUSED = re.compile(
+    "forbidden|denied|permission|credentials|anonymous", re.IGNORECASE
+)
+_mirrors: list["Mirror"] = []  # that of this run
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path has a scheme; a Path keeps one of the slashes after it."""
+    return bool(re.match(r"\w\w+:/", str(path)))
+
+
+@functools.cache  # a run reads one version, however often it asks
+def local(path: str, depth: int | None = None) -> str:
+    """Where a path is on this host: what is at a URL is downloaded once to the cache.
+
+    Args:
+      path: a file, a folder or a glob pattern.
+      depth: of the files in a folder; None for any.
+
+    Raises:
+      UserError: nothing is there, or it may not be read.
+      StorageError: the store does not answer.
+    """
+    if not is_url(path):
+        return path
+    fs, base = _open(path)
+    is_pattern = re.search(r"[*?[]", base)
+
+    def find() -> Record:
+        if is_pattern:
+            found = fs.glob(base, detail=True)
+        elif (info := fs.info(base))["type"] == "directory":
+            found = fs.find(base, maxdepth=depth, detail=True)
+        else:
+            return {base: info}
+        return {name: x for name, x in found.items() if x["type"] != "directory"}
+
+    with as_user_error(f"{path!r} is not in the store", FileNotFoundError):
+        if not (found := _tried(path, find)):
+            raise FileNotFoundError("no file there")
+        top = (
+            re.match(r"[^*?[]*/", base)[0]
+            if is_pattern or base in found
+            else f"{base}/"
+        )
+        place = cache() / "objects" / path.partition(":")[0] / top.strip("/")
+        place /= _hash(repr(sorted(found.items())))
+        _download(path, fs, top, [name.removeprefix(top) for name in found], place)
+    return os.path.join(place, f"{base}/".removeprefix(top).rstrip("/"))
+
+
+@contextlib.contextmanager
+def workdir(path: str | Path) -> Iterator[Path]:
+    """The folder to work in: for a URL its mirror, which is pushed at the end, too.
+
+    Raises:
+      UserError: the URL cannot be written, or another run uses it.
+      StorageError: the store does not answer.
+    """
+    if not is_url(path):
+        yield Path(path)
+        return
+    mirror = Mirror(str(path))
+    with files.storing(mirror.root):
+        mirror.root.parent.mkdir(parents=True, exist_ok=True)
+        lock = mirror.root.with_name(".lock").open("w")
+    with lock:
+        with as_user_error(f"{path} is in use by a run on this host", BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mirror.begin()
+        _mirrors[:] = [mirror]
+        try:
+            yield mirror.root
+        finally:
+            _mirrors.clear()
+            if not isinstance(sys.exception(), StorageError):
+                mirror.push()
+
+
+def push(every: float = 0.0) -> None:
+    """Pushes the mirror, if the run has one and has not done it for `every` seconds.
+
+    Raises:
+      UserError: another run has taken over, or the URL cannot be written any more.
+      StorageError: the store does not answer.
+    """
+    for mirror in _mirrors:
+        if time.monotonic() - mirror.pushed >= every:
+            mirror.push()
+
+
+def cache() -> Path:
+    """The folder of mirrors and downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlt_jax"
+
+
+class Mirror:
+    """A workdir at a URL, and its folder `root` in the cache."""
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._base = _open(url)
+        self.url, self.pushed = url, 0.0
+        self.root = cache() / "workdirs" / _hash(self._base) / Path(self._base).name
+        # In the store, settings are the same from every host.
+        self._paths = json.dumps(str(self.root))[1:-1].encode(), b"{workdir}"
+        self._one_by_one = threading.Lock()
+        self._list: Record = {}  # as it was last put
+
+    def begin(self) -> None:
+        """Pulls what the store has and the mirror lacks, or pushes what only that has."""
+        there, here = self._lists()
+        if self.root.exists() and not _follows(there, here):
+            kept = tempfile.mkdtemp(prefix="aside_", dir=self.root.parent)
+            self.root.rename(kept)
+            LOG.warning(f"{self.url} has gone on elsewhere: {self.root} is now {kept}")
+        if not self.root.exists():
+            there = {"id": "", "files": {}, "removed": []} | there
+            LOG.info(f"{self.url}: pulls {len(there['files'])} files to {self.root}")
+            with as_user_error(f"{self.url} lacks a file of {LIST}", FileNotFoundError):
+                top = f"{self._base}/"
+                _download(self.url, self._fs, top, there["files"], self.root)
+            for file in self.root.glob("*/settings.json"):
+                file.write_bytes(file.read_bytes().replace(*self._paths[::-1]))
+            there["files"] = self._files()
+        self._list = there
+        self._put(there["files"], there["removed"])  # fails now if it cannot be written
+        self.push()
+
+    def push(self) -> None:
+        """Puts what has changed; see `push` of the module."""
+        with self._one_by_one:
+            known, now = self._list["files"], self._files()
+            changed = [name for name in now if now[name] != known.get(name)]
+            gone = sorted({*known, *self._list["removed"]} - now.keys())
+            if changed or gone:
+                there, here = self._lists()
+                if not _follows(there, here):
+                    raise UserError(
+                        f"{self.url}: {there.get('owner', 'nobody')} has taken over. What "
+                        f"this run has not put there is kept in {self.root}."
+                    )
+                self._list["id"] = there["id"]
+                _each(lambda name: self._upload(name, now), changed)
+                self._put(now, gone)
+                _each(lambda name: self._tried(self._fs.rm_file, name), gone)
+                self._list["removed"] = []
+            self.pushed = time.monotonic()
+
+    def _lists(self) -> tuple[Record, Record]:
+        """The list in the store and that of the mirror, {} for none."""
+        there = self._tried(self._fs.cat_file, LIST) or b"{}"
+        with as_user_error(f"{self.url}/{LIST} is damaged", ValueError):
+            there = json.loads(there)
+        with contextlib.suppress(FileNotFoundError):
+            return there, files.read_json(self.root / LIST)
+        return there, {}
+
+    def _put(self, names: Record, removed: list[str]) -> None:
+        """Puts the list, after the mirror's own."""
+        owner = f"process {os.getpid()} on {os.uname().nodename}"
+        new = {"id": os.urandom(8).hex(), "before": self._list["id"], "owner": owner}
+        files.write_json(self.root / LIST, new | {"files": names, "removed": removed})
+        self._upload(LIST, {})
+        self._list = files.read_json(self.root / LIST)
+
+    def _upload(self, name: str, now: Record) -> None:
+        """Puts a file; `now` loses one that is not there any more."""
+        file = self.root / name
+        try:
+            if name.endswith("settings.json"):
+                data = file.read_bytes().replace(*self._paths)
+                _tried(self.url, self._fs.pipe_file, f"{self._base}/{name}", data)
+            else:
+                target = f"{self._base}/{name}"
+                _tried(self.url, self._fs.put_file, str(file), target)
+        except FileNotFoundError as error:
+            if file.exists():
+                raise UserError(f"{self.url}: there is no such bucket.") from error
+            del now[name]
+
+    def _tried(self, act: Callable[[str], T], name: str) -> T | None:
+        """Calls `act` with the path of an object; None where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return _tried(self.url, act, f"{self._base}/{name}")
+
+    def _files(self) -> Record:
+        """Name -> size and time of change of every file that is whole."""
+        found = {}
+        for folder, _, names in os.walk(self.root):
+            for file in (Path(folder, name) for name in names):
+                name = str(file.relative_to(self.root))
+                with contextlib.suppress(FileNotFoundError):
+                    if not _PARTIAL.fullmatch(name):
+                        found[name] = [file.stat().st_size, file.stat().st_mtime_ns]
+        return found
+
+
+def _follows(there: Record, here: Record) -> bool:
+    """Whether the list in a store is one that this mirror has put."""
+    return bool(there) and there["id"] in (here.get("id"), here.get("before"))
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    options: Record = {"use_listings_cache": False}
+    fix = "pip install 'rlt_jax[gcs,s3]', or check the scheme"
+    with as_user_error(url, ImportError, ValueError, end=f": {fix}."):
+        if url.startswith(("gs:", "gcs:")):
+            import aiohttp  # comes with gcsfs
+
+            limits = {"sock_connect": SILENCE, "sock_read": SILENCE}
+            options["requests_timeout"] = aiohttp.ClientTimeout(**limits)
+        fs, base = fsspec.core.url_to_fs(re.sub(":/(?!/)", "://", url), **options)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # we tell
+    return fs, base.rstrip("/")
+
+
+def _download(url: str, fs: Any, top: str, names: Iterable[str], folder: Path) -> None:
+    """Downloads the files to a folder that it does not have."""
+
+    def get(name: str) -> None:
+        if ".." in name.split("/") or name.startswith("/"):
+            raise UserError(f"{url}: {name!r} is not the name of a file in a folder.")
+        if not (file := folder / name).exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{file.name}.{os.getpid()}")
+            _tried(url, fs.get_file, f"{top}{name}", str(partial))
+            partial.replace(file)
+
+    with files.storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _each(get, names)
+
+
+def _tried(url: str, act: Callable[..., T], *args: Any) -> T:
+    """Calls `act`, several times if the store fails for a reason that may pass.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+      UserError: the store refuses.
+      StorageError: it has failed too often.
+    """
+    began, tries = time.monotonic(), 0
+    while True:
+        try:
+            return act(*args)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every library has its own
+            reason = " ".join(f"{url}: {type(error).__name__} {error}".split())[:400]
+            code = str(getattr(error, "code", None) or getattr(error, "status", ""))
+            if _REFUSED.search(reason) or re.fullmatch("4(?!08|29)..", code):
+                allowed = "Check the address, and that you may read and write there."
+                raise UserError(f"{reason}. {allowed}") from error
+            tries, seconds = tries + 1, time.monotonic() - began
+            if tries == TRIES or seconds > SECONDS:
+                raise StorageError(
+                    f"{reason}, {tries} times in {seconds:.0f} s. What the run has done is "
+                    f"kept in {cache()}; on this host the same command goes on from there."
+                ) from error
+            LOG.warning(f"{reason}; it is tried again")
+            time.sleep(FIRST_WAIT * 2 ** (tries - 1))
+
+
+def _each(act: Callable[[str], Any], names: Iterable[str]) -> None:
+    """Calls `act` with every name, side by side; the first error ends it."""
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        list(threads.map(act, names))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
