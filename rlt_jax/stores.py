@@ -19,21 +19,18 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 
 from rlt_jax import files
 from rlt_jax.errors import LOG, StorageError, UserError, as_user_error
 from rlt_jax.records import Record
-
-T = TypeVar("T")
 
 LIST = ".mirror.json"
 PUSH_SECONDS = 60.0  # between two pushes of a stage without checkpoints
@@ -42,10 +39,9 @@ PUSH_SECONDS = 60.0  # between two pushes of a stage without checkpoints
 TRIES, SECONDS, FIRST_WAIT = 6, 180.0, 1.0
 SILENCE = 20.0  # seconds without a byte after which a request to gs:// has failed
 THREADS = 8
+GO_ON = "and the same command goes on from there, on this host."
 _PARTIAL = re.compile(r"\..*|.*\.partial|.*\.orbax-checkpoint-tmp.*")
-_REFUSED = re.compile(
-    "forbidden|denied|permission|credentials|anonymous", re.IGNORECASE
-)
+_REFUSED = re.compile("(?i)forbidden|denied|permission|credentials|anonymous")
 _mirrors: list["Mirror"] = []  # that of this run
 
 
@@ -69,29 +65,23 @@ def local(path: str, depth: int | None = None) -> str:
     if not is_url(path):
         return path
     fs, base = _open(path)
-    is_pattern = re.search(r"[*?[]", base)
+    top = re.match(r"[^*?[]*/", base)[0]  # the folder of a file or a pattern
 
     def find() -> Record:
-        if is_pattern:
-            found = fs.glob(base, detail=True)
-        elif (info := fs.info(base))["type"] == "directory":
-            found = fs.find(base, maxdepth=depth, detail=True)
-        else:
-            return {base: info}
-        return {name: x for name, x in found.items() if x["type"] != "directory"}
+        if re.search(r"[*?[]", base):
+            return fs.glob(base, detail=True)
+        info = fs.info(base)
+        is_folder = info["type"] == "directory"
+        return fs.find(base, maxdepth=depth, detail=True) if is_folder else {base: info}
 
     with as_user_error(f"{path!r} is not in the store", FileNotFoundError):
-        if not (found := _tried(path, find)):
+        found = {k: x for k, x in _tried(path, find).items() if x["type"] == "file"}
+        if not found:
             raise FileNotFoundError("no file there")
-        top = (
-            re.match(r"[^*?[]*/", base)[0]
-            if is_pattern or base in found
-            else f"{base}/"
-        )
-        place = cache() / "objects" / path.partition(":")[0] / top.strip("/")
-        place /= _hash(repr(sorted(found.items())))
-        _download(path, fs, top, [name.removeprefix(top) for name in found], place)
-    return os.path.join(place, f"{base}/".removeprefix(top).rstrip("/"))
+        folder = cache() / "objects" / path.partition(":")[0] / top.strip("/")
+        folder /= _hash(repr(sorted(found.items())))  # another one for other versions
+        _download(path, fs, top, [name.removeprefix(top) for name in found], folder)
+    return str(folder / base.removeprefix(top))
 
 
 @contextlib.contextmanager
@@ -153,17 +143,16 @@ class Mirror:
 
     def begin(self) -> None:
         """Pulls what the store has and the mirror lacks, or pushes what only that has."""
-        there, here = self._lists()
-        if self.root.exists() and not _follows(there, here):
-            kept = tempfile.mkdtemp(prefix="aside_", dir=self.root.parent)
-            self.root.rename(kept)
+        there, is_ours = self._look()
+        if self.root.exists() and not is_ours:
+            kept = self.root.rename(f"{self.root}.{time.time():.0f}")
             LOG.warning(f"{self.url} has gone on elsewhere: {self.root} is now {kept}")
         if not self.root.exists():
             there = {"id": "", "files": {}, "removed": []} | there
             LOG.info(f"{self.url}: pulls {len(there['files'])} files to {self.root}")
             with as_user_error(f"{self.url} lacks a file of {LIST}", FileNotFoundError):
-                top = f"{self._base}/"
-                _download(self.url, self._fs, top, there["files"], self.root)
+                where = self.url, self._fs, f"{self._base}/"
+                _download(*where, there["files"], self.root)
             for file in self.root.glob("*/settings.json"):
                 file.write_bytes(file.read_bytes().replace(*self._paths[::-1]))
             there["files"] = self._files()
@@ -178,12 +167,10 @@ class Mirror:
             changed = [name for name in now if now[name] != known.get(name)]
             gone = sorted({*known, *self._list["removed"]} - now.keys())
             if changed or gone:
-                there, here = self._lists()
-                if not _follows(there, here):
-                    raise UserError(
-                        f"{self.url}: {there.get('owner', 'nobody')} has taken over. What "
-                        f"this run has not put there is kept in {self.root}."
-                    )
+                there, is_ours = self._look()
+                if not is_ours:
+                    who = f"{there.get('owner')} has taken over {self.url}"
+                    raise UserError(f"{who}; what it lacks is kept in {self.root}.")
                 self._list["id"] = there["id"]
                 _each(lambda name: self._upload(name, now), changed)
                 self._put(now, gone)
@@ -191,39 +178,38 @@ class Mirror:
                 self._list["removed"] = []
             self.pushed = time.monotonic()
 
-    def _lists(self) -> tuple[Record, Record]:
-        """The list in the store and that of the mirror, {} for none."""
-        there = self._tried(self._fs.cat_file, LIST) or b"{}"
+    def _look(self) -> tuple[Record, bool]:
+        """The list in the store, {} for none; and whether this mirror has put it."""
+        text, here = self._tried(self._fs.cat_file, LIST), self.root / LIST
         with as_user_error(f"{self.url}/{LIST} is damaged", ValueError):
-            there = json.loads(there)
-        with contextlib.suppress(FileNotFoundError):
-            return there, files.read_json(self.root / LIST)
-        return there, {}
+            there = json.loads(text or "{}")
+        own = files.read_json(here) if here.exists() else {}
+        return there, bool(there) and there["id"] in (own.get("id"), own.get("before"))
 
     def _put(self, names: Record, removed: list[str]) -> None:
         """Puts the list, after the mirror's own."""
         owner = f"process {os.getpid()} on {os.uname().nodename}"
         new = {"id": os.urandom(8).hex(), "before": self._list["id"], "owner": owner}
-        files.write_json(self.root / LIST, new | {"files": names, "removed": removed})
+        new |= {"files": names, "removed": removed}
+        files.write_json(self.root / LIST, new)
         self._upload(LIST, {})
-        self._list = files.read_json(self.root / LIST)
+        self._list = new
 
     def _upload(self, name: str, now: Record) -> None:
         """Puts a file; `now` loses one that is not there any more."""
-        file = self.root / name
+        file, target = self.root / name, f"{self._base}/{name}"
         try:
             if name.endswith("settings.json"):
                 data = file.read_bytes().replace(*self._paths)
-                _tried(self.url, self._fs.pipe_file, f"{self._base}/{name}", data)
+                _tried(self.url, self._fs.pipe_file, target, data)
             else:
-                target = f"{self._base}/{name}"
                 _tried(self.url, self._fs.put_file, str(file), target)
         except FileNotFoundError as error:
             if file.exists():
                 raise UserError(f"{self.url}: there is no such bucket.") from error
             del now[name]
 
-    def _tried(self, act: Callable[[str], T], name: str) -> T | None:
+    def _tried(self, act: Callable[[str], Any], name: str) -> Any:
         """Calls `act` with the path of an object; None where there is none."""
         with contextlib.suppress(FileNotFoundError):
             return _tried(self.url, act, f"{self._base}/{name}")
@@ -240,11 +226,6 @@ class Mirror:
         return found
 
 
-def _follows(there: Record, here: Record) -> bool:
-    """Whether the list in a store is one that this mirror has put."""
-    return bool(there) and there["id"] in (here.get("id"), here.get("before"))
-
-
 def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     options: Record = {"use_listings_cache": False}
@@ -253,8 +234,8 @@ def _open(url: str) -> tuple[Any, str]:
         if url.startswith(("gs:", "gcs:")):
             import aiohttp  # comes with gcsfs
 
-            limits = {"sock_connect": SILENCE, "sock_read": SILENCE}
-            options["requests_timeout"] = aiohttp.ClientTimeout(**limits)
+            limit = aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
+            options["requests_timeout"] = limit
         fs, base = fsspec.core.url_to_fs(re.sub(":/(?!/)", "://", url), **options)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # we tell
     return fs, base.rstrip("/")
@@ -277,7 +258,7 @@ def _download(url: str, fs: Any, top: str, names: Iterable[str], folder: Path) -
         _each(get, names)
 
 
-def _tried(url: str, act: Callable[..., T], *args: Any) -> T:
+def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
     """Calls `act`, several times if the store fails for a reason that may pass.
 
     Raises:
@@ -295,14 +276,14 @@ def _tried(url: str, act: Callable[..., T], *args: Any) -> T:
             reason = " ".join(f"{url}: {type(error).__name__} {error}".split())[:400]
             code = str(getattr(error, "code", None) or getattr(error, "status", ""))
             if _REFUSED.search(reason) or re.fullmatch("4(?!08|29)..", code):
-                allowed = "Check the address, and that you may read and write there."
-                raise UserError(f"{reason}. {allowed}") from error
+                raise UserError(
+                    f"{reason}. Check the address and your rights."
+                ) from error
             tries, seconds = tries + 1, time.monotonic() - began
             if tries == TRIES or seconds > SECONDS:
-                raise StorageError(
-                    f"{reason}, {tries} times in {seconds:.0f} s. What the run has done is "
-                    f"kept in {cache()}; on this host the same command goes on from there."
-                ) from error
+                kept = f"What the run has done is kept in {cache()}"
+                message = f"{reason}, {tries} times in {seconds:.0f} s. {kept}"
+                raise StorageError(f"{message}, {GO_ON}") from error
             LOG.warning(f"{reason}; it is tried again")
             time.sleep(FIRST_WAIT * 2 ** (tries - 1))
 

@@ -193,22 +193,14 @@ def _work(name: str, values: Record, folder: Path) -> None:
 
 
 def _check_workdir(workdir: str | Path) -> None:
-    """Several hosts append to files and rename folders, so they share a file system."""
-    address = re.match(r"(\w\w+):/+([^/]*)/?(.*)", str(workdir))
-    alone = (private_jax.num_processes() or 1) == 1
-    if not address or (alone and stores.is_url(workdir) and address[1] != "hf"):
-        return
-    scheme, bucket, folder = address.groups()
-    mount = (
-        "mount the bucket on every host, `gcsfuse --implicit-dirs "
-        "--rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
-        f"--metadata-cache-negative-ttl-secs=0 {bucket} DIR`, and name DIR/{folder}; "
-        "launch/tpu_pod.sh and launch/hosts.sh do it by themselves."
-    )
-    raise UserError(
-        f"--workdir={workdir}: a run of one process can work at gs://, s3:// and the like, "
-        f"this one needs a file system; {mount if scheme == 'gs' else 'name a folder.'}"
-    )
+    """A URL has a mirror on one host; several append to the same files."""
+    several = (private_jax.num_processes() or 1) > 1
+    if stores.is_url(workdir) and (several or str(workdir).startswith("hf:")):
+        raise UserError(
+            f"--workdir={workdir}: a run of one process can work at gs://, s3:// and the "
+            "like; this one needs a file system that its hosts share. Mount the bucket "
+            "with gcsfuse and name the folder: docs/pods.md, Workdir."
+        )
 
 
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
