@@ -65,7 +65,7 @@ def local(path: str, depth: int | None = None) -> str:
     if not is_url(path):
         return path
     fs, base = _open(path)
-    top = re.match(r"[^*?[]*/", base)[0]  # the folder of a file or a pattern
+    top = re.match(r"([^*?[]*/)?", base)[0]  # the folder of a path or a pattern
 
     def find() -> Record:
         if re.search(r"[*?[]", base):
@@ -144,6 +144,10 @@ class Mirror:
     def begin(self) -> None:
         """Pulls what the store has and the mirror lacks, or pushes what only that has."""
         there, is_ours = self._look()
+        if not there and self._tried(self._fs.info, "run.json"):
+            raise UserError(
+                f"{self.url} has a run without {LIST}: use another --workdir."
+            )
         if self.root.exists() and not is_ours:
             kept = self.root.rename(f"{self.root}.{time.time():.0f}")
             LOG.warning(f"{self.url} has gone on elsewhere: {self.root} is now {kept}")
@@ -181,10 +185,11 @@ class Mirror:
     def _look(self) -> tuple[Record, bool]:
         """The list in the store, {} for none; and whether this mirror has put it."""
         text, here = self._tried(self._fs.cat_file, LIST), self.root / LIST
-        with as_user_error(f"{self.url}/{LIST} is damaged", ValueError):
-            there = json.loads(text or "{}")
         own = files.read_json(here) if here.exists() else {}
-        return there, bool(there) and there["id"] in (own.get("id"), own.get("before"))
+        ids = own.get("id"), own.get("before")
+        with as_user_error(f"{self.url}/{LIST} is damaged", ValueError, LookupError):
+            there = json.loads(text) if text else {}
+            return there, text is not None and there["id"] in ids
 
     def _put(self, names: Record, removed: list[str]) -> None:
         """Puts the list, after the mirror's own."""
@@ -237,6 +242,8 @@ def _open(url: str) -> tuple[Any, str]:
             limit = aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
             options["requests_timeout"] = limit
         fs, base = fsspec.core.url_to_fs(re.sub(":/(?!/)", "://", url), **options)
+        if not base.strip("/"):
+            raise ValueError("it names no bucket")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # we tell
     return fs, base.rstrip("/")
 
@@ -273,13 +280,15 @@ def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
         except FileNotFoundError:
             raise
         except Exception as error:  # every library has its own
-            reason = " ".join(f"{url}: {type(error).__name__} {error}".split())[:400]
+            told = " ".join(f"{type(error).__name__} {error}".split())[:300]
+            reason, tries, seconds = (
+                f"{url}: {told}",
+                tries + 1,
+                time.monotonic() - began,
+            )
             code = str(getattr(error, "code", None) or getattr(error, "status", ""))
-            if _REFUSED.search(reason) or re.fullmatch("4(?!08|29)..", code):
-                raise UserError(
-                    f"{reason}. Check the address and your rights."
-                ) from error
-            tries, seconds = tries + 1, time.monotonic() - began
+            if _REFUSED.search(told) or re.fullmatch("4(?!08|29)..", code):
+                raise UserError(f"{reason}. Check address and rights.") from error
             if tries == TRIES or seconds > SECONDS:
                 kept = f"What the run has done is kept in {cache()}"
                 message = f"{reason}, {tries} times in {seconds:.0f} s. {kept}"
