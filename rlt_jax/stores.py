@@ -187,7 +187,8 @@ class Mirror:
         text, here = self._tried(self._fs.cat_file, LIST), self.root / LIST
         own = files.read_json(here) if here.exists() else {}
         ids = own.get("id"), own.get("before")
-        with as_user_error(f"{self.url}/{LIST} is damaged", ValueError, LookupError):
+        kinds = ValueError, LookupError, TypeError
+        with as_user_error(f"{self.url}/{LIST} is damaged", *kinds):
             there = json.loads(text) if text else {}
             return there, text is not None and there["id"] in ids
 
@@ -262,7 +263,7 @@ def _download(url: str, fs: Any, top: str, names: Iterable[str], folder: Path) -
 
     with files.storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _each(get, names)
+    _each(get, names)
 
 
 def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
