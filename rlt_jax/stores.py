@@ -177,6 +177,8 @@ class Mirror:
                     raise UserError(f"{who}; what it lacks is kept in {self.root}.")
                 self._list["id"] = there["id"]
                 _each(lambda name: self._upload(name, now), changed)
+                if not now.keys() >= {*changed}:  # a newer checkpoint is pushed next
+                    return
                 self._put(now, gone)
                 _each(lambda name: self._tried(self._fs.rm_file, name), gone)
                 self._list["removed"] = []

@@ -171,17 +171,24 @@ def test_a_checkpoint_may_go_while_it_is_pushed(
 ) -> None:
     with stores.workdir(URL) as root:
         run(root, 1)
-        folder = root / "rl" / "checkpoints" / "1"
+        stores.push()
+        train(root, 2)
+        folder = root / "rl" / "checkpoints" / "2"
 
         def remove(name: str, *args: object) -> None:
-            if name == "put_file" and folder.exists():
-                shutil.rmtree(folder)
+            if name == "put_file":
+                shutil.rmtree(folder, ignore_errors=True)
 
         memory.before = remove
+        stores.push()
+        listed = json.loads(memory.objects[f"/bucket/my/run/{stores.LIST}"])
+        steps = {name.split("/")[2] for name in listed["files"] if "points/" in name}
+        assert steps == {"1"}  # whole, and not a part of the one that has gone
+        memory.before = lambda *_: None
+        train(root, 3)
     on_host("other")
     with stores.workdir(URL) as other:
-        assert not list(other.glob("rl/checkpoints/*"))
-        assert (other / "rl" / "done.json").exists()
+        assert checkpoints(other) == [3]
 
 
 def test_a_mirror_that_the_store_has_gone_on_from_is_put_aside(
