@@ -6,6 +6,7 @@ import setuptools
 
 EXPERIMENTS = ["pandas", "tabulate"]  # tabulate writes Markdown for pandas
 REASONING_GYM = ["reasoning-gym>=0.1.25"]
+GCS, S3 = ["gcsfs"], ["s3fs"]
 
 setuptools.setup(
     name="rlt_jax",
@@ -22,6 +23,7 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.10",
         "huggingface_hub",
         "jax>=0.10",
@@ -46,15 +48,23 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu compiles without a TPU
         "cuda": ["jax[cuda13]>=0.10"],
+        "gcs": GCS,
+        "s3": S3,
         "experiments": EXPERIMENTS,
         "reasoning_gym": REASONING_GYM,
         "dev": [
             *EXPERIMENTS,
             *REASONING_GYM,
+            *GCS,
+            *S3,
+            "flask",  # with the next one for the server of moto
+            "flask-cors",
+            "gcp-storage-emulator",
             "gguf",  # the slow test of real models makes them from GGUF files
             "hypothesis",
             "ipykernel",
             "jax[tpu]>=0.10",  # libtpu compiles without a TPU
+            "moto[s3]",
             "nbclient",
             "nbformat",
             "peft",

@@ -9,7 +9,11 @@ from ml_collections import config_flags
 config = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(); `file.py:arg` passes it an arg."
 )
-workdir = flags.DEFINE_string("workdir", None, "Folder for everything a run writes.")
+workdir = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder, or URL such as gs://bucket/run, for everything a run writes.",
+)
 only = flags.DEFINE_string("only", None, "Run this stage of the pipeline alone.")
 resume_with_changes = flags.DEFINE_bool(
     "resume_with_changes",

@@ -6,6 +6,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from rlt_jax import stores
 from rlt_jax.data import chat_limits
 from rlt_jax.errors import UserError, as_user_error
 
@@ -110,7 +111,7 @@ def find_template(folder: Path, stored: Stored, choice: str) -> str | None:
         if (own := folder / "chat_template.jinja").is_file():
             files["default"] = own
         if choice not in {**named, **files}:
-            files[choice] = shipped.get(choice, Path(choice))
+            files[choice] = shipped.get(choice, Path(stores.local(choice)))
         texts = {k: f.read_text("utf-8") for k, f in files.items() if f.is_file()}
         named |= dict(sorted(texts.items()))
         given = [x for pair in named.items() for x in pair]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import huggingface_hub
 import numpy as np
 
+from rlt_jax import stores
 from rlt_jax.data.formats import ENDINGS, Columns, Rows, read_file, shown
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.ranges import Limit, OneOf, check_ranges
@@ -126,6 +127,7 @@ def find_files(path: str, source: str = "") -> list[Path]:
     hint = f" Download it: {source}." if source else ""
     if str(path).startswith("hf:"):
         path, hint = _download(path)
+    path = stores.local(str(path), depth=1)
     names, why = [path], f"{given}: it has no file that ends in {endings}; add one."
     if os.path.isdir(path):
         names = [file for file in Path(path).iterdir() if file.name.endswith(ENDINGS)]

@@ -19,6 +19,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Annotated
 
+from rlt_jax import stores
 from rlt_jax.data.chat import Message
 from rlt_jax.data.tokenizer import read_json
 from rlt_jax.errors import UserError, as_user_error
@@ -189,7 +190,7 @@ def load_template(name: str) -> Template:
       UserError: no such file, not JSON, or a field is missing, unknown or invalid.
     """
     shipped = {path.stem: path for path in sorted(ASSETS.glob("*.json"))}
-    path = shipped.get(name, Path(name))
+    path = shipped.get(name, Path(stores.local(name)))
     if not path.is_file():
         raise UserError(
             f"template {name!r} is neither a file nor one of the shipped "

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlt_jax import stores
 from rlt_jax.data.chat import ChatTemplate, Message, find_template
 from rlt_jax.data.codecs import MOST_IDS, FastCodec, SentencePieceCodec
 from rlt_jax.data.token_bytes import Decoded, Encoding, concatenate
@@ -220,7 +221,7 @@ def load_tokenizer(
       UserError: no tokenizer there, or a damaged one, or one without end token, or one
         with ids that the model lacks.
     """
-    path = SHIPPED.get(str(name), Path(name))
+    path = SHIPPED.get(str(name), Path(stores.local(str(name))))
     config_file = path / "tokenizer_config.json"
     if not config_file.is_file():
         raise UserError(

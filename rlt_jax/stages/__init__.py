@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rlt_jax import settings
+from rlt_jax import settings, stores
 from rlt_jax.errors import LOG, UserError, check_choice
 from rlt_jax.ranges import Condition, NonNegativeInt, check_value
 from rlt_jax.records import Record
@@ -39,7 +39,7 @@ from rlt_jax.stages.folder import (
     renamed_key,
     set_aside,
 )
-from rlt_jax.training import hosts, watchdog
+from rlt_jax.training import hosts, private_jax, watchdog
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
 DIFFERENT = Condition("one or more different names", lambda x: len({*x}) == len(x) > 0)
@@ -61,7 +61,7 @@ def run_pipeline(
 
     Args:
       config: the config.
-      workdir: folder that holds a folder for each stage.
+      workdir: folder that holds a folder for each stage, or the URL of one.
       only: name of the one stage to run, afresh if it was complete. Later stages that read
         from it run afresh the next time.
       with_changes: whether a stage that was begun may continue with another learning rate,
@@ -71,7 +71,14 @@ def run_pipeline(
       UserError: bad input, anywhere in a stage.
       StorageError: a file cannot be written.
     """
-    root = _checked_workdir(workdir)
+    _check_workdir(workdir)
+    with stores.workdir(workdir) as root:
+        _run_stages(config, root, only, with_changes)
+
+
+def _run_stages(
+    config: ConfigDict, root: Path, only: str | None, with_changes: bool
+) -> None:
     sections = stage_sections(config)
     _check_hosts(config, root, only)
     if only is not None:
@@ -171,6 +178,7 @@ def _run_stage(name: str, values: Record, root: Path, with_changes: bool) -> Non
             LOG.info("stage %s is complete, skipped", name)
             return
         _work(name, values, folder)
+        stores.push()
 
 
 def _work(name: str, values: Record, folder: Path) -> None:
@@ -198,22 +206,15 @@ def _work(name: str, values: Record, folder: Path) -> None:
     LOG.info("stage %s took %.0f s", name, costs["seconds"])
 
 
-def _checked_workdir(workdir: str | Path) -> Path:
-    """The workdir, if files in it can be appended to and renamed."""
-    address = re.match(r"(\w\w+):/+([^/]*)/?(.*)", str(workdir))
-    if address is None:
-        return Path(workdir)
-    scheme, bucket, folder = address.groups()
-    mount = (
-        "mount the bucket on every host, `gcsfuse --implicit-dirs "
-        "--rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "
-        f"--metadata-cache-negative-ttl-secs=0 {bucket} DIR`, and name DIR/{folder}; "
-        "launch/tpu_pod.sh and launch/hosts.sh do it by themselves."
-    )
-    raise UserError(
-        f"--workdir={workdir}: a run appends to files and renames folders, which needs a "
-        f"file system; {mount if scheme == 'gs' else 'name a folder in one.'}"
-    )
+def _check_workdir(workdir: str | Path) -> None:
+    """A URL has a mirror on one host; several append to the same files."""
+    several = (private_jax.num_processes() or 1) > 1
+    if stores.is_url(workdir) and (several or str(workdir).startswith("hf:")):
+        raise UserError(
+            f"--workdir={workdir}: a run of one process can work at gs://, s3:// and the "
+            "like; this one needs a file system that its hosts share. Mount the bucket "
+            "with gcsfuse and name the folder: docs/pods.md, Workdir."
+        )
 
 
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:

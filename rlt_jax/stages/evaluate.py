@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlt_jax import files
+from rlt_jax import files, stores
 from rlt_jax.data import pipeline
 from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
@@ -288,7 +288,7 @@ def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
             f" but {len(problems)} problems of the data have only {len(questions)} "
             "different ones."
         )
-    place = Path(path)
+    place = Path(stores.local(path, depth=1))
     if not place.is_file() and not (place / "done.json").is_file():
         raise UserError(
             f"evaluate.compare_with={path!r}: there is no {place / 'done.json'}; name "

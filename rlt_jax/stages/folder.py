@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rlt_jax import files
+from rlt_jax import files, stores
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
@@ -80,9 +80,10 @@ def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
     sessions = begun.get("sessions", int((folder / SETTINGS).is_file())) + 1
     with files.storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
+    stores.push()  # before the new settings: a store has no more of what was done with others
     files.write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
     files.write_json(folder / SETTINGS, values)
-    (folder / DONE).unlink(missing_ok=True)
     return True
 
 

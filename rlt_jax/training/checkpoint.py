@@ -22,6 +22,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from rlt_jax import stores
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
 from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.files import storage_errno, storing, write_whole
@@ -188,7 +189,7 @@ def find_model(name: str) -> Path:
     Raises:
       UserError: there is no such folder, or the download fails.
     """
-    path = SHIPPED.get(name, Path(name))
+    path = SHIPPED.get(name, Path(stores.local(name)))
     if any((path / name).is_file() for name in _DESCRIPTIONS):
         return path
     if path.exists() or not _HUB_ID.fullmatch(name):

@@ -15,7 +15,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from rlt_jax import files
+from rlt_jax import files, stores
 from rlt_jax.errors import LOG, StorageError, UserError
 from rlt_jax.records import Record
 from rlt_jax.training import hosts
@@ -36,16 +36,23 @@ class Manager(ocp.CheckpointManager):
         super().__init__(*args, **kwargs)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._is_open = True
+        self._pushed = self._thread.submit(lambda: None)
 
     def reached_preemption(self, step: int) -> bool:
         """No: a stage saves by itself when it is asked to stop."""
         return False
 
     def add_checksums(self, step: int) -> None:
-        """Keeps the checksums of a checkpoint, when it is complete."""
+        """Keeps the checksums of a checkpoint when it is complete, and pushes it.
+
+        Raises:
+          UserError, StorageError: the checkpoint before it could not be pushed.
+        """
         if hosts.is_first():
             folder = Path(self.directory)
+            self._pushed.result()
             self._thread.submit(add, folder, step, lambda: self._is_open)
+            self._pushed = self._thread.submit(stores.push)
 
     def close(self) -> None:
         """Waits for what is being saved, and for its checksums."""

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from rlt_jax import stores
 from rlt_jax.errors import StorageError, UserError, tell
 from rlt_jax.files import GO_ON, storage_errno
 from rlt_jax.training import private_jax
@@ -185,9 +186,11 @@ def stop_if_asked() -> None:
 
     Raises:
       Stopped: the run was asked to stop.
+      StorageError: they are kept in a store that does not answer.
     """
     if stopping():
         raise Stopped
+    stores.push(every=stores.PUSH_SECONDS)
 
 
 def from_first(make: Callable[[], T]) -> T:

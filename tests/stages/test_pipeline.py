@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.stages import RENAMED, report, run_pipeline, sft, stage_sections
-from rlt_jax.training import checkpoint
+from rlt_jax.training import checkpoint, private_jax
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
 
@@ -494,14 +494,16 @@ def rename_settings(folder: Path, renamed: dict[str, Any]) -> None:
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
-def test_a_workdir_has_to_be_in_a_file_system(
-    stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+def test_several_processes_need_a_file_system(
+    stage: Stage, config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for workdir in ("gs://bucket/my/run", Path("gs://bucket/my/run")):
-        with pytest.raises(UserError, match="gcsfuse .* bucket DIR.*DIR/my/run"):
+    message = "--workdir=hf://datasets/a/b: .* needs a file system"
+    with pytest.raises(UserError, match=message):
+        run_pipeline(config, "hf://datasets/a/b")
+    monkeypatch.setattr(private_jax, "num_processes", lambda: 2)
+    for workdir in ("gs://bucket/my/run", Path("gs://bucket/my/run"), "s3://b/run"):
+        with pytest.raises(UserError, match="gcsfuse and name the folder: docs/pods"):
             run_pipeline(config, workdir)
-    with pytest.raises(UserError, match="--workdir=s3://b: .* name a folder in one"):
-        run_pipeline(config, "s3://b")
     assert not stage.ran
 
 
