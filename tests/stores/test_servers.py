@@ -64,11 +64,15 @@ def test_gs(bucket: Bucket, on_host: OnHost) -> None:
 
 def test_s3(monkeypatch: pytest.MonkeyPatch, on_host: OnHost) -> None:
     pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     try:
         host, port = server.get_host_and_port()
-        keys = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "x"}
+        keys = {
+            "ACCESS_KEY_ID": "a",
+            "SECRET_ACCESS_KEY": "b",
+            "DEFAULT_REGION": "us-east-1",
+        }
         keys["ENDPOINT_URL"] = f"http://{host}:{port}"
         for name, value in keys.items():
             monkeypatch.setenv(f"AWS_{name}", value)
