@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.students = (section(ModelSource, path="embedded"),)
     config.ensemble = section(EnsembleConfig)
     config.template = "rlt"
-    config.data = {"path": "explanations.jsonl"}
+    config.data = {"path": "explanations.jsonl", "on_bad_row": "error"}
     config.rlt_reward = section(RLTRewardConfig)
     config.select = section(SelectionConfig)
     config.teacher_temperature = 0.7

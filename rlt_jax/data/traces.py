@@ -111,22 +111,24 @@ def read_problems(
 
 
 def read_completions(
-    path: str, template: Template
-) -> Iterator[tuple[str, Problem, list[str]]]:
+    path: str, template: Template, on_bad_row: OnBadRow = "error"
+) -> Iterator[tuple[Problem, list[str]]]:
     """Reads problems with completions to score, one record at a time.
 
     Args:
       path: see `read_traces`.
       template: see `read_traces`.
+      on_bad_row: see `read_traces`.
 
     Yields:
-      The file and line of the record, its problem, and its `completions`; for a trace
-      without `completions`, its explanation is the only completion.
+      The problem of a record and its `completions`; for a trace without `completions`, its
+      explanation is the only completion.
 
     Raises:
       UserError: see `read_problems`; or `completions` is not a list of texts.
     """
-    for where, record in convert(read_records(path, columns=COLUMNS)):
+
+    def make(where: str, record: Record) -> tuple[Problem, list[str]]:
         completions = _parsed(where, record, "completions")
         if completions is None:
             trace = _trace(where, record, template)
@@ -139,7 +141,9 @@ def read_completions(
                 f"{where}: completions is {shown(completions)}; it must be a list of "
                 "strings."
             )
-        yield where, _problem(where, record, template), completions
+        return _problem(where, record, template), completions
+
+    return convert(read_records(path, columns=COLUMNS), make, None, on_bad_row)
 
 
 def _was_cut_off(where: str, record: Record) -> bool:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rlt_jax import scoring
 from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
+from rlt_jax.data.tables import OnBadRow
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_completions
 from rlt_jax.errors import LOG, UserError, as_user_error
@@ -52,12 +53,20 @@ class ScoreConfig(Checked):
     num_examples: NonNegativeInt = 10
 
 
+@dataclasses.dataclass(frozen=True)
+class CompletionsConfig(Checked):
+    """Where completions are; see `traces.read_completions`."""
+
+    path: str
+    on_bad_row: OnBadRow = "error"
+
+
 PARTS = {
     "teacher": checkpoint.ModelSource,
     "students": setup.check_students,
     "ensemble": EnsembleConfig,
     "template": str,
-    "data": {"path": str},
+    "data": CompletionsConfig,
     "rlt_reward": RLTRewardConfig,
     "select": SelectionConfig,
     "mesh": sharding.MeshConfig,
@@ -170,17 +179,17 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     if first and scorer.kl_coef == "auto":
         begun = hosts.from_first(lambda: next(metrics.stream_jsonl(file)))
         scorer.kl_coef = begun["provenance"]["explanation_kl_coef"]
-    path = sections["data"]["path"]
+    source = build(CompletionsConfig, sections["data"], "data")
 
     def left() -> Iterator[TextCompletion]:
-        completions = _completions(path, scorer.template, c.assume_closed)
+        completions = _completions(source, scorer.template, c.assume_closed)
         return itertools.islice(completions, first, None)
 
     total = scorer.check(left(), first)
     scorer.load()
     if not write_scores(scorer, left(), file, first, total):
         raise UserError(
-            f"{path}: there is nothing to score; write one or more texts into the "
+            f"{source.path}: there is nothing to score; write one or more texts into the "
             "`completions` of a row, or a `reasoning_trace` instead."
         )
     selected = workdir / "selected.jsonl"
@@ -257,9 +266,10 @@ def _sizes(rows: list[Record]) -> list[list[float]]:
 
 
 def _completions(
-    path: str, template: Template, assume_closed: bool
+    source: CompletionsConfig, template: Template, assume_closed: bool
 ) -> Iterator[TextCompletion]:
-    for _, problem, completions in read_completions(path, template):
+    rows = read_completions(source.path, template, source.on_bad_row)
+    for problem, completions in rows:
         for text in completions:
             yield text_completion(template, problem, text, assume_closed)
 

@@ -59,7 +59,7 @@ def test_plain_columns_round_trip(file: Path) -> None:
 def test_traces_are_scored_as_a_student_learns_them(file: Path) -> None:
     for row in (chat(), ROW):
         (trace,) = read_traces(write(file, row), TEMPLATE)
-        ((_, problem, (completion,)),) = read_completions(str(file), TEMPLATE)
+        ((problem, (completion,)),) = read_completions(str(file), TEMPLATE)
         body, is_closed = TEMPLATE.parse_completion(completion)
         assert is_closed
         scored = Trace(problem, body)
@@ -76,7 +76,7 @@ def test_what_was_cut_off_is_not_learned_and_is_scored_as_open(
     other = write(file.with_name("other.jsonl"), ROW | {"closed": False})
     with pytest.raises(UserError, match="all 1 traces were cut off "):
         read_traces(other, TEMPLATE)
-    completions = [texts[0] for _, _, texts in read_completions(str(file), TEMPLATE)]
+    completions = [texts[0] for _, texts in read_completions(str(file), TEMPLATE)]
     closed = [TEMPLATE.parse_completion(text)[1] for text in completions]
     assert closed == [True, False, True]
 
@@ -458,13 +458,23 @@ def test_csv_is_read_as_jsonl_is(tmp_path: Path) -> None:
     problems = read_problems(str(file), TEMPLATE)
     assert problems[0].history == HISTORY
     assert problems[3].answer == "7"
-    completions = [texts for _, _, texts in read_completions(str(file), TEMPLATE)]
+    completions = [texts for _, texts in read_completions(str(file), TEMPLATE)]
     assert completions[1] == ["a", "b"]
     file.write_text('question,solution,completions\nq,s,"[a"\n', encoding="utf-8")
     with pytest.raises(
         UserError, match=r"completions is '\[a' .* in a CSV file as JSON"
     ):
         list(read_completions(str(file), TEMPLATE))
+
+
+def test_bad_completions_are_skipped_if_asked(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    good = '{"question": "q", "solution": "s", "completions": ["a", "b"]}'
+    file.write_text(f"{good}\n{good.replace('[', '7, [')}\n{good}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 2"):
+        list(read_completions(str(file), TEMPLATE))
+    found = list(read_completions(str(file), TEMPLATE, on_bad_row="skip"))
+    assert [texts for _, texts in found] == [["a", "b"]] * 2
 
 
 def test_what_a_run_writes_keeps_the_history(tmp_path: Path) -> None:

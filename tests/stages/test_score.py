@@ -52,6 +52,9 @@ def config(tmp_path: Path) -> ml_collections.ConfigDict:
 def test_rows_come_in_order_with_all_they_need(
     config: ml_collections.ConfigDict, tmp_path: Path
 ) -> None:
+    data = Path(config.data.path)
+    data.write_text(f"no row\n{data.read_text('utf-8')}", encoding="utf-8")
+    config.data.on_bad_row = "skip"
     run_pipeline(config, tmp_path / "run")
     folder = tmp_path / "run" / "score"
     rows = read_jsonl(folder / "scores.jsonl")
