@@ -303,7 +303,10 @@ def test_a_stage_brings_its_settings(
         ([], "--model=MODEL at least"),
         (["--model=embedded", "--dtype=int8"], "float32|bfloat16"),
         (["--model=embedded", "--role=judge"], "teacher|student"),
-        (["--model=embedded", "--temperature=-1"], "temperature=-1.0: at least 0"),
+        (
+            ["--model=embedded", "--temperature=-1"],
+            "temperature=-1.0: 0, or 0.001 to 1000",
+        ),
         (["--model=embedded", "--template=none"], "template 'none'"),
         (["--model={}/nowhere"], "nowhere': there is neither"),
         (["--workdir={}", "--model=warmup"], "no such stage; {} has distil, rl."),

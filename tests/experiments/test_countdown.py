@@ -156,7 +156,7 @@ def test_division_is_exact() -> None:
     ("changes", "message"),
     [
         ({"split": "dev"}, "split='dev': one of train, test"),
-        ({"signs": "+^"}, "signs='[+]^': some of"),
+        ({"signs": "+^"}, "signs='[+]\\^': some of"),
         ({"signs": ""}, "signs='': some of"),
         ({"numbers": 1}, "TraceConfig.numbers=1: at least 2"),
         ({"max_number": 0}, "max_number=0: at least 1"),

@@ -62,7 +62,7 @@ def sources_of(data: dict, seed: int) -> Iterator[str]:
 
 
 def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
-    experiments = paper_small.get_config("0,1,2")
+    experiments = paper_small.get_config("0,1")
     held_out, trained = set(), set()
     stages = stage_sections(experiments)
     for data, seed in [
@@ -86,7 +86,7 @@ def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
                 if part["task"] == "experiments.countdown:traces":
                     del part["drills"]
                 trained |= keys_of(sources_of(part, seed))
-    assert len(held_out) > 1000 and len(trained) > 30_000
+    assert len(held_out) > 600 and len(trained) > 20_000
     assert not held_out & trained
 
 

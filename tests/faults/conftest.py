@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -111,6 +112,14 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     status, errors = run(workdir)
     assert status == 0, errors
     return workdir
+
+
+@pytest.fixture(scope="session")
+def seconds(run: Run, whole: Path) -> float:
+    """How long a run takes where nothing is to be compiled."""
+    began = time.monotonic()
+    assert run(whole.with_name("again"))[0] == 0
+    return time.monotonic() - began
 
 
 @pytest.fixture(scope="session")

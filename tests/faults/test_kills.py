@@ -38,14 +38,6 @@ def test_a_run_that_is_killed_then_stopped_then_out_of_space(
     assert_same_run(workdir, whole)
 
 
-@pytest.fixture(scope="session")
-def seconds(run: Run, whole: Path) -> float:
-    """How long a run takes where nothing is to be compiled."""
-    began = time.monotonic()
-    assert run(whole.with_name("again"))[0] == 0
-    return time.monotonic() - began
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "count"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Run, Start, Whole, assert_same_run
+from tests.faults.conftest import Run, Start, assert_same_run
 from tests.stores.servers import gcs
 
 URL = "gs://bucket/my/run"
@@ -16,7 +16,7 @@ URL = "gs://bucket/my/run"
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_an_empty_cache(
-    start: Start, run: Run, whole: Whole, tmp_path: Path
+    start: Start, run: Run, whole: Path, seconds: float, tmp_path: Path
 ) -> None:
     moments = random.Random(0)
     with gcs() as bucket:
@@ -24,7 +24,7 @@ def test_a_run_goes_on_from_an_empty_cache(
             host = {"XDG_CACHE_HOME": str(tmp_path / str(kill)), **bucket.environment}
             process = start(URL, environment=host)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moments.uniform(0.3, 1.0) * whole.seconds)
+                process.wait(moments.uniform(0.3, 1.0) * seconds)
             process.send_signal(signal.SIGKILL)
             _, errors = process.communicate(timeout=120)
             assert "Traceback" not in errors
@@ -32,4 +32,4 @@ def test_a_run_goes_on_from_an_empty_cache(
         status, errors = run(URL, environment=host)
         assert status == 0, errors
     (root,) = tmp_path.glob("last/rlt_jax/workdirs/*/run")
-    assert_same_run(root, whole.workdir)
+    assert_same_run(root, whole)

@@ -179,15 +179,15 @@ def test_transformers_has_the_same_penalty() -> None:
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
-        ({"temperature": -1}, "temperature=-1: at least 0"),
+        ({"temperature": -1}, "temperature=-1: 0, or 0.001 to 1000"),
         ({"top_k": -1}, "top_k=-1: at least 0"),
         ({"top_p": 0}, "top_p=0: above 0, at most 1"),
         ({"top_p": 1.1}, "top_p=1.1: above 0, at most 1"),
         ({"min_p": -0.1}, "min_p=-0.1: at least 0, at most 1"),
         ({"min_p": 2}, "min_p=2: at least 0, at most 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0: above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: at least 1e-06"),
         ({"stop": "</end>"}, "stop='</end>': a list"),
-        ({"stop": ["a", ""]}, r"stop=\['a', ''\]: one of them is empty"),
+        ({"stop": ["a", ""]}, r"stop=\['a', ''\]: a list, each not empty"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:

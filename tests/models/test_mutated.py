@@ -198,7 +198,7 @@ def test_the_unchanged_contents_are_valid(name: str, tmp_path: Path) -> None:
         ({"hidden_size": 0}, "hidden_size=0: at least 1"),
         (
             {"hidden_size": 10**30},
-            "hidden_size=10*[.]{3}0*: at least 1, at most 1048576",
+            "hidden_size=10*: at least 1, at most 1048576",
         ),
         ({"hidden_size": None, "head_dim": None}, "it lacks 'hidden_size'"),
         ({"hidden_size": 2, "head_dim": None}, "it lacks 'head_dim'"),

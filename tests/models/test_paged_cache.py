@@ -255,7 +255,7 @@ def test_accelerators_use_their_kernels_where_these_take_the_sizes(
 
     pool = shape(K, L, 9, page_size, head_dim)
     with jax.sharding.use_abstract_mesh(gpu):
-        traced = jax.jit(paged_attention).trace(
+        traced = jax.jit(attend).trace(
             shape(4, 1, 8, head_dim),
             PagedCache(pool, pool, shape(4, columns, of="int32")),
             shape(of="int32"),
@@ -307,15 +307,15 @@ def test_decoding_compiles_for_tpu_with_the_kernel(tpus: Mesh) -> None:
     keys = shape("bfloat16", pool, heads, L, 1024, page, H)
     cache = PagedCache(keys, keys, shape("int32", by_rows, B, 512))
     specs = PagedCache(by_pages, by_pages, by_rows)
-    attend = jax.shard_map(
-        paged_attention,
+    sharded = jax.shard_map(
+        attend,
         mesh=tpus,
         in_specs=(by_rows, specs, Spec(), by_rows, Spec()),
         out_specs=by_rows,
         axis_names=set(split),
         check_vma=False,
     )
-    traced = jax.jit(attend).trace(
+    traced = jax.jit(sharded).trace(
         shape("bfloat16", Spec(split, None, "tensor"), B, 1, N, H),
         cache,
         shape("int32", Spec()),

@@ -76,7 +76,7 @@ def test_on_policy_the_loss_is_minus_the_advantage_and_the_kl() -> None:
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("clip", [None, 0.2, 1e9])
+@pytest.mark.parametrize("clip", [None, 0.2, 1e6])
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
 def test_on_policy_the_gradient_is_that_of_reinforce_and_the_kl(
     beta: float, clip: float | None
@@ -219,9 +219,9 @@ def test_the_policy_among_the_others() -> None:
         ({"truncated": "drop"}, "truncated='drop': one of keep, mask"),
         ({"beta": -1.0}, "beta=-1.0: at least 0"),
         ({"beta": float("nan")}, "beta=nan: at least 0"),
-        ({"clip_low": 0.0}, "clip_low=0.0: above 0"),
-        ({"importance_cap": -2.0}, "importance_cap=-2.0: above 0"),
-        ({"skip_gradient_norm": 0}, "skip_gradient_norm=0: above 0"),
+        ({"clip_low": 0.0}, "clip_low=0.0: at least 1e-06"),
+        ({"importance_cap": -2.0}, "importance_cap=-2.0: at least 1e-06"),
+        ({"skip_gradient_norm": 0}, "skip_gradient_norm=0: at least 1e-06"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:

@@ -323,7 +323,10 @@ def gathered(text: str) -> list[hlo.Array]:
     ]
 
 
-UPDATES = ("warmup/update", pytest.param("rl/update", marks=pytest.mark.slow))
+UPDATES = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("warmup/update", "rl/update")
+]
 LOG_PROBS = ("rl/log_probs", "rl/student_log_probs")
 FORWARD = (*LOG_PROBS, "rl/reward", "rl/decode", "rl/prefill")
 

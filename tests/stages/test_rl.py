@@ -238,7 +238,7 @@ def test_a_run_whose_steps_are_all_skipped_stops(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:
     rl = section("rl")
-    rl["objective"] = {"skip_gradient_norm": 1e-9}
+    rl["objective"] = {"skip_gradient_norm": 1e-6}
     rl["loop"]["max_skipped"] = 2
     with pytest.raises(UserError, match="3 updates in a row were skipped"):
         run_stage(rl, tmp_path)

@@ -155,6 +155,7 @@ def test_what_there_is_to_warm_up_on(
     assert ("no teacher is warmed up" in caplog.text) != warmed_up
 
 
+@pytest.mark.slow
 def test_traces_warm_the_teacher_up(model: str, tmp_path: Path) -> None:
     data = write_rows(
         tmp_path / "mine.jsonl",

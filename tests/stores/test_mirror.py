@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,11 +233,12 @@ def test_two_runs_of_a_host_do_not_share_a_mirror(
 
 
 def test_failures_that_pass_are_tried_again(memory: Memory, on_host: OnHost) -> None:
-    failures = iter([OSError("503"), TimeoutError(), ConnectionResetError()] * 100)
-    count = itertools.count()
+    failures = itertools.cycle([OSError("503"), TimeoutError(), ConnectionResetError()])
+    calls: Counter[tuple[object, ...]] = Counter()
 
-    def fail(*_: object) -> None:
-        if next(count) % 3:
+    def fail(*call: object) -> None:
+        calls[call] += 1
+        if calls[call] % 3:
             raise next(failures)
 
     memory.before = fail

@@ -199,6 +199,7 @@ def command(bucket: Bucket, folder: Path, cache: str, before: str = "") -> Any:
     return result.returncode, result.stderr
 
 
+@pytest.mark.slow
 def test_the_command(bucket: Bucket, tmp_path: Path) -> None:
     # The store fails for good after the first checkpoint.
     puts = itertools.count()

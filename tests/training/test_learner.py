@@ -394,7 +394,7 @@ def test_every_objective_packed_or_not_is_one_plain_expression(
     assert again.step == 2
 
 
-@pytest.mark.parametrize("clip", [None, 1e9, 1e-3])
+@pytest.mark.parametrize("clip", [None, 1e6, 1e-3])
 def test_at_ratio_one_each_of_several_updates_is_the_single_update(
     model: Transformer,
     params: Params,

@@ -99,7 +99,6 @@ def test_the_mesh_covers_all_devices(mesh: Mesh) -> None:
         MeshConfig(data=-1, fsdp=-1),
         MeshConfig(data=-1, fsdp=0),
         MeshConfig(data=1, fsdp=1, tensor=0),
-        MeshConfig(data=-1, fsdp=-3, tensor=-1),
     ],
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(
