@@ -50,6 +50,7 @@ from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
 from rlt_jax.stages.plan import PlanConfig
 from rlt_jax.stages.rl_config import RLConfig
+from rlt_jax.stages.score import CompletionsConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig
@@ -84,6 +85,7 @@ FUNCTIONS = {
 # Values of the fields that have no default.
 REQUIRED: dict[type, dict[str, Any]] = {
     CollectConfig: {"batch_size": 2},
+    CompletionsConfig: {"path": "rows.jsonl"},
     EvaluateConfig: {"batch_size": 2},
     ModelConfig: {
         "vocab_size": 8,
