@@ -39,7 +39,9 @@ def quantile(
 ) -> Array:
     """Masked q-quantile with linear interpolation, or another of NumPy's methods."""
     kept = jnp.where(mask, values, jnp.nan)
-    return _fill(jnp.nanquantile(kept, q, axis=-1, method=method), mask, empty)
+    found = jnp.nanquantile(kept, q, axis=-1, method=method)
+    is_nan = (mask & jnp.isnan(values)).any(-1)  # shows in the result, as in a mean
+    return _fill(jnp.where(is_nan, jnp.nan, found), mask, empty)
 
 
 def median(values: Array, mask: Array, empty: float = 0.0) -> Array:

@@ -50,6 +50,15 @@ def test_values_outside_the_mask_never_matter(name: str, outside: float) -> None
     np.testing.assert_array_equal(OURS[name](spoilt, MASK), OURS[name](VALUES, MASK))
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_a_nan_inside_the_mask_shows(name: str) -> None:
+    for place in np.argwhere(MASK):
+        values = VALUES.copy()
+        values[*place] = np.nan
+        found = np.isnan(OURS[name](values, MASK))
+        assert found.tolist() == [n == place[0] for n in range(len(MASK))]
+
+
 @pytest.mark.parametrize("name", sorted(OURS.keys() - {"total"}))
 def test_an_empty_mask_gives_the_stated_value(name: str) -> None:
     nowhere = np.zeros((2, 3), bool)
