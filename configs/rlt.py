@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict, config_dict
@@ -41,9 +41,10 @@ from rlt_jax.costs.chips import num_chips
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_traces
-from rlt_jax.errors import UserError, check_choice
+from rlt_jax.errors import UserError
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
+from rlt_jax.ranges import OneOf, check_value
 from rlt_jax.report.pages import ReportConfig
 from rlt_jax.rl.losses import ObjectiveConfig
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
@@ -161,7 +162,7 @@ def get_config(variant: str = "own") -> ConfigDict:
     variant, _, topology = variant.partition(":")
     if topology and variant not in VARIANTS:
         variant, topology = "own", f"{variant}:{topology}"
-    check_choice("configs/rlt.py", variant, VARIANTS)
+    check_value("configs/rlt.py", Annotated[str, OneOf(VARIANTS)], variant)
     c = ConfigDict(TOP | VARIANTS[variant])
     if topology:
         c.device = f"{topology.partition(':')[0]}-{num_chips(topology)}"

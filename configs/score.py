@@ -14,6 +14,7 @@ Hardware: any; two forward passes a completion.
 import ml_collections
 
 from rlt_jax.data.selection import SelectionConfig
+from rlt_jax.data.traces import CompletionsConfig
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.settings import section
 from rlt_jax.training.checkpoint import ModelSource
@@ -29,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.students = (section(ModelSource, path="embedded"),)
     config.ensemble = section(EnsembleConfig)
     config.template = "rlt"
-    config.data = {"path": "explanations.jsonl", "on_bad_row": "error"}
+    config.data = section(CompletionsConfig, path="explanations.jsonl")
     config.rlt_reward = section(RLTRewardConfig)
     config.select = section(SelectionConfig)
     config.teacher_temperature = 0.7

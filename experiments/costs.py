@@ -7,12 +7,12 @@ update; recomputation and the products of attention are not counted.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
 from rlt_jax.costs.flops import forward_flops
-from rlt_jax.errors import check_choice
+from rlt_jax.ranges import OneOf, check_value
 from rlt_jax.report.files import read_json, read_lines
 from rlt_jax.settings import build
 from rlt_jax.training.checkpoint import ModelSource, shape_of
@@ -30,7 +30,8 @@ def stage_cost(folder: Path) -> dict[str, float]:
     """
     read_json(folder / "done.json")
     settings = read_json(folder / "settings.json")
-    check_choice(f"the stage of {folder}", settings["stage"], _COSTS)
+    known = Annotated[str, OneOf(_COSTS)]
+    check_value(f"the stage of {folder}", known, settings["stage"])
     counts = _COSTS[settings["stage"]](folder, settings)
     return {name: float(counts.get(name, 0)) for name in COSTS}
 

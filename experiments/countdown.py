@@ -29,24 +29,16 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
+from rlt_jax import ranges
 from rlt_jax.data.boxes import last_box
 from rlt_jax.data.tasks.arithmetic import sample_kinds
 from rlt_jax.errors import UserError
-from rlt_jax.ranges import (
-    PROBABILITIES,
-    Checked,
-    Condition,
-    NonNegativeInt,
-    OneOf,
-    PositiveInt,
-    Range,
-)
 from rlt_jax.records import Problem, Trace
 
 GRADER = "experiments.countdown:is_solution"
 KINDS = ("careful", "skipping", "restating", "wrong")
-Kind = Annotated[str, OneOf(KINDS)]
-SOME = Condition("some of + - * /", lambda x: x and not set(x) - set("+-*/"))
+Kind = Annotated[str, ranges.OneOf(KINDS)]
+SOME = ranges.Condition("some of + - * /", lambda x: x and not set(x) - set("+-*/"))
 _OPERATIONS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -133,7 +125,7 @@ def _evaluate(expression: str, used: list[int]) -> Fraction:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemConfig(Checked):
+class ProblemConfig(ranges.Checked):
     """Settings of `problems`.
 
     Attributes:
@@ -147,13 +139,13 @@ class ProblemConfig(Checked):
       signs: allowed operations, a subset of "+-*/".
     """
 
-    split: Annotated[str, OneOf(("train", "test"))]
-    size: Annotated[int, Range(0, 10**7)]
-    seed: NonNegativeInt
-    stream: NonNegativeInt = 0
-    numbers: Annotated[int, Range(2, 100)] = 4
-    max_number: PositiveInt = 25
-    max_target: PositiveInt = 100
+    split: ranges.Split
+    size: ranges.Amount
+    seed: ranges.NonNegativeInt
+    stream: ranges.NonNegativeInt = 0
+    numbers: Annotated[int, ranges.Range(2, 100)] = 4
+    max_number: ranges.PositiveInt = 25
+    max_target: ranges.PositiveInt = 100
     signs: Annotated[str, SOME] = "+-*/"
 
 
@@ -166,7 +158,7 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... from 3, 4, 7. It is 7*4-3."
     """
 
-    kinds: Annotated[Mapping[Kind, Annotated[float, Range(0, 1)]], PROBABILITIES]
+    kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.PROBABILITIES]
     hinted: bool = False
 
 

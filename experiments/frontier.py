@@ -23,16 +23,11 @@ is not counted, as all have it.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_collections
 
-from experiments.frontier_cells import (
-    Cell,
-    habit,
-    with_lengths,
-    worked,
-)
+from experiments.frontier_cells import Cell, habit, with_lengths, worked
 from experiments.on_policy import ITSELF, teaching
 from experiments.small_stages import (
     collect,
@@ -44,7 +39,7 @@ from experiments.small_stages import (
     teacher_rl,
 )
 from experiments.study import seed_list
-from rlt_jax.errors import check_choice
+from rlt_jax.ranges import OneOf, check_value
 from rlt_jax.settings import link, section
 from rlt_jax.training.checkpoint import ModelSource
 
@@ -214,7 +209,7 @@ def get_config(seeds: str = "") -> ml_collections.ConfigDict:
     def pipeline() -> tuple[str, ...]:
         for key, allowed in (("parts", PARTS), ("cells", names)):
             for value in config[key]:
-                check_choice(f"config.{key}", value, allowed)
+                check_value(f"config.{key}", Annotated[str, OneOf(allowed)], value)
         kept = {
             f"{name}_{seed}"
             for seed in chosen

@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 LOG = logging.getLogger("rlt_jax")
 
@@ -35,9 +34,3 @@ def as_user_error(what: str, *kinds: type[Exception], end: str = ".") -> Iterato
         yield
     except kinds as error:
         raise UserError(f"{what}: {error}{end}") from error
-
-
-def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
-    """Raises UserError if a setting is not one of the known values."""
-    if value not in known:
-        raise UserError(f"{name}={value!r}: one of {', '.join(map(str, known))}.")

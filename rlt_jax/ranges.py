@@ -91,6 +91,8 @@ Limit = PositiveInt | None  # None for none
 PositiveFloat = Annotated[float, Range(1e-6, 10**6)]  # a divisor, also in float32
 NonNegativeFloat = Annotated[float, Range(0, 10**6)]
 Fraction = Annotated[float, Range(0, 1)]
+Amount = Annotated[int, Range(0, 10**7)]  # of problems to make; more would take hours
+Split = Annotated[str, OneOf(("train", "test"))]
 Weight = Annotated[float, Range(-(10**6), 10**6)]
 # 0 is greedy; less than the least would be 0 in float32, or nearly.
 _TEMPERATURES = Condition("0, or 0.001 to 1000", lambda x: not x or 1e-3 <= x <= 1e3)

@@ -260,8 +260,9 @@ def make_solution_scorer(
     limit = min(BUCKETS[-1], loaded.model.config.max_length)
     model = loaded.model, 1.0
     programs = log_probs.compile_programs(model, [model], mesh)
-    replicated = {"out_shardings": sharding.replicated(mesh)}
-    of_solutions = sharding.jit(rlt_reward.solution_log_probs, mesh, **replicated)
+    of_solutions = sharding.jit(
+        rlt_reward.solution_log_probs, mesh, out_shardings=sharding.replicated(mesh)
+    )
 
     def means(traces: Sequence[Trace]) -> list[float | None]:
         made, _ = rows.fitting_examples(renderer, traces, limit)

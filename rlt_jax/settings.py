@@ -15,6 +15,7 @@ from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.ranges import check_ranges, check_value
 
 T = TypeVar("T")
+PLAIN = (int, float, str, bool)
 Section = Mapping[str, Any]  # settings of one part of a config
 
 
@@ -34,12 +35,7 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
         value = getattr(built, field.name)
         if isinstance(value, Mapping):
             value = dict(value)
-        elif getattr(field.type, "__origin__", field.type) not in (
-            int,
-            float,
-            str,
-            bool,
-        ):
+        elif getattr(field.type, "__origin__", field.type) not in PLAIN:
             # Neither such a type nor one annotated; the command line's flag takes any.
             config[field.name] = config_dict.placeholder(object)
         config[field.name] = value

@@ -284,11 +284,8 @@ def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
             raise
         except Exception as error:  # every library has its own
             told = " ".join(f"{type(error).__name__} {error}".split())[:300]
-            reason, tries, seconds = (
-                f"{url}: {told}",
-                tries + 1,
-                time.monotonic() - began,
-            )
+            reason, seconds = f"{url}: {told}", time.monotonic() - began
+            tries += 1
             code = str(getattr(error, "code", None) or getattr(error, "status", ""))
             if _REFUSED.search(told) or re.fullmatch("4(?!08|29)..", code):
                 raise UserError(f"{reason}. Check address and rights.") from error

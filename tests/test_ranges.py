@@ -29,6 +29,7 @@ from rlt_jax.data import pipeline
 from rlt_jax.data.tasks.arithmetic import ProblemConfig, TraceConfig
 from rlt_jax.data.tasks.reasoning_gym import PuzzleConfig
 from rlt_jax.data.templates import Template, load_template
+from rlt_jax.data.traces import CompletionsConfig
 from rlt_jax.errors import UserError
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import ModelConfig, RopeScaling
@@ -50,7 +51,6 @@ from rlt_jax.stages.collect import CollectConfig
 from rlt_jax.stages.evaluate import EvaluateConfig
 from rlt_jax.stages.plan import PlanConfig
 from rlt_jax.stages.rl_config import RLConfig
-from rlt_jax.stages.score import CompletionsConfig
 from rlt_jax.stages.sft import SFTConfig
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.lora import LoRAConfig

@@ -23,6 +23,7 @@ A row that is none of these, or no row of its format at all, is an error with it
 line, or is left out and counted with `on_bad_row="skip"`.
 """
 
+import dataclasses
 import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from rlt_jax.data.formats import parse_json, shown
 from rlt_jax.data.tables import OnBadRow, as_text, convert, listed, read_records
 from rlt_jax.data.templates import Template
 from rlt_jax.errors import LOG, UserError
-from rlt_jax.ranges import Limit, OneOf
+from rlt_jax.ranges import Checked, Limit, OneOf
 from rlt_jax.records import Problem, Record, Trace
 
 CONVERSATIONS = ("messages", "conversations", "prompt")
@@ -108,6 +109,14 @@ def read_problems(
         return _problem(where, record, template)._replace(grader=grader)
 
     return list(convert(read_records(path, "", COLUMNS), make, limit, on_bad_row))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionsConfig(Checked):
+    """Where completions are; see `read_completions`."""
+
+    path: str
+    on_bad_row: OnBadRow = "error"
 
 
 def read_completions(

@@ -40,10 +40,14 @@ class Tensor(NamedTuple):
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every axis, by its letter."""
-    c = config
-    heads = c.num_heads, c.num_kv_heads, c.head_dim
-    sizes = c.vocab_size, c.embed_dim, *heads, c.mlp_dim
-    return dict(zip("VDNKHF", sizes, strict=True))
+    return {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.mlp_dim,
+    }
 
 
 def stored_shape(tensor: Tensor, sizes: dict[str, int]) -> list[int]:

@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rlt_jax import settings, stores
-from rlt_jax.errors import LOG, UserError, check_choice
-from rlt_jax.ranges import Condition, NonNegativeInt, check_value
+from rlt_jax.errors import LOG, UserError
+from rlt_jax.ranges import Condition, NonNegativeInt, OneOf, check_value
 from rlt_jax.records import Record
 from rlt_jax.stages import lock, preflight
 from rlt_jax.stages.folder import (
@@ -137,7 +137,7 @@ def _checked_stage(section: Any, where: str) -> str:
     values = section.to_dict()
     stage = values.pop("stage", None)
     check_value(f"{where}.seed", NonNegativeInt, values.pop("seed", 0))
-    check_choice(f"{where}.stage", stage, STAGES)
+    check_value(f"{where}.stage", Annotated[str, OneOf(STAGES)], stage)
     if renamed := renamed_key(values):
         raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
     settings.check(preflight.module_of(stage).SECTIONS, values, where)

@@ -169,9 +169,12 @@ def train(
         )
         reward = rewards.compute(run.reward, batch, rollout, journal.kl_coef)
         if teacher:
-            rest = rollout, packed.completion.start, batch
+            # Weights without a name here: it would keep a copy that `sync` replaces.
             batch, judged = teacher.teach(
-                teacher.loaded.params or journal.weights.teacher or policy, *rest
+                teacher.loaded.params or journal.weights.teacher or policy,
+                rollout,
+                packed.completion.start,
+                batch,
             )
             reward |= judged
         journal.lap("score", batch, reward)

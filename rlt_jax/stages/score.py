@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 from rlt_jax import scoring
 from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
-from rlt_jax.data.tables import OnBadRow
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.data.traces import read_completions
+from rlt_jax.data.traces import CompletionsConfig, read_completions
 from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.ranges import Checked, Count, NonNegativeInt, Temperature
 from rlt_jax.records import Problem, Record, history_of, problem_record
@@ -51,14 +50,6 @@ class ScoreConfig(Checked):
     per_token: bool = False
     controls: bool = False
     num_examples: NonNegativeInt = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class CompletionsConfig(Checked):
-    """Where completions are; see `traces.read_completions`."""
-
-    path: str
-    on_bad_row: OnBadRow = "error"
 
 
 PARTS = {

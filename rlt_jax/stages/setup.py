@@ -335,15 +335,14 @@ def is_due(done: int, every: int, total: int) -> bool:
 
 
 def provenance_of(
-    models: Sequence[LoadedModel], template: Template, teacher: float, students: float
+    models: Sequence[LoadedModel],
+    template: Template,
+    teacher_temperature: float,
+    student_temperature: float,
 ) -> Record:
     """What a reward depends on: fingerprints of weights, tokenizers and template.
 
-    Args:
-      models: the teacher, then the students.
-      template: of the prompts.
-      teacher: temperature of the teacher.
-      students: temperature of the students.
+    `models` are the teacher, then the students.
     """
     weights, *students_weights = (weights_hash(model.params) for model in models)
     tokenizer, *others = (tokenizer_hash(model.tokenizer) for model in models)
@@ -353,8 +352,8 @@ def provenance_of(
         "students": students_weights,
         "student_tokenizers": others,
         "template": template_hash(template),
-        "teacher_temperature": teacher,
-        "student_temperature": students,
+        "teacher_temperature": teacher_temperature,
+        "student_temperature": student_temperature,
     }
 
 

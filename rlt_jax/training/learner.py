@@ -5,7 +5,7 @@ Supervised training and reinforcement learning differ in the loss function that 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,10 @@ def jit_update(
 ) -> Wrapped:
     """`update` as a `jax.jit` function of state, batch and frozen parameters."""
     program = functools.partial(update, loss_fn, model, tx, max_norm)
-    placed: dict[str, Any] = {"in_shardings": (shardings, None, None)}
-    placed["out_shardings"] = shardings, sharding.replicated(mesh)
-    return sharding.jit(program, mesh, donate_argnums=0, **placed)
+    given, made = (shardings, None, None), (shardings, sharding.replicated(mesh))
+    return sharding.jit(
+        program, mesh, in_shardings=given, out_shardings=made, donate_argnums=0
+    )
 
 
 def update(

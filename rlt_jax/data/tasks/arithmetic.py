@@ -41,8 +41,6 @@ CHAIN_LENGTH = 6
 STEPS_PER_SKIP = 3
 # Notation -> text before the start digit, and symbols for + - *.
 NOTATIONS = {"signs": ("Start at", "+-*"), "letters": ("From", "asm")}
-# Of problems that are made: more would take hours.
-Amount = Annotated[int, ranges.Range(0, 10**7)]
 Kind = Annotated[str, ranges.OneOf(KINDS)]
 Length = Annotated[int, ranges.Range(1, 1000)]
 ORDERED = ranges.Condition("the least, then the most", lambda x: x[0] <= x[1])
@@ -172,8 +170,8 @@ class ProblemConfig(ranges.Checked):
         same number, so that questions with more are harder.
     """
 
-    split: Annotated[str, ranges.OneOf(("train", "test"))]
-    size: Amount
+    split: ranges.Split
+    size: ranges.Amount
     seed: ranges.NonNegativeInt
     stream: ranges.NonNegativeInt = 0
     notation: Annotated[str, ranges.OneOf(NOTATIONS)] = "signs"
@@ -205,7 +203,7 @@ class TraceConfig(ProblemConfig):
 
     kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.PROBABILITIES]
     known_answer: bool
-    drills: Amount = 0
+    drills: ranges.Amount = 0
     hinted: bool = False
 
 

@@ -27,8 +27,8 @@ from typing import Annotated, Any
 from unittest import mock
 
 from rlt_jax.data.boxes import last_box
-from rlt_jax.errors import UserError, check_choice
-from rlt_jax.ranges import Checked, NonNegativeInt, OneOf, Range
+from rlt_jax.errors import UserError
+from rlt_jax.ranges import Amount, Checked, NonNegativeInt, OneOf, Split, check_value
 from rlt_jax.records import Problem
 from rlt_jax.settings import Section
 
@@ -51,8 +51,8 @@ class PuzzleConfig(Checked):
     """
 
     dataset: str
-    split: Annotated[str, OneOf(("train", "test"))]
-    size: Annotated[int, Range(0, 10**7)]
+    split: Split
+    size: Amount
     seed: NonNegativeInt
     stream: NonNegativeInt = 0
     config: Section = dataclasses.field(default_factory=dict)
@@ -117,7 +117,8 @@ def _create(dataset: str, settings: str, seed: int) -> Any:
         from reasoning_gym import composite, factory
     except ImportError as error:
         raise UserError(f"{error}: pip install 'rlt_jax[reasoning_gym]'.") from error
-    check_choice("data.dataset", dataset, sorted(factory.DATASETS))
+    known = Annotated[str, OneOf(sorted(factory.DATASETS))]
+    check_value("data.dataset", known, dataset)
     config = json.loads(settings)
     try:
         if parts := config.get("datasets"):
