@@ -803,8 +803,8 @@ def is_valid(one: Any) -> bool:
         turns = all(is_text(text) for turn in one.history for text in turn)
         is_asked = is_text(one.question) and bool(one.question.strip())
         return is_asked and is_text(one.solution) and answer and turns
-    if isinstance(one, tuple):  # where, problem, completions
-        return is_text(one[0]) and is_valid(one[1]) and is_valid(one[2])
+    if isinstance(one, tuple):  # problem, completions
+        return is_valid(one[0]) and is_valid(one[1])
     return isinstance(one, list) and all(is_text(text) for text in one)
 
 
@@ -828,7 +828,7 @@ def check_generated(data: st.DataObject, kind: str) -> None:
         content = data.draw(changed_bytes(path.read_bytes()))
         path.write_bytes(content)
         options = {}
-        if read in (read_problems, read_traces):
+        if read in (read_problems, read_traces, read_completions):
             options = {"on_bad_row": data.draw(st.sampled_from(["error", "skip"]))}
         start = time.process_time()
         try:
