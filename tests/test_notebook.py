@@ -21,6 +21,7 @@ def test_no_outputs_are_stored(notebook: nbformat.NotebookNode) -> None:
         assert cell.get("execution_count") is None, cell.id
 
 
+@pytest.mark.slow
 def test_every_cell_runs(
     notebook: nbformat.NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

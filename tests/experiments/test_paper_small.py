@@ -61,6 +61,7 @@ def sources_of(data: dict, seed: int) -> Iterator[str]:
         yield from (trace.problem.question for trace in source.traces)
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_disjoint_from_what_is_trained_on() -> None:
     experiments = paper_small.get_config("0,1")
     held_out, trained = set(), set()

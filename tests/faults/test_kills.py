@@ -14,21 +14,16 @@ import pytest
 from tests.faults.conftest import Run, Start, assert_same_run
 
 
-def test_a_run_that_is_killed_then_stopped_then_out_of_space(
+def test_a_run_that_is_killed_and_then_out_of_space(
     start: Start, run: Run, whole: Path, shim: str, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
-    for file, number, status in (
-        ("warm/metrics.jsonl", signal.SIGKILL, -signal.SIGKILL),
-        ("teach/metrics.jsonl", signal.SIGTERM, 143),
-    ):
-        process = start(workdir)
-        while process.poll() is None and not (workdir / file).exists():
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == status, errors
-        assert "Traceback" not in errors
+    process = start(workdir)
+    while process.poll() is None and not (workdir / "teach/metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
     full = {"LD_PRELOAD": shim, "FAILING_FOLDER": str(workdir), "FAILING_AT": "40"}
     status, errors = run(workdir, environment=full | {"FAILING_FOREVER": "1"})
     assert status == 75, errors

@@ -93,8 +93,7 @@ def test_chunks_change_neither_values_nor_gradients(
             np.testing.assert_allclose(ours, whole, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("tied", "softcap"), [(True, None), (False, 2.0)])
 def test_gradients_are_those_of_a_log_softmax_of_all_logits(
     model: Transformer, tied: bool, softcap: float | None
 ) -> None:
@@ -123,8 +122,7 @@ def test_gradients_are_those_of_a_log_softmax_of_all_logits(
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", True)])
 def test_gradients_have_the_dtype_of_the_parameters(
     model: Transformer, tied: bool, dtype: str
 ) -> None:
@@ -147,8 +145,7 @@ def test_gradients_have_the_dtype_of_the_parameters(
         np.testing.assert_allclose(b.astype(jnp.float32), a, atol=0.1 * largest)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("share", "chunk"), [(0.0, 4), (0.4, 1), (0.4, 100), (1.0, 4)])
 def test_tokens_that_are_not_wanted_change_nothing(
     model: Transformer,
     params: Params,

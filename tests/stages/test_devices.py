@@ -180,6 +180,7 @@ def test_eight_devices_and_two_processes_do_what_one_device_does(
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_eight_devices_teach_as_one_does(section: Section, tmp_path: Path) -> None:
     rl = section("rl")
     model = rl["policy"] | {

@@ -188,7 +188,10 @@ def test_a_process_that_is_killed_ends_the_other(
     ("stage", "count", "number", "flags"),
     [
         ("sft", 1, signal.SIGINT, []),
-        ("rl", 2, signal.SIGTERM, ["--config.it.loop.checkpoint_every=1"]),
+        pytest.param(
+            *("rl", 2, signal.SIGTERM, ["--config.it.loop.checkpoint_every=1"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_signal_saves_and_stops_all(

@@ -327,7 +327,10 @@ UPDATES = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("warmup/update", "rl/update")
 ]
-LOG_PROBS = ("rl/log_probs", "rl/student_log_probs")
+LOG_PROBS = (
+    pytest.param("rl/log_probs", marks=pytest.mark.slow),
+    "rl/student_log_probs",
+)
 FORWARD = (*LOG_PROBS, "rl/reward", "rl/decode", "rl/prefill")
 
 

@@ -69,6 +69,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_the_command_line_on_questions_with_solutions(
     model: str, tmp_path: Path
 ) -> None:
