@@ -12,6 +12,7 @@ if one has, where no flag says otherwise.
 
 import functools
 import itertools
+import json
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from rlt_jax import scoring
+from rlt_jax import scoring, stores
 from rlt_jax.data.examples import ROLES, Renderer
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, as_user_error
@@ -40,7 +41,7 @@ from rlt_jax.training.sharding import MeshConfig, make_mesh, num_groups
 
 FLAGS = (
     (flags.DEFINE_string, "model", None, "A folder, a Hub id, embedded; or a stage."),
-    (flags.DEFINE_string, "workdir", None, "Folder of the run that has the stage."),
+    (flags.DEFINE_string, "workdir", None, "Folder or URL of the run of the stage."),
     (flags.DEFINE_enum, "role", None, ROLES, "By default the stage's, or student."),
     (flags.DEFINE_string, "template", None, "By default the stage's, or rlt."),
     (flags.DEFINE_list, "students", None, "Models that score a teacher."),
@@ -249,10 +250,12 @@ def _ask(what: str, at_terminal: bool) -> str:
 
 def _stage(model: str, workdir: str | None) -> tuple[str, Record]:
     """The path of a model, and the settings of its stage; {} where it has none."""
-    path = Path(workdir or "", model)
+    path = Path(stores.local(f"{workdir}/{model}" if workdir else model))
     if workdir and not path.is_dir():
         stages = sorted(file.parent.name for file in Path(workdir).glob("*/model.json"))
         found = ", ".join(stages) or "no model"
         raise UserError(f"--model={model}: no such stage; {workdir} has {found}.")
     file = (path.parent if path.name == "best" else path) / "settings.json"
-    return str(path) if workdir else model, read_json(file) if file.is_file() else {}
+    text = json.dumps(read_json(file) if file.is_file() else {})
+    settings = json.loads(text.replace("{workdir}", str(workdir)))  # so in a store
+    return str(path) if workdir else model, settings

@@ -187,12 +187,18 @@ class Mirror:
     def _look(self) -> tuple[Record, bool]:
         """The list in the store, {} for none; and whether this mirror has put it."""
         text, here = self._tried(self._fs.cat_file, LIST), self.root / LIST
-        own = files.read_json(here) if here.exists() else {}
-        ids = own.get("id"), own.get("before")
-        kinds = ValueError, LookupError, TypeError
+        kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
+        with as_user_error(f"{here} is damaged", *kinds):
+            own = files.read_json(here) if here.exists() else {}
+            ids = own.get("id"), own.get("before")
+        if text is None:
+            return {}, False
         with as_user_error(f"{self.url}/{LIST} is damaged", *kinds):
-            there = json.loads(text) if text else {}
-            return there, text is not None and there["id"] in ids
+            there = json.loads(text)
+            parts = there["id"], there["files"], there["removed"]
+            if [*map(type, parts)] != [str, dict, list]:
+                raise TypeError("its parts are of other types")
+            return there, there["id"] in ids
 
     def _put(self, names: Record, removed: list[str]) -> None:
         """Puts the list, after the mirror's own."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import rlt_jax
 from rlt_jax import chat
@@ -293,6 +294,32 @@ def test_a_stage_brings_its_settings(
         EnsembleConfig("min", []),
         teacher_temperature=0.9,
     )
+
+
+def test_a_stage_of_a_run_in_an_object_store(
+    workdir: Path,
+    run: Callable[..., str],
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url, typed = "memory://bucket/run", f"{PROBLEM.question}\n{PROBLEM.solution}\n"
+    file = workdir / "rl" / "settings.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    # The paths of settings are so in a store.
+    settings["students"] = [{"path": "{workdir}/rl"}]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    store = MemoryFileSystem()
+    store.put(f"{workdir}/rl", "/bucket/run/rl", recursive=True)
+    printed = run(f"--workdir={url}", "--model=rl", "--max_new_tokens=7", typed=typed)
+    settings["students"] = [{"path": f"{workdir}/rl"}]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    flags = f"--workdir={workdir}", "--model=rl", "--max_new_tokens=7"
+    speed = r"[\d.]+ tokens/s"
+    assert re.sub(speed, "", run(*flags, typed=typed)) == re.sub(speed, "", printed)
+    assert "not in the store" in refused(f"--workdir={url}", "--model=x", typed=typed)
+    store.rm("/bucket", recursive=True)
 
 
 @pytest.mark.parametrize(

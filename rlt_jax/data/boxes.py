@@ -31,5 +31,4 @@ def last_box(text: str) -> str | None:
 def final_answer(solution: str) -> str | None:
     """The last box of a solution, or the number that it ends with; None without both."""
     match = _FINAL.search(solution)
-    number = match and (match[1] or match[2]).replace(",", "")
-    return last_box(solution) or number
+    return last_box(solution) or match and (match[1] or match[2]).replace(",", "")

@@ -78,8 +78,7 @@ def divergence(config: DivergenceConfig, teacher: Array, student: Array) -> Arra
     """Divergence [...] in nats of log-probs [..., V] float32, both normalised."""
     if config.top_k is not None and config.top_k < teacher.shape[-1]:
         teacher, student = likeliest(config.top_k, teacher, student)
-    parts = contributions(config, teacher, student)
-    return jnp.clip(parts, max=config.clip).sum(-1)
+    return contributions(config, teacher, student).clip(max=config.clip).sum(-1)
 
 
 def likeliest(k: int, teacher: Array, student: Array) -> tuple[Array, Array]:

@@ -302,8 +302,7 @@ def logical_axes(config: ModelConfig) -> Any:
 
 def boxed_params(model: Transformer, key: Array) -> Any:
     """Random parameters, boxed with their logical axis names."""
-    row = jnp.zeros((1, 2), jnp.int32)
-    return model.init(key, row, row, row)["params"]
+    return model.init(key, *[jnp.zeros((1, 2), jnp.int32)] * 3)["params"]
 
 
 def hidden_states(

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Annotated
 
-from rlt_jax import ranges
+from rlt_jax import ranges, stores
 from rlt_jax.data.examples import ROLES
+
+_FOLDER = ranges.Condition("a folder on this host", lambda x: not stores.is_url(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,4 +53,4 @@ class RLConfig(ranges.Checked):
     keep_checkpoints: ranges.PositiveInt = 1
     max_skipped: ranges.PositiveInt = 5
     profile_steps: ranges.Steps = ()
-    rollouts: str = ""
+    rollouts: Annotated[str, _FOLDER] = ""

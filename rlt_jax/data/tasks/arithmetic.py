@@ -185,8 +185,7 @@ def problems(config: ProblemConfig) -> list[Problem]:
     Raises:
       UserError: an unknown split or notation, or too few distinct problems exist.
     """
-    c = config
-    return [_problem(x, x.answer, c.notation) for x in _exercises(c)]
+    return [_problem(x, x.answer, config.notation) for x in _exercises(config)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
