@@ -51,6 +51,6 @@ class RLConfig(ranges.Checked):
     evaluate_every: ranges.NonNegativeInt = 0
     checkpoint_every: ranges.PositiveInt = 20
     keep_checkpoints: ranges.PositiveInt = 1
-    max_skipped: ranges.PositiveInt = 5
+    max_skipped: ranges.NonNegativeInt = 5
     profile_steps: ranges.Steps = ()
     rollouts: Annotated[str, _FOLDER] = ""
