@@ -195,9 +195,7 @@ class Mirror:
             return {}, False
         with as_user_error(f"{self.url}/{LIST} is damaged", *kinds):
             there = json.loads(text)
-            parts = there["id"], there["files"], there["removed"]
-            if [*map(type, parts)] != [str, dict, list]:
-                raise TypeError("its parts are of other types")
+            there |= {"files": {**there["files"]}, "removed": [*there["removed"]]}
             return there, there["id"] in ids
 
     def _put(self, names: Record, removed: list[str]) -> None:

@@ -110,5 +110,4 @@ def micro_batches(
     B, T = rows.micro_batch_size, rows.row_length
     in_row = max(1, T // lengths.sequence)
     C = chunk_length(B, T, config.vocab_size, mesh.size)
-    num_rows = -(-E // in_row)
-    return -(-num_rows // B), -(-in_row * lengths.completion // C)
+    return -(-E // (in_row * B)), -(-in_row * lengths.completion // C)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -288,6 +289,8 @@ def guard(work: Callable[[], None]) -> None:
 
 def _fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Exits with a message, which the other processes print too."""
+    # Writes of a checkpoint that failed beside the first one are not worth a word.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if not jax.distributed.is_initialized():
         tell(message)
         sys.exit(status)

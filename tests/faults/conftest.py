@@ -65,6 +65,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def arguments(config: Path, workdir: Path) -> list[str]:
+    """Those of the command."""
+    programs = f"--compilation_cache={config.with_name('programs')}"
+    return [f"--config={config}", f"--workdir={workdir}", programs]
+
+
 @pytest.fixture(scope="session")
 def start(config: Path) -> Start:
     """Starts the command in a workdir, with more flags and environment variables."""
@@ -74,11 +80,8 @@ def start(config: Path) -> Start:
         *flags: str,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.Popen[str]:
-        programs = config.with_name("programs")
-        command = [sys.executable, "-m", "rlt_jax.main", f"--config={config}"]
-        command += [f"--workdir={workdir}", f"--compilation_cache={programs}", *flags]
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "rlt_jax.main", *arguments(config, workdir), *flags],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,

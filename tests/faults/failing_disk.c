@@ -7,7 +7,8 @@
  * all threads, or those alone that match FAILING_KIND, such as "write warm/metrics.jsonl"
  * or "rename *" (fnmatch). The one with the number FAILING_AT fails with FAILING_ERRNO, and,
  * if FAILING_FOREVER is set, all operations after it. FAILING_LOG gets a line for each
- * operation, and "failed" before those that fail.
+ * operation, and "failed" before those that fail. A fork that calls failing_disk_begin
+ * reads the variables again.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -29,13 +30,14 @@ static const char *folder, *kind;
 static long failing_at;
 static int failing_errno, forever, log_file = -1;
 
-__attribute__((constructor)) static void begin(void) {
+__attribute__((constructor)) void failing_disk_begin(void) {
   const char *log = getenv("FAILING_LOG");
   folder = getenv("FAILING_FOLDER");
   kind = getenv("FAILING_KIND");
   failing_at = getenv("FAILING_AT") ? atol(getenv("FAILING_AT")) : -1;
   failing_errno = getenv("FAILING_ERRNO") ? atoi(getenv("FAILING_ERRNO")) : ENOSPC;
   forever = getenv("FAILING_FOREVER") != NULL;
+  operations = broken = 0;
   if (log) log_file = open(log, O_CREAT | O_WRONLY | O_APPEND | O_CLOEXEC, 0644);
 }
 
@@ -50,7 +52,7 @@ static int fails(const char *operation, const char *path) {
   while (*path == '/') path++;
   snprintf(line, sizeof line, "%s %s", operation, path);
   int now = broken;
-  if (!now && (!kind || !fnmatch(kind, line, FNM_PATHNAME))) {
+  if (!now && (!kind || !fnmatch(kind, line, 0))) {
     now = atomic_fetch_add(&operations, 1) + 1 == failing_at;
     if (now && forever) broken = 1;
   }
