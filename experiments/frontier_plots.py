@@ -81,6 +81,8 @@ def compute(of_cells: Curves) -> bytes:
         panel.set_ylim(-4, 104)
         for name, points in routes.items():
             _line(panel, name, [(flops / 1e12, x) for flops, x in points])
+        if place % columns == 1 or columns == 1:
+            panel.set_ylabel("right answers (%)", color=MUTED)
         if place > len(of_cells) - columns:
             panel.set_xlabel("model operations (10¹²)", color=MUTED)
     _legend(figure, figure.axes[0])
