@@ -12,7 +12,6 @@ if one has, where no flag says otherwise.
 
 import functools
 import itertools
-import json
 import os
 import re
 import sys
@@ -77,8 +76,7 @@ class Chat:
         role = options.role or own_role or "student"
         name = "tiny" if path in checkpoint.SHIPPED else stage.get("template", "rlt")
         template = load_template(options.template or name)
-        asked = {name: getattr(options, name) for name in SAMPLING}
-        asked = {name: x for name, x in asked.items() if x is not None}
+        asked = {k: x for k in SAMPLING if (x := getattr(options, k)) is not None}
         self.sampling = SAMPLING | stage.get("sampling", {}) | asked
         build(SamplingConfig, self.sampling, "sampling")  # checks them before loading
         students = [{"path": name} for name in options.students or ()]
@@ -250,12 +248,13 @@ def _ask(what: str, at_terminal: bool) -> str:
 
 def _stage(model: str, workdir: str | None) -> tuple[str, Record]:
     """The path of a model, and the settings of its stage; {} where it has none."""
-    path = Path(stores.local(f"{workdir}/{model}" if workdir else model))
+    place = f"{workdir}/{model}" if workdir else model
+    # A stage, as settings are not in its folder `best`.
+    folder = Path(stores.local(place.removesuffix("/best")))
+    path = folder / "best" if place.endswith("/best") else folder
     if workdir and not path.is_dir():
         stages = sorted(file.parent.name for file in Path(workdir).glob("*/model.json"))
         found = ", ".join(stages) or "no model"
         raise UserError(f"--model={model}: no such stage; {workdir} has {found}.")
-    file = (path.parent if path.name == "best" else path) / "settings.json"
-    text = json.dumps(read_json(file) if file.is_file() else {})
-    settings = json.loads(text.replace("{workdir}", str(workdir)))  # so in a store
-    return str(path) if workdir else model, settings
+    file = folder / "settings.json"
+    return str(path), read_json(file) if file.is_file() else {}

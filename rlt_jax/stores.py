@@ -33,6 +33,7 @@ from rlt_jax.errors import LOG, StorageError, UserError, as_user_error
 from rlt_jax.records import Record
 
 LIST = ".mirror.json"
+WORKDIR = b"{workdir}"  # in the settings in a store, the same from every host
 PUSH_SECONDS = 60.0  # between two pushes of a stage without checkpoints
 # What fails is tried again after 1, 2, 4 ... seconds: TRIES times in all, but not when
 # SECONDS have passed. Before that, some libraries repeat a request by themselves.
@@ -80,7 +81,8 @@ def local(path: str, depth: int | None = None) -> str:
             raise FileNotFoundError("no file there")
         folder = cache() / "objects" / path.partition(":")[0] / top.strip("/")
         folder /= _hash(repr(sorted(found.items())))  # another one for other versions
-        _download(path, fs, top, [name.removeprefix(top) for name in found], folder)
+        workdir = fs.unstrip_protocol(top.rstrip("/"))  # if it is a stage
+        _download(path, fs, top, [k.removeprefix(top) for k in found], folder, workdir)
     return str(folder / base.removeprefix(top))
 
 
@@ -136,8 +138,6 @@ class Mirror:
         self._fs, self._base = _open(url)
         self.url, self.pushed = url, 0.0
         self.root = cache() / "workdirs" / _hash(self._base) / Path(self._base).name
-        # In the store, settings are the same from every host.
-        self._paths = json.dumps(str(self.root))[1:-1].encode(), b"{workdir}"
         self._one_by_one = threading.Lock()
         self._list: Record = {}  # as it was last put
 
@@ -156,9 +156,7 @@ class Mirror:
             LOG.info(f"{self.url}: pulls {len(there['files'])} files to {self.root}")
             with as_user_error(f"{self.url} lacks a file of {LIST}", FileNotFoundError):
                 where = self.url, self._fs, f"{self._base}/"
-                _download(*where, there["files"], self.root)
-            for file in self.root.glob("*/settings.json"):
-                file.write_bytes(file.read_bytes().replace(*self._paths[::-1]))
+                _download(*where, there["files"], self.root, str(self.root))
             there["files"] = self._files()
         self._list = there
         self._put(there["files"], there["removed"])  # fails now if it cannot be written
@@ -212,7 +210,7 @@ class Mirror:
         file, target = self.root / name, f"{self._base}/{name}"
         try:
             if name.endswith("settings.json"):
-                data = file.read_bytes().replace(*self._paths)
+                data = file.read_bytes().replace(_in_json(str(self.root)), WORKDIR)
                 _tried(self.url, self._fs.pipe_file, target, data)
             else:
                 _tried(self.url, self._fs.put_file, str(file), target)
@@ -255,8 +253,10 @@ def _open(url: str) -> tuple[Any, str]:
     return fs, base.rstrip("/")
 
 
-def _download(url: str, fs: Any, top: str, names: Iterable[str], folder: Path) -> None:
-    """Downloads the files to a folder that it does not have."""
+def _download(
+    url: str, fs: Any, top: str, names: Iterable[str], folder: Path, workdir: str
+) -> None:
+    """Downloads the files that a folder lacks; settings name the workdir that is given."""
 
     def get(name: str) -> None:
         if ".." in name.split("/") or name.startswith("/"):
@@ -265,6 +265,9 @@ def _download(url: str, fs: Any, top: str, names: Iterable[str], folder: Path) -
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_name(f".{file.name}.{os.getpid()}")
             _tried(url, fs.get_file, f"{top}{name}", str(partial))
+            if file.name == "settings.json":
+                text = partial.read_bytes().replace(WORKDIR, _in_json(workdir))
+                partial.write_bytes(text)
             partial.replace(file)
 
     with files.storing(folder):
@@ -303,11 +306,12 @@ def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
 
 def _each(act: Callable[[str], Any], names: Iterable[str]) -> None:
     """Calls `act` with every name, side by side; the first error ends it."""
-    threads = ThreadPoolExecutor(THREADS)
-    try:
-        list(threads.map(act, names))
-    finally:
-        threads.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(act, names))  # an error cancels the calls that have not begun
+
+
+def _in_json(text: str) -> bytes:
+    return json.dumps(text)[1:-1].encode()
 
 
 def _hash(text: str) -> str:

@@ -1,10 +1,12 @@
 """Data and models at URLs are downloaded once, and read as those in folders."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rlt_jax import stores
+from rlt_jax.chat import _stage
 from rlt_jax.data.tables import find_files, read_records
 from rlt_jax.data.templates import load_template
 from rlt_jax.data.tokenizer import SHIPPED, load_tokenizer
@@ -82,3 +84,18 @@ def test_tokenizers_and_templates(memory: Memory, on_host: OnHost) -> None:
     (tiny,) = assets.rglob("tiny.json")
     memory.put("/bucket/tiny.json", tiny.read_bytes())
     assert load_template("memory://bucket/tiny.json") == load_template("tiny")
+
+
+@pytest.mark.parametrize("model", ["rl", "rl/best"])
+@pytest.mark.parametrize("workdir", ["memory://bucket/run", None])
+def test_chat_reads_the_settings_of_a_stage_in_a_store(
+    model: str, workdir: str | None, memory: Memory, on_host: OnHost
+) -> None:
+    settings = json.dumps({"students": [{"path": "{workdir}/warm"}]})
+    memory.put("/bucket/run/rl/settings.json", settings.encode())
+    memory.put("/bucket/run/rl/best/model.json", b"{}")
+    name = model if workdir else f"memory://bucket/run/{model}"
+    path, stage = _stage(name, workdir)
+    assert stage == {"students": [{"path": "memory:///bucket/run/warm"}]}
+    assert path.endswith(model)
+    assert (Path(path) / "model.json").is_file() == (model == "rl/best")
