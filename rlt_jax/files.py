@@ -1,7 +1,6 @@
 """Files of a run: written whole, appended to, and read with messages that name the line."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -9,39 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlt_jax.errors import StorageError, UserError
+from rlt_jax.errors import StorageError, UserError, storage_errno
 from rlt_jax.records import Record
 
-# Reasons that pass, or that space or a repair of the storage removes.
-STORAGE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-)
 GO_ON = (
     "Everything up to the last checkpoint or whole batch is safe. Free space or repair the "
     "storage, then give the same command again: it continues from there."
 )
-
-
-def storage_errno(error: BaseException | None) -> int | None:
-    """The number of the storage error that an exception or its causes tell of, if any.
-
-    TensorStore, which writes checkpoints for Orbax, raises ValueError with the text of the
-    operating system's error.
-    """
-    while error is not None and not isinstance(error, UserError):
-        for number in STORAGE_ERRORS:
-            told = number == error.errno if isinstance(error, OSError) else False
-            if told or os.strerror(number) in str(error):
-                return number
-        error = error.__cause__ or error.__context__
-    return None
 
 
 @contextlib.contextmanager
@@ -90,14 +63,19 @@ def write_whole(file: Path, content: bytes | str) -> None:
         sync_folder(file.parent)
 
 
+def sync(path: Path) -> None:
+    """Makes the content of a file or folder survive a power failure."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder survive a power failure, where its storage can do that."""
     with contextlib.suppress(OSError):  # object stores mounted as folders cannot
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+        sync(folder)
 
 
 def write_json(file: Path, values: Any) -> None:

@@ -26,6 +26,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from rlt_jax import command_line as given
+from rlt_jax.errors import keep_telling
 
 flags.adopt_module_key_flags(given)  # --help shows them
 
@@ -37,8 +38,9 @@ def main(argv: list[str]) -> None:
     # The libraries' own progress messages stay out of sight, ours are shown.
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Imported late, so that --help and bad flags answer at once.
+    from rlt_jax import watchdog
     from rlt_jax.stages import run_pipeline
-    from rlt_jax.training import hosts, watchdog
+    from rlt_jax.training import hosts
     from rlt_jax.training.compilation import keep_programs
 
     def run() -> None:
@@ -67,6 +69,8 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
     """Entry point of the console script."""
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+        keep_telling()
     if sys.argv[1:2] == ["chat"]:
         from rlt_jax import chat
 

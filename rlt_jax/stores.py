@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ from typing import Any
 
 import fsspec
 
-from rlt_jax import files
+from rlt_jax import files, watchdog
 from rlt_jax.errors import LOG, StorageError, UserError, as_user_error
 from rlt_jax.records import Record
 
@@ -148,19 +149,30 @@ class Mirror:
             raise UserError(
                 f"{self.url} has a run without {LIST}: use another --workdir."
             )
-        if self.root.exists() and not is_ours:
+        if self.root.exists() and not (is_ours and self._is_whole(there["files"])):
             kept = self.root.rename(f"{self.root}.{time.time():.0f}")
-            LOG.warning(f"{self.url} has gone on elsewhere: {self.root} is now {kept}")
+            reason = f"{self.url} has gone on elsewhere, or has more than {self.root}"
+            LOG.warning(f"{reason}: that is now {kept}")
         if not self.root.exists():
-            there = {"id": "", "files": {}, "removed": []} | there
+            there = {"id": "new", "files": {}, "removed": []} | there
             LOG.info(f"{self.url}: pulls {len(there['files'])} files to {self.root}")
+            pulled = self.root.with_name(f"{there['id']}.pulled")  # goes on if cut off
             with as_user_error(f"{self.url} lacks a file of {LIST}", FileNotFoundError):
                 where = self.url, self._fs, f"{self._base}/"
-                _download(*where, there["files"], self.root, str(self.root))
+                _download(*where, there["files"], pulled, str(self.root))
+            pulled.rename(self.root)
+            for old in self.root.parent.glob("*.pulled"):
+                shutil.rmtree(old)
             there["files"] = self._files()
         self._list = there
         self._put(there["files"], there["removed"])  # fails now if it cannot be written
         self.push()
+
+    def _is_whole(self, known: Record) -> bool:
+        """Whether complete stages have all of their files: caches are cleaned up."""
+        now = self._files()
+        done = (f"{name.partition('/')[0]}/done.json" for name in known.keys() - now)
+        return not any(name in now and name in known for name in done)
 
     def push(self) -> None:
         """Puts what has changed; see `push` of the module."""
@@ -169,18 +181,22 @@ class Mirror:
             changed = [name for name in now if now[name] != known.get(name)]
             gone = sorted({*known, *self._list["removed"]} - now.keys())
             if changed or gone:
-                there, is_ours = self._look()
-                if not is_ours:
-                    who = f"{there.get('owner')} has taken over {self.url}"
-                    raise UserError(f"{who}; what it lacks is kept in {self.root}.")
-                self._list["id"] = there["id"]
+                self._check_owner()
                 _each(lambda name: self._upload(name, now), changed)
                 if not now.keys() >= {*changed}:  # a newer checkpoint is pushed next
                     return
+                self._check_owner()
                 self._put(now, gone)
                 _each(lambda name: self._tried(self._fs.rm_file, name), gone)
                 self._list["removed"] = []
             self.pushed = time.monotonic()
+
+    def _check_owner(self) -> None:
+        there, is_ours = self._look()
+        if not is_ours:
+            who = f"{there.get('owner')} has taken over {self.url}"
+            raise UserError(f"{who}; what it lacks is kept in {self.root}.")
+        self._list["id"] = there["id"]
 
     def _look(self) -> tuple[Record, bool]:
         """The list in the store, {} for none; and whether this mirror has put it."""
@@ -268,7 +284,9 @@ def _download(
             if file.name == "settings.json":
                 text = partial.read_bytes().replace(WORKDIR, _in_json(workdir))
                 partial.write_bytes(text)
+            files.sync(partial)
             partial.replace(file)
+            files.sync_folder(file.parent)
 
     with files.storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +304,9 @@ def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
     began, tries = time.monotonic(), 0
     while True:
         try:
-            return act(*args)
+            result = act(*args)
+            watchdog.progress(url)
+            return result
         except FileNotFoundError:
             raise
         except Exception as error:  # every library has its own

@@ -23,6 +23,7 @@ RANKS = {
     "types": 1,
     "settings": 2,
     "files": 1,
+    "watchdog": 1,
     "stores": 2,
     "models": 3,
     "data": 3,

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, storage_errno
 from rlt_jax.records import Record
 
 TEXTS = (".jsonl", ".json", ".csv")
@@ -75,6 +75,8 @@ def read_file(file: Path, columns: Columns, halves: bool = False) -> Rows:
                     row = UserError(f"{where}: {_reason(error)}.")
                 yield where, row
     except (*_BAD_ROW, OSError, csv.Error) as error:
+        if storage_errno(error):
+            raise
         reason = f"{_reason(error)}. Repair it, or create or download it again."
         raise UserError(f"{file} cannot be read{after}: {reason}") from error
 

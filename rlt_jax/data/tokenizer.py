@@ -20,7 +20,7 @@ from rlt_jax import stores
 from rlt_jax.data.chat import ChatTemplate, Message, find_template
 from rlt_jax.data.codecs import MOST_IDS, FastCodec, SentencePieceCodec
 from rlt_jax.data.token_bytes import Decoded, Encoding, concatenate
-from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.errors import UserError, as_user_error, storage_errno
 
 Codec = SentencePieceCodec | FastCodec
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
@@ -312,7 +312,7 @@ def _naming_damage(path: Path) -> Iterator[None]:
     except BaseException as error:
         kind = type(error).__name__  # a panic in Rust is no Exception
         known = isinstance(error, Exception) or kind == "PanicException"
-        if isinstance(error, UserError) or not known:
+        if isinstance(error, UserError) or not known or storage_errno(error):
             raise
         what = "tokenizer.json, tokenizer.model or an added token is damaged"
         reason = f"{kind}: {error}".splitlines()[0][:300]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from rlt_jax import watchdog
 from rlt_jax.data.stop_texts import StopFinder, stop_finder
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.inference.decode import DecodeConfig, Sampled, Slots, decode, prefill
@@ -90,6 +91,7 @@ class Engine(Sampler):
             if under_way is not None:
                 before, owned = under_way
                 indices, rollout = scheduler.absorb(jax.device_get(before), owned)
+                watchdog.progress("the sampler has decoded")
                 yield (indices, decode_texts(rollout, self.tokenizer)), scheduler
             under_way = sampled, owners
 

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors.numpy import save_file
 
 from rlt_jax.errors import LOG, UserError, as_user_error
+from rlt_jax.files import write_whole
 from rlt_jax.models import peft, weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
@@ -282,4 +283,4 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     # By name: the directory of the tokenizer may also have the weights of the model.
     for pattern in (*TOKENIZER_FILES, GENERATION):
         for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+            write_whole(target / file.name, file.read_bytes())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.files import write_whole
 from rlt_jax.models.families import Family
 
@@ -149,12 +149,11 @@ def check_tensors(
 
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON file of keys and values; raises UserError if it is none."""
-    try:
+    if not file.exists():
+        raise UserError(f"{file} is missing.")
+    # Not JSON, or not even text.
+    with as_user_error(f"{file} is not JSON", ValueError, OSError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing.") from error
-    except (ValueError, OSError, RecursionError) as error:  # not JSON, or not even text
-        raise UserError(f"{file} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is {short(content)}; give keys and values.")
     return content
@@ -169,9 +168,8 @@ def open_tensors(file: Path) -> list[StoredTensor]:
     """The tensors of a file; raises UserError if it is missing or damaged."""
     if not file.is_file():
         raise UserError(f"{file} is missing; download it again.")
-    try:
-        with safe_open(file, "numpy") as opened:
-            slices = [(n, opened.get_slice(n)) for n in list(opened.keys())]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged; download it again ({error}).") from error
+    what = f"{file} is damaged; download it again"
+    damage = as_user_error(what, SafetensorError, OSError)
+    with damage, safe_open(file, "numpy") as opened:
+        slices = [(n, opened.get_slice(n)) for n in list(opened.keys())]
     return [StoredTensor(file, n, x.get_shape(), x.get_dtype()) for n, x in slices]

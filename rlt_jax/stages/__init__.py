@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rlt_jax import settings, stores
+from rlt_jax import settings, stores, watchdog
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.ranges import Condition, NonNegativeInt, OneOf, check_value
 from rlt_jax.records import Record
@@ -39,7 +39,7 @@ from rlt_jax.stages.folder import (
     renamed_key,
     set_aside,
 )
-from rlt_jax.training import hosts, private_jax, watchdog
+from rlt_jax.training import hosts, private_jax
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
 DIFFERENT = Condition("one or more different names", lambda x: len({*x}) == len(x) > 0)
@@ -92,17 +92,14 @@ def _run_stages(
         complete = is_done(folder) and not changed_inputs(folder, values)
         if only is not None or reads or not complete:
             left[name] = values
-    # The first of several checks itself at once.
-    first, to_make = (0, {}) if only is not None else (1, left)
-    preflight.check([*left.values()][first:], to_make, root)
+    # The first of several checks itself at once, but changes are checked before any is made.
+    first = 0 if only is not None or with_changes else 1
+    preflight.check([*left.values()][first:], {} if only is not None else left, root)
     date = hosts.from_first(lambda: date_of_run(root))
-    if only is not None:
-        values = _settings(sections[only], root, date, config.seed)
-        hosts.from_first(lambda: set_aside(only, root / only, values))
     for name, section in sections.items():
         hosts.stop_if_asked()
         values = _settings(section, root, date, config.seed)
-        _run_stage(name, values, root, with_changes)
+        _run_stage(name, values, root, with_changes, afresh=only is not None)
 
 
 def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -166,12 +163,16 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
     return f"does not fit the config: {' '.join(str(reason.args[0]).split())}"
 
 
-def _run_stage(name: str, values: Record, root: Path, with_changes: bool) -> None:
+def _run_stage(
+    name: str, values: Record, root: Path, with_changes: bool, afresh: bool
+) -> None:
     folder = root / name
     with contextlib.ExitStack() as locked:
 
         def has_work() -> bool:
             locked.enter_context(lock.held(root, name))
+            if afresh:
+                set_aside(name, folder, values, with_changes)
             return begin(name, folder, values, with_changes)
 
         if not hosts.from_first(has_work):

@@ -4,7 +4,9 @@
 often the stage was begun; `changes.jsonl` the settings that it was continued with.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import re
 import shutil
@@ -68,11 +70,10 @@ def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
         key, (before, now) = next(iter(found.items()))
         how = f"with other settings ({key} was {before!r}, is {now!r})"
         raise _made(name, folder, how, go_on=_may_change(folder, found))
-    if changed := changed_inputs(folder, values):
+    changed = changed_inputs(folder, values)
+    if changed:
         LOG.info(f"stage {name}: {changed[0]}, which it reads, was run afresh")
         keep_aside(folder)
-    elif found:
-        _record_changes(name, folder, found)
     if is_done(folder) and not found:
         return False
     begun, inputs = _read(folder / SESSIONS), _inputs(folder, values)
@@ -83,6 +84,8 @@ def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
     (folder / DONE).unlink(missing_ok=True)
     stores.push()  # before the new settings: a store has no more of what was done with others
     files.write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
+    if found and not changed:
+        _record_changes(name, folder, found)
     files.write_json(folder / SETTINGS, values)
     return True
 
@@ -101,13 +104,21 @@ def changed_inputs(folder: Path, values: Record) -> list[str]:
     return sorted(dict(known.items() ^ inputs.items()))
 
 
-def set_aside(name: str, folder: Path, values: Record) -> None:
-    """Renames the folder of a complete stage, or of one with other settings."""
+def set_aside(name: str, folder: Path, values: Record, with_changes: bool) -> None:
+    """Renames the folder of a complete stage, or of one with other settings.
+
+    Args:
+      name: of the stage.
+      folder: of the stage.
+      values: settings of the stage.
+      with_changes: whether it may continue with other settings, where these allow it.
+    """
     try:
-        differs = bool(differences(_settings(name, folder), values))
+        found = differences(_settings(name, folder), values)
     except UserError:  # damaged
-        differs = True
-    if is_done(folder) or differs:
+        return keep_aside(folder)
+    goes_on = with_changes and found and _may_change(folder, found)
+    if not goes_on and (found or is_done(folder)):
         keep_aside(folder)
 
 
@@ -132,11 +143,15 @@ def remove_untouched(folder: Path) -> None:
 
 def date_of_run(root: Path) -> str:
     """Date and time of the run's first start: chat templates may have them in prompts."""
-    if not (date := _read(root / RUN).get("date")):
-        date = now()
-        with files.storing(root):
-            root.mkdir(parents=True, exist_ok=True)
-        files.write_json(root / RUN, {"date": date})
+    with files.storing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / f".{RUN}.lock").open("w")
+    with lock:  # runs of several seeds may start at the same time
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (date := _read(root / RUN).get("date")):
+            date = now()
+            files.write_json(root / RUN, {"date": date})
     return date
 
 

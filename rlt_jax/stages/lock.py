@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import IO
 
 from rlt_jax import files
-from rlt_jax.errors import LOG, UserError
+from rlt_jax.errors import LOG, UserError, tell
 from rlt_jax.records import Record
 from rlt_jax.stages.folder import now
+from rlt_jax.training import hosts
 
 BEAT_SECONDS = 5.0  # between two counts
 STALE_SECONDS = 60.0  # without a count, after which another host's run is dead
+SIZE = 512  # bytes of the file
 
 
 @contextlib.contextmanager
@@ -39,11 +41,12 @@ def held(root: Path, name: str) -> Iterator[None]:
       UserError: another run holds it.
     """
     file = root / f".{name}.lock"
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now()}
     with _wait(file, name, root / name) as opened:
         ended = threading.Event()
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now()}
-        _write(opened, owner)
-        beat = threading.Thread(target=_beat, args=[opened, owner, ended], daemon=True)
+        _write(opened, owner | {"count": 0})
+        arguments = [file, opened, owner, ended]
+        beat = threading.Thread(target=_beat, args=arguments, daemon=True)
         beat.start()
         try:
             yield
@@ -51,34 +54,35 @@ def held(root: Path, name: str) -> Iterator[None]:
             ended.set()
             beat.join()
             with contextlib.suppress(OSError):
-                file.unlink()
+                if not _successor(opened, owner):
+                    file.unlink()
 
 
-def _wait(file: Path, name: str, folder: Path) -> IO[str]:
+def _wait(file: Path, name: str, folder: Path) -> IO[bytes]:
     """Opens the lock when nobody holds it; raises UserError when another run does."""
     start, first = time.monotonic(), None
     while True:
         with files.storing(file):
-            opened = file.open("a+", encoding="utf-8")
+            number = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        opened = os.fdopen(number, "r+b", 0)
         free, owner = _try_lock(opened), _owner(opened)
         here = owner.get("host") == socket.gethostname()
         if free is None and here:
             free = not Path(f"/proc/{owner.get('pid')}").exists()
-        # The run that held it may have removed the file that was opened.
-        is_new = file.exists() and os.path.samestat(
-            file.stat(), os.fstat(opened.fileno())
-        )
-        if free and is_new and (here or not owner):
+        if free and (here or not owner) and _is_at(file, opened):
             return opened
+        waited = time.monotonic() - start > STALE_SECONDS
         first = first or owner
-        if (here and not free) or owner.get("count") != first.get("count"):
-            who = "process {pid} on {host}, since {since}".format(**owner)
+        counts = owner.get("count") != first.get("count")
+        if (here and not free) or counts or (waited and free is False):
+            who = {key: owner.get(key, "unknown") for key in ("pid", "host", "since")}
             opened.close()
             raise UserError(
-                f"stage {name}: {folder} is in use by another run ({who}). Wait until it "
-                "ends or stop it, or use another --workdir."
+                f"stage {name}: {folder} is in use by another run (process {who['pid']} on "
+                f"{who['host']}, since {who['since']}). Wait until it ends or stop it, or "
+                "use another --workdir."
             )
-        if time.monotonic() - start > STALE_SECONDS:
+        if waited and _is_at(file, opened):
             LOG.warning(f"stage {name}: the run that was in {folder} is dead: {owner}")
             return opened
         opened.close()
@@ -87,7 +91,7 @@ def _wait(file: Path, name: str, folder: Path) -> IO[str]:
         time.sleep(BEAT_SECONDS if owner else 0.1)
 
 
-def _try_lock(opened: IO[str]) -> bool | None:
+def _try_lock(opened: IO[bytes]) -> bool | None:
     """Whether this process has the operating system's lock; None where there is none."""
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,24 +102,45 @@ def _try_lock(opened: IO[str]) -> bool | None:
     return True
 
 
-def _owner(opened: IO[str]) -> Record:
+def _is_at(file: Path, opened: IO[bytes]) -> bool:
+    """Whether a file that was opened is there; the run that held it may have removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(file.stat(), os.fstat(opened.fileno()))
+    return False
+
+
+def _owner(opened: IO[bytes]) -> Record:
     """Who holds the lock; {} for nobody, or while it is being written."""
-    opened.seek(0)
     with contextlib.suppress(ValueError):
-        return dict(json.loads(opened.read() or "{}"))
+        owner = json.loads(os.pread(opened.fileno(), SIZE, 0))
+        return owner if isinstance(owner, dict) else {}
     return {}
 
 
-def _beat(opened: IO[str], owner: Record, ended: threading.Event) -> None:
-    """Writes the owner with a count that rises, until the stage ends."""
+def _successor(opened: IO[bytes], owner: Record) -> Record:
+    """The run that has taken the lock over from its owner; {} for none."""
+    found = _owner(opened)
+    return found if found | owner != found else {}
+
+
+def _beat(file: Path, opened: IO[bytes], owner: Record, ended: threading.Event) -> None:
+    """Writes the owner with a count that rises, until the stage ends.
+
+    Ends the process when another run has taken over: it was taken for dead, as when its
+    machine was suspended, and must not write any more.
+    """
     for count in itertools.count(1):
         if ended.wait(BEAT_SECONDS):
             return
+        with contextlib.suppress(OSError):
+            if other := _successor(opened, owner):
+                tell(f"ends, as another run has taken over {file}: {other}")
+                os._exit(hosts.TRY_AGAIN)
         _write(opened, owner | {"count": count})
 
 
-def _write(opened: IO[str], owner: Record) -> None:
+def _write(opened: IO[bytes], owner: Record) -> None:
+    """Replaces the owner in place: others never see the file empty."""
     with contextlib.suppress(OSError):  # such as a full disk, which ends the stage
-        opened.truncate(0)
-        opened.write(json.dumps(owner))
-        opened.flush()
+        os.pwrite(opened.fileno(), json.dumps(owner).encode().ljust(SIZE), 0)
+        os.fsync(opened.fileno())

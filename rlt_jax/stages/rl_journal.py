@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlt_jax import watchdog
 from rlt_jax.data import rows
 from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
@@ -22,7 +23,7 @@ from rlt_jax.rl import rewards, rlt_reward
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
 from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.setup import Run, is_due, sample_records
-from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding, watchdog
+from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlt_jax import scoring
+from rlt_jax import scoring, watchdog
 from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
 from rlt_jax.data.templates import Template, load_template
@@ -96,6 +96,7 @@ class Scorer:
                 with as_user_error(f"config.controls, {name}", UserError):
                     scoring.make_sequences(self._models, self._renderers, given)
             first += len(batch)
+            watchdog.progress(f"{first} completions are checked")
         return first
 
     def load(self) -> None:
@@ -197,9 +198,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         scored = row["reward"], row["student_tokens"], row["closed"]
         candidates.append(Candidate(question, *scored))
     kept = set(select(selection, candidates))
-    for n, row in enumerate(metrics.stream_jsonl(file)):
-        if n in kept:
-            metrics.append_jsonl(selected, [row])
+    chosen = (row for n, row in enumerate(metrics.stream_jsonl(file)) if n in kept)
+    while rows := list(itertools.islice(chosen, c.batch_size)):
+        metrics.append_jsonl(selected, rows)
     order = sorted(range(len(candidates)), key=lambda n: -candidates[n].reward)
     count = c.num_examples
     shown = [n for i, n in enumerate(order) if i < count or i >= len(order) - count]

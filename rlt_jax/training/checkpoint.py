@@ -8,6 +8,7 @@ iterator. The folder of a stage also has `model.json` (the model's configuration
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from jax.sharding import Mesh
 
 from rlt_jax import stores
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
-from rlt_jax.errors import LOG, UserError, as_user_error
-from rlt_jax.files import storage_errno, storing, write_whole
+from rlt_jax.errors import LOG, UserError, as_user_error, storage_errno
+from rlt_jax.files import storing, write_whole
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES, REMAT_POLICIES, ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
@@ -222,6 +223,8 @@ def _download(name: str) -> str:
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        if storage_errno(error):
+            raise
         raise UserError(
             f"model {name!r}: there is no such folder, and the download from the Hugging "
             f"Face Hub failed: {str(error).strip().splitlines()[0]}"
@@ -284,13 +287,14 @@ def _newest(
         checksums are right.
     """
     for step in sorted(steps, reverse=True):
-        reason = hosts.from_first(lambda n=step: checksums.damage(folder, n, item))
         cause, is_alone = None, True
         try:
+            reason = hosts.from_first(lambda n=step: checksums.damage(folder, n, item))
             if not reason:
                 return step, restore(step)
         except Exception as error:  # Orbax has no class of its own for damaged files
-            if storage_errno(error):
+            number = storage_errno(error)
+            if number and (number != errno.EIO or step == min(steps)):
                 raise
             cause, is_alone = error, jax.process_count() == 1
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
@@ -312,11 +316,10 @@ def open_manager(stage_dir: Path, keep: int) -> Iterator[Manager]:
     On CPU it saves before it returns: the copies that are written would otherwise be in
     memory beside the next step.
     """
-    mode = {"enable_async_checkpointing": jax.default_backend() != "cpu"}
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, **mode)
+    is_async = jax.default_backend() != "cpu"
     with without_traces():
         with storing(stage_dir):
-            manager = Manager(_folder(stage_dir), options=options)
+            manager = Manager(_folder(stage_dir), keep, is_async)
         try:
             yield manager
         except Exception as error:
@@ -341,7 +344,6 @@ def save(manager: Manager, step: int, trees: Named, data: Named) -> None:
     args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
     with storing(Path(manager.directory) / str(step)):
         manager.save(step, args=args)
-    manager.add_checksums(step)
     free_memory()
 
 
@@ -355,6 +357,8 @@ def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> N
     """Saves a model with the given parameters as a folder that `load` can read."""
     describe(folder, model.model, model.tokenizer)
     with open_manager(folder, 1) as manager:
+        for later in [n for n in manager.all_steps() if n >= step]:
+            manager.delete(later)  # of a run that was continued from before it
         save(manager, step, {"params": params}, {})
         manager.wait_until_finished()
 

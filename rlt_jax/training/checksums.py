@@ -6,10 +6,11 @@ Orbax stores arrays without any; a flipped bit in one would only be another weig
 import concurrent.futures
 import contextlib
 import logging
+import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +27,65 @@ POLL_SECONDS = 0.2
 
 
 class Manager(ocp.CheckpointManager):
-    """Keeps checksums, and leaves preemption to `hosts.stopping`.
+    """Keeps checksums, removes old checkpoints, and leaves preemption to `hosts.stopping`.
 
-    Orbax would report its steps to JAX's preemption service, between the counts of calls
-    that `hosts.stopping` reports.
+    Orbax would remove an old one before the new one is synced, and would report its steps
+    to JAX's preemption service, between the counts of calls that `hosts.stopping` reports.
+
+    Args:
+      folder: of the checkpoints.
+      keep: number of checkpoints to keep.
+      is_async: whether `save` returns before the checkpoint is complete.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, folder: Path, keep: int, is_async: bool) -> None:
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=is_async, cleanup_tmp_directories=True
+        )
+        super().__init__(folder, options=options)
+        self._folder, self._keep, self._is_open = folder, keep, True
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._is_open = True
-        self._pushed = self._thread.submit(lambda: None)
+        self._completed = self._thread.submit(lambda: None)
 
     def reached_preemption(self, step: int) -> bool:
         """No: a stage saves by itself when it is asked to stop."""
         return False
 
-    def add_checksums(self, step: int) -> None:
-        """Keeps the checksums of a checkpoint when it is complete, and pushes it.
+    def save(self, step: int, **kwargs: Any) -> bool:
+        """Saves a checkpoint; when it is complete, it is pushed and old ones are removed.
 
         Raises:
           UserError, StorageError: the checkpoint before it could not be pushed.
         """
+        self.wait_until_finished()
+        self._completed.result()
         if hosts.is_first():
-            folder = Path(self.directory)
-            self._pushed.result()
-            self._thread.submit(add, folder, step, lambda: self._is_open)
-            self._pushed = self._thread.submit(stores.push)
+            prune(self._folder)
+        if not super().save(step, **kwargs):
+            raise RuntimeError(f"Orbax has not saved {self._folder / str(step)}.")
+        if hosts.is_first():
+            self._completed = self._thread.submit(self._complete, step)
+        return True
+
+    def _complete(self, step: int) -> None:
+        while not (self._folder / str(step)).is_dir():  # Orbax renames it to this
+            if not self._is_open:
+                return
+            time.sleep(POLL_SECONDS)
+        if add(self._folder, step):
+            steps = sorted(ocp.utils.checkpoint_steps(self._folder))
+            for old in steps[: -self._keep]:
+                shutil.rmtree(self._folder / str(old), ignore_errors=True)
+            prune(self._folder)
+        stores.push()
 
     def close(self) -> None:
         """Waits for what is being saved, and for its checksums."""
-        super().close()
-        self._is_open = False
-        self._thread.shutdown()
+        try:
+            super().close()
+        finally:
+            self._is_open = False
+            self._thread.shutdown()
 
 
 @contextlib.contextmanager
@@ -84,29 +111,39 @@ def without_traces() -> Iterator[None]:
     logger.removeFilter(is_wanted)
 
 
-def add(folder: Path, step: int, is_open: Callable[[], bool]) -> None:
-    """Keeps the checksums of a checkpoint, as soon as it is complete.
+def add(folder: Path, step: int) -> bool:
+    """Syncs a checkpoint and keeps its checksums.
 
-    A checkpoint that a failing disk leaves without them can be used nevertheless.
+    One that a failing disk leaves without them can be used nevertheless.
 
     Args:
       folder: of the checkpoints.
       step: of the checkpoint.
-      is_open: whether more may be written.
+
+    Returns:
+      Whether it is safe on the disk now.
     """
     checkpoint = folder / str(step)
-    while not checkpoint.is_dir():  # Orbax renames it to this when it is complete
-        if not is_open():
-            return
-        time.sleep(POLL_SECONDS)
     try:
-        found = _checksums(checkpoint, checkpoint.rglob("*"))
-        kept = {n: x for n, x in _read(folder).items() if (folder / n).is_dir()}
-        files.write_json(folder.with_name(NAME), kept | {str(step): found})
-    except FileNotFoundError:  # a newer checkpoint has replaced it
-        return
+        inside = list(checkpoint.rglob("*"))
+        for file in filter(Path.is_file, inside):
+            files.sync(file)
+        for one in (*filter(Path.is_dir, inside), checkpoint, folder):
+            files.sync_folder(one)
+        sums = _read(folder) | {str(step): _checksums(checkpoint, inside)}
+        files.write_json(folder.with_name(NAME), sums)
     except (OSError, StorageError, UserError) as error:
         LOG.warning(f"checkpoint {checkpoint} has no checksums: {error}")
+        return False
+    return True
+
+
+def prune(folder: Path) -> None:
+    """Drops the checksums of checkpoints that are not there any more."""
+    sums = _read(folder)
+    kept = {name: x for name, x in sums.items() if (folder / name).is_dir()}
+    if kept != sums:
+        files.write_json(folder.with_name(NAME), kept)
 
 
 def damage(folder: Path, step: int, item: str = "") -> str | None:

@@ -23,8 +23,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from rlt_jax import stores
-from rlt_jax.errors import StorageError, UserError, tell
-from rlt_jax.files import GO_ON, storage_errno
+from rlt_jax.errors import StorageError, UserError, storage_errno, tell
+from rlt_jax.files import GO_ON
 from rlt_jax.training import private_jax
 
 T = TypeVar("T")
@@ -163,8 +163,8 @@ def _handle_signals(read_fd: int) -> None:
         if _stop_requested.is_set():
             os._exit(_stop_status[0])
         _stop_requested.set()
-        message = "stops after this step and saves; a second signal ends it at once."
-        print(f"\nrlt_jax: {message}", file=sys.stderr, flush=True)
+        print(file=sys.stderr)  # after the progress bar
+        tell("stops after this step and saves; a second signal ends it at once.")
         if jax.distributed.is_initialized():
             # In a thread of its own, as it waits if process 0 is dead.
             announce = private_jax.announce_preemption

@@ -17,11 +17,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rlt_jax import files
+from rlt_jax import files, watchdog
 from rlt_jax.errors import LOG
 from rlt_jax.files import stream_jsonl
 from rlt_jax.records import Record
-from rlt_jax.training import hosts, watchdog
+from rlt_jax.training import hosts
 
 RESET = Path("/proc/self/clear_refs")
 

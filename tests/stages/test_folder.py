@@ -67,9 +67,9 @@ def test_other_changes_stay_refused(
     assert "resume_with_changes" not in str(error.value)
     (folder / "done.json").unlink()
     run_with_changes(settings, tmp_path)
-    settings["sft"]["row_length"] = 64
+    settings["sft"]["row_length"] = 256
     (folder / "done.json").unlink()
-    with pytest.raises(UserError, match=r"sft.row_length was 128, is 64") as error:
+    with pytest.raises(UserError, match=r"sft.row_length was 128, is 256") as error:
         run_with_changes(settings, tmp_path)
     assert "resume_with_changes" not in str(error.value)
 

@@ -16,6 +16,7 @@ import jax
 from rlt_jax.errors import tell
 
 STALLED = 75  # exit status; see `hosts`
+DEVICE_SECONDS = 10.0  # for what devices tell
 
 _last = ["start", time.monotonic()]
 
@@ -55,6 +56,13 @@ def _report(what: str, seconds: float) -> None:
     stalled = f"no progress for {seconds:.0f} s since: {what}"
     tell(f"{stalled}. Threads, the most recent call first:")
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    # It may wait for what hangs, or fail.
+    devices = threading.Thread(target=_report_devices, daemon=True)
+    devices.start()
+    devices.join(DEVICE_SECONDS)
+
+
+def _report_devices() -> None:
     for device in jax.local_devices():
         used = (device.memory_stats() or {}).get("bytes_in_use")
         memory = "" if used is None else f": {used / 2**30:.1f} GiB in use"
