@@ -90,7 +90,7 @@ def _run_stages(
         values, folder = _settings(section, root, "", config.seed), root / name
         reads = {*preflight.stages_read(values, root)} & left.keys()
         complete = is_done(folder) and not changed_inputs(folder, values)
-        if only is not None or reads or not complete:
+        if only is not None or with_changes or reads or not complete:
             left[name] = values
     # The first of several checks itself at once, but changes are checked before any is made.
     first = 0 if only is not None or with_changes else 1

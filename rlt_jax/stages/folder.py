@@ -36,7 +36,7 @@ LENGTHS = ("sft.steps", "sft.epochs", "loop.steps")
 CHANGEABLE = re.compile(
     r"(sft|loop)\.(steps|epochs|\w+_every|keep_checkpoints|max_skipped|micro_batch_size"
     r"|profile_steps)|optimizer\.(learning_rate|schedule|warmup_fraction|weight_decay"
-    r"|clip_norm)|objective\.skip_gradient_norm|rows\.micro_batch_size|(mesh|engine)\..*"
+    r"|clip_norm)|objective\.skip_gradient_norm|rows\.micro_batch_size|(mesh|engine)(\..*)?"
 )
 
 

@@ -1,9 +1,13 @@
 """The folder of a stage: settings that may change, damaged files, and who works in it."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +195,132 @@ def test_a_file_system_without_locks(
     file.write_text(json.dumps(owner | {"pid": 2**30}))
     with lock.held(tmp_path, "a"):
         pass
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"pid": 1', "{}"])
+def test_a_lock_whose_file_is_damaged(content: str, tmp_path: Path) -> None:
+    (tmp_path / ".a.lock").write_text(content)
+    with lock.held(tmp_path, "a"):
+        owner = json.loads((tmp_path / ".a.lock").read_text())
+        assert owner["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("owner", [{"host": "elsewhere", "pid": 1}, {}])
+def test_a_lock_that_is_held_is_never_taken(
+    owner: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its count stands still, as that of a machine that is suspended."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
+    with (tmp_path / ".a.lock").open("w") as opened:
+        json.dump(owner, opened)
+        opened.flush()
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        in_use = pytest.raises(UserError, match="in use by another run")
+        with in_use, lock.held(tmp_path, "a"):
+            pytest.fail("it works")
+
+
+def test_the_file_of_a_lock_is_never_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.001)
+    counts = []
+    with lock.held(tmp_path, "a"):
+        file = tmp_path / ".a.lock"
+        for _ in range(500):
+            if content := file.read_text():
+                counts.append(json.loads(content)["count"])
+    assert len(counts) > 490 and counts == sorted(counts) and counts[-1] > 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_whose_lock_was_taken_over_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    ended = threading.Event()
+
+    def end(status: int) -> None:
+        assert status == 75
+        ended.set()
+        sys.exit()  # ends the thread that beats
+
+    monkeypatch.setattr(os, "_exit", end)
+    file = tmp_path / ".a.lock"
+    with lock.held(tmp_path, "a"):
+        new = {"host": "elsewhere", "pid": 7, "since": "now", "count": 0}
+        with file.open("r+b") as opened:
+            opened.write(json.dumps(new).encode().ljust(lock.SIZE))
+        assert ended.wait(10)
+    assert "another run has taken over" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == new  # it is not removed either
+
+
+def start(root: Path, barrier: Any, dates: Any) -> None:
+    barrier.wait(60)
+    dates.put(folders.date_of_run(root))
+
+
+def test_seeds_that_start_together_have_one_date(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, dates = context.Barrier(3), context.Queue()
+    arguments = [tmp_path / "new" / "run", barrier, dates]
+    runs = [context.Process(target=start, args=arguments) for _ in range(3)]
+    for run in runs:
+        run.start()
+    found = {dates.get(timeout=60) for _ in runs}
+    for run in runs:
+        run.join()
+    assert len(found) == 1
+
+
+def test_a_stage_that_a_run_works_on_is_not_set_aside(
+    section: Section, tmp_path: Path
+) -> None:
+    config = {"seed": 0, "pipeline": ("part",), "part": section("sft")}
+    folder = tmp_path / "part"
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"seed": 1}')
+    in_use = pytest.raises(UserError, match="in use by another run")
+    with lock.held(tmp_path, "part"), in_use:
+        run_pipeline(ml_collections.ConfigDict(config), tmp_path, only="part")
+    assert (folder / "settings.json").read_text() == '{"seed": 1}'
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_only_with_changes_continues(done: bool, tmp_path: Path) -> None:
+    """Where the changes may be made; else the stage runs afresh, as without the flag."""
+    old = {"stage": "sft", "seed": 0, "sft": {"steps": 3, "batch_size": 2}}
+    folder = tmp_path / "part"
+
+    def left(sft: dict[str, int], with_changes: bool) -> bool:
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps(old))
+        if done:
+            (folder / "done.json").write_text('{"stage": "sft"}')
+        values = old | {"sft": sft}
+        folders.set_aside("part", folder, values, with_changes)
+        is_left = folder.is_dir()
+        shutil.rmtree(folder, ignore_errors=True)
+        return is_left
+
+    longer = {"steps": 5, "batch_size": 2}
+    assert left(longer, True)
+    assert not left(longer, False)
+    assert not left(longer | {"batch_size": 4}, True)
+    assert left(old["sft"], True) == (not done)
+
+
+def test_a_change_that_cannot_work_changes_nothing(
+    section: Section, run_stage: RunStage, tmp_path: Path
+) -> None:
+    settings = section("sft")
+    folder = run_stage(settings, tmp_path)
+    before = {x.name: x.read_bytes() for x in folder.iterdir() if x.is_file()}
+    settings["sft"]["steps"] = 9
+    settings["mesh"] = {"fsdp": 3}
+    with pytest.raises(UserError, match="fsdp"):
+        run_with_changes(settings, tmp_path)
+    assert before == {x.name: x.read_bytes() for x in folder.iterdir() if x.is_file()}

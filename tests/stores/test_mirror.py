@@ -1,5 +1,6 @@
 """The mirror of a workdir at a URL: what is pushed and pulled, and what cuts it off."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from rlt_jax.errors import StorageError, UserError
 from tests.stores.conftest import Memory
 
 URL = "memory://bucket/my/run"
+LISTED = f"/bucket/my/run/{stores.LIST}"
 OnHost = Callable[[str], Path]
 
 
@@ -207,6 +209,56 @@ def test_a_mirror_that_the_store_has_gone_on_from_is_put_aside(
         assert "has gone on elsewhere" in caplog.text
     (kept,) = root.parent.glob("run.*")
     assert checkpoints(kept) == [1]
+
+
+def test_a_mirror_that_was_cleaned_up_does_not_empty_the_store(
+    memory: Memory, on_host: OnHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stores.workdir(URL) as root:
+        run(root)
+        whole = content(root)
+    before = {*memory.objects}
+    (root / "rl" / "checkpoints" / "3" / "a").unlink()
+    with stores.workdir(URL) as again:
+        assert content(again) == whole
+    assert "has more than" in caplog.text
+    assert {*memory.objects} == before
+
+
+def test_a_pull_that_was_cut_off_goes_on(memory: Memory, on_host: OnHost) -> None:
+    with stores.workdir(URL) as root:
+        run(root)
+        whole = content(root)
+    on_host("other")
+    for moment in (4, 6, 8, 10**6):
+        memory.calls.clear()
+        memory.before = dies_at(moment)
+        with contextlib.suppress(Killed), stores.workdir(URL) as other:
+            here = content(other).items()
+            assert {k: v.replace(str(other), str(root)) for k, v in here} == whole
+            assert {x.name for x in other.parent.iterdir()} == {".lock", "run"}
+    read = [name for call, name in memory.calls if call == "get_file"]
+    assert 0 < len(read) < len(whole)
+
+
+def test_a_run_that_is_replaced_while_it_puts_files_does_not_put_its_list(
+    memory: Memory, on_host: OnHost
+) -> None:
+    taken = pytest.raises(UserError, match="has taken over")
+    with taken, stores.workdir(URL) as root:
+        run(root, 1)
+        train(root, 2)
+
+        def other_begins(call: str, *paths: str) -> None:
+            if call == "put_file" and "checkpoints" in paths[-1]:
+                memory.before = lambda *_: None
+                other = json.loads(memory.objects[LISTED])
+                other |= {"id": "other", "owner": "process 1 on other"}
+                memory.put(LISTED, json.dumps(other).encode())
+
+        memory.before = other_begins
+        stores.push()
+    assert json.loads(memory.objects[LISTED])["id"] == "other"
 
 
 def test_a_run_that_was_replaced_ends(memory: Memory, on_host: OnHost) -> None:

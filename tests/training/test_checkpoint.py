@@ -1,7 +1,10 @@
 """Checkpoints there and back, and every place that a model is loaded from."""
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -9,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
 
+from rlt_jax import files
 from rlt_jax.data import pipeline
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem
-from rlt_jax.training import checkpoint
+from rlt_jax.training import checkpoint, checksums
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.training.state import new_state, state_shardings
 from rlt_jax.types import Params
@@ -95,6 +100,113 @@ def test_state_and_data_come_back(
     again.set_state(data["batches"])
     for batch in upcoming:
         np.testing.assert_array_equal(next(again), batch)
+
+
+def save_steps(folder: Path, steps: Iterable[int], keep: int = 1) -> list[str]:
+    """Saves checkpoints whose weights are their steps; names of all that are left."""
+    with checkpoint.open_manager(folder, keep) as manager:
+        for step in steps:
+            trees = {"params": {"w": jnp.full(3, float(step))}}
+            checkpoint.save(manager, step, trees, {})
+    return sorted(file.name for file in (folder / "checkpoints").iterdir())
+
+
+def read_weight(folder: Path) -> float:
+    return float(checkpoint.read_item(folder, "params")["w"][0])
+
+
+def test_an_old_checkpoint_stays_until_a_new_one_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert save_steps(tmp_path, [1]) == ["1"]
+    with monkeypatch.context() as disk:
+        disk.setattr(checksums, "add", lambda *_: False)
+        assert save_steps(tmp_path, [2, 3]) == ["1", "2", "3"]
+    assert save_steps(tmp_path, [4]) == ["4"]
+    assert list(json.loads((tmp_path / "checksums.json").read_text())) == ["4"]
+
+
+def test_all_of_a_checkpoint_is_synced_before_the_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, [1])
+    synced, sync = [], files.sync
+
+    def keep(path: Path) -> None:
+        synced.append((path, (tmp_path / "checkpoints" / "1").is_dir()))
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", keep)
+    save_steps(tmp_path, [2])
+    folder = tmp_path / "checkpoints" / "2"
+    before = {path for path, old_is_there in synced if old_is_there}
+    assert before >= {*folder.rglob("*"), folder, folder.parent, tmp_path}
+
+
+def test_checksums_of_a_checkpoint_that_was_removed_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, [1, 2], keep=2)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    monkeypatch.setattr(checksums, "add", lambda *_: False)  # killed before
+    with checkpoint.open_manager(tmp_path, 2) as manager:
+        checkpoint.save(manager, 2, {"params": {"w": jnp.full(5, 7.0)}}, {})
+    assert read_weight(tmp_path) == 7.0
+
+
+def test_parts_of_a_save_that_was_cut_off_are_removed(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1])
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert save_steps(tmp_path, [3]) == ["3"]
+
+
+def test_the_best_model_may_be_of_an_earlier_step(
+    tmp_path: Path, model: Transformer, params: Params, tokenizer: Tokenizer
+) -> None:
+    loaded = checkpoint.LoadedModel(model, params, tokenizer)
+    for step, weight in ((50, 5.0), (45, 4.0), (45, 3.0), (60, 6.0)):
+        new = {"w": jnp.full(3, weight)}
+        checkpoint.save_model(tmp_path, step, loaded, new)
+        assert [int(x.name) for x in (tmp_path / "checkpoints").iterdir()] == [step]
+        assert read_weight(tmp_path) == weight
+
+
+def test_a_save_that_failed_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise OSError("the save has failed")
+
+    failed = pytest.raises(OSError, match="has failed")
+    with failed, checkpoint.open_manager(tmp_path, 1) as manager:
+        manager._thread.submit(
+            manager._complete, 9
+        )  # waits for a step that never comes
+        monkeypatch.setattr(ocp.CheckpointManager, "close", fails)
+    assert not manager._is_open
+
+
+def test_an_older_checkpoint_is_used_where_the_newest_is_on_a_bad_sector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_steps(tmp_path, [1, 2], keep=2)
+    damage, number = checksums.damage, errno.EIO
+
+    def read(folder: Path, step: int, item: str) -> str | None:
+        if step == 2:
+            raise OSError(number, os.strerror(number))
+        return damage(folder, step, item)
+
+    monkeypatch.setattr(checksums, "damage", read)
+    assert read_weight(tmp_path) == 1.0
+    assert "an older one is used" in caplog.text
+    number = errno.ESTALE  # passes, so it is not damage
+    with pytest.raises(OSError, match="[Ss]tale"):
+        read_weight(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):  # there is no other
+        read_weight(tmp_path)
 
 
 def test_a_stage_folder_is_a_model(
