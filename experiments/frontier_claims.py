@@ -243,7 +243,7 @@ def tables_of_stages(
                 ]
                 for judge, label in JUDGES.items()
             }
-            title = f"The warmed-up teacher's explanations: {cell.label}"
+            title = f"How judges see explanations of every kind: {cell.label}"
             tables[title] = frontier_tables.judged_table(judgements).round(3)
     return tables
 
