@@ -143,15 +143,17 @@ def remove_untouched(folder: Path) -> None:
 
 def date_of_run(root: Path) -> str:
     """Date and time of the run's first start: chat templates may have them in prompts."""
+    file = root / f".{RUN}.lock"
     with files.storing(root):
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f".{RUN}.lock").open("w")
+        lock = file.open("w")
     with lock:  # runs of several seeds may start at the same time
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (date := _read(root / RUN).get("date")):
             date = now()
             files.write_json(root / RUN, {"date": date})
+        file.unlink(missing_ok=True)  # who waits for it finds the date
     return date
 
 
