@@ -8,6 +8,7 @@ the next one. What makes the rest of a file unreadable is raised.
 
 import csv
 import io
+import itertools
 import json
 import re
 import reprlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rlt_jax.errors import UserError, storage_errno
@@ -25,12 +27,12 @@ from rlt_jax.records import Record
 
 TEXTS = (".jsonl", ".json", ".csv")
 ENDINGS = (*TEXTS, ".parquet", *(x + end for end in (".gz", ".zst") for x in TEXTS))
-ROW_SIZE = 2**25  # parsed, a line can take 25 times as much
+ROW_SIZE = 2**25  # parsed, a line can take about 45 times as much
 # What a compressed file may expand to: the larger of these bytes and times its size.
 EXPANDED_SIZE, GROWTH = 2**27, 100
 ROW_OVERHEAD = 256  # bytes that a row counts in addition to its content
 # Rows of a Parquet file in memory: a few bytes can stand for a long text in each.
-BATCH = 8
+BATCH, SLAB = 8, 1024  # the latter where no text is written out
 CHUNK = 2**16
 
 _BAD_ROW = (ValueError, OverflowError, RecursionError, pa.ArrowException)
@@ -116,16 +118,19 @@ def _places(file: Path, columns: Columns, halves: bool) -> Iterator[Any]:
     # Lines end with CR or LF; other separators may be part of a text.
     with io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="") as text:
         if kind == ".csv":
-            yield from _csv_rows(_lines(text))
+            yield from _csv_rows(text)
         elif kind == ".json" and stream.peek().lstrip(_SPACE.encode())[:1] == b"[":
             yield from _json_rows("record", _list_items(text), halves)
         else:
             yield from _json_rows("line", _lines(text), halves)
 
 
-def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+def _lines(text: io.TextIOWrapper, size: list[int] | None = None) -> Iterator[str]:
+    """Lines; `size` has the characters of a record of several so far."""
     while line := text.readline(ROW_SIZE + 1):
-        if len(line) > ROW_SIZE:
+        read = size or [0]
+        read[0] += len(line)
+        if read[0] > ROW_SIZE:
             raise ValueError(f"the line is longer than {ROW_SIZE >> 20} MiB; split it")
         yield line
 
@@ -145,9 +150,10 @@ def _list_items(text: io.TextIOWrapper) -> Iterator[str]:
             at, step = end, _SEPARATOR
             continue
         # An item is scanned again when twice as much of it is there.
-        more = text.read(max(CHUNK, len(part) - at))
-        part, at = part[at:] + more, 0
-        if not more or len(part) > 2 * ROW_SIZE:
+        part, at = part[at:], 0
+        more = text.read(min(max(CHUNK, len(part)), max(ROW_SIZE - len(part) + 1, 0)))
+        part += more
+        if not more:
             raise ValueError(f"the next one is not valid JSON, or too long: {failure}")
     if (part[mark.end() :] + text.read(CHUNK)).strip(_SPACE):
         raise ValueError("there is text after the end of the list")
@@ -170,15 +176,16 @@ def _json_record(text: str, halves: bool) -> Record:
     raise ValueError(f"the record is {shown(value)}, not an object; write one per line")
 
 
-def _csv_rows(lines: Iterable[str]) -> Iterator[Any]:
+def _csv_rows(text: io.TextIOWrapper) -> Iterator[Any]:
     csv.field_size_limit(ROW_SIZE)  # traces can be long
-    rows = csv.reader(lines, strict=True)
+    size = [0]
+    rows = csv.reader(_lines(text, size), strict=True)
     header = [name.strip(_SPACE) for name in next(rows, ())]
     _check_utf8("".join(header))
     _distinct([(name, None) for name in header if name])
     n = 0
     for row in rows:
-        n += bool(row)
+        size[0], n = 0, n + bool(row)
         parse = row and partial(_csv_record, header, row)
         yield f"record {n}", sum(map(len, row)), parse
 
@@ -192,24 +199,41 @@ def _csv_record(header: list[str], row: list[str]) -> Record:
 
 
 def _parquet_rows(file: Path, columns: Columns) -> Iterator[Any]:
-    with pq.ParquetFile(file, buffer_size=CHUNK, page_checksum_verification=True) as pf:
+    options = {"buffer_size": CHUNK, "page_checksum_verification": True}
+    with pq.ParquetFile(file, **options) as pf:
         schema = pf.schema_arrow
         empty = _distinct([(name, None) for name in schema.names])
         read = [x for x in schema if columns is None or x.name.lower() in columns]
         for x in read:  # Python has no nanoseconds, and a list can repeat a long text
             if pa.types.is_temporal(x.type) or "dictionary<" in str(x.type)[1:]:
                 raise ValueError(f"{x.name} is {x.type}; convert it to texts")
+        names = [x.name for x in read]
+        leaves = [pf.schema.column(k) for k in range(len(pf.schema))]
+        inside = tuple(f"{name}." for name in names)
+        nested = [x.path for x in leaves if x.path.startswith(inside)]
+        lean = pq.ParquetFile(file, read_dictionary=nested, **options)
+        number = itertools.count(1)
         for n in range(pf.num_row_groups):
             group = pf.metadata.row_group(n)
-            values = [group.column(k).num_values for k in range(group.num_columns)]
+            part = {"row_groups": [n], "use_threads": False}
+            values = [group.column(k).num_values for k in range(len(leaves))]
+            sizes = [count * max(8, x.length) for count, x in zip(values, leaves)]
             # A page can have all the bytes, and a list in a row all the values.
-            yield "", group.total_byte_size + 8 * max(values, default=0), None
-        names = [x.name for x in read]
-        batches = pf.iter_batches(BATCH, columns=names, use_threads=False)
-        rows = ((batch, k) for batch in batches for k in range(len(batch)))
-        for n, (batch, k) in enumerate(rows, 1):
-            parse = partial(_parquet_record, batch, k, empty)
-            yield f"record {n}", 0 if k else batch.nbytes, parse
+            yield "", group.total_byte_size + max(sizes, default=0), None
+            for slab in lean.iter_batches(SLAB, columns=nested, **part):
+                yield "", sum(map(_text_size, slab.columns)), None
+            for batch in pf.iter_batches(BATCH, columns=names, **part):
+                for k in range(len(batch)):
+                    parse = partial(_parquet_record, batch, k, empty)
+                    yield f"record {next(number)}", 0 if k else batch.nbytes, parse
+
+
+def _text_size(x: pa.Array) -> int:
+    """Bytes of the texts of nested columns, each as often as it is there."""
+    if isinstance(x, pa.DictionaryArray):
+        return pc.sum(pc.binary_length(x.dictionary).take(x.indices)).as_py() or 0
+    parts = x.flatten() if hasattr(x, "flatten") else []
+    return sum(map(_text_size, parts if isinstance(parts, list) else [parts]))
 
 
 def _parquet_record(batch: pa.RecordBatch, row: int, empty: Record) -> Record:

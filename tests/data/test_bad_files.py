@@ -460,6 +460,43 @@ def test_small_files_with_large_contents_are_refused(
     assert "expands 100-fold" in refused(path)
 
 
+def test_a_long_text_many_times_in_a_list_is_refused(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.parquet", "x" * 2**20
+    for value in ([text] * 200, [{"a": {"b": [text] * 100}}] * 2):
+        rows = {"question": ["q"], "answer": ["1"], "completions": pa.array([value])}
+        options = {"dictionary_pagesize_limit": 2**30, "store_schema": False}
+        pq.write_table(pa.table(rows), path, compression="zstd", **options)
+        tracemalloc.start()
+        assert "expands 100-fold" in refused(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+    turns = [
+        {"role": "user", "content": "é" * 99},
+        {"role": "assistant", "content": ""},
+    ]
+    pq.write_table(
+        pa.table({"messages": [turns, None] * 1000}), path, row_group_size=300
+    )
+    assert len(list(read_records(str(path), columns=("messages",)))) == 2000
+
+
+def test_a_row_has_a_limit_whatever_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "ROW_SIZE", 2**18)
+    text = "x" * (2**17 - 1000)
+    for count, fits in ((1, True), (3, False)):
+        cells = ",".join(f'"{text}\n"' for _ in range(count))
+        (tmp_path / "a.csv").write_text(f"question,answer,b,c,d\nq,1,{cells}\n" * 1)
+        row = ROW | {"x": [text] * count}
+        (tmp_path / "a.json").write_text(json.dumps([row, row]))
+        for name in ("a.csv", "a.json"):
+            if fits:
+                assert read_problems(str(tmp_path / name), TEMPLATE)
+            else:
+                assert "long" in refused(tmp_path / name)
+
+
 def test_files_are_streams(tmp_path: Path) -> None:
     rows = [ROW | {"question": f"{n}?", "more": "x" * 4000} for n in range(1500)]
     for name in ("a.jsonl", "a.json", "a.csv", "a.json.zst"):
