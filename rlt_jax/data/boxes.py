@@ -30,5 +30,5 @@ def last_box(text: str) -> str | None:
 
 def final_answer(solution: str) -> str | None:
     """The last box of a solution, or the number that it ends with; None without both."""
-    match = _FINAL.search(solution)
+    match = _FINAL.search(solution[-1000:])  # its time grows with the square
     return last_box(solution) or match and (match[1] or match[2]).replace(",", "")

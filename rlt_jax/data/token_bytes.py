@@ -1,5 +1,6 @@
 """What token ids stand for: their bytes, the text of these, and its characters."""
 
+import codecs
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -133,8 +134,9 @@ def _decode_invalid(data: bytes, single: np.ndarray) -> tuple[str, list[int]]:
     """
     texts, widths, start = [], [], 0
     while start < len(data):
+        part, bad = data[start : start + 4096], 0  # an error has a copy of it
         try:
-            text, bad = data[start:].decode("utf-8"), 0
+            text, _ = codecs.utf_8_decode(part, "strict", start + 4096 >= len(data))
         except UnicodeDecodeError as error:
             text = data[start : start + error.start].decode("utf-8")
             bad = error.end - error.start

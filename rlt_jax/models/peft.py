@@ -96,13 +96,13 @@ def adapt(
     alphas = _patterns(folder, config, "alpha_pattern")
     unadapted, adapted = dict(stored), {}
     for module, pair in _read_pairs(folder).items():
-        rank = _of_module(module, ranks, config.get("r"))
-        alpha = _of_module(module, alphas, config.get("lora_alpha"))
         base = unadapted.pop(name := bare_name(f"{module}.weight"), None)
         shapes = [pair[key].shape if key in pair else None for key in "AB"]
         what = f"adapter {folder}: {module}"
         if base is None:
             raise UserError(f"{what} is no layer, or has two adapters.")
+        rank = _of_module(module, ranks, config.get("r"))  # names of layers are short
+        alpha = _of_module(module, alphas, config.get("lora_alpha"))
         fits = shapes == [[rank, *base.shape[1:]], [*base.shape[:1], rank]]
         fits = fits and len(base.shape) == 2 and type(rank) is int and rank > 0
         if not (fits and type(alpha) in (int, float) and abs(alpha) < 1e9):

@@ -268,6 +268,17 @@ def test_predictions_need_different_questions(tmp_path: Path) -> None:
         read_predictions(path, PROBLEMS[:1] * 2)
 
 
+def test_gsm8k_records_that_are_no_problems(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    for answer in ("so it is ####", "so it is 5", "<<" * 10**6):
+        file.write_text(json.dumps({"question": "q", "answer": answer}))
+        with pytest.raises(UserError, match="line 1: needs a question, and an answer"):
+            gsm8k.problems(str(file))
+    file.write_text(json.dumps({"question": "q", "answer": "<<1+1=2>>2 #### 2"}))
+    with pytest.raises(UserError, match="it has no problems; change its settings"):
+        load("gsm8k", str(file), max_calculations=0)
+
+
 def test_gsm8k_problems_with_few_calculations(tmp_path: Path) -> None:
     rows = [
         {"question": f"q{n}", "answer": "x <<1+1=2>>2 " * n + f"\n#### {n}"}

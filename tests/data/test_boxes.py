@@ -33,6 +33,9 @@ def test_braces_are_counted(text: str, content: str | None) -> None:
 def test_long_texts_take_no_longer() -> None:
     assert last_box(r"\boxed{" * 100_000) is None
     assert last_box(r"\boxed{" * 100_000 + "}" * 100_000) == ""
+    assert final_answer("#" * 10**6 + " x") == "x"
+    assert final_answer("1," + "111," * 10**6 + "x") is None
+    assert final_answer("x " * 10**6 + "#### 5") == "5"
 
 
 @pytest.mark.parametrize(

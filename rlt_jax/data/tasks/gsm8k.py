@@ -4,7 +4,6 @@ The text of the answer before `####`, without annotations such as `<<48/2=24>>`,
 explanation; the number is the answer, and in a box the solution.
 """
 
-import math
 import re
 
 from rlt_jax.data.tables import as_text, convert, read_records
@@ -16,7 +15,7 @@ SOURCE = (
     "train.jsonl and test.jsonl of https://github.com/openai/grade-school-math, or "
     "the Parquet files of https://huggingface.co/datasets/openai/gsm8k"
 )
-_CALCULATION = re.compile(r"<<[^>]*>>")
+_CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 def traces(
@@ -33,10 +32,10 @@ def traces(
     Raises:
       UserError: the file is missing or invalid, or a record has no `####`.
     """
-    most = math.inf if max_calculations is None else max_calculations
 
     def is_short(item: tuple[str, Record]) -> bool:
-        return len(_CALCULATION.findall(_answer(*item))) <= most
+        found = max_calculations is not None and _CALCULATION.findall(_answer(*item))
+        return not found or len(found) <= max_calculations
 
     records = convert(read_records(path, SOURCE, ("question", "answer")))
     return list(convert(filter(is_short, records), _trace, limit))
@@ -52,9 +51,9 @@ def problems(
 def _trace(where: str, record: Record) -> Trace:
     question = as_text(where, "question", record.get("question") or "")
     steps, mark, number = _answer(where, record).rpartition("####")
-    if not mark or not question.strip():
-        raise UserError(f"{where}: needs a question, and an answer with '#### number'.")
     answer = number.strip().replace(",", "")
+    if not mark or not answer or not question.strip():
+        raise UserError(f"{where}: needs a question, and an answer with '#### number'.")
     solution = f"The answer is \\boxed{{{answer}}}."
     explanation = _CALCULATION.sub("", steps).strip()
     return Trace(Problem(question, solution, answer), explanation)
