@@ -35,7 +35,8 @@ def render(source: str, date: str, values: dict[str, Any] | None) -> str:
       values: its variables, as JSON has them; None if it is only to be compiled.
 
     Raises:
-      ValueError: the template has an error, or refuses the values.
+      ValueError: the template has an error, or refuses the values; or the text has halves
+        of characters.
       TimeoutError: it takes too much time or memory.
     """
     request, reply = json.dumps([source, date, values]).encode() + b"\n", b""
@@ -55,6 +56,7 @@ def render(source: str, date: str, values: dict[str, Any] | None) -> str:
     text, error = json.loads(reply)
     if error:
         raise ValueError(error)
+    text.encode()  # a ValueError where it has halves of characters
     return text
 
 

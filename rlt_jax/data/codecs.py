@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,8 @@ class FastCodec:
       limit: added tokens with ids from it on are left out, and never found in a text.
 
     Raises:
-      UserError: the ids make no sense, or the library's offsets or decoder do not fit.
+      UserError: the ids make no sense, replacements make texts much longer, or the
+        library's offsets or decoder do not fit.
 
     Attributes:
       left_out: text of every token that was left out.
@@ -131,6 +133,10 @@ class FastCodec:
         # for here, with trimmed offsets.
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         spec["model"]["dropout"] = None
+        steps = _components(spec.get("normalizer"), "normalizers")
+        steps += _components(spec.get("decoder"), "decoders")
+        if math.prod(map(_growth, steps)) > 100:
+            raise UserError(f"{file}: its replacements make texts 100 times longer.")
         known = {token["content"]: token for token in spec.get("added_tokens", [])}
         flags = tokenizers.AddedToken("").__getstate__()
         for i, token in added.items():  # as in transformers, these have the last word
@@ -235,6 +241,15 @@ def _components(part: dict | None, children: str) -> list[dict]:
     if part["type"] != "Sequence":
         return [part]
     return [leaf for child in part[children] for leaf in _components(child, children)]
+
+
+def _growth(step: dict) -> float:
+    """How many times longer a step can make a text."""
+    if step["type"] != "Replace":
+        return 1.0
+    pattern, content = step["pattern"].get("String"), len(step["content"])
+    # An expression can match before every character.
+    return max(1.0, content / len(pattern) if pattern else content + 1)
 
 
 def _to_offsets(pairs: list[tuple[int, int]]) -> np.ndarray:

@@ -25,6 +25,7 @@ from rlt_jax.errors import UserError, as_user_error, storage_errno
 Codec = SentencePieceCodec | FastCodec
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
 NO_LIMIT = 2**31
+MOST_CHARACTERS = 4_000_000  # of a text; the libraries need some hundred bytes for each
 # In tokenizer_config.json of a stage's folder; transformers ignores it.
 VARIABLES = "chat_template_kwargs"
 _FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token
@@ -79,7 +80,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of the text; no special tokens are added."""
-        return self._codec.encode_batch([text])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """The same as `encode` of every text, on all cores.
@@ -89,8 +90,16 @@ class Tokenizer:
 
         Returns:
           One encoding per text, in order.
+
+        Raises:
+          UserError: a text is too long, or the tokenizer fails on it.
         """
-        return self._codec.encode_batch(texts)
+        for text in texts:
+            if len(text) > MOST_CHARACTERS:
+                size = f"{len(text):,} characters, at most {MOST_CHARACTERS:,} fit"
+                raise UserError(f"a text has {size}: {text[:60]!r}.")
+        with _naming_damage(self.path):
+            return self._codec.encode_batch(texts)
 
     def encode_with_prefix(self, prefix: str, texts: Sequence[str]) -> list[Encoding]:
         """The same as `encode(prefix + text)` of every text, faster.
@@ -223,11 +232,12 @@ def load_tokenizer(
     """
     path = SHIPPED.get(str(name), Path(stores.local(str(name))))
     config_file = path / "tokenizer_config.json"
-    if not config_file.is_file():
-        raise UserError(
-            f"tokenizer {path}: no tokenizer_config.json there. Name a directory with "
-            "tokenizer.model or tokenizer.json and tokenizer_config.json, or 'embedded'."
-        )
+    with as_user_error(f"tokenizer {short(str(name))}", OSError):
+        if not config_file.is_file():
+            raise UserError(
+                f"tokenizer {path}: no tokenizer_config.json there. Name a directory with "
+                "it and tokenizer.model or tokenizer.json, or 'embedded'."
+            )
     config = read_json(config_file)
     if "added_tokens_decoder" not in config:  # older directories, as in transformers
         config |= read_json(path / "special_tokens_map.json")
@@ -287,11 +297,13 @@ def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:
 
 
 def _check_ids(path: Path, codec: Codec, stop_ids: list[int], embeddings: int) -> None:
-    """Raises UserError for ids without a row in the embedding.
+    """Raises UserError for ids without a row in the embedding, and for long tokens.
 
     Tokens of images and the like, which tokenizers of text-only models may have (Gemma
     3), are no error: the codec leaves them out.
     """
+    if sum(len(text) ** 2 for text in codec.added.values()) > 10**8:
+        raise UserError(f"tokenizer {path}: its added tokens are too long.")
     lacking = [text for text in codec.left_out if not _OTHER_INPUTS.search(text)]
     lacking += [f"id {i} (eos_token_id)" for i in stop_ids if i >= embeddings]
     if codec.size() > embeddings:

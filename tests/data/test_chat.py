@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from rlt_jax.data.chat import Message
+from rlt_jax.data.chat import ChatTemplate, Message
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 
@@ -404,3 +404,10 @@ def test_the_longest_special_token_ends_a_turn(tmp_path: Path) -> None:
     ours = load_tokenizer(folder)
     assert ours.end_of_turn == "</s>>"
     assert ours.stop_ids == (ours.eos_id, library.token_to_id("</s>>"))
+
+
+def test_halves_of_characters_are_refused() -> None:
+    date = datetime.datetime(2024, 1, 1)
+    template = ChatTemplate("x", '{{ "\\ud800" }}', {}, date)
+    with pytest.raises(UserError, match="the chat template fails: .*surrogates"):
+        template.render([{"role": "user", "content": "q"}])

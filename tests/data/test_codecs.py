@@ -20,7 +20,7 @@ from tokenizers import (
 from rlt_jax.data import examples
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.templates import Template
-from rlt_jax.data.token_bytes import Encoding
+from rlt_jax.data.token_bytes import Encoding, _decode_invalid
 from rlt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
@@ -481,3 +481,46 @@ def test_sequences_are_encoded_as_one_text_with_whole_explanations(
                 learned.explanation, written.explanation, same_ids=True
             ):
                 np.testing.assert_array_equal(segments, np.arange(len(left)))
+
+
+def growing(count: int) -> dict:
+    step = {"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}
+    return {"type": "Sequence", "normalizers": [step] * count}
+
+
+def test_hostile_tokenizers_are_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE({"</s>": 0, "a": 1}, []))
+    tokenizer.add_special_tokens(["</s>"])
+    spec = json.loads(tokenizer.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(spec | {"normalizer": growing(22)}))
+    with pytest.raises(UserError, match="replacements make texts 100 times longer"):
+        load_tokenizer(tmp_path)
+    file.write_text(json.dumps(spec | {"normalizer": growing(2)}))
+    assert load_tokenizer(tmp_path).encode("a").ids.tolist() == [1]
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated"}
+    file.write_text(json.dumps(spec | {"pre_tokenizer": split | {"invert": False}}))
+    with pytest.raises(UserError, match=r"damaged \(PanicException"):
+        load_tokenizer(tmp_path).encode("a" * 30 + "!")
+    added = spec["added_tokens"] + [
+        spec["added_tokens"][0] | {"id": 2, "content": "b" * 10**5}
+    ]
+    file.write_text(json.dumps(spec | {"added_tokens": added}))
+    with pytest.raises(UserError, match="its added tokens are too long"):
+        load_tokenizer(tmp_path)
+
+
+def test_texts_that_cannot_be_encoded_are_refused(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="4,000,001 characters, .*: 'xxxx"):
+        tokenizer.encode("x" * 4_000_001)
+    with pytest.raises(UserError, match="TypeError"):
+        tokenizer.encode("\ud800")
+
+
+def test_many_bad_bytes_take_no_longer() -> None:
+    count = 200_000
+    text, widths = _decode_invalid(b"a\xff" * count, np.zeros(2 * count, bool))
+    assert text == "a\ufffd" * count and sum(widths) == 2 * count
