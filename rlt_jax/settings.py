@@ -129,16 +129,23 @@ def owner_of_keys(factory: Callable[..., Any]) -> Callable[..., Any]:
     return factory
 
 
-def load_function(path: str) -> Callable[..., Any]:
+def load_function(path: str, arguments: int | None = None) -> Callable[..., Any]:
     """Imports a function that a config names as "module:function".
 
+    Args:
+      path: the two names.
+      arguments: how many it is called with, where that is to be checked.
+
     Raises:
-      UserError: the module or the function does not exist.
+      UserError: there is no such function, or it does not take the arguments.
     """
-    module, _, name = path.partition(":")
     what = f'{path!r} is not a "module:function"'
-    with as_user_error(what, ImportError, AttributeError, ValueError):
-        return getattr(importlib.import_module(module), name)
+    with as_user_error(what, ImportError, AttributeError, TypeError, ValueError):
+        module, _, name = path.partition(":")
+        found = getattr(importlib.import_module(module), name)
+        if arguments:
+            inspect.signature(found).bind(*range(arguments))
+    return found
 
 
 def check(owner: Any, values: Any, where: str) -> None:

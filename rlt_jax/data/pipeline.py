@@ -14,7 +14,7 @@ from rlt_jax.data.examples import Example
 from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k, reasoning_gym
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.ranges import NonNegativeFloat, OneOf, check_value
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import Section, bind, build, load_function, owner_of_keys
@@ -41,8 +41,12 @@ PART = Annotated[str, OneOf(("all", "train", "held_out"))]
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def load_problems(config: Section, template: Template, seed: int) -> list[Problem]:
-    """Problems of a `data` section: `task` picks the source, the rest is passed on.
+def load_problems(
+    config: Section, template: Template, seed: int, where: str = "data"
+) -> list[Problem]:
+    """Problems of a section, named `where` in messages; one at least.
+
+    `task` picks the source, the other keys are passed on.
 
     A task of the user's is a function, "module:function", with keyword arguments or one
     dataclass for the other keys; see experiments/countdown.py. `part` chooses a part of
@@ -50,8 +54,11 @@ def load_problems(config: Section, template: Template, seed: int) -> list[Proble
     Sources that parse tags get the template, sources that generate get the run's seed.
     The keys of a source are the arguments of its function: of "file" they are those of
     `traces.read_problems`, path, limit, grader and on_bad_row.
+
+    Raises:
+      UserError: the section is wrong, or what it names is, or has no problems.
     """
-    return _bind(PROBLEMS, config, {"template": template, "seed": seed}, "data")()
+    return _bind(PROBLEMS, config, {"template": template, "seed": seed}, where)()
 
 
 def load_traces(
@@ -147,7 +154,8 @@ def _bind(
             * (task == "countdown")
         )
     source = sources.get(task) or load_function(task)
-    wanted = inspect.signature(owner_of_keys(source)).parameters
+    with as_user_error(f"{where}.task={task!r}", TypeError, ValueError):
+        wanted = inspect.signature(owner_of_keys(source)).parameters
     where = f"{where} of task {task!r}"
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
@@ -169,11 +177,14 @@ def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
       where: names the data in messages.
 
     Raises:
-      UserError: an unknown part, or fewer than four questions.
+      UserError: no problems, or fewer than four questions to hold some out.
     """
+    with as_user_error(f"{where}: no list of problems", AttributeError, TypeError):
+        questions = [getattr(one, "problem", one).question for one in loaded]
+    if not questions:
+        raise UserError(f"{where}: it has no problems; change its settings or data.")
     if part == "all":
         return loaded
-    questions = [getattr(one, "problem", one).question for one in loaded]
     ordered = sorted(set(questions), key=lambda q: hashlib.sha256(q.encode()).digest())
     if len(ordered) < 4:
         raise UserError(

@@ -44,7 +44,7 @@ def check_gradable(problems: Sequence[Problem]) -> None:
                 f"{what} no `answer`: grading needs an 'answer' for every question."
             )
         if ":" in grader:
-            load_function(grader.partition("?")[0])
+            load_function(grader.partition("?")[0], 2 + ("?" in grader))
         elif grader not in GRADERS:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
             raise UserError(f"{what} the unknown grader {grader!r}; known are {known}.")

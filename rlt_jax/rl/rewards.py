@@ -61,6 +61,11 @@ _OWN = (correctness, length, copy, truncated)
 TERMS: dict[str, TermFunction] = {function.__name__: function for function in _OWN}
 
 
+# How the names of parts of the RLT reward, and of what a teacher says, begin.
+_PARTS = ("solution_", "explanation_", "kl_", "format_", "empty_", "student_")
+_PARTS += ("teacher_", "taught_", "clipped_")
+
+
 class Term(NamedTuple):
     """A weighted term.
 
@@ -107,7 +112,7 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
         settings = {"weight": 1.0, **entry}
         where, weight = f"reward term {name!r}", settings.pop("weight")
         check_value(f"{where}: weight", Weight, weight)
-        if name in ("value", "reward", "accuracy"):
+        if name in ("value", "reward", "accuracy") or name.startswith(_PARTS):
             raise UserError(f"{where}: a name of results; pick another.")
         if name not in (RLT, *TERMS) and "function" not in settings:
             raise UserError(
@@ -162,7 +167,7 @@ def _on_first_host(term: Term, rollout: Rollout, template: Template) -> np.ndarr
 
 
 def _user_function(path: str) -> TermFunction:
-    function = load_function(path)
+    function = load_function(path, 3)
 
     def checked(rollout: Rollout, template: Template) -> np.ndarray:
         problems = [request.problem for request in rollout.requests]

@@ -256,10 +256,12 @@ def load_weights(
     return loaded
 
 
-def load_problems(config: Any, template: Template, seed: int) -> list[Problem]:
-    """Problems of a `data` section, the same on every host."""
-    problems = pipeline.load_problems(config, template, seed)
-    hosts.agree_on_items("the problems of the data", problems)
+def load_problems(
+    config: Any, template: Template, seed: int, where: str = "data"
+) -> list[Problem]:
+    """Problems of a section named `where`, one at least, the same on every host."""
+    problems = pipeline.load_problems(config, template, seed, where)
+    hosts.agree_on_items(f"the problems of {where}", problems)
     return problems
 
 

@@ -104,6 +104,11 @@ def test_bad_parts_are_refused(
         (ARITHMETIC | {"sizes": 4}, "'arithmetic': unknown key 'sizes'"),
         (ARITHMETIC | {"seed": 4}, "'arithmetic': 'seed' is the run's own"),
         ({"task": "arithmetic", "split": "test"}, "the key 'size' is missing"),
+        (ARITHMETIC | {"size": 0}, "'arithmetic': it has no problems; change"),
+        ({"task": ".x:y"}, "'.x:y' is not a \"module:function\""),
+        ({"task": "math:pi"}, "data.task='math:pi': 3.14.* is not a callable"),
+        ({"task": "builtins:max"}, "data.task='builtins:max': no signature"),
+        ({"task": "builtins:globals"}, "no list of problems: 'str' object"),
     ],
 )
 def test_bad_data_sections_are_refused(

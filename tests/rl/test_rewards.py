@@ -138,8 +138,17 @@ def test_a_users_own_function(mine: str, values_of: Callable[..., np.ndarray]) -
         ),
         ({"x": {"function": "math:no_such"}}, "'math:no_such' is not a .*no_such"),
         ({"x": {"function": "math"}}, "'math' is not a \"module:function\""),
+        ({"x": {"function": 5}}, "5 is not a .* no attribute 'partition'"),
+        ({"x": {"function": "math:pi"}}, "'math:pi' is not a .* not a callable"),
         (
-            {"x": {"function": "math:exp", "base": 2}},
+            {"x": {"function": "math:exp"}},
+            "'math:exp' is not a .*: too many positional",
+        ),
+        ({"x": {"function": ".x:y"}}, "'.x:y' is not a \"module:function\""),
+        ({"kl_mean": {"function": "builtins:pow"}}, "'kl_mean': a name of results"),
+        ({"solution_score": {"function": "builtins:pow"}}, "a name of results; pick"),
+        (
+            {"x": {"function": "builtins:pow", "base": 2}},
             "'x': unknown key 'base'; it takes none",
         ),
     ],
