@@ -10,7 +10,9 @@ import jinja2
 
 from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.files import write_whole
+from rlt_jax.ranges import check_value
 from rlt_jax.records import Record
+from rlt_jax.settings import Section
 
 
 def read_json(path: Path) -> Record:
@@ -48,13 +50,28 @@ def read_evaluation(folder: Path) -> list[Record]:
     read_json(folder / "done.json")
     results = read_json(folder / "results.json")
     samples = read_lines(folder / "samples.jsonl")
-    expected = results["num_questions"] * results["samples_per_question"]
+    with as_user_error(f"{folder / 'results.json'} has no", KeyError, TypeError):
+        expected = results["num_questions"] * results["samples_per_question"]
     if len(samples) != expected:
         raise UserError(
             f"{folder}: samples.jsonl has {len(samples)} records, but results.json has "
             f"{expected} samples. Run the stage anew with --only={folder.name}."
         )
     return samples
+
+
+def check_stages(values: Section, workdir: Path, to_come: Section) -> None:
+    """Looks for the stages of a report; `to_come` are those that a run will complete.
+
+    Raises:
+      UserError: one is neither complete nor to come, or of another kind.
+    """
+    wanted = [("rl", values["rl"]), *(("collect", x) for _, x in values["traces"])]
+    wanted += [("evaluate", x) for _, x in values["evaluations"]]
+    for kind, name in wanted:
+        done = to_come.get(name) or read_json(workdir / name / "done.json")
+        if (made := done.get("stage")) != kind:
+            raise UserError(f"report: {name!r} is a stage {made!r}; name one {kind!r}.")
 
 
 def write_page(
@@ -92,14 +109,14 @@ def _number(value: float | None, digits: int = 5) -> str:
 
 
 def _parse(text: bytes, path: Path, message: str = "not valid JSON") -> Record:
-    with as_user_error(f"{path}: {message}", ValueError):  # invalid JSON or UTF-8
-        return json.loads(text)
+    # Invalid JSON or UTF-8.
+    with as_user_error(f"{path}: {message}", ValueError, RecursionError):
+        record = json.loads(text)
+    check_value(f"{path}: a record", Section, record)
+    return record
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    what = f"{path} is missing; run the stage {path.parent.name!r}, which writes it"
+    with as_user_error(what, FileNotFoundError, NotADirectoryError):
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing; run the stage {path.parent.name!r}, which writes it."
-        ) from error

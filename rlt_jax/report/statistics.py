@@ -9,6 +9,7 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 from rlt_jax.errors import UserError
+from rlt_jax.ranges import Weight, check_value
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
 
@@ -119,14 +120,17 @@ def by_question(
       name: the column.
 
     Raises:
-      UserError: two questions have the same text, which cannot be told apart here.
+      UserError: two questions have the same text, which cannot be told apart here, or a
+        row has no question, or a value that is no number.
     """
     answers: Record = {}
     values: dict[str, list[float]] = {}
     for row in samples:
         if row.get(name) is None:
             continue
-        question, answer = row["question"], row.get("answer")
+        question, answer = row.get("question"), row.get("answer")
+        check_value(f"{where}: question", str, question)
+        check_value(f"{where}: {name}", bool | Weight, row[name])
         if answers.setdefault(question, answer) != answer:
             raise UserError(
                 f"{where}: the question {question[:60]!r} has several answers, "

@@ -92,7 +92,8 @@ def workdir(tmp_path: Path) -> Path:
     stages = ("rl", *dict(CONFIG.traces).values(), *dict(CONFIG.evaluations).values())
     for seconds, stage in enumerate(stages, start=1):
         summary = held_out if stage == "rl" else {}
-        done = {"stage": stage, "seconds": seconds + 0.5, "summary": summary}
+        kind = stage.partition("_")[0].replace("eval", "evaluate")
+        done = {"stage": kind, "seconds": seconds + 0.5, "summary": summary}
         if seconds < len(stages):
             done["peak_gib"] = seconds + 1.0
         _write(tmp_path / stage / "done.json", done)
@@ -330,6 +331,32 @@ def test_a_broken_file_is_named(workdir: Path) -> None:
     file.write_bytes('{"step": 0}\n{"step": "é'.encode()[:-1])
     with pytest.raises(UserError, match="metrics.jsonl: the last line is cut off"):
         write_report(workdir, CONFIG, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rl/done.json", {"stage": "sft", "summary": {}}, "'rl' is a stage 'sft'"),
+        ("rl/done.json", {"stage": "rl", "summary": {}}, "held_out_reward_first"),
+        ("rl/done.json", [], "keys and values"),
+        ("collect_rlt/traces.jsonl", {"question": _question(0)}, "no attribute"),
+        ("collect_rlt/traces.jsonl", {"question": []}, "unhashable"),
+        ("eval_base/results.json", {}, "'num_questions'"),
+        ("eval_base/samples.jsonl", {"correct": True}, "base: question=None: a text"),
+        (
+            "eval_base/samples.jsonl",
+            {"question": "q", "correct": "yes"},
+            "='yes': True",
+        ),
+    ],
+)
+def test_files_of_other_stages_are_refused(
+    name: str, content: Any, message: str, workdir: Path
+) -> None:
+    (workdir / name).write_text(json.dumps(content) + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        write_report(workdir, CONFIG, seed=0)
+    assert str(error.value).startswith("cannot write the report of ")
 
 
 def test_evaluations_on_other_questions_are_refused(workdir: Path) -> None:
