@@ -7,6 +7,7 @@ its kind where `classify` gives one, and its provenance. `sft` and `score` read 
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -59,8 +60,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
       Number of traces, mean reward, fraction of closed explanations and of each kind.
     """
     c = build(CollectConfig, config.collect, "collect")
-    classify = load_function(c.classify) if c.classify else None
-    run, opened, problems = prepare(config, seed)
+    classify, run, opened, problems = prepare(config, seed)
     mesh, kl_coef = run.mesh, run.rlt_reward.explanation_kl_coef
     teacher, *students = setup.load_weights(config, "teacher", opened, mesh, seed)
     layout.check_memory(teacher.model, run.sampler.layout, mesh)
@@ -97,8 +97,14 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
 
 def prepare(
     config: ConfigDict, seed: int
-) -> tuple[setup.Run, list[checkpoint.LoadedModel], list[Problem]]:
-    """Models without weights and data of the stage; raises UserError for bad input."""
+) -> tuple[Callable | None, setup.Run, list[checkpoint.LoadedModel], list[Problem]]:
+    """The function of `classify`, models without weights and data of the stage.
+
+    Raises:
+      UserError: bad input.
+    """
+    path = config.collect.get("classify")
+    classify = load_function(path, 2) if path else None
     mesh = setup.load_mesh(config)
     opened = setup.open_models(config, "teacher")
     terms = (Term(RLT, 1.0, None),)
@@ -110,7 +116,7 @@ def prepare(
         )
     problems = setup.load_problems(config.data, run.template, seed)
     setup.check_fit(run, problems)
-    return run, opened, problems
+    return classify, run, opened, problems
 
 
 def _summary(records: list[Record]) -> Record:

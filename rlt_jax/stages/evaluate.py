@@ -21,7 +21,7 @@ from rlt_jax.data.boxes import final_answer
 from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampler import in_order
@@ -67,6 +67,8 @@ class EvaluateConfig(Checked):
     solution_log_probs: bool = False
 
 
+# A model without its weights, the renderer of its prompts, and its sampler.
+Opened = tuple[LoadedModel, Renderer, Engine]
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": str,
@@ -93,14 +95,10 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """
     c = build(EvaluateConfig, config.evaluate, "evaluate")
     template = load_template(config.template)
-    problems, model, renderer, engine = prepare(config, seed)
-    other = _read_other(c.compare_with, problems)
-    texts, k, opened, scorer = [], c.samples_per_problem, "", None
-    if config.predictions:
-        predictions = read_predictions(config.predictions, problems)
-        hosts.agree_on_items("the predictions", predictions)
-        texts = [text for of_question in predictions for text in of_question]
-        k = len(predictions[0])
+    problems, predictions, other, opened_model = prepare(config, seed)
+    k = len(predictions[0]) if predictions else c.samples_per_problem
+    texts = [text for of_question in predictions for text in of_question]
+    opened, scorer = "", None
     asked = [problem for problem in problems for _ in range(k)]
     file = workdir / "samples.jsonl"
     first, size = metrics.keep_whole_batches(file, c.batch_size), c.batch_size
@@ -111,6 +109,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             starts = range(first, len(texts), size)
             batches = (unknown._replace(texts=texts[n : n + size]) for n in starts)
         else:
+            model, renderer, engine = opened_model
             mesh, opened = setup.load_mesh(config), renderer.opened
             key = jax.random.key(seed)
             source = build(checkpoint.ModelSource, config.model, "model")
@@ -204,9 +203,13 @@ def _accuracies(rows: Sequence[Section], k: int) -> Record:
 
 def prepare(
     config: ConfigDict, seed: int
-) -> tuple[list[Problem], LoadedModel | None, Renderer | None, Engine | None]:
-    """The problems; and the model without weights, the renderer of its prompts and its
-    sampler, or None where there are predictions; raises UserError for bad input.
+) -> tuple[list[Problem], list[list[str]], dict[str, float], Opened | None]:
+    """The problems, predictions of each, the evaluation to compare with, and the model.
+
+    The model is None where there are predictions.
+
+    Raises:
+      UserError: bad input.
     """
     c = build(EvaluateConfig, config.evaluate, "evaluate")
     template = load_template(config.template)
@@ -217,8 +220,11 @@ def prepare(
     check_gradable([p for p in problems if p.answer or not c.solution_log_probs])
     if config.predictions and c.solution_log_probs:
         raise UserError("evaluate.solution_log_probs needs a model, no predictions.")
+    other = _read_other(c.compare_with, problems)
     if config.predictions:
-        return problems, None, None, None
+        predictions = read_predictions(config.predictions, problems)
+        hosts.agree_on_items("the predictions", predictions)
+        return problems, predictions, other, None
     mesh = setup.load_mesh(config)
     opened = checkpoint.open_model(build(checkpoint.ModelSource, config.model, "model"))
     renderer = Renderer(opened.tokenizer, template, "student")
@@ -227,7 +233,7 @@ def prepare(
     context = opened.model.config.max_length
     setup.check_room(prompts, limit, context, "question", "the model's context")
     engine = setup.load_sampler(opened, config, mesh, max(prompts) + limit)
-    return problems, opened, renderer, engine
+    return problems, [], other, (opened, renderer, engine)
 
 
 def _graded(
@@ -289,11 +295,12 @@ def _read_other(path: str, problems: Sequence[Problem]) -> dict[str, float]:
             "different ones."
         )
     place = Path(stores.local(path, depth=1))
-    if not place.is_file() and not (place / "done.json").is_file():
-        raise UserError(
-            f"evaluate.compare_with={path!r}: there is no {place / 'done.json'}; name "
-            "the folder of a complete evaluate stage, or its samples.jsonl."
-        )
+    with as_user_error("evaluate.compare_with", OSError):
+        if not place.is_file() and not (place / "done.json").is_file():
+            raise UserError(
+                f"evaluate.compare_with={path!r}: there is no {place / 'done.json'}; name "
+                "the folder of a complete evaluate stage, or its samples.jsonl."
+            )
     rows = metrics.read_jsonl(place) if place.is_file() else read_evaluation(place)
     other = statistics.by_question(rows, path)
     statistics.check_same_questions(questions, other, ("this one", path))

@@ -13,7 +13,8 @@ from rlt_jax.errors import LOG, UserError
 from rlt_jax.files import write_whole
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES
-from rlt_jax.models.families import family
+from rlt_jax.models.config_json import config_to_json
+from rlt_jax.models.families import FAMILIES, Family, family
 from rlt_jax.models.weight_files import read_json
 from rlt_jax.ranges import OneOf
 from rlt_jax.records import Record
@@ -25,7 +26,8 @@ from rlt_jax.types import Params
 
 SECTIONS = {
     "model": checkpoint.ModelSource,
-    "model_type": str,  # the family to write it as, "" for the first that can be
+    # The family to write it as, "" for the first that can be.
+    "model_type": Annotated[str, OneOf(("", *FAMILIES))],
     "dtype": Annotated[str, OneOf(DTYPES)],  # of the weights
     "adapter_base": str,  # "" exports a whole model; else the model of the adapters
     "mesh": sharding.MeshConfig,
@@ -42,17 +44,17 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
       The path and the number of parameters.
     """
     mesh = setup.load_mesh(config)
+    (model, _, tokenizer), model_type = prepare(config, seed)
     source = build(checkpoint.ModelSource, config.model, "model")
-    model, _, tokenizer = checkpoint.open_model(source)
     target, dtype = workdir / "model", str(config.dtype)
     # Of a run that was cut off between here and done.json.
     hosts.from_first(lambda: shutil.rmtree(target, ignore_errors=True))
     if config.adapter_base:
-        params, dtype = _write_adapter(target, source, config.adapter_base), "float32"
+        args = Path(source.path), config.adapter_base, family(model_type)
+        params, dtype = _write_adapter(target, *args), "float32"
         hosts.from_first(lambda: convert.copy_tokenizer(tokenizer.path, target))
     else:
         params = checkpoint.load_params(source, model, mesh, jax.random.key(seed))
-        model_type = config.model_type or convert.model_type_of(model.config)
         files = (tokenizer.path, tokenizer.stop_ids, jnp.dtype(dtype))
         convert.write_model(target, model.config, params, model_type, *files)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -63,25 +65,39 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     return {"path": str(target), "parameters": size}
 
 
-def _write_adapter(target: Path, source: checkpoint.ModelSource, base: str) -> Params:
+def prepare(config: ConfigDict, seed: int) -> tuple[checkpoint.LoadedModel, str]:
+    """The model without its weights, and the name of the family to write it as.
+
+    Raises:
+      UserError: there is no such model, or it is not of that family; or PEFT cannot put
+        adapters on `adapter_base`.
+    """
+    opened = checkpoint.open_model(build(checkpoint.ModelSource, config.model, "model"))
+    kind = config.model_type
+    if base := config.adapter_base:
+        file = checkpoint.find_model(base) / convert.CONFIG
+        kind = read_json(file).get("model_type") if file.is_file() else None
+        # PEFT has other names for layers of multimodal models.
+        if not kind or family(kind).skipped:
+            raise UserError(
+                f"adapter_base={base!r} is no text model in Hugging Face format; export it."
+            )
+    else:
+        kind = kind or convert.model_type_of(opened.model.config)
+        config_to_json(opened.model.config, kind)  # raises UserError
+    return opened, kind
+
+
+def _write_adapter(target: Path, path: Path, base: str, kind: Family) -> Params:
     """Writes the adapters of a stage in float32, and returns them.
 
     Raises:
-      UserError: the stage has none, or PEFT cannot put them on the base.
+      UserError: the stage has none.
     """
-    path = Path(source.path)
     _, settings, began = next(iter(_lineage(path)), (path, {}, ""))
     lora = build(LoRAConfig, settings.get("lora", {}), "lora")
     if not lora.rank:
-        raise UserError(
-            f"model {path}: it is no stage that trained adapters (lora.rank)."
-        )
-    file = checkpoint.find_model(base) / convert.CONFIG
-    kind = family(read_json(file).get("model_type")) if file.is_file() else None
-    if not kind or kind.skipped:  # PEFT has other names for layers of multimodal models
-        raise UserError(
-            f"adapter_base={base!r} is no text model in Hugging Face format; export it."
-        )
+        raise UserError(f"model {path} is no stage that trained adapters (lora.rank).")
     if began != base:
         LOG.warning("adapter_base=%s has to have the weights of %r", base, began)
     adapters = checkpoint.read_item(path, "adapters")

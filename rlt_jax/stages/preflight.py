@@ -10,8 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from rlt_jax.records import Record
+from rlt_jax.report.files import check_stages
 from rlt_jax.settings import Section
 
+FILES = ("data", "held_out", "predictions", "adapter_base")  # sections that name some
 MODELS = ("model", "policy", "teacher")  # sections of the model that a stage works with
 
 
@@ -24,7 +26,8 @@ def check(stages: Sequence[Record], to_make: Section, root: str | Path) -> None:
     """Opens the models and the data of stages, without any weights.
 
     Where a stage of the run makes the model, the one that it starts from is opened instead;
-    where it makes the data, the stage that reads them is left out.
+    where it makes the data, the stage that reads them is left out; the results that an
+    evaluation is compared with then are.
 
     Args:
       stages: settings of the stages to check, with their seeds.
@@ -38,9 +41,13 @@ def check(stages: Sequence[Record], to_make: Section, root: str | Path) -> None:
     for settings in stages:
         stage = module_of(settings["stage"])
         values = with_origins(settings, to_make, root)
-        files = [values.get("data"), values.get("held_out")]
+        files = [values.get(name) for name in FILES]
         files.append((values.get("teaching") or {}) | {"teacher": None})
         reads_files = to_make.keys() & {*stages_read(files, root)}
+        if to_make.keys() & {*stages_read(values.get("evaluate"), root)}:
+            values["evaluate"] = values["evaluate"] | {"compare_with": ""}
+        if settings["stage"] == "report":
+            check_stages(values, Path(root), to_make)
         if hasattr(stage, "prepare") and not reads_files and values not in checked:
             checked.append(values)
             stage.prepare(ConfigDict(values), values["seed"])

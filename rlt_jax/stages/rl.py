@@ -21,6 +21,7 @@ from rlt_jax.errors import LOG, UserError
 from rlt_jax.inference import layout, log_probs
 from rlt_jax.records import Problem, Record
 from rlt_jax.rl import advantages, rewards
+from rlt_jax.rl.grading import check_gradable
 from rlt_jax.rl.losses import ObjectiveConfig, policy_loss
 from rlt_jax.rl.teaching import TeachingConfig, mix_advantages
 from rlt_jax.settings import build
@@ -38,7 +39,7 @@ from rlt_jax.types import Array, Batch, Params
 SECTIONS = setup.SECTIONS | {
     "policy": checkpoint.ModelSource,
     "data": pipeline.check_problems,
-    "held_out": (pipeline.check_problems, None),
+    "held_out": pipeline.check_problems,
     "reward_terms": lambda terms, where: rewards.make_terms(terms),
     "objective": ObjectiveConfig,
     "teaching": (TeachingConfig, None),
@@ -131,8 +132,10 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     students = opened if c.self_teaching else opened[1:]
     run = setup.load_run(config, c.role, opened[0], students, mesh, terms)
     problems = setup.load_problems(config.data, run.template, seed)
-    held_out = setup.load_problems(config.held_out, run.template, seed)
+    held_out = setup.load_problems(config.held_out, run.template, seed, "held_out")
     setup.check_fit(run, [*problems, *held_out])
+    if "correctness" in [term.name for term in terms]:
+        check_gradable([*problems, *held_out])
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
     teacher = open_teacher(config, run, problems, c.group_size)
     return Prepared(run, opened, problems, held_out, prompts, teacher)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlt_jax import scoring, watchdog
 from rlt_jax.data import controls
 from rlt_jax.data.selection import Candidate, SelectionConfig, select
-from rlt_jax.data.templates import Template, load_template
+from rlt_jax.data.templates import load_template
 from rlt_jax.data.traces import CompletionsConfig, read_completions
 from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.ranges import Checked, Count, NonNegativeInt, Temperature
@@ -84,12 +84,9 @@ class Scorer:
             raise UserError("students is (): the reward needs one or more.")
         self._renderers = scoring.make_renderers(self._models, self.template)
 
-    def check(self, completions: Iterator[TextCompletion], first: int) -> int:
-        """Raises UserError for a completion that does not fit in a model.
-
-        Returns:
-          The number of completions, with the `first` that are scored already.
-        """
+    def check(self, completions: Iterator[TextCompletion]) -> int:
+        """The number of completions; raises UserError where one is too long."""
+        first = 0
         while batch := list(itertools.islice(completions, self.c.batch_size)):
             scoring.make_sequences(self._models, self._renderers, batch)
             for name, given in self._controls(batch, first).items():
@@ -161,29 +158,16 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     Raises:
       UserError: there is no completion to score.
     """
-    values = config.to_dict()
-    sections = {name: values.pop(name) for name in PARTS}
-    c = build(ScoreConfig, values, "config")
-    selection = build(SelectionConfig, sections["select"], "select")
-    scorer = Scorer(c, sections, seed)
+    scorer, source, total = prepare(config, seed)
+    c, selection = scorer.c, build(SelectionConfig, config.select, "select")
     file = workdir / "scores.jsonl"
     first = metrics.keep_whole_batches(file, c.batch_size)
     if first and scorer.kl_coef == "auto":
         begun = hosts.from_first(lambda: next(metrics.stream_jsonl(file)))
         scorer.kl_coef = begun["provenance"]["explanation_kl_coef"]
-    source = build(CompletionsConfig, sections["data"], "data")
-
-    def left() -> Iterator[TextCompletion]:
-        completions = _completions(source, scorer.template, c.assume_closed)
-        return itertools.islice(completions, first, None)
-
-    total = scorer.check(left(), first)
     scorer.load()
-    if not write_scores(scorer, left(), file, first, total):
-        raise UserError(
-            f"{source.path}: there is nothing to score; write one or more texts into the "
-            "`completions` of a row, or a `reasoning_trace` instead."
-        )
+    left = itertools.islice(_completions(source, scorer), first, None)
+    write_scores(scorer, left, file, first, total)
     selected = workdir / "selected.jsonl"
     # From here on all processes read what process 0 has written.
     hosts.from_first(lambda: selected.unlink(missing_ok=True))
@@ -214,9 +198,28 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     }
 
 
+def prepare(config: ConfigDict, seed: int) -> tuple[Scorer, CompletionsConfig, int]:
+    """The models without weights, what they score, and the number of completions.
+
+    Raises:
+      UserError: bad input, or there is no completion to score.
+    """
+    sections = config.to_dict()
+    values = {name: sections[name] for name in SECTIONS.keys() - PARTS.keys()}
+    scorer = Scorer(build(ScoreConfig, values, "config"), sections, seed)
+    source = build(CompletionsConfig, sections["data"], "data")
+    total = scorer.check(_completions(source, scorer))
+    if not total:
+        raise UserError(
+            f"{source.path}: there is nothing to score; write one or more texts into the "
+            "`completions` of a row, or a `reasoning_trace` instead."
+        )
+    return scorer, source, total
+
+
 def write_scores(
     scorer: Scorer, todo: Iterator[TextCompletion], file: Path, first: int, total: int
-) -> int:
+) -> None:
     """Scores completions batch by batch and appends a row for each.
 
     Args:
@@ -225,9 +228,6 @@ def write_scores(
       file: where rows are appended.
       first: number of rows in the file.
       total: number of completions, those in the file included, where it is known.
-
-    Returns:
-      Number of rows in the file at the end.
     """
     with metrics.progress(first, total, "score", unit="completion") as bar:
         while batch := list(itertools.islice(todo, scorer.c.batch_size)):
@@ -248,7 +248,6 @@ def write_scores(
             hosts.stop_if_asked()
         # A process whose data ends earlier than that of others is an error.
         hosts.agree_on_items("the completions of the data", [])
-    return first
 
 
 def _sizes(rows: list[Record]) -> list[list[float]]:
@@ -257,13 +256,12 @@ def _sizes(rows: list[Record]) -> list[list[float]]:
     return [[row["terms"][name] for row in rows] for name in names]
 
 
-def _completions(
-    source: CompletionsConfig, template: Template, assume_closed: bool
-) -> Iterator[TextCompletion]:
-    rows = read_completions(source.path, template, source.on_bad_row)
+def _completions(source: CompletionsConfig, scorer: Scorer) -> Iterator[TextCompletion]:
+    rows = read_completions(source.path, scorer.template, source.on_bad_row)
     for problem, completions in rows:
         for text in completions:
-            yield text_completion(template, problem, text, assume_closed)
+            closed = scorer.c.assume_closed
+            yield text_completion(scorer.template, problem, text, closed)
 
 
 def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) -> None:

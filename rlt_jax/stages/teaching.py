@@ -19,6 +19,7 @@ from rlt_jax.inference.sampler import Sampler
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem
 from rlt_jax.rl import rewards
+from rlt_jax.rl.grading import check_gradable
 from rlt_jax.rl.losses import Divergence
 from rlt_jax.rl.teaching import TeachingConfig, token_advantages
 from rlt_jax.settings import Section, build
@@ -163,8 +164,8 @@ def open_teacher(
     teacher = Teacher(c, run, loaded, renderer, seen, compiled, sampler)
     if c.sees != "attempt":
         _check_prompts(teacher, problems)
-    elif any(problem.answer is None for problem in problems):
-        raise UserError("teaching.sees='attempt' needs answers: some data have none.")
+    else:
+        check_gradable(problems)
     return teacher
 
 

@@ -201,6 +201,91 @@ def test_a_question_without_answer_cannot_be_graded(
         run_stage(values, tmp_path / "run")
 
 
+@pytest.mark.parametrize("answer", [None, "", " "])
+@pytest.mark.parametrize("name", ["data", "held_out", "attempt"])
+def test_a_student_without_answers_cannot_be_rewarded(
+    name: str,
+    answer: str | None,
+    section: Section,
+    run_stage: RunStage,
+    tmp_path: Path,
+) -> None:
+    rows = [GOOD_ROW | {"question": f"{n}?", "answer": "2"} for n in range(3)]
+    rows[2]["answer"] = answer
+    values = section("rl") | {"students": (), "reward_terms": {"correctness": {}}}
+    values["loop"]["role"] = "student"
+    data = write(tmp_path / "data.jsonl", *rows)
+    values["data" if name == "attempt" else name] = data
+    if name == "attempt":
+        values |= {"reward_terms": {}, "teaching": {"sees": "attempt"}}
+    with pytest.raises(UserError, match="'2.' has no `answer`: grading needs"):
+        run_stage(values, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "message"),
+    [
+        ("evaluate", "data.size", 0, "data of task 'arithmetic': it has no problems"),
+        ("rl", "held_out.size", 0, "held_out of task 'arithmetic': it has no problems"),
+        ("rl", "held_out", None, "config.part.held_out=None: keys and values"),
+        ("collect", "collect.classify", "math:pi", "'math:pi' is not a "),
+        ("collect", "collect.classify", "nowhere:f", "No module named 'nowhere'"),
+        ("evaluate", "predictions", "/nowhere.jsonl", "/nowhere.jsonl': no such file"),
+        ("evaluate", "evaluate.compare_with", "/nowhere", "no /nowhere/done.json"),
+        ("evaluate", "evaluate.compare_with", "x" * 300, "File name too long"),
+        ("evaluate", "template", "x" * 300, "^template 'x.*File name too long"),
+        ("evaluate", "model", {"path": "x" * 300}, "^model 'x.*File name too long"),
+    ],
+)
+def test_input_of_a_later_stage_is_looked_at_first(
+    stage: str,
+    key: str,
+    value: Any,
+    message: str,
+    section: Section,
+    tmp_path: Path,
+) -> None:
+    values = section(stage)
+    *path, name = key.split(".")
+    (values[path[0]] if path else values)[name] = value
+    config = {"seed": 0, "pipeline": ("first", "part"), "first": section("sft")}
+    with pytest.raises(UserError, match=message):
+        run_pipeline(
+            ml_collections.ConfigDict(config | {"part": values}), tmp_path / "x"
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_report_names_stages_of_the_run(section: Section, tmp_path: Path) -> None:
+    report = {"stage": "report", "rl": "rl", "traces": (), "evaluations": ()}
+    report["num_examples"] = 1
+    values = {"seed": 0, "pipeline": ("first", "last"), "first": section("sft")}
+    for name, message in [
+        ("rll", "rll/done.json is missing"),
+        ("first", "stage 'sft'"),
+    ]:
+        values["last"] = report | {"rl": name}
+        with pytest.raises(UserError, match=message):
+            run_pipeline(ml_collections.ConfigDict(values), tmp_path / "run")
+    values["last"] = report | {"traces": (("a", "x"), ("a", "y"))}
+    with pytest.raises(UserError, match="config.last.traces=.*different labels"):
+        run_pipeline(ml_collections.ConfigDict(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_to_come_is_not_looked_for_yet(
+    section: Section, tmp_path: Path
+) -> None:
+    first, second = section("evaluate"), section("evaluate")
+    second["evaluate"]["compare_with"] = "{workdir}/first"
+    second["template"] = "nowhere"
+    values = {"seed": 0, "pipeline": ("zero", "first", "second"), "first": first}
+    values |= {"zero": section("sft"), "second": second}
+    with pytest.raises(UserError, match="template 'nowhere'"):
+        run_pipeline(ml_collections.ConfigDict(values), tmp_path / "run")
+
+
 def test_fewer_problems_than_a_batch(
     section: Section, run_stage: RunStage, tmp_path: Path
 ) -> None:

@@ -227,7 +227,7 @@ def test_a_stage_without_adapters_has_none_to_export(
     trained: Path, tmp_path: Path
 ) -> None:
     for path in (str(trained), "embedded"):
-        with pytest.raises(UserError, match="it is no stage that trained adapters"):
+        with pytest.raises(UserError, match="is no stage that trained adapters"):
             export(tmp_path / "out", path, adapter_base="someone/some-model")
 
 
@@ -250,6 +250,19 @@ def test_the_export_has_the_chat_template_that_is_in_use(tmp_path: Path) -> None
     config["dtype"] = "int8"
     with pytest.raises(UserError, match="config.dtype='int8': one of float32"):
         run_pipeline(ml_collections.ConfigDict(config), tmp_path / "other")
+
+
+def test_a_family_that_does_not_fit_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlt_jax.training.checkpoint, "load_params", None)
+    config = {"seed": 0, "stage": "export", "model": {"path": "embedded"}, "mesh": {}}
+    config |= {"dtype": "float32", "adapter_base": ""}
+    for name, message in [("lama", "one of , llama"), ("gemma2", "does not fit")]:
+        with pytest.raises(UserError, match=f"model_type.*{message}"):
+            run_pipeline(
+                ml_collections.ConfigDict(config | {"model_type": name}), tmp_path
+            )
 
 
 def test_the_alpha_of_adapters_may_be_the_default(

@@ -141,6 +141,16 @@ def test_the_message_says_which_max_new_tokens_fits(
         shutil.rmtree(tmp_path / "run")
 
 
+def test_a_later_score_is_checked_first(
+    section: Section, tmp_path: Path, no_weights: None
+) -> None:
+    values = score_section(section, tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text('{"question": "q"}', encoding="utf-8")
+    config = {"seed": 0, "pipeline": ("a", "b"), "a": section("sft"), "b": values}
+    with pytest.raises(UserError, match="data.jsonl, line 1"):
+        run_pipeline(ml_collections.ConfigDict(config), tmp_path / "run")
+
+
 @pytest.mark.parametrize("stage", ["sft", "rl", "collect", "evaluate"])
 @pytest.mark.parametrize(
     ("changes", "message"),
