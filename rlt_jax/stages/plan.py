@@ -121,7 +121,7 @@ def read_recipe(c: PlanConfig, topology: str) -> Record:
     """The recipe for a slice, as plain values."""
     file, _, choice = c.recipe.partition(":")
     what = f"plan.recipe={c.recipe!r}: no config file with get_config"
-    with as_user_error(what, OSError, KeyError):
+    with as_user_error(what, ImportError, KeyError, OSError, SyntaxError):
         get_config = runpy.run_path(file)["get_config"]
     argument = f"{choice}:{topology}" if choice else topology
     takes_slice = inspect.signature(get_config).parameters
@@ -129,16 +129,19 @@ def read_recipe(c: PlanConfig, topology: str) -> Record:
     for change in c.changes:
         key, _, value = change.partition("=")
         what = f"plan.changes: {change!r}"
-        with as_user_error(what, KeyError, ValueError, end=""), config.unlocked():
+        kinds = AttributeError, KeyError, TypeError, ValueError
+        with as_user_error(what, *kinds, end=""):
+            config.lock()  # against new keys
             config.update_from_flattened_dict({key: json.loads(value)})
     resolve(config)
     values = config.to_dict()
     if "stage" in values:
         values = {values["stage"]: values, "pipeline": (values["stage"],)}
-    pipeline = values["pipeline"]
-    if unknown := [name for name in c.stages if name not in pipeline]:
-        raise UserError(f"plan.stages: the recipe has no stage {unknown[0]!r}.")
-    names = c.stages or [n for n in pipeline if values[n]["stage"] in PROGRAMS]
+    known = [n for n in values["pipeline"] if values[n]["stage"] in PROGRAMS]
+    names = c.stages or known
+    if not names or {*names} - {*known}:
+        what = f"the recipe has {', '.join(known) or 'none'} that can be planned"
+        raise UserError(f"plan.stages={names}: {what}.")
     return values | {"pipeline": tuple(names)}
 
 
