@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short
 from typing import Any
 
 import jax
@@ -37,10 +38,10 @@ from rlt_jax.inference.engine import Engine, EngineConfig, make_engine
 from rlt_jax.inference.layout import check_memory
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.ranges import Size, check_value
+from rlt_jax.ranges import NonNegativeInt, Size, check_value
 from rlt_jax.records import Problem
 from rlt_jax.scoring import ScoringConfig, make_renderers, make_scorer, text_completion
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build
 from rlt_jax.training import checkpoint, sharding
 from rlt_jax.types import Params, Request, Rollout
 
@@ -101,23 +102,29 @@ def generate(
     """
     if not prompts:
         return Rollout([], [], [], np.zeros(0, bool))
+    check_value("seed", NonNegativeInt, seed)
     is_config = isinstance(sampling, SamplingConfig)
+    check_value("sampling", SamplingConfig | Section, sampling)
     limits = sampling.max_new_tokens if is_config else sampling.get("max_new_tokens")
-    with as_user_error("sampling.max_new_tokens", ValueError):
+    with as_user_error("sampling.max_new_tokens", TypeError, ValueError):
         limits = np.broadcast_to(limits, len(prompts)).tolist()
     if not is_config:
         check_value("sampling.max_new_tokens", Sequence[Size], limits)
         longest = {"max_new_tokens": max(limits)}
         sampling = build(SamplingConfig, {**sampling, **longest}, "sampling")
     V = model.config.vocab_size
-    ids = [np.asarray(prompt, np.int32) for prompt in prompts]
-    requests = list(map(Request, ids, range(len(ids)), limits))
+    with as_user_error("prompts: give the token ids of each", TypeError, ValueError):
+        ids = [np.asarray(prompt) for prompt in prompts]
     for n, prompt in enumerate(ids):
+        if prompt.ndim != 1 or (len(prompt) and prompt.dtype.kind not in "iu"):
+            raise UserError(f"prompt {n} is {short(prompts[n])}; give its token ids.")
         if len(prompt) and not 0 <= prompt.min() <= prompt.max() < V:
             raise UserError(
                 f"prompt {n} has the ids {prompt.min()} to {prompt.max()}, the model those "
                 f"from 0 to {V - 1}. Use the tokenizer of the model."
             )
+    ids = [prompt.astype(np.int32) for prompt in ids]
+    requests = list(map(Request, ids, range(len(ids)), limits))
     if sampling.stop and tokenizer is None:
         raise UserError("sampling.stop: texts need a tokenizer.")
     devices = jax.device_count()
@@ -169,15 +176,19 @@ def score_explanations(
       first student's sequence) and, if asked, the arrays.
 
     Raises:
-      UserError: a sequence is longer than the models allow, or a number is not finite.
+      UserError: problems and completions do not fit together, there are no students, a
+        sequence is longer than the models allow, or a number is not finite.
     """
     scoring = scoring or ScoringConfig()
     if not isinstance(template, Template):
         template = load_template(template)
+    check_value("completions", Sequence[Sequence[str]], completions)
+    if not students or len(problems) != len(completions):
+        raise UserError("give students, and a list of completions for every problem.")
     given = []
     for problem, texts in zip(problems, completions, strict=True):
-        if not isinstance(problem, Problem):
-            problem = Problem(problem["question"], problem["solution"])
+        values = problem._asdict() if isinstance(problem, Problem) else problem
+        problem = build(Problem, values, "problems")
         closed = scoring.assume_closed
         given += [text_completion(template, problem, text, closed) for text in texts]
     mesh = sharding.make_mesh(sharding.MeshConfig())

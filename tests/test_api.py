@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -382,3 +383,28 @@ def test_ids_that_a_model_lacks_are_refused(student: Role) -> None:
     for bad in (V, -1):
         with pytest.raises(UserError, match=f"the model those from 0 to {V - 1}"):
             rlt_jax.generate(model, params, [[1], [1, bad]], {"max_new_tokens": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completions": ["it is 9", "it is 5"]}, "completions=.*a list, each a list"),
+        ({"completions": COMPLETIONS[:1]}, "a list of completions for every problem"),
+        ({"students": []}, "give students, and a list of completions"),
+        (
+            {"problems": [{"question": "q"}, {}]},
+            "problems: the key 'solution' is missing",
+        ),
+        (
+            {"problems": [Problem("q", 5), Problem("q", "s")]},
+            "problems.solution=5: a te",
+        ),
+        ({"problems": [5, 6]}, "problems=5: keys and values"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    changes: dict[str, Any], message: str, teacher: Role, student: Role
+) -> None:
+    values = {"problems": PROBLEMS, "completions": COMPLETIONS, "students": [student]}
+    with pytest.raises(UserError, match=message):
+        rlt_jax.score_explanations(teacher=teacher, **values | changes, template="tiny")

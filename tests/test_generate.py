@@ -68,5 +68,14 @@ def test_bad_requests_are_refused(model: Transformer, params: Params) -> None:
     for limits in ([4, 9, 4], [], None, "4", [[4]], [4, 0], [4, 1.5]):
         with pytest.raises(UserError, match="sampling.max_new_tokens"):
             rlt_jax.generate(model, params, [[1], [2]], {"max_new_tokens": limits})
+    for prompts in (["1+1"], [[1.7]], [[[1]]], [["a"]], [[2**70]], [[None]], [5]):
+        with pytest.raises(UserError, match="^prompt"):
+            rlt_jax.generate(model, params, prompts, {"max_new_tokens": 4})
+    with pytest.raises(UserError, match="the model those from 0 to 39"):
+        rlt_jax.generate(model, params, [[2**40]], {"max_new_tokens": 4})
+    with pytest.raises(UserError, match="sampling=None"):
+        rlt_jax.generate(model, params, [[1]], None)
+    with pytest.raises(UserError, match="seed=-1"):
+        rlt_jax.generate(model, params, [[1]], {"max_new_tokens": 4}, seed=-1)
     with pytest.raises(UserError, match="top_q"):
         rlt_jax.generate(model, params, [[1]], {"max_new_tokens": 4, "top_q": 1})
