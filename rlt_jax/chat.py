@@ -30,6 +30,7 @@ from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import DTYPES
 from rlt_jax.models.weight_files import read_json
+from rlt_jax.ranges import NonNegativeInt, check_value
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.explanations import MAX_NATS
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
@@ -93,6 +94,7 @@ class Chat:
             build(EnsembleConfig, ensemble, "ensemble"),
             self.sampling["temperature"],
         )
+        check_value("--seed", NonNegativeInt, options.seed)
         self.key, self.mesh = jax.random.key(options.seed), make_mesh(MeshConfig())
         models = setup.open_models(sections, "model")
         self.renderer = Renderer(models[0].tokenizer, template, role)
@@ -237,9 +239,11 @@ def _ask(what: str, at_terminal: bool) -> str:
     """A text that is not empty; raises EOFError at the end."""
     text = ""
     while not text:
-        text = input(f"{what}> " if at_terminal else "")
-        while text.endswith("\\"):
-            text = text[:-1] + "\n" + input("... " if at_terminal else "")
+        with as_user_error(f"the {what} is not UTF-8", UnicodeError):
+            text = input(f"{what}> " if at_terminal else "")
+            while text.endswith("\\"):
+                text = text[:-1] + "\n" + input("... " if at_terminal else "")
+            text.encode()
         text = text.strip()
         if text == ":quit":
             raise EOFError

@@ -1,9 +1,10 @@
 """Reads the command line: a config that is missing or lacks a key is one message."""
 
+import re
 import sys
 import traceback
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 config = config_flags.DEFINE_config_file(
@@ -29,8 +30,9 @@ stall_timeout = flags.DEFINE_float(
     1800.0,
     "Seconds without progress after which it is printed where every thread stands; 0 "
     "for never.",
-    lower_bound=0.0,
 )
+flags.register_validator("stall_timeout", lambda x: x >= 0, "give 0 or more")  # no NaN
+_SECONDS = {"lower_bound": 1, "upper_bound": 10**6}
 stall_exit = flags.DEFINE_bool(
     "stall_exit",
     False,
@@ -42,10 +44,10 @@ coordinator_address = flags.DEFINE_string(
 num_processes = flags.DEFINE_integer("num_processes", None, "How many there are.")
 process_id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
 init_timeout = flags.DEFINE_integer(
-    "init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+    "init_timeout", 300, "Seconds to wait for the other processes.", **_SECONDS
 )
 heartbeat_timeout = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds until a silent process is dead.", lower_bound=1
+    "heartbeat_timeout", 100, "Seconds until a silent process is dead.", **_SECONDS
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -53,9 +55,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; a config that is missing or lacks a key is one message, too."""
     try:
-        arguments = app.parse_flags_with_usage(argv)
+        arguments = flags.FLAGS(argv)
         config.value.lock()  # a file that could not be read shows on its first use
         return arguments
+    except flags.Error as error:
+        # An error in the config file itself keeps its traceback.
+        ours = r"(?s).*\n *(rlt_jax\S+UserError: |TypeError: (?=get_config\(\)))"
+        sys.exit(f"rlt_jax: {re.sub(ours, '--config: ', str(error).strip())}")
     except OSError as error:
         sys.exit(f"rlt_jax: --config: {str(error).splitlines()[-1].strip()}")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -64,4 +70,5 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise  # an error in the config file itself keeps its traceback
         from rlt_jax.stages import explain_override
 
-        sys.exit(f"rlt_jax: a --config.KEY=VALUE {explain_override(argv, error)}")
+        named = [x for x in argv if "config.=" not in x]
+        sys.exit(f"rlt_jax: a --config.KEY=VALUE {explain_override(named, error)}")

@@ -336,6 +336,10 @@ def test_a_stage_of_a_run_in_an_object_store(
         ),
         (["--model=embedded", "--template=none"], "template 'none'"),
         (["--model={}/nowhere"], "nowhere': there is neither"),
+        (
+            ["--model=embedded", f"--seed={2**63}"],
+            "--seed=9223372036854775808: a whole",
+        ),
         (["--workdir={}", "--model=warmup"], "no such stage; {} has distil, rl."),
         (["--workdir={}/none", "--model=rl"], "has no model."),
         (["--workdir={}", "--model=collect"], "neither a config.json"),
@@ -354,6 +358,11 @@ def test_bad_flags_are_one_message(
 def test_a_teacher_needs_a_solution(refused: Callable[..., str]) -> None:
     message = refused("--model=embedded", "--role=teacher", typed="1+1?\n\n")
     assert "no solution follows '1+1?'" in message
+
+
+def test_what_is_typed_has_to_be_utf8(refused: Callable[..., str]) -> None:
+    message = refused("--model=embedded", typed="ab\udcff\n")
+    assert "the question is not UTF-8: " in message
 
 
 def test_help_lists_the_flags(run: Callable[..., str]) -> None:

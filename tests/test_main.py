@@ -137,6 +137,11 @@ def test_help_explains_itself(
         (["--config.rl.loop.stepz=1"], ["did you mean --config.rl.loop.steps?"]),
         (["--config.rl.loop.steps.x=1"], ["KEY=VALUE", "rl.loop.steps.x"]),
         (["--config=nowhere/config.py", "--config.seed=1"], ["No such file"]),
+        (["--config=configs/rlt.py:nope"], ["--config: ", "'nope': one of own"]),
+        ([f"--config={QUICKSTART}:nope"], ["--config: get_config() takes 0"]),
+        (["--config.=1"], ["KEY=VALUE", "Could not parse ''"]),
+        (["--stall_timeout=nan"], ["--stall_timeout=nan: give 0 or more"]),
+        (["--workdir=README.md/x"], ["--workdir=README.md/x: name a folder"]),
     ],
 )
 def test_flags_that_do_not_fit_the_config(

@@ -191,10 +191,11 @@ def load_template(name: str) -> Template:
     """
     shipped = {path.stem: path for path in sorted(ASSETS.glob("*.json"))}
     path = shipped.get(name, Path(stores.local(name)))
-    if not path.is_file():
-        raise UserError(
-            f"template {name!r} is neither a file nor one of the shipped "
-            f"({', '.join(shipped)})."
-        )
+    with as_user_error(f"template {name[:99]!r}", OSError):
+        if not path.is_file():
+            raise UserError(
+                f"template {name!r} is neither a file nor one of the shipped "
+                f"({', '.join(shipped)})."
+            )
     with as_user_error(f"template {path}", UserError, end=""):
         return build(Template, read_json(path), "it")

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rlt_jax import settings, stores, watchdog
-from rlt_jax.errors import LOG, UserError
+from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.ranges import Condition, NonNegativeInt, OneOf, check_value
 from rlt_jax.records import Record
 from rlt_jax.stages import lock, preflight
@@ -208,13 +208,23 @@ def _work(name: str, values: Record, folder: Path) -> None:
 
 
 def _check_workdir(workdir: str | Path) -> None:
-    """A URL has a mirror on one host; several append to the same files."""
+    """A URL has a mirror on one host; several append to the same files.
+
+    Raises:
+      UserError: it is no place for a run.
+    """
     several = (private_jax.num_processes() or 1) > 1
     if stores.is_url(workdir) and (several or str(workdir).startswith("hf:")):
         raise UserError(
             f"--workdir={workdir}: a run of one process can work at gs://, s3:// and the "
             "like; this one needs a file system that its hosts share. Mount the bucket "
             "with gcsfuse and name the folder: docs/pods.md, Workdir."
+        )
+    with as_user_error(f"--workdir={str(workdir)[:99]}", OSError, ValueError):
+        there = next(filter(Path.exists, (Path(workdir), *Path(workdir).parents)))
+    if not str(workdir) or not (stores.is_url(workdir) or there.is_dir()):
+        raise UserError(
+            f"--workdir={workdir}: name a folder; {there} is none or a file."
         )
 
 
@@ -234,11 +244,14 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
     """The section as plain JSON values, `{workdir}` and dates of models filled in."""
     folder = json.dumps(str(root))[1:-1]
-    values = json.loads(section.to_json().replace("{workdir}", folder))
+    with as_user_error(
+        f"{section.stage}: give plain JSON values", TypeError, ValueError
+    ):
+        values = json.loads(section.to_json().replace("{workdir}", folder))
     models = [values.get(name) for name in preflight.MODELS]
     if isinstance(values.get("teaching"), dict):
         models.append(values["teaching"].get("teacher"))
     for model in (*models, *(values.get("students") or ())):
         if isinstance(model, dict):
             model["date"] = model.get("date") or date
-    return {"seed": seed, **values}
+    return {"seed": int(seed), **values}

@@ -191,8 +191,9 @@ def find_model(name: str) -> Path:
       UserError: there is no such folder, or the download fails.
     """
     path = SHIPPED.get(name, Path(stores.local(name)))
-    if any((path / name).is_file() for name in _DESCRIPTIONS):
-        return path
+    with as_user_error(f"model {name[:99]!r}", OSError):
+        if any((path / name).is_file() for name in _DESCRIPTIONS):
+            return path
     if path.exists() or not _HUB_ID.fullmatch(name):
         raise UserError(
             f"model {name!r}: there is neither a config.json (Hugging Face format) nor "

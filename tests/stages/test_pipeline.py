@@ -507,6 +507,30 @@ def test_several_processes_need_a_file_system(
     assert not stage.ran
 
 
+@pytest.mark.parametrize("workdir", ["", "file", "file/x/y", "x" * 300])
+def test_a_workdir_is_a_folder(
+    workdir: str,
+    stage: Stage,
+    config: ml_collections.ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--workdir={workdir[:99]}.*: .*(folder|long)"):
+        run_pipeline(config, workdir)
+    assert not stage.ran
+
+
+@pytest.mark.parametrize("value", [np.int64(5), np.float32(0.5), {1}, Path("x")])
+def test_values_that_are_no_json_are_refused(
+    value: Any, stage: Stage, config: ml_collections.ConfigDict, tmp_path: Path
+) -> None:
+    config.b.options = {"x": value}
+    with pytest.raises(UserError, match=": give plain JSON values"):
+        run_pipeline(config, tmp_path / "run")
+
+
 def load_config(file: Path, *arguments: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
