@@ -158,7 +158,7 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... from 3, 4, 7. It is 7*4-3."
     """
 
-    kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.PROBABILITIES]
+    kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.SHARES]
     hinted: bool = False
 
 

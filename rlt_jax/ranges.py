@@ -100,9 +100,7 @@ Temperature = Annotated[float, _TEMPERATURES]
 # The first step, and the one after the last; () for none.
 _SPAN = Condition("(first, end)", lambda x: len(x) in (0, 2) and [*x] == sorted({*x}))
 Steps = Annotated[Sequence[NonNegativeInt], _SPAN]
-PROBABILITIES = Condition(
-    "numbers that sum to 1", lambda x: round(sum(x.values()), 8) == 1
-)
+SHARES = Condition("numbers that sum to 1", lambda x: round(sum(x.values()), 8) == 1)
 
 # Type -> its name in messages, and the values that fit; True and False are no numbers.
 _KINDS: dict[Any, tuple[str, type]] = {

@@ -51,9 +51,7 @@ def read_records(
         for where, row in read_file(file, columns, halves):
             yield where, row
         if not where:
-            raise UserError(
-                f"{file}: the file has no records; remove it from the path."
-            )
+            raise UserError(f"{file}: the file has no records; remove it from `path`.")
 
 
 def convert(

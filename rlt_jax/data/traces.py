@@ -84,9 +84,7 @@ def read_traces(
             "data.keep_cut_off=True."
         )
     if cut := len(found) - len(kept):
-        LOG.warning(
-            "%s: skipped %d of %d traces, which were cut off", path, cut, len(found)
-        )
+        LOG.warning("%s: skipped %d of %d traces, cut off", path, cut, len(found))
     return kept
 
 

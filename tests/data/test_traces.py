@@ -71,7 +71,7 @@ def test_what_was_cut_off_is_not_learned_and_is_scored_as_open(
 ) -> None:
     rows = [ROW | {"closed": True}, ROW | {"closed": False}, ROW | {"closed": True}]
     assert len(read_traces(write(file, *rows), TEMPLATE)) == 2
-    assert "1 of 3 traces, which were cut off" in caplog.text
+    assert "1 of 3 traces, cut off" in caplog.text
     assert len(read_traces(str(file), TEMPLATE, keep_cut_off=True)) == 3
     other = write(file.with_name("other.jsonl"), ROW | {"closed": False})
     with pytest.raises(UserError, match="all 1 traces were cut off "):
@@ -317,7 +317,7 @@ def test_the_row_in_the_message_is_the_bad_one(file: Path) -> None:
             r"line 1: the record is \[1, 2\] \(list\), not an object; write one",
         ),
         (b"null\n", r"line 1: the record is None \(NoneType\), not an object"),
-        (b"", "a.jsonl: the file has no records; remove it from the path"),
+        (b"", "a.jsonl: the file has no records; remove it from `path`"),
         (b"\n  \n", "a.jsonl: the file has no records"),
     ],
 )

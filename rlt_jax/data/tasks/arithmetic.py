@@ -200,7 +200,7 @@ class TraceConfig(ProblemConfig):
       hinted: whether questions include the solution: "... Last digit? It is 4."
     """
 
-    kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.PROBABILITIES]
+    kinds: Annotated[Mapping[Kind, ranges.Fraction], ranges.SHARES]
     known_answer: bool
     drills: ranges.Amount = 0
     hinted: bool = False
