@@ -21,7 +21,8 @@ from experiments.paper_small import SEEDS
 from experiments.statistics import Record
 from experiments.study import Claim, Measure, Study, seed_list
 from rlt_jax.errors import UserError
-from rlt_jax.report.files import read_json, read_lines
+from rlt_jax.files import read_json
+from rlt_jax.report.files import read_lines
 from rlt_jax.report.statistics import check_same_questions
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import pandas as pd
 
 from rlt_jax.costs.flops import forward_flops
+from rlt_jax.files import read_json
 from rlt_jax.ranges import OneOf, check_value
-from rlt_jax.report.files import read_json, read_lines
+from rlt_jax.report.files import read_lines
 from rlt_jax.settings import build
 from rlt_jax.training.checkpoint import ModelSource, shape_of
 

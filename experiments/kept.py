@@ -19,7 +19,8 @@ import pandas as pd
 from experiments.costs import stage_cost
 from experiments.kinds import form_and_errors, form_of
 from experiments.statistics import Record
-from rlt_jax.report.files import read_evaluation, read_json, read_lines
+from rlt_jax.files import read_json
+from rlt_jax.report.files import read_evaluation, read_lines
 from rlt_jax.report.statistics import by_question
 from rlt_jax.training.metrics import stream_jsonl
 

@@ -14,7 +14,8 @@ from experiments.compare import compare, read_arguments
 from experiments.on_policy import JUDGES, SEEDS, TAUGHT, TEACHER_STEPS
 from experiments.study import Claim, Measure, Route, Study
 from rlt_jax.errors import UserError
-from rlt_jax.report.files import read_json, read_lines
+from rlt_jax.files import read_json
+from rlt_jax.report.files import read_lines
 
 # Better, worse, what one would expect.
 CLAIMS = (

@@ -26,10 +26,10 @@ from rlt_jax import scoring, stores
 from rlt_jax.data.examples import ROLES, Renderer
 from rlt_jax.data.templates import load_template
 from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.files import read_json
 from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import DTYPES
-from rlt_jax.models.weight_files import read_json
 from rlt_jax.ranges import NonNegativeInt, check_value
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.explanations import MAX_NATS
@@ -260,5 +260,4 @@ def _stage(model: str, workdir: str | None) -> tuple[str, Record]:
         stages = sorted(file.parent.name for file in Path(workdir).glob("*/model.json"))
         found = ", ".join(stages) or "no model"
         raise UserError(f"--model={model}: no such stage; {workdir} has {found}.")
-    file = folder / "settings.json"
-    return str(path), read_json(file) if file.is_file() else {}
+    return str(path), read_json(folder / "settings.json", {})

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from rlt_jax.errors import StorageError, UserError, storage_errno
@@ -80,7 +81,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(file: Path, values: Any) -> None:
     """Writes an indented JSON file whole; see `write_whole`."""
-    write_whole(file, json.dumps(values, indent=1) + "\n")
+    write_whole(file, json.dumps(values, indent=2) + "\n")
 
 
 def append_jsonl(file: Path, records: list[Record]) -> None:
@@ -116,19 +117,36 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(file: Path) -> Any:
-    """The value in a JSON file.
+def read_json(file: Path, missing: Record | None = None) -> Record:
+    """The keys and values in a JSON file.
+
+    Args:
+      file: the file.
+      missing: what is returned if it does not exist; None makes that an error.
 
     Raises:
-      FileNotFoundError: there is none.
-      UserError: it is damaged.
+      UserError: it is missing or damaged.
     """
+    if not file.exists():
+        if missing is None:
+            raise UserError(
+                f"{file} is missing; check the path, or run what writes it."
+            )
+        return missing
     content = file.read_bytes()
     try:
-        return json.loads(content)
+        found = json.loads(content)
+        json.dumps(found, ensure_ascii=False).encode()  # no halves of characters
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep
         size = f"it has {len(content)} bytes" if content else "it is empty"
-        raise UserError(f"{file} is damaged: {size} and is not JSON.") from error
+        raise UserError(
+            f"{file} is damaged: {size} and is not JSON: {error}."
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{file} is damaged: it is {short(found)}, not keys and values."
+        )
+    return found
 
 
 def stream_jsonl(file: Path) -> Iterator[Record]:

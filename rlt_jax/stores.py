@@ -203,7 +203,7 @@ class Mirror:
         text, here = self._tried(self._fs.cat_file, LIST), self.root / LIST
         kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
         with as_user_error(f"{here} is damaged", *kinds):
-            own = files.read_json(here) if here.exists() else {}
+            own = files.read_json(here, {})
             ids = own.get("id"), own.get("before")
         if text is None:
             return {}, False

@@ -21,8 +21,8 @@ from typing import Annotated
 
 from rlt_jax import stores
 from rlt_jax.data.chat import Message
-from rlt_jax.data.tokenizer import read_json
 from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.files import read_json
 from rlt_jax.ranges import Checked, Condition, OneOf
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import build

@@ -7,7 +7,6 @@ Face), and `tokenizer_config.json` with the special tokens and the chat template
 import contextlib
 import datetime
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rlt_jax.data.chat import ChatTemplate, Message, find_template
 from rlt_jax.data.codecs import MOST_IDS, FastCodec, SentencePieceCodec
 from rlt_jax.data.token_bytes import Decoded, Encoding, concatenate
 from rlt_jax.errors import UserError, as_user_error, storage_errno
+from rlt_jax.files import read_json
 
 Codec = SentencePieceCodec | FastCodec
 SHIPPED = {"embedded": Path(__file__).parent / "assets" / "tokenizer"}
@@ -240,8 +240,8 @@ def load_tokenizer(
             )
     config = read_json(config_file)
     if "added_tokens_decoder" not in config:  # older directories, as in transformers
-        config |= read_json(path / "special_tokens_map.json")
-    stops = read_json(path / "generation_config.json").get("eos_token_id")
+        config |= read_json(path / "special_tokens_map.json", {})
+    stops = read_json(path / "generation_config.json", {}).get("eos_token_id")
     stop_ids = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if any(type(i) is not int or i < 0 for i in stop_ids):
         wrong = f"generation_config.json: eos_token_id={short(stops)}"
@@ -274,7 +274,7 @@ def _local_time(date: str) -> datetime.datetime:
 
 
 def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:
-    texts = read_json(path / "added_tokens.json")
+    texts = read_json(path / "added_tokens.json", {})
     listed = {i: {"content": text} for text, i in texts.items()}
     listed = config.get("added_tokens_decoder", listed)
     added = {int(i): token for i, token in listed.items()}
@@ -329,19 +329,6 @@ def _naming_damage(path: Path) -> Iterator[None]:
         what = "tokenizer.json, tokenizer.model or an added token is damaged"
         reason = f"{kind}: {error}".splitlines()[0][:300]
         raise UserError(f"tokenizer {path}: {what} ({reason}).") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The keys and values of a JSON file, {} if it does not exist."""
-    if not file.is_file():
-        return {}
-    kinds = ValueError, OSError, RecursionError
-    with as_user_error(f"{file}: not valid JSON", *kinds, end=""):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # no halves of characters
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is {short(content)}; give it as keys and values.")
-    return content
 
 
 def _token_text(token: Any) -> Any:

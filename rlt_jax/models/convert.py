@@ -23,14 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors.numpy import save_file
 
 from rlt_jax.errors import LOG, UserError, as_user_error
-from rlt_jax.files import write_whole
+from rlt_jax.files import read_json, write_json, write_whole
 from rlt_jax.models import peft, weight_files
 from rlt_jax.models.config import ModelConfig
 from rlt_jax.models.config_json import config_from_json, config_to_json
 from rlt_jax.models.families import FAMILIES, Family, family
 from rlt_jax.models.layouts import Index, axis_sizes, read_part, stored_shape, to_stored
 from rlt_jax.models.transformer import init_params
-from rlt_jax.models.weight_files import bare_name, read_json, write_json
+from rlt_jax.models.weight_files import bare_name
 from rlt_jax.types import Params
 
 ReadFn = Callable[[Index], np.ndarray]  # reads a part of a stored array
@@ -177,7 +177,7 @@ def write_model(
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), unfinished)
         file = unfinished / GENERATION
-        generation = read_json(file) if file.is_file() else {}
+        generation = read_json(file, {})
         ids = generation.get("eos_token_id")  # None, an id or a list
         ids = [] if ids is None else np.ravel(ids).tolist()
         stops = sorted({*map(int, stop_ids), *ids})

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save
 
 from rlt_jax.errors import UserError
-from rlt_jax.files import write_whole
+from rlt_jax.files import read_json, write_json, write_whole
 from rlt_jax.models import weight_files
 from rlt_jax.models.families import Family
 from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name
@@ -67,7 +67,7 @@ def adapter_base(folder: Path) -> str:
     Raises:
       UserError: adapter_config.json does not name it.
     """
-    base = weight_files.read_json(folder / CONFIG).get("base_model_name_or_path")
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(
             f"adapter {folder}: {CONFIG} has base_model_name_or_path={short(base)}; write the "
@@ -85,7 +85,7 @@ def adapt(
       UserError: a file is missing or damaged, or the adapter does anything that is not
         W + scale * B A of the model's projections.
     """
-    config = weight_files.read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(
@@ -175,7 +175,7 @@ def write_adapter(
         "inference_mode": True,
     }
     folder.mkdir(parents=True)
-    weight_files.write_json(folder / CONFIG, content)
+    write_json(folder / CONFIG, content)
     # `save_file` would set mode 600.
     write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
 

@@ -1,17 +1,16 @@
 """The weight files of a model directory in Hugging Face format."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.files import write_whole
+from rlt_jax.files import read_json
 from rlt_jax.models.families import Family
 
 WEIGHTS = "model.safetensors"
@@ -82,7 +81,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     """Tensor -> its file by the index, or "" -> the only file; {} without weights."""
     if (path / WEIGHTS).is_file():
         return {"": WEIGHTS}
-    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    index = read_json(path / INDEX, {})
     listed = index.get("weight_map", {})
     files = listed.values() if isinstance(listed, dict) else [None]
     if strange := [x for x in files if type(x) is not str or not _FILE.fullmatch(x)]:
@@ -145,23 +144,6 @@ def check_tensors(
             what = f"dtype {stored[name].dtype}; supported are {', '.join(FLOATS)}"
         if what:
             raise UserError(f"model {path}: {name} has {what}.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON file of keys and values; raises UserError if it is none."""
-    if not file.exists():
-        raise UserError(f"{file} is missing.")
-    # Not JSON, or not even text.
-    with as_user_error(f"{file} is not JSON", ValueError, OSError, RecursionError):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is {short(content)}; give keys and values.")
-    return content
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes an indented JSON file whole, its keys sorted; see `files.write_whole`."""
-    write_whole(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def open_tensors(file: Path) -> list[StoredTensor]:

@@ -9,19 +9,10 @@ from typing import Any
 import jinja2
 
 from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.files import write_whole
+from rlt_jax.files import read_json, write_whole
 from rlt_jax.ranges import check_value
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
-
-
-def read_json(path: Path) -> Record:
-    """Reads a JSON file of a stage.
-
-    Raises:
-      UserError: the file is missing or invalid.
-    """
-    return _parse(_bytes(path), path)
 
 
 def read_lines(path: Path) -> list[Record]:

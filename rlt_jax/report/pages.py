@@ -13,14 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jinja2
-
-from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.files import write_whole
+from rlt_jax.errors import UserError
+from rlt_jax.files import read_json, write_whole
 from rlt_jax.ranges import Checked, Condition, NonNegativeInt
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
-from rlt_jax.report.files import check_stages, read_json, read_lines, write_page
+from rlt_jax.report.files import check_stages, read_lines, write_page
 
 OUT = "report"  # folder of the report in the workdir
 QUANTITIES = ("accuracy", *statistics.SOLUTION_LOG_PROBS)
@@ -58,38 +56,36 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
       UserError: files of a stage are missing or not its own, or the evaluations cannot
         be compared.
     """
-    kinds = AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError
-    with as_user_error(f"cannot write the report of {workdir}", *kinds, end=""):
-        check_stages(vars(config), workdir, {})
-        teacher = read_json(workdir / config.rl / "done.json")["summary"]
-        metrics = read_lines(workdir / config.rl / "metrics.jsonl")
+    check_stages(vars(config), workdir, {})
+    teacher = read_json(workdir / config.rl / "done.json")["summary"]
+    metrics = read_lines(workdir / config.rl / "metrics.jsonl")
 
-        def read_all(read: Callable, stages: Stages, name: str) -> dict:
-            return {label: read(workdir / folder / name) for label, folder in stages}
+    def read_all(read: Callable, stages: Stages, name: str) -> dict:
+        return {label: read(workdir / folder / name) for label, folder in stages}
 
-        traces = read_all(read_lines, config.traces, "traces.jsonl")
-        results = read_all(read_json, config.evaluations, "results.json")
-        answers = read_all(read_lines, config.evaluations, "samples.jsonl")
-        summary: Record = {}
-        for label, when in (("warmup", "first"), ("rl", "last")):
-            for statistic in ("", "_standard_error"):
-                value = teacher[f"held_out_reward{statistic}_{when}"]
-                summary[f"teacher_reward_{label}{statistic}"] = value
-        summary |= _accuracies(results, answers) | {"seed": seed} | _costs(workdir)
-        write_page(
-            workdir / OUT,
-            "page.html",
-            _pictures(metrics, results),
-            run=workdir.resolve().name,
-            summary=summary,
-            teacher=teacher,
-            evaluations=list(results),
-            explanations=_side_by_side(traces, config.num_examples),
-            answers=_side_by_side(answers, config.num_examples),
-            z_95=plots.Z_95,
-        )
-        write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
+    traces = read_all(read_lines, config.traces, "traces.jsonl")
+    results = read_all(read_json, config.evaluations, "results.json")
+    answers = read_all(read_lines, config.evaluations, "samples.jsonl")
+    summary: Record = {}
+    for label, when in (("warmup", "first"), ("rl", "last")):
+        for statistic in ("", "_standard_error"):
+            value = teacher[f"held_out_reward{statistic}_{when}"]
+            summary[f"teacher_reward_{label}{statistic}"] = value
+    summary |= _accuracies(results, answers) | {"seed": seed} | _costs(workdir)
+    write_page(
+        workdir / OUT,
+        "page.html",
+        _pictures(metrics, results),
+        run=workdir.resolve().name,
+        summary=summary,
+        teacher=teacher,
+        evaluations=list(results),
+        explanations=_side_by_side(traces, config.num_examples),
+        answers=_side_by_side(answers, config.num_examples),
+        z_95=plots.Z_95,
+    )
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
 def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) -> Record:

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlt_jax.errors import LOG, UserError
-from rlt_jax.files import write_whole
+from rlt_jax.files import read_json, write_whole
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES
 from rlt_jax.models.config_json import config_to_json
 from rlt_jax.models.families import FAMILIES, Family, family
-from rlt_jax.models.weight_files import read_json
 from rlt_jax.ranges import OneOf
 from rlt_jax.records import Record
 from rlt_jax.settings import build
@@ -76,7 +75,7 @@ def prepare(config: ConfigDict, seed: int) -> tuple[checkpoint.LoadedModel, str]
     kind = config.model_type
     if base := config.adapter_base:
         file = checkpoint.find_model(base) / convert.CONFIG
-        kind = read_json(file).get("model_type") if file.is_file() else None
+        kind = read_json(file, {}).get("model_type")
         # PEFT has other names for layers of multimodal models.
         if not kind or family(kind).skipped:
             raise UserError(

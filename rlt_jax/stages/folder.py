@@ -221,7 +221,7 @@ def _made(name: str, folder: Path, how: str, go_on: bool = False) -> UserError:
 def _settings(name: str, folder: Path) -> Record:
     """The settings that a folder was made with; {} for a new one."""
     try:
-        return _object(folder / SETTINGS)
+        return files.read_json(folder / SETTINGS, {})
     except UserError as error:
         raise UserError(
             f"{error} If the config is the one that the stage was made with, remove that "
@@ -243,18 +243,7 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
 def _read(file: Path) -> Record:
     """The values in a file; {} where there is none or, with a warning, a damaged one."""
     try:
-        return _object(file)
+        return files.read_json(file, {})
     except UserError as error:
         LOG.warning("%s It is not used; the stage continues without it.", error)
         return {}
-
-
-def _object(file: Path) -> Record:
-    """The object in a JSON file, {} if there is none; UserError if it is damaged."""
-    try:
-        values = files.read_json(file)
-    except FileNotFoundError:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it is no JSON object.")
-    return values

@@ -26,11 +26,10 @@ from jax.sharding import Mesh
 from rlt_jax import stores
 from rlt_jax.data.tokenizer import NO_LIMIT, VARIABLES, Tokenizer, load_tokenizer
 from rlt_jax.errors import LOG, UserError, as_user_error, storage_errno
-from rlt_jax.files import storing, write_whole
+from rlt_jax.files import read_json, storing, write_json, write_whole
 from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES, REMAT_POLICIES, ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
-from rlt_jax.models.weight_files import read_json, write_json
 from rlt_jax.ranges import Checked, OneOf, check_ranges
 from rlt_jax.settings import build
 from rlt_jax.training import checksums, hosts

@@ -178,9 +178,7 @@ def _checksum(file: Path) -> list[int]:
 
 def _read(folder: Path) -> Record:
     try:
-        return files.read_json(folder.with_name(NAME))
-    except FileNotFoundError:
-        return {}
+        return files.read_json(folder.with_name(NAME), {})
     except UserError as error:
         LOG.warning(f"{error} Checkpoints are used without checksums.")
         return {}
