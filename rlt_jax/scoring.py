@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlt_jax.data import examples, rows
+from rlt_jax.data import examples, rows, templates, tokenizer
 from rlt_jax.data.examples import Example, Renderer
-from rlt_jax.data.templates import Template
-from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference import log_probs
 from rlt_jax.models.transformer import Transformer
@@ -22,11 +20,10 @@ from rlt_jax.records import Problem, Trace
 from rlt_jax.report.statistics import SOLUTION_LOG_PROBS
 from rlt_jax.rl import rlt_reward
 from rlt_jax.rl.rlt_reward import OVER_VOCABULARY, EnsembleConfig, RLTRewardConfig
-from rlt_jax.training import sharding
-from rlt_jax.training.checkpoint import LoadedModel
+from rlt_jax.training import checkpoint, sharding
 from rlt_jax.types import Array, Batch, Reward
 
-Models = Sequence[LoadedModel]  # the teacher, then the students
+Models = Sequence[checkpoint.LoadedModel]  # the teacher, then the students
 Means = list[dict[str, float | None]]  # of each completion, by `SOLUTION_LOG_PROBS`
 BUCKETS = [2**n for n in range(7, 18)]
 TOKENS_PER_MICRO_BATCH = 4096
@@ -66,14 +63,14 @@ class TextCompletion(NamedTuple):
 
 
 def text_completion(
-    template: Template, problem: Problem, text: str, assume_closed: bool
+    template: templates.Template, problem: Problem, text: str, assume_closed: bool
 ) -> TextCompletion:
     """Parses a teacher's completion of a problem."""
     body, closed = template.parse_completion(text)
     return TextCompletion(text, Trace(problem, body), closed or assume_closed)
 
 
-def make_renderers(models: Models, template: Template) -> list[Renderer]:
+def make_renderers(models: Models, template: templates.Template) -> list[Renderer]:
     """A renderer for the teacher, then one for every student."""
     teacher, *students = [model.tokenizer for model in models]
     of_students = examples.student_renderers(students, template)
@@ -132,7 +129,6 @@ def make_scorer(
     replicated = sharding.replicated(mesh)
     values_of_tokens = sharding.jit(of_tokens, mesh, out_shardings=replicated)
     teacher, *students = [model.params for model in models]
-    groups = sharding.num_groups(mesh)
 
     def score(
         given: Sequence[TextCompletion],
@@ -142,7 +138,7 @@ def make_scorer(
     ) -> list[dict[str, Any]]:
         policy, *of_students = make_sequences(models, renderers, given)
         closed = np.array([one.closed for one in given])
-        shape = row_shape([policy, *of_students], groups)
+        shape = row_shape([policy, *of_students], sharding.num_groups(mesh))
         packed = rows.pack_examples(shape, policy, of_students, closed, count)
         batch = sharding.put_rows(packed, mesh)
         batch = log_probs.fill(programs, batch, teacher, students)
@@ -212,7 +208,7 @@ def check_finite(reward: Reward, questions: Sequence[str]) -> None:
             )
 
 
-def check_tokenizers(reward: RLTRewardConfig, *tokenizers: Tokenizer) -> None:
+def check_tokenizers(reward: RLTRewardConfig, *tokenizers: tokenizer.Tokenizer) -> None:
     """Raises UserError for a KL over the vocabulary of models with other tokenizers."""
     if reward.kl_estimator not in OVER_VOCABULARY or not reward.kl_teacher_term:
         return
@@ -242,7 +238,7 @@ def row_shape(sequences: Sequence[Sequence[Example]], groups: int) -> rows.RowSh
 
 
 def make_solution_scorer(
-    loaded: LoadedModel, renderer: Renderer, count: int, mesh: Mesh
+    loaded: checkpoint.LoadedModel, renderer: Renderer, count: int, mesh: Mesh
 ) -> Callable[[Sequence[Problem], Sequence[str]], Means]:
     """A function from problems and a student's completions to log-probs of the solutions.
 

@@ -8,8 +8,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-import ml_collections
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
 from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.ranges import check_ranges, check_value
@@ -19,7 +18,7 @@ PLAIN = (int, float, str, bool)
 Section = Mapping[str, Any]  # settings of one part of a config
 
 
-def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
+def section(owner: type, **values: Any) -> ConfigDict:
     """A config section with all fields of a dataclass, so that all can be overridden.
 
     Args:
@@ -29,7 +28,7 @@ def section(owner: type, **values: Any) -> ml_collections.ConfigDict:
     Raises:
       UserError: unknown or missing keys, or a value outside its range.
     """
-    config = ml_collections.ConfigDict()
+    config = ConfigDict()
     built = build(owner, values, owner.__name__)
     for field in dataclasses.fields(owner):
         value = getattr(built, field.name)
@@ -61,7 +60,7 @@ class _Derived(config_dict.FieldReference):
         super().set(value, type_safe)
 
 
-def link(config: ml_collections.ConfigDict, **values: Callable[[], Any]) -> None:
+def link(config: ConfigDict, **values: Callable[[], Any]) -> None:
     """Makes values of a config follow from others, which the command line may set.
 
     They are computed whenever they are read after `resolve`; one that is set itself is
@@ -77,12 +76,12 @@ def link(config: ml_collections.ConfigDict, **values: Callable[[], Any]) -> None
         config[name] = derived
 
 
-def resolve(config: ml_collections.ConfigDict) -> None:
+def resolve(config: ConfigDict) -> None:
     """Lets linked values follow from what is set by now."""
     for value in config.values(preserve_field_references=True):
         if isinstance(value, _Derived):
             value.resolved = True
-        elif isinstance(value, ml_collections.ConfigDict):
+        elif isinstance(value, ConfigDict):
             resolve(value)
 
 
@@ -105,7 +104,7 @@ def bind(
     Raises:
       UserError: unknown or missing keys, or a value outside its range.
     """
-    if isinstance(values, ml_collections.ConfigDict):
+    if isinstance(values, ConfigDict):
         values = values.to_dict()
     owner = owner_of_keys(factory)
     known = inspect.signature(owner).parameters

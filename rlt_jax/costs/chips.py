@@ -98,5 +98,4 @@ def slices(chip_name: str) -> tuple[str, ...]:
     Raises:
       UserError: an unknown chip.
     """
-    chip = chip_of(chip_name)
-    return tuple(f"{chip.name}:{sizes}" for sizes in chip.sizes)
+    return tuple(f"{chip_name}:{sizes}" for sizes in chip_of(chip_name).sizes)

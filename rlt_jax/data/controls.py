@@ -32,24 +32,22 @@ def controlled(
     """
     rng = np.random.default_rng(seed)
     bodies = [text.partition(closing)[0] for text in completions]
+    closed = [body + closing for body in bodies]
     texts = {
-        "empty": [""] * len(bodies),
-        "shuffled": [" ".join(rng.permutation(body.split(" "))) for body in bodies],
+        "empty": [closing] * len(bodies),
+        "shuffled": [" ".join(rng.permutation(x.split(" "))) + closing for x in bodies],
     }
     asked = [(problem.question,) for problem in problems]
     others = [next_other(asked, n) for n in range(len(bodies))]
     if None not in others:
-        texts["other"] = [bodies[m] for m in others]
+        texts["other"] = [closed[m] for m in others]
     found = {name: [*zip(problems, made, strict=True)] for name, made in texts.items()}
     solutions = other_solutions(problems)
     if None not in solutions:
         pairs = zip(problems, solutions, strict=True)
         changed = [problem._replace(solution=solution) for problem, solution in pairs]
-        found["other_solution"] = [*zip(changed, bodies, strict=True)]
-    return {
-        name: [(problem, body + closing) for problem, body in pairs]
-        for name, pairs in found.items()
-    }
+        found["other_solution"] = [*zip(changed, closed, strict=True)]
+    return found
 
 
 def other_solutions(problems: Sequence[Problem]) -> list[str | None]:

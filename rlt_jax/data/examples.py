@@ -132,10 +132,15 @@ def student_renderers(
     return tuple(made[key(one)] for one in tokenizers)
 
 
+def lie_inside(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
+    """[T] bool, tokens whose characters lie wholly in [start, end), not empty ones."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    return (starts >= start) & (ends <= end) & (ends > starts)
+
+
 def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
     """Tokens whose characters lie wholly in [start, end), empty tokens left out."""
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    inside = np.flatnonzero((starts >= start) & (ends <= end) & (ends > starts))
+    inside = np.flatnonzero(lie_inside(offsets, start, end))
     if not inside.size:
         return EMPTY
     first, last = int(inside[0]), int(inside[-1]) + 1
@@ -184,9 +189,8 @@ def student_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     """
     template = renderer.template
     turns = [template.student_turn(trace, renderer.opened) for trace in traces]
-    problems = [trace.problem for trace in traces]
     ended = [turn + renderer.tokenizer.end_of_turn for turn in turns]
-    encoded = renderer.encode(problems, ended)
+    encoded = renderer.encode([trace.problem for trace in traces], ended)
     examples = []
     for trace, turn, one in zip(traces, turns, encoded, strict=True):
         prompt, (tokens, offsets) = one

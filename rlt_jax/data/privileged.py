@@ -15,11 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rlt_jax.data.controls import other_solutions
-from rlt_jax.data.examples import EMPTY, Example, Renderer, Span, find_span
-from rlt_jax.data.rows import ABSENT
-from rlt_jax.data.templates import Template
-from rlt_jax.data.token_bytes import Encoding
+from rlt_jax.data import controls, rows, templates, token_bytes
+from rlt_jax.data.examples import EMPTY, Example, Renderer, Span, find_span, lie_inside
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.records import Problem
 from rlt_jax.types import Rollout
@@ -30,7 +27,7 @@ SEES = ("nothing", "solution", "explanation", "attempt", "other")
 
 def seen_texts(
     sees: str,
-    template: Template,
+    template: templates.Template,
     explanations: Mapping[Any, str],
     problems: Sequence[Problem],
     right: Sequence[str | None] = (),
@@ -48,7 +45,7 @@ def seen_texts(
       right: E, the text of each completion that is right, else None.
     """
     if sees == "other":
-        return other_solutions(problems)
+        return controls.other_solutions(problems)
     if sees == "explanation":
         joined = template.delimiter or "\n\n"
         told = [explanations.get(problem.asked) for problem in problems]
@@ -67,7 +64,7 @@ def seen_texts(
 
 def privileged_prompt(
     renderer: Renderer, student: Renderer, problem: Problem
-) -> tuple[str, Encoding]:
+) -> tuple[str, token_bytes.Encoding]:
     """What a teacher reads before an attempt; `problem.solution` is what it is shown."""
     if renderer.role == "student" and problem.solution:
         question = renderer.template.privileged_question(problem)
@@ -102,18 +99,18 @@ def privileged_examples(
     judge = _as_teacher if renderer.role == "teacher" else _as_student
     sequences, completions = [], []
     for n, (request, shown) in enumerate(zip(rollout.requests, seen, strict=True)):
-        tokens, one, span = rollout.tokens[n], ABSENT, EMPTY
+        tokens, one, span = rollout.tokens[n], rows.ABSENT, EMPTY
         if shown is not None:
             problem = request.problem._replace(solution=shown)
             one, span = judge(renderer, student, problem, rollout, n)
             if len(one.tokens) > limit:
-                one, span = ABSENT, EMPTY
+                one, span = rows.ABSENT, EMPTY
         sequences.append(one)
         completions.append(Example(tokens, np.ones(len(tokens), bool), span, EMPTY))
     return sequences, completions
 
 
-def closing_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, int]:
+def closing_ids(tokenizer: Tokenizer, template: templates.Template) -> tuple[int, int]:
     """Ids with which the closing tags of an explanation and of a thought begin."""
     tags = template.explanation_tags[1], template.thought_tags[1]
     encoded = [tokenizer.encode(f"0{tag}") for tag in tags]
@@ -164,17 +161,12 @@ def _as_teacher(
     first, last = len(prompt), len(prompt) + end - start
     if closed and end in offsets[:, 0] and last in places[:, 0]:
         # The closing tags of the two are compared, too, unless text is merged into one.
-        offsets = _as_one(offsets, _inside(offsets, end, end + len(closing)), end)
-        places = _as_one(places, _inside(places, last, last + len(told)), last)
+        offsets = _as_one(offsets, lie_inside(offsets, end, end + len(closing)), end)
+        places = _as_one(places, lie_inside(places, last, last + len(told)), last)
         last, end = last + 1, end + 1
     span = find_span(places, first, last)
     own = find_span(offsets, start, end)
     return Example(all_ids, np.ones(len(all_ids), bool), span, EMPTY), own
-
-
-def _inside(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    return (starts >= start) & (ends <= end) & (starts < ends)
 
 
 def _as_one(offsets: np.ndarray, which: Any, place: int) -> np.ndarray:

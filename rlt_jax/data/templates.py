@@ -28,7 +28,6 @@ from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import build
 
 ASSETS = Path(__file__).parent / "assets" / "templates"
-SYSTEM_ROLES = ("system", "user", "auto")
 Tag = Annotated[str, Condition("not only whitespace", str.strip)]
 PRIVILEGED = """{question}
 
@@ -71,7 +70,7 @@ class Template(Checked):
     teacher_delimiter: str | None = None
     teacher_solution_tags: tuple[Tag, Tag] | None = None
     thought_prefix: str = ""
-    system_role: Annotated[str, OneOf(SYSTEM_ROLES)] = "system"
+    system_role: Annotated[str, OneOf(("system", "user", "auto"))] = "system"
     privileged: str = PRIVILEGED
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ chunk of tokens at a time, forward and backward, as in `head.py`.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Annotated, NamedTuple
 
@@ -199,29 +198,21 @@ def log_probs_and_divergence(
       nats between the distributions that each token comes from. Log-probs and divergence
       have a gradient with respect to the student's parameters.
     """
+    (student, temperature), (teacher, of_teacher) = models
+
+    def values(raw: Array, about: tuple, kernel: Array) -> tuple[Array, Array, Array]:
+        """Log-probs, entropy and divergence [B, C]."""
+        targets, states = about
+        log_probs = jax.nn.log_softmax(capped(student, raw) / temperature)
+        told = head_logits(teacher, kernel, states) / of_teacher
+        V = min(told.shape[-1], raw.shape[-1])
+        shared = log_probs[..., :V]
+        if V < raw.shape[-1]:
+            shared = jax.nn.log_softmax(shared)
+        distance = divergence(config, jax.nn.log_softmax(told[..., :V]), shared)
+        return head.chosen(log_probs, targets), head.entropy(log_probs), distance
+
     chunks = head.arrange(model, params, batch, wanted, LIVE)
     about = chunks.put(batch.tokens), chunks.put(batch.teacher_states)
-    values = functools.partial(_of_chunk, config, models)
     found = chunks.run(values, model, params, about, batch.teacher_kernel)
-    log_probs, entropy, divergences = map(chunks.about_token, found)
-    return log_probs, entropy, divergences
-
-
-def _of_chunk(
-    config: DivergenceConfig,
-    models: Models,
-    raw: Array,
-    about: tuple[Array, Array],
-    teacher_kernel: Array,
-) -> tuple[Array, Array, Array]:
-    """Log-probs, entropy and divergence [B, C]."""
-    (student, temperature), (teacher, of_teacher) = models
-    targets, states = about
-    log_probs = jax.nn.log_softmax(capped(student, raw) / temperature)
-    told = head_logits(teacher, teacher_kernel, states) / of_teacher
-    V = min(told.shape[-1], raw.shape[-1])
-    shared = log_probs[..., :V]
-    if V < raw.shape[-1]:
-        shared = jax.nn.log_softmax(shared)
-    distance = divergence(config, jax.nn.log_softmax(told[..., :V]), shared)
-    return head.chosen(log_probs, targets), head.entropy(log_probs), distance
+    return tuple(map(chunks.about_token, found))

@@ -9,7 +9,6 @@ log-probability 0. The shift is written here and nowhere else.
     log_probs  0    p(b|h0)   p(c|h1)
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,19 +51,15 @@ def log_probs_and_entropy(
       the first token of each sequence, and where not wanted.
     """
     chunks = arrange(model, params, batch, wanted)
-    values = functools.partial(_of_targets, model.config, temperature or 1.0)
+
+    def values(raw: Array, about: tuple, shared: None) -> tuple[Array, Array]:
+        """Log-probs of a chunk's targets, and the entropy."""
+        scores = capped(model.config, raw) / (temperature or 1.0)
+        normaliser = jax.nn.logsumexp(scores, axis=-1)
+        return chosen(scores, *about) - normaliser, entropy(scores, normaliser)
+
     found = chunks.run(values, model, params, (chunks.put(batch.tokens),))
-    log_probs, entropy = map(chunks.about_token, found)
-    return log_probs, entropy
-
-
-def _of_targets(
-    config: ModelConfig, temperature: float, raw: Array, about: tuple, shared: None
-) -> tuple[Array, Array]:
-    """Log-probs of a chunk's targets, and the entropy."""
-    scores = capped(config, raw) / temperature
-    normaliser = jax.nn.logsumexp(scores, axis=-1)
-    return chosen(scores, *about) - normaliser, entropy(scores, normaliser)
+    return tuple(map(chunks.about_token, found))
 
 
 def chosen(scores: Array, targets: Array) -> Array:

@@ -14,8 +14,7 @@ import tqdm
 from rlt_jax.data.tokenizer import Tokenizer
 from rlt_jax.errors import UserError
 from rlt_jax.inference.sampler import Part, Sampler, decode
-from rlt_jax.training import hosts
-from rlt_jax.training.metrics import append_jsonl, stream_jsonl
+from rlt_jax.training import hosts, metrics
 from rlt_jax.types import Array, Params, Request, Requests, Rollout
 
 
@@ -56,7 +55,7 @@ class StoredSampler(Sampler):
         missing = [requests[n] for n in left]
         for indices, part in self.sampler.stream(params, missing, key):
             if indices:
-                append_jsonl(self.file, _records(part))
+                metrics.append_jsonl(self.file, _records(part))
             sampled += sum(map(len, part.tokens))
             if self.bar is not None:
                 rate = sampled / (time.monotonic() - began)
@@ -90,7 +89,7 @@ class StoredSampler(Sampler):
         number = hosts.from_first(
             lambda: self.file.read_bytes().count(b"\n") if self.file.is_file() else 0
         )
-        stream = stream_jsonl(self.file) if number else ()
+        stream = metrics.stream_jsonl(self.file) if number else ()
         records = list(itertools.islice(stream, number))
         hosts.agree_on_items(f"the records of {self.file}", records)
         return records

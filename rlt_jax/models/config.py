@@ -11,9 +11,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.settings import build
 
 REMAT_POLICIES = ("none", "full", "dots")
-ACTIVATIONS = ("silu", "gelu_tanh")
 DTYPES = ("float32", "bfloat16")
-ROPE_SCALINGS = ("linear", "llama3", "yarn")
 EVEN = ranges.Condition("even", lambda x: x % 2 == 0)
 # The base of angles: above 1, or all pairs of a head would turn alike.
 Theta = Annotated[float, ranges.Range(1, 1e15, above=True)]
@@ -39,7 +37,7 @@ class RopeScaling(ranges.Checked):
         0.1 * log(factor) + 1.
     """
 
-    kind: Annotated[str, ranges.OneOf(ROPE_SCALINGS)]
+    kind: Annotated[str, ranges.OneOf(("linear", "llama3", "yarn"))]
     factor: ranges.PositiveFloat
     original_length: ranges.PositiveInt | None = None
     low_freq_factor: ranges.PositiveFloat = 1.0
@@ -114,7 +112,7 @@ class ModelConfig(ranges.Checked):
     remat: Annotated[str, ranges.OneOf(REMAT_POLICIES)] = "none"
     out_bias: bool = False
     mlp_bias: bool = False
-    activation: Annotated[str, ranges.OneOf(ACTIVATIONS)] = "silu"
+    activation: Annotated[str, ranges.OneOf(("silu", "gelu_tanh"))] = "silu"
     norm_plus_one: bool = False
     post_norms: bool = False
     scale_embeddings: bool = False

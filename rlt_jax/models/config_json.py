@@ -65,8 +65,7 @@ def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
         if fields.get(field.name, "") is None and field.default is not None:
             raise UserError(f"it lacks {kind.settings[field.name]!r}.")
     fields["activation"] = ACTIVATIONS[fields["activation"]]
-    windows = _read_windows(content, kind)
-    fields |= kind.fixed | windows | {"rope_scaling": scaling}
+    fields |= kind.fixed | _read_windows(content, kind) | {"rope_scaling": scaling}
     return build(ModelConfig, fields, "the model's config.json")
 
 

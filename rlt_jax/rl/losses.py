@@ -10,16 +10,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlt_jax.inference.divergence import (
-    DivergenceConfig,
-    Models,
-    log_probs_and_divergence,
-)
-from rlt_jax.inference.head import log_probs_and_entropy
+from rlt_jax.inference import divergence, head
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.ranges import Checked, NonNegativeFloat, OneOf, PositiveFloat
-from rlt_jax.rl import kl
-from rlt_jax.rl.baselines import ADVANTAGES
+from rlt_jax.rl import baselines, kl
 from rlt_jax.training.learner import LossFn
 from rlt_jax.types import Array, Batch, Metrics, Params
 
@@ -100,7 +94,7 @@ class ObjectiveConfig(Checked):
     """
 
     loss: Annotated[str, OneOf(LOSSES)] = "grpo"
-    advantage: Annotated[str, OneOf(ADVANTAGES)] = "group"
+    advantage: Annotated[str, OneOf(baselines.ADVANTAGES)] = "group"
     clip_low: PositiveFloat | None = None
     clip_high: PositiveFloat | None = None
     beta: NonNegativeFloat = 0.04
@@ -121,15 +115,15 @@ class Divergence(NamedTuple):
     """
 
     weight: float
-    config: DivergenceConfig
-    models: Models
+    config: divergence.DivergenceConfig
+    models: divergence.Models
 
 
 def policy_loss(
     objective: ObjectiveConfig,
     temperature: float,
     num_completions: int,
-    divergence: Divergence | None = None,
+    teaching: Divergence | None = None,
 ) -> LossFn:
     """The loss of a micro-batch for the learner, with its metrics.
 
@@ -140,25 +134,25 @@ def policy_loss(
       objective: the loss that is minimised.
       temperature: divides the policy's logits, as it did in sampling.
       num_completions: E, of the whole batch.
-      divergence: a further loss, from a teacher; None for none.
+      teaching: a further loss, from a teacher; None for none.
     """
 
     def loss(model: Transformer, params: Params, batch: Batch) -> tuple[Array, Metrics]:
         wanted, args = batch.inverse_length > 0, (model, params, batch)
-        if divergence is None:
-            log_probs, entropy = log_probs_and_entropy(*args, temperature, wanted)
+        if teaching is None:
+            log_probs, entropy = head.log_probs_and_entropy(*args, temperature, wanted)
         else:
-            _, config, models = divergence
-            found = log_probs_and_divergence(config, models, *args, wanted)
+            _, config, models = teaching
+            found = divergence.log_probs_and_divergence(config, models, *args, wanted)
             log_probs, entropy, distance = found
         if batch.log_probs is None:
             # The only update of a rollout: the policy is the one that sampled.
             batch = batch._replace(log_probs=jax.lax.stop_gradient(log_probs))
         total = (token_loss(objective, log_probs, batch) * batch.loss_weights).sum()
         metrics = policy_metrics(objective, log_probs, batch, num_completions)
-        if divergence is not None:
+        if teaching is not None:
             distance *= batch.taught
-            total += divergence.weight * (distance * batch.loss_weights).sum()
+            total += teaching.weight * (distance * batch.loss_weights).sum()
             mean = (distance * batch.inverse_length).sum() / num_completions
             metrics["policy/divergence"] = mean
         entropy = (entropy * batch.inverse_length).sum() / num_completions
@@ -202,8 +196,8 @@ def token_loss(objective: ObjectiveConfig, log_probs: Array, batch: Batch) -> Ar
         gain *= importance_weights(objective.importance_cap, batch)
     if not objective.beta:
         return -gain
-    divergence = kl.ESTIMATORS[objective.kl_estimator]
-    return -(gain - objective.beta * divergence(log_probs - batch.ref_log_probs))
+    estimate = kl.ESTIMATORS[objective.kl_estimator]
+    return -(gain - objective.beta * estimate(log_probs - batch.ref_log_probs))
 
 
 def policy_metrics(

@@ -19,7 +19,6 @@ from rlt_jax import masked, ranges
 from rlt_jax.data.privileged import PROMPTS, SEES
 from rlt_jax.errors import UserError
 from rlt_jax.inference import divergence, spans
-from rlt_jax.inference.divergence import DivergenceConfig
 from rlt_jax.settings import build
 from rlt_jax.training.checkpoint import ModelSource
 from rlt_jax.types import Array, Batch, Reward
@@ -28,7 +27,7 @@ ADVANTAGE = "advantage"
 
 
 @dataclasses.dataclass(frozen=True)
-class TeachingConfig(DivergenceConfig):
+class TeachingConfig(divergence.DivergenceConfig):
     """How a student is taught on its own attempts; also the divergence, if that is how.
 
     Attributes:

@@ -81,7 +81,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             batch = sharding.put_rows(rows.pack(rollout, run, c.batch_size), mesh)
             batch = log_probs.fill(run.programs, batch, teacher.params, params)
             reward = run.reward.rlt(batch, np.float32(kl_coef))
-            records = setup.sample_records(run, rollout, reward, slice(count))
+            records = setup.sample_records(run, rollout, reward)
             for n, record in enumerate(records):
                 record["prompt_tokens"] = len(rollout.requests[n].prompt)
                 record["tokens"] = len(rollout.tokens[n])

@@ -22,11 +22,8 @@ from rlt_jax.data.examples import Renderer
 from rlt_jax.data.predictions import read_predictions
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError, as_user_error
+from rlt_jax.inference import layout, sampler, sampling, stored
 from rlt_jax.inference.engine import Engine, EngineConfig
-from rlt_jax.inference.layout import check_memory
-from rlt_jax.inference.sampler import in_order
-from rlt_jax.inference.sampling import SamplingConfig
-from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.ranges import Checked, Count, OneOf
 from rlt_jax.records import Problem, Record, problem_record
 from rlt_jax.report import statistics
@@ -74,7 +71,7 @@ SECTIONS = {
     "template": str,
     "data": pipeline.check_problems,
     "predictions": str,  # a path, "" for none
-    "sampling": SamplingConfig,
+    "sampling": sampling.SamplingConfig,
     "engine": EngineConfig,
     "evaluate": EvaluateConfig,
     "mesh": sharding.MeshConfig,
@@ -114,15 +111,15 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             key = jax.random.key(seed)
             source = build(checkpoint.ModelSource, config.model, "model")
             params = checkpoint.load_params(source, model.model, mesh, key)
-            check_memory(model.model, engine.layout, mesh)
+            layout.check_memory(model.model, engine.layout, mesh)
             loaded = model._replace(params=params)
             if c.solution_log_probs:
                 scorer = make_solution_scorer(loaded, renderer, size, mesh)
             limit = config.sampling.max_new_tokens
             requests = setup.requests_of(renderer, asked, limit)[first:]
             completions = workdir / "completions.jsonl"
-            stored = StoredSampler(engine, completions, loaded.tokenizer, bar)
-            batches = in_order(stored.stream(params, requests, key), size)
+            kept = stored.StoredSampler(engine, completions, loaded.tokenizer, bar)
+            batches = sampler.in_order(kept.stream(params, requests, key), size)
         for rollout in batches:
             count = len(rollout.texts)
             part = asked[first : first + count]

@@ -31,11 +31,9 @@ from rlt_jax.files import write_json, write_whole
 from rlt_jax.ranges import Checked, PositiveInt, Range, Size
 from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
-from rlt_jax.stages import setup
+from rlt_jax.stages import plan_shapes, setup
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
-from rlt_jax.stages.plan_shapes import Lengths
-from rlt_jax.training import hosts, sharding
-from rlt_jax.training.compilation import programs_not_kept
+from rlt_jax.training import compilation, hosts, sharding
 
 # How libtpu says that a program, or the temporaries alone, need more than there is.
 _TOO_MUCH = r"(?:Used |temporaries \()([\d.]+)([GM])\)? (?:of|exceeds)"
@@ -165,7 +163,7 @@ def slice_mesh(topology: str, section: Section) -> Mesh:
 def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Record:
     """Compiles all programs; `stop_early` stops at the first that does not fit."""
     recipe = read_recipe(c, topology)
-    lengths = Lengths(c.prompt_tokens, c.completion_tokens)
+    lengths = plan_shapes.Lengths(c.prompt_tokens, c.completion_tokens)
     stages, lowered, programs = {}, [], []
     for name in recipe["pipeline"]:
         section = recipe[name]
@@ -257,7 +255,7 @@ def _traffic(program: Program, text: str, topology: str, devices: int) -> Record
 
 def compile_program(program: Program) -> jax.stages.Compiled:
     """The program for the devices of its arguments, which need not exist."""
-    with programs_not_kept():
+    with compilation.programs_not_kept():
         return program.jitted.lower(*program.args).compile()
 
 

@@ -28,12 +28,9 @@ from rlt_jax.settings import build
 from rlt_jax.stages import setup
 from rlt_jax.stages.rl_config import RLConfig
 from rlt_jax.stages.rl_journal import Journal, Weights
-from rlt_jax.stages.setup import Run
 from rlt_jax.stages.teaching import Teacher, load_weights, open_teacher
-from rlt_jax.training import checkpoint, offload, sharding
+from rlt_jax.training import checkpoint, lora, offload, optimizer, sharding
 from rlt_jax.training.learner import Learner
-from rlt_jax.training.lora import LoRAConfig
-from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.types import Array, Batch, Params
 
 SECTIONS = setup.SECTIONS | {
@@ -44,8 +41,8 @@ SECTIONS = setup.SECTIONS | {
     "objective": ObjectiveConfig,
     "teaching": (TeachingConfig, None),
     "loop": RLConfig,
-    "lora": LoRAConfig,
-    "optimizer": OptimizerConfig,
+    "lora": lora.LoRAConfig,
+    "optimizer": optimizer.OptimizerConfig,
 }
 
 
@@ -72,9 +69,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     teacher = load_weights(teacher, seed, c.offload)
     divergence = teacher and teacher.divergence
     loss_fn = policy_loss(objective, run.sampling.temperature, completions, divergence)
-    limit = objective.skip_gradient_norm
     learner, tuning, state = setup.load_learner(
-        config, loss_fn, policy, mesh, updates, seed, limit
+        config, loss_fn, policy, mesh, updates, seed, objective.skip_gradient_norm
     )
     reference = _copy(policy.params, c.offload, "reference") if objective.beta else {}
     student = _copy(policy.params, c.offload, "student") if c.self_teaching else {}
@@ -113,7 +109,7 @@ class Prepared(NamedTuple):
       teacher: of a student, or None.
     """
 
-    run: Run
+    run: setup.Run
     opened: list[checkpoint.LoadedModel]
     problems: list[Problem]
     held_out: list[Problem]
@@ -143,7 +139,7 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
 
 def train(
     c: RLConfig,
-    run: Run,
+    run: setup.Run,
     teacher: Teacher | None,
     learner: Learner,
     fill_advantages: Callable[[Batch, Array], Batch],
@@ -213,7 +209,7 @@ def sync(
 
 
 def jit_advantages(
-    objective: ObjectiveConfig, group_size: int, run: Run, teacher: Teacher | None
+    objective: ObjectiveConfig, group_size: int, run: setup.Run, teacher: Teacher | None
 ) -> Callable[[Batch, Array], Batch]:
     """`advantages.fill` compiled for the mesh of a run, mixed with what a teacher says."""
     names = ("advantages", "inverse_length", "loss_weights")
@@ -234,7 +230,7 @@ def jit_advantages(
     return fill_advantages
 
 
-def _log_sizes(c: RLConfig, run: Run) -> None:
+def _log_sizes(c: RLConfig, run: setup.Run) -> None:
     """Logs how a step is split over the devices."""
     groups, size = sharding.num_groups(run.mesh), run.row_shape.micro_batch_size
     LOG.info(

@@ -28,13 +28,10 @@ from rlt_jax.rl.rewards import RLT, RewardFunction, Term
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.scoring import check_tokenizers, compile_log_probs, jit_rlt_reward
 from rlt_jax.settings import Section, build
-from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training import checkpoint, hosts, lora, optimizer, sharding, state
 from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.training.learner import Learner, LossFn, make_learner
-from rlt_jax.training.lora import LoRAConfig, Tuning, make_tuning
-from rlt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_hash
-from rlt_jax.training.state import new_state, state_shardings
 from rlt_jax.types import Request, Reward, Rollout, TrainState
 
 
@@ -198,7 +195,7 @@ def load_learner(
     steps: int,
     seed: int,
     max_norm: float | None = None,
-) -> tuple[Learner, Tuning, TrainState]:
+) -> tuple[Learner, lora.Tuning, TrainState]:
     """The learner of sections `lora` and `optimizer`, and the first train state.
 
     Args:
@@ -210,19 +207,19 @@ def load_learner(
       seed: of the adapters' initial weights.
       max_norm: a step with a longer gradient is skipped; None for never.
     """
-    low_rank = build(LoRAConfig, config["lora"], "lora")
+    low_rank = build(lora.LoRAConfig, config["lora"], "lora")
     key = jax.random.key(seed)
-    tuning, params = make_tuning(low_rank, loaded.model, loaded.params, mesh, key)
+    tuning, params = lora.make_tuning(low_rank, loaded.model, loaded.params, mesh, key)
     tx = load_optimizer(config, steps)
-    shardings = state_shardings(tuning.model, tx, mesh)
+    shardings = state.state_shardings(tuning.model, tx, mesh)
     learner = make_learner(loss_fn, tuning, tx, mesh, shardings, max_norm)
-    return learner, tuning, new_state(params, tx, shardings)
+    return learner, tuning, state.new_state(params, tx, shardings)
 
 
 def load_optimizer(config: Section, steps: int) -> optax.GradientTransformation:
     """The section `optimizer` for a number of steps."""
-    c = build(OptimizerConfig, config["optimizer"], "optimizer")
-    return make_optimizer(c, steps)
+    c = build(optimizer.OptimizerConfig, config["optimizer"], "optimizer")
+    return optimizer.make_optimizer(c, steps)
 
 
 def load_row_shape(config: Section, mesh: Mesh) -> RowShape:

@@ -17,20 +17,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlt_jax import ranges
-from rlt_jax.data import examples, pipeline, selection
-from rlt_jax.data.rows import PackedBatches, RowShape
-from rlt_jax.data.templates import load_template
+from rlt_jax.data import examples, pipeline, rows, selection, templates
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.inference.head import log_probs_and_entropy
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
-from rlt_jax.training import checkpoint, hosts, sharding
+from rlt_jax.training import checkpoint, hosts, lora, optimizer, sharding
 from rlt_jax.training.learner import Learner
-from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.training.metrics import MetricWriter, phase_metrics, read_jsonl, steps
-from rlt_jax.training.optimizer import OptimizerConfig
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params
 
@@ -79,9 +75,9 @@ class SFTConfig(ranges.Checked):
     profile_steps: ranges.Steps = ()
 
     @property
-    def shape(self) -> RowShape:
+    def shape(self) -> rows.RowShape:
         """Shape of a micro-batch of packed rows."""
-        return RowShape(self.micro_batch_size or self.batch_size, self.row_length)
+        return rows.RowShape(self.micro_batch_size or self.batch_size, self.row_length)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,8 +97,8 @@ SECTIONS = {
     "data": pipeline.check_sources,
     "held_out": (pipeline.check_traces, None),  # without a mix
     "sft": SFTConfig,
-    "lora": LoRAConfig,
-    "optimizer": OptimizerConfig,
+    "lora": lora.LoRAConfig,
+    "optimizer": optimizer.OptimizerConfig,
     "mesh": sharding.MeshConfig,
 }
 
@@ -182,7 +178,7 @@ class Prepared(NamedTuple):
 
     c: SFTConfig
     opened: checkpoint.LoadedModel
-    batches: PackedBatches | None
+    batches: rows.PackedBatches | None
     held_out: list[Batch]
     counts: dict[str, dict[str, int]]
 
@@ -195,7 +191,7 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     file = Path(config.data.get("path") or "")
     if c.allow_empty and file.is_file() and not file.stat().st_size:
         return Prepared(c, opened, None, [], {})
-    template = load_template(config.template)
+    template = templates.load_template(config.template)
     renderer = examples.Renderer(opened.tokenizer, template, c.role)
     context = opened.model.config.max_length
     sources = pipeline.load_sources(config.data, template, seed)
@@ -246,7 +242,7 @@ def check_rows(c: SFTConfig, mesh: Mesh) -> None:
     sharding.check_rows(mesh, c.shape.micro_batch_size, c.row_length, names)
 
 
-def with_steps(c: SFTConfig, batches: PackedBatches, sequences: int) -> SFTConfig:
+def with_steps(c: SFTConfig, batches: rows.PackedBatches, sequences: int) -> SFTConfig:
     """The settings with the number of steps in the place of `epochs`."""
     if not c.epochs:
         return c

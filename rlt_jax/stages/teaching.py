@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlt_jax import masked
-from rlt_jax.data import privileged, rows
-from rlt_jax.data.examples import Renderer
+from rlt_jax.data import examples, privileged, rows
 from rlt_jax.data.traces import read_traces
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.inference import given, head, log_probs, spans
@@ -18,9 +17,8 @@ from rlt_jax.inference.divergence import Models, states_beside
 from rlt_jax.inference.sampler import Sampler
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.records import Problem
-from rlt_jax.rl import rewards
+from rlt_jax.rl import losses, rewards
 from rlt_jax.rl.grading import check_gradable
-from rlt_jax.rl.losses import Divergence
 from rlt_jax.rl.teaching import TeachingConfig, token_advantages
 from rlt_jax.settings import Section, build
 from rlt_jax.stages.setup import Run, check_room
@@ -45,7 +43,7 @@ class Teacher:
     config: TeachingConfig
     run: Run
     loaded: checkpoint.LoadedModel
-    renderer: Renderer
+    renderer: examples.Renderer
     seen: Callable[..., list[str | None]]
     judge: Callable[[Params, Batch, Batch], tuple[dict[str, Array], Reward]]
     sampler: Sampler
@@ -67,7 +65,7 @@ class Teacher:
         return min(self.run.row_shape.row_length, self.loaded.model.config.max_length)
 
     @property
-    def divergence(self) -> Divergence | None:
+    def divergence(self) -> losses.Divergence | None:
         """The loss over the vocabulary, where there is one."""
         c, student = self.config, self.run.policy.model.config
         if not c.over_vocabulary:
@@ -75,7 +73,7 @@ class Teacher:
         # Both have the temperature of the sampling.
         temperature = self.run.sampling.temperature or 1.0
         both = [(model, temperature) for model in (student, self.loaded.model.config)]
-        return Divergence(c.weight, c, Models(*both))
+        return losses.Divergence(c.weight, c, Models(*both))
 
     def teach(
         self, params: Params, rollout: Rollout, starts: np.ndarray, batch: Batch
@@ -103,8 +101,7 @@ class Teacher:
         made = privileged.privileged_examples(*renderers, rollout, seen, self.limit)
         packed = rows.pack_student(run.row_shape, *made, starts)
         params = offload.fetch(params)
-        args = sharding.put_rows(packed, run.mesh), batch
-        fields, terms = self.judge(params, *args)
+        fields, terms = self.judge(params, sharding.put_rows(packed, run.mesh), batch)
         if c.over_vocabulary:
             fields["teacher_kernel"] = self._kernel(params)
         return batch._replace(**fields), terms
@@ -148,7 +145,7 @@ def open_teacher(
             "teaching.kind='advantage'."
         )
     role = "teacher" if c.prompt == "teacher" else "student"
-    renderer = Renderer(loaded.tokenizer, run.template, role)
+    renderer = examples.Renderer(loaded.tokenizer, run.template, role)
     explanations, sampler = {}, run.sampler
     if c.explanations:
         traces = read_traces(c.explanations, run.template)
@@ -171,7 +168,6 @@ def open_teacher(
 
 def _check_settings(config: Section, c: TeachingConfig, run: Run) -> None:
     """Raises UserError where `teaching` contradicts other sections of the stage."""
-    terms = [term.name for term in run.reward.terms]
     if run.role != "student":
         raise UserError(f"teaching is for loop.role='student', not {run.role!r}.")
     if config["objective"].get("skip_equal_groups"):
@@ -181,7 +177,7 @@ def _check_settings(config: Section, c: TeachingConfig, run: Run) -> None:
         )
     if c.sees == "other" and config["loop"]["batch_size"] < 2:
         raise UserError("teaching.sees='other' needs loop.batch_size of 2 or more.")
-    if c.reward_weight and not terms:
+    if c.reward_weight and not run.reward.terms:
         raise UserError(f"teaching.reward_weight={c.reward_weight}: no reward_terms.")
 
 

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.stages import Wrapped
 
 from rlt_jax.models.transformer import Transformer
-from rlt_jax.training import sharding
-from rlt_jax.training.lora import Tuning, combine
+from rlt_jax.training import lora, sharding
 from rlt_jax.training.state import apply_gradients
 from rlt_jax.types import Batch, Metrics, Params, TrainState
 
@@ -41,7 +39,7 @@ class Learner(NamedTuple):
 
 def make_learner(
     loss_fn: LossFn,
-    tuning: Tuning,
+    tuning: lora.Tuning,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     shardings: TrainState,
@@ -74,7 +72,7 @@ def jit_update(
     mesh: Mesh,
     shardings: TrainState,
     max_norm: float | None = None,
-) -> Wrapped:
+) -> jax.stages.Wrapped:
     """`update` as a `jax.jit` function of state, batch and frozen parameters."""
     program = functools.partial(update, loss_fn, model, tx, max_norm)
     given, made = (shardings, None, None), (shardings, sharding.replicated(mesh))
@@ -101,14 +99,14 @@ def update(
       max_norm: see `make_learner`.
       state: donated by the caller.
       batch: [M, B, T]; micro-batches after `num_micro_batches` are not computed.
-      frozen: parameters under the adapters in the state, see `Tuning`.
+      frozen: parameters under the adapters in the state, see `lora.Tuning`.
 
     Returns:
       The new state and metrics; "optimizer/skipped" is 1 where nothing changed.
     """
 
     def of_micro_batch(params: Params, m: jax.Array | int) -> tuple:
-        return loss_fn(model, combine(model, frozen, params), batch.micro_batch(m))
+        return loss_fn(model, lora.combine(model, frozen, params), batch.micro_batch(m))
 
     gradient = jax.value_and_grad(of_micro_batch, has_aux=True)
     if batch.tokens.shape[0] == 1:
@@ -146,7 +144,7 @@ def batch_loss(
     frozen: Params | None = None,
 ) -> jax.Array:
     """The loss of a batch [M, B, T], without a gradient."""
-    whole = combine(model, frozen, params)
+    whole = lora.combine(model, frozen, params)
 
     def add(m: jax.Array, total: jax.Array) -> jax.Array:
         return total + loss_fn(model, whole, batch.micro_batch(m))[0]

@@ -60,16 +60,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       UserError: the product of the sizes is not the number of devices.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count() if devices is None else len(devices)
-    if sizes.count(-1) == 1:
-        known = -sizes[0] * sizes[1] * sizes[2]
-        sizes[sizes.index(-1)] = count // known if known > 0 else 0
-    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != count:
+    try:  # NumPy fills in the -1
+        sizes = np.empty(count).reshape(config.data, config.fsdp, config.tensor).shape
+    except ValueError as error:
         raise UserError(
             f"mesh {dataclasses.asdict(config)} does not cover {count} devices: the "
             "product of data, fsdp and tensor must be that number (one may be -1)."
-        )
+        ) from error
     # Neighbors in the mesh are neighbors on the torus, also if a mesh axis is only a part
     # of an axis of the torus.
     arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -196,15 +194,13 @@ def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
       shardings: tree of shardings, or one sharding for all arrays.
       dtype: dtype that replaces that of floating-point arrays; None keeps it.
     """
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
 
     def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         replaced = dtype is not None and jnp.issubdtype(x.dtype, jnp.floating)
         new = dtype if replaced else x.dtype
         return jax.ShapeDtypeStruct(x.shape, new, sharding=sharding)
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree.map(one, tree, jax.tree.broadcast(shardings, tree))
 
 
 def device_bytes(tree: Any) -> int:

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.models.transformer import Transformer, boxed_params
-from rlt_jax.training.lora import trained_part
-from rlt_jax.training.sharding import abstract, to_shardings
+from rlt_jax.training import lora, sharding
 from rlt_jax.types import Params, TrainState
 
 # Part of a metric's name -> what it tells of, from cause to effect.
@@ -38,7 +37,7 @@ def state_shardings(
     """
 
     def boxed_state() -> TrainState:
-        return _first(tx, trained_part(boxed_params(model, jax.random.key(0))))
+        return _first(tx, lora.trained_part(boxed_params(model, jax.random.key(0))))
 
     def named(box: Any) -> Any:
         if not isinstance(box, nn.Partitioned):
@@ -48,7 +47,7 @@ def state_shardings(
 
     shapes = jax.eval_shape(boxed_state)
     boxes = jax.tree.map(named, shapes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    return to_shardings(nn.get_partition_spec(boxes), mesh)
+    return sharding.to_shardings(nn.get_partition_spec(boxes), mesh)
 
 
 def abstract_state(
@@ -56,7 +55,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state around parameters, given likewise."""
     shapes = jax.eval_shape(functools.partial(_first, tx), params)
-    return abstract(shapes, state_shardings(model, tx, mesh))
+    return sharding.abstract(shapes, state_shardings(model, tx, mesh))
 
 
 def new_state(
