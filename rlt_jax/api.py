@@ -61,8 +61,7 @@ def load_model(path: str, dtype: Any = jnp.float32) -> tuple[Transformer, Params
     Raises:
       UserError: there is no such model, or not one we support.
     """
-    name = jnp.dtype(dtype).name
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    name, mesh = jnp.dtype(dtype).name, sharding.make_mesh(sharding.MeshConfig())
     source = checkpoint.ModelSource(str(path), dtype=name, param_dtype=name)
     model = Transformer(checkpoint.shape_of(source))
     return model, checkpoint.load_params(source, model, mesh, jax.random.key(0))
@@ -163,7 +162,7 @@ def score_explanations(
     """The RLT reward of explanations given as text.
 
     Args:
-      problems: question and solution of each problem.
+      problems: question and solution of each problem, and other fields of `Problem`.
       completions: for each problem, teachers' completions after the explanation's opening
         tag, with or without its closing tag.
       teacher: model, parameters and tokenizer.

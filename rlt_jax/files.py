@@ -129,9 +129,7 @@ def read_json(file: Path, missing: Record | None = None) -> Record:
     """
     if not file.exists():
         if missing is None:
-            raise UserError(
-                f"{file} is missing; check the path, or run what writes it."
-            )
+            raise UserError(f"{file} is missing; check the path or run what writes it.")
         return missing
     content = file.read_bytes()
     try:
@@ -143,9 +141,7 @@ def read_json(file: Path, missing: Record | None = None) -> Record:
             f"{file} is damaged: {size} and is not JSON: {error}."
         ) from error
     if not isinstance(found, dict):
-        raise UserError(
-            f"{file} is damaged: it is {short(found)}, not keys and values."
-        )
+        raise UserError(f"{file} is damaged: it is {short(found)}, no keys and values.")
     return found
 
 

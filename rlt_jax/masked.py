@@ -38,8 +38,7 @@ def quantile(
     values: Array, mask: Array, q: float, empty: float = 0.0, method: str = "linear"
 ) -> Array:
     """Masked q-quantile with linear interpolation, or another of NumPy's methods."""
-    kept = jnp.where(mask, values, jnp.nan)
-    found = jnp.nanquantile(kept, q, axis=-1, method=method)
+    found = jnp.nanquantile(jnp.where(mask, values, jnp.nan), q, axis=-1, method=method)
     is_nan = (mask & jnp.isnan(values)).any(-1)  # shows in the result, as in a mean
     return _fill(jnp.where(is_nan, jnp.nan, found), mask, empty)
 

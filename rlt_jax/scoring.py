@@ -87,8 +87,7 @@ def make_sequences(
     Raises:
       UserError: a sequence is longer than the context of its model.
     """
-    traces = [one.trace for one in given]
-    texts = [one.text for one in given]
+    traces, texts = [one.trace for one in given], [one.text for one in given]
     problems = [trace.problem for trace in traces]
     made = {r: examples.student_examples(r, traces) for r in set(renderers[1:])}
     made[renderers[0]] = examples.text_examples(renderers[0], problems, texts)
@@ -119,8 +118,7 @@ def make_scorer(
       scoring: settings.
       mesh: where everything runs.
     """
-    reward = scoring.rlt_reward
-    transformers = [model.model for model in models]
+    reward, transformers = scoring.rlt_reward, [model.model for model in models]
     check_tokenizers(reward, *[model.tokenizer for model in models])
     args = scoring.teacher_temperature, reward, mesh
     programs = compile_log_probs(transformers[0], transformers[1:], *args)

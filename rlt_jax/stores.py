@@ -146,9 +146,7 @@ class Mirror:
         """Pulls what the store has and the mirror lacks, or pushes what only that has."""
         there, is_ours = self._look()
         if not there and self._tried(self._fs.info, "run.json"):
-            raise UserError(
-                f"{self.url} has a run without {LIST}: use another --workdir."
-            )
+            raise UserError(f"{self.url} has a run without {LIST}; change --workdir.")
         if self.root.exists() and not (is_ours and self._is_whole(there["files"])):
             kept = self.root.rename(f"{self.root}.{time.time():.0f}")
             reason = f"{self.url} has gone on elsewhere, or has more than {self.root}"

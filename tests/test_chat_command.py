@@ -338,7 +338,7 @@ def test_a_stage_of_a_run_in_an_object_store(
         (["--model={}/nowhere"], "nowhere': there is neither"),
         (
             ["--model=embedded", f"--seed={2**63}"],
-            "--seed=9223372036854775808: a whole",
+            "--seed=9223372036854775808: at least 0",
         ),
         (["--workdir={}", "--model=warmup"], "no such stage; {} has distil, rl."),
         (["--workdir={}/none", "--model=rl"], "has no model."),

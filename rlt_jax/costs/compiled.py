@@ -98,8 +98,7 @@ def _collectives(program: Program, body: Computation) -> Counter[str]:
 def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
     """Whether a fusion uses only a slice of an all-reduce, a reduce-scatter on TPU."""
     lines = fusion.instructions.values()
-    sliced = [x.operands[0] for x in lines if x.opcode == "dynamic-slice"]
-    return reduce.name in sliced
+    return reduce.name in [x.operands[0] for x in lines if x.opcode == "dynamic-slice"]
 
 
 def _group_size(program: Program, attributes: str) -> int:

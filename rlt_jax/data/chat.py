@@ -45,8 +45,7 @@ class ChatTemplate:
           UserError: the template refuses the messages.
         """
         values = {"messages": list(messages), "add_generation_prompt": open_turn}
-        defaults = {"tools": None, "documents": None}
-        return self._run(defaults | self._variables | values)
+        return self._run({"tools": None, "documents": None} | self._variables | values)
 
     def ending(self) -> str:
         """What is rendered after the text of the last turn, an assistant's.

@@ -125,8 +125,7 @@ def _serve(seconds: float) -> None:
                 raise MemoryError(f"it makes {len(text):,} characters")
             reply = json.dumps([text, ""])
         except Exception as error:  # noqa: BLE001 (the template may do anything)
-            reason = str(error).rstrip(".") or type(error).__name__
-            reply = json.dumps(["", reason])
+            reply = json.dumps(["", str(error).rstrip(".") or type(error).__name__])
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(reply, flush=True)
 

@@ -265,8 +265,7 @@ def text_examples(
         (text if closed else text + closing) + end
         for text, (_, closed) in zip(completions, parsed, strict=True)
     ]
-    encoded = renderer.encode(problems, turns)
-    examples = []
+    encoded, examples = renderer.encode(problems, turns), []
     for (body, _), (prompt, (tokens, offsets)) in zip(parsed, encoded, strict=True):
         start = len(prompt) - len(template.pad)
         explanation = find_span(offsets, start, start + len(body))

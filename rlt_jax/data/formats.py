@@ -178,8 +178,7 @@ def _json_record(text: str, halves: bool) -> Record:
 
 def _csv_rows(text: io.TextIOWrapper) -> Iterator[Any]:
     csv.field_size_limit(ROW_SIZE)  # traces can be long
-    size = [0]
-    rows = csv.reader(_lines(text, size), strict=True)
+    rows = csv.reader(_lines(text, size := [0]), strict=True)
     header = [name.strip(_SPACE) for name in next(rows, ())]
     _check_utf8("".join(header))
     _distinct([(name, None) for name in header if name])
@@ -209,10 +208,9 @@ def _parquet_rows(file: Path, columns: Columns) -> Iterator[Any]:
                 raise ValueError(f"{x.name} is {x.type}; convert it to texts")
         names = [x.name for x in read]
         leaves = [pf.schema.column(k) for k in range(len(pf.schema))]
-        inside = tuple(f"{name}." for name in names)
+        inside, number = tuple(f"{name}." for name in names), itertools.count(1)
         nested = [x.path for x in leaves if x.path.startswith(inside)]
         lean = pq.ParquetFile(file, read_dictionary=nested, **options)
-        number = itertools.count(1)
         for n in range(pf.num_row_groups):
             group = pf.metadata.row_group(n)
             part = {"row_groups": [n], "use_threads": False}
@@ -232,6 +230,8 @@ def _text_size(x: pa.Array) -> int:
     """Bytes of the texts of nested columns, each as often as it is there."""
     if isinstance(x, pa.DictionaryArray):
         return pc.sum(pc.binary_length(x.dictionary).take(x.indices)).as_py() or 0
+    if isinstance(x, pa.MapArray):
+        return _text_size(x.keys) + _text_size(x.items)
     parts = x.flatten() if hasattr(x, "flatten") else []
     return sum(map(_text_size, parts if isinstance(parts, list) else [parts]))
 

@@ -164,8 +164,7 @@ def _as_teacher(
         offsets = _as_one(offsets, lie_inside(offsets, end, end + len(closing)), end)
         places = _as_one(places, lie_inside(places, last, last + len(told)), last)
         last, end = last + 1, end + 1
-    span = find_span(places, first, last)
-    own = find_span(offsets, start, end)
+    span, own = find_span(places, first, last), find_span(offsets, start, end)
     return Example(all_ids, np.ones(len(all_ids), bool), span, EMPTY), own
 
 

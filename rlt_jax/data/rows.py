@@ -135,8 +135,7 @@ def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
     problems = [request.problem for request in rollout.requests]
     columns = zip(problems, rollout.tokens, rollout.texts, rollout.offsets, strict=True)
     policy = [examples.completion_example(run.renderer, *each) for each in columns]
-    template = run.renderer.template
-    parsed = [template.parse_completion(text) for text in rollout.texts]
+    parsed = [run.renderer.template.parse_completion(x) for x in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
     absent = (0, (count or len(problems)) - len(problems))
     of_renderer = {}

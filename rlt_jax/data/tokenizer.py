@@ -96,8 +96,7 @@ class Tokenizer:
         """
         for text in texts:
             if len(text) > MOST_CHARACTERS:
-                size = f"{len(text):,} characters, at most {MOST_CHARACTERS:,} fit"
-                raise UserError(f"a text has {size}: {text[:60]!r}.")
+                raise UserError(f"{len(text):,} characters: shorten {text[:60]!r}...")
         with _naming_damage(self.path):
             return self._codec.encode_batch(texts)
 
@@ -187,8 +186,7 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer {self.path}: neither tokenizer_config.json nor "
                 "chat_template.jinja has a chat template. Set model.chat_template to the "
-                "file of the one that the model was trained with, or to 'chatml' for a "
-                "base model."
+                "file of the one that it was trained with, or 'chatml' for a base model."
             )
         return self.chat.render(messages)
 
@@ -251,8 +249,7 @@ def load_tokenizer(
     _check_ids(path, codec, stop_ids, embeddings)
     with as_user_error(f"{config_file}: {VARIABLES} has to be keys, values", TypeError):
         config[VARIABLES] = config.get(VARIABLES, {}) | dict(chat_template_kwargs or {})
-    source = find_template(path, config.get("chat_template"), chat_template)
-    chat = None
+    source, chat = find_template(path, config.get("chat_template"), chat_template), None
     if source is not None:
         more = config.get("extra_special_tokens")  # a list or, of names, a mapping
         more = more if isinstance(more, dict) else {}

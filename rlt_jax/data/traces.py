@@ -145,8 +145,7 @@ def read_completions(
         texts = completions if isinstance(completions, list) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"{where}: completions is {shown(completions)}; it must be a list of "
-                "strings."
+                f"{where}: completions is {shown(completions)}; give a list of texts."
             )
         return _problem(where, record, template), completions
 
@@ -273,8 +272,7 @@ def _text(where: str, values: Record, *names: str) -> str:
 
 def _answer(where: str, record: Record) -> str | None:
     """`answer`, or the ground truth of data sets for RL."""
-    model = _parsed(where, record, "reward_model")
-    answer = record.get("answer")
+    model, answer = _parsed(where, record, "reward_model"), record.get("answer")
     if answer is None and isinstance(model, dict):
         answer = model.get("ground_truth")
     return None if answer is None else as_text(where, "answer", answer)

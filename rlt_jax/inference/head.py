@@ -124,8 +124,7 @@ class Chunks(NamedTuple):
 
     def about_token(self, x: Array) -> Array:
         """Values [B, S] beside the states as [B, T]; 0 where they are not wanted."""
-        T = self.back.shape[1]
-        x = jnp.take_along_axis(x[:, :T], self.back, axis=1)
+        x = jnp.take_along_axis(x[:, : self.back.shape[1]], self.back, axis=1)
         return jnp.where(self.predicted, jnp.roll(x, 1, axis=1), 0.0)
 
 

@@ -93,7 +93,7 @@ def make_layout(
     shards = num_groups(mesh)
     if config.slots % shards:
         raise UserError(
-            f"engine.slots={config.slots} is no multiple of data * fsdp = {shards}."
+            f"slots={config.slots} is no multiple of data * fsdp = {shards}."
         )
     C, slots = config.page_size, config.slots // shards
     tile = slots

@@ -93,8 +93,7 @@ class Scheduler:
         Returns:
           Prompts to prefill, changes of the slots, and who will have which slot.
         """
-        B = len(self._slots)
-        put_off = []
+        B, put_off = len(self._slots), []
         for b in sorted(self._running(), key=lambda b: self._slots[b].age):
             if self._slots[b] is not None:  # not put off by an older one
                 put_off += self._grow(b)
@@ -202,8 +201,7 @@ class Scheduler:
         request = self._requests[running.index]
         most = len(request.prompt) - 1 + request.max_new_tokens
         running.reserved = min(running.reserved + layout.steps, most)
-        shared = (len(request.prompt) - 1) // layout.page_size
-        put_off = []
+        shared, put_off = (len(request.prompt) - 1) // layout.page_size, []
         while shared + len(running.pages) < -(-running.reserved // layout.page_size):
             if self._make_room(running.shard, 1):
                 page = self._free[running.shard].pop()

@@ -121,8 +121,7 @@ def _forward(
     settings: Settings, query: Array, key: Array, value: Array, tokens: Tokens
 ) -> tuple[Array, tuple]:
     B, T, K, G, H = query.shape
-    C = min(BLOCK, T)
-    first = _first_blocks(settings, tokens)
+    C, first = min(BLOCK, T), _first_blocks(settings, tokens)
 
     def query_block(i: Array) -> tuple[Array, Array]:
         q = jnp.moveaxis(block_of(query, i, C), 1, 3)
@@ -143,8 +142,7 @@ def _forward(
 
 def _backward(settings: Settings, saved: tuple, d_out: Array) -> tuple:
     query, key, value, tokens, out, logsumexp = saved
-    C = min(BLOCK, query.shape[1])
-    first = _first_blocks(settings, tokens)
+    C, first = min(BLOCK, query.shape[1]), _first_blocks(settings, tokens)
     deltas = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def query_block(carry: tuple, i: Array) -> tuple:

@@ -93,7 +93,7 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
     ]
     if differing:
         raise UserError(
-            f"model_type {model_type!r} does not fit: it has {'; '.join(differing)}."
+            f"model_type {model_type!r} does not fit: {'; '.join(differing)}."
         )
     return content
 

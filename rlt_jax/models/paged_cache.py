@@ -177,8 +177,7 @@ def _pagewise(
     query = query.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
 
     block = min(PAGES_PER_BLOCK, cache.table.shape[1])
-    table = pad(cache.table, block)
-    C = C * block
+    table, C = pad(cache.table, block), C * block
 
     def page_block(j: Array, state: OnlineSoftmax) -> OnlineSoftmax:
         pages = jax.lax.dynamic_slice_in_dim(table, j * block, block, axis=1)

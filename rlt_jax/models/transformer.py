@@ -217,8 +217,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        c = self.config
-        init = nn.initializers.normal(stddev=0.02)
+        c, init = self.config, nn.initializers.normal(stddev=0.02)
         init = nn.with_logical_partitioning(init, ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim))
         self.layers = nn.scan(

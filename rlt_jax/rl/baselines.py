@@ -18,8 +18,7 @@ def group_advantages(rewards: Array, group_size: int) -> Array:
     GRPO (arXiv 2402.03300, section 4.1.2).
     """
     centred = centred_advantages(rewards, group_size).reshape(-1, group_size)
-    std = centred.std(axis=1, ddof=1, keepdims=True)
-    return (centred / (std + 1e-4)).reshape(-1)
+    return (centred / (centred.std(axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
 
 
 def centred_advantages(rewards: Array, group_size: int) -> Array:

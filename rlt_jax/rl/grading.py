@@ -41,7 +41,7 @@ def check_gradable(problems: Sequence[Problem]) -> None:
         what, grader = f"the problem {problem.question[:60]!r} has", problem.grader
         if not (problem.answer or "").strip():
             raise UserError(
-                f"{what} no `answer`: grading needs an 'answer' for every question."
+                f"{what} no `answer`: grading needs one for every question."
             )
         if ":" in grader:
             load_function(grader.partition("?")[0], 2 + ("?" in grader))

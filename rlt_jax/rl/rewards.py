@@ -41,8 +41,7 @@ def correctness(
 
 def length(rollout: Rollout, template: Template, budget: NonNegativeInt) -> np.ndarray:
     """Minus the tokens beyond a budget, stop token included."""
-    lengths = np.array([len(tokens) for tokens in rollout.tokens])
-    return -np.maximum(lengths - budget, 0)
+    return -np.maximum(np.array(list(map(len, rollout.tokens))) - budget, 0)
 
 
 def copy(rollout: Rollout, template: Template) -> np.ndarray:

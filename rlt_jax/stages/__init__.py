@@ -223,9 +223,7 @@ def _check_workdir(workdir: str | Path) -> None:
     with as_user_error(f"--workdir={str(workdir)[:99]}", OSError, ValueError):
         there = next(filter(Path.exists, (Path(workdir), *Path(workdir).parents)))
     if not str(workdir) or not (stores.is_url(workdir) or there.is_dir()):
-        raise UserError(
-            f"--workdir={workdir}: name a folder; {there} is none or a file."
-        )
+        raise UserError(f"--workdir={workdir}: name a folder; {there} is none.")
 
 
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:

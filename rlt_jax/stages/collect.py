@@ -105,8 +105,7 @@ def prepare(
     """
     path = config.collect.get("classify")
     classify = load_function(path, 2) if path else None
-    mesh = setup.load_mesh(config)
-    opened = setup.open_models(config, "teacher")
+    mesh, opened = setup.load_mesh(config), setup.open_models(config, "teacher")
     terms = (Term(RLT, 1.0, None),)
     run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
     if isinstance(kl_coef := run.rlt_reward.explanation_kl_coef, str):

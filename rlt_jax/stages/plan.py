@@ -33,6 +33,7 @@ from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
 from rlt_jax.stages import plan_shapes, setup
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
+from rlt_jax.stages.preflight import module_of
 from rlt_jax.training import compilation, hosts, sharding
 
 # How libtpu says that a program, or the temporaries alone, need more than there is.
@@ -127,9 +128,10 @@ def read_recipe(c: PlanConfig, topology: str) -> Record:
     for change in c.changes:
         key, _, value = change.partition("=")
         what = f"plan.changes: {change!r}"
-        kinds = AttributeError, KeyError, TypeError, ValueError
-        with as_user_error(what, *kinds, end=""):
-            config.lock()  # against new keys
+        config.unlock()
+        with as_user_error(what, KeyError, TypeError, ValueError, end=""):
+            if key.partition(".")[0] not in config:
+                raise KeyError("the recipe has no such key")
             config.update_from_flattened_dict({key: json.loads(value)})
     resolve(config)
     values = config.to_dict()
@@ -140,6 +142,10 @@ def read_recipe(c: PlanConfig, topology: str) -> Record:
     if not names or {*names} - {*known}:
         what = f"the recipe has {', '.join(known) or 'none'} that can be planned"
         raise UserError(f"plan.stages={names}: {what}.")
+    for name in names:
+        keys = {"stage", "seed", *module_of(values[name]["stage"]).SECTIONS}
+        if unknown := sorted(values[name].keys() - keys):
+            raise UserError(f"the recipe's {name!r}: unknown key {unknown[0]!r}.")
     return values | {"pipeline": tuple(names)}
 
 
@@ -272,8 +278,7 @@ _REMEDIES = {
 
 
 def _advice(program: Section) -> str:
-    room = program["bytes"]
-    name = re.sub(r".*/|student_(\d+_)?", "", program["name"])
+    room, name = program["bytes"], re.sub(r".*/|student_(\d+_)?", "", program["name"])
     needed, limit, held = (room[x] / 2**30 for x in ("total", "limit", "resident"))
     return (
         f"{program['name']} needs {needed:.1f} of {limit:.1f} GiB a device, {held:.1f} "

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import jinja2
 from ml_collections import ConfigDict
 
+from rlt_jax.errors import as_user_error
 from rlt_jax.records import Record
 from rlt_jax.report.pages import ReportConfig, write_report
 from rlt_jax.settings import build
@@ -15,4 +17,12 @@ SECTIONS = ReportConfig
 def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Writes the report next to the stages that it reads; returns its summary."""
     c = build(ReportConfig, config, "report")
-    return hosts.from_first(lambda: write_report(workdir.parent, c, seed=seed))
+    kinds = AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError
+
+    def write() -> Record:
+        with as_user_error(
+            f"cannot write the report of {workdir.parent}", *kinds, end=""
+        ):
+            return write_report(workdir.parent, c, seed=seed)
+
+    return hosts.from_first(write)

@@ -64,8 +64,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
     layout.check_memory(policy.model, run.sampler.layout, mesh)
 
-    updates = c.steps * c.updates_per_rollout
-    completions = c.batch_size * c.group_size
+    updates, completions = c.steps * c.updates_per_rollout, c.batch_size * c.group_size
     teacher = load_weights(teacher, seed, c.offload)
     divergence = teacher and teacher.divergence
     loss_fn = policy_loss(objective, run.sampling.temperature, completions, divergence)
@@ -119,8 +118,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: ConfigDict, seed: int) -> Prepared:
     """Models without weights and data of the stage; raises UserError for bad input."""
-    c = build(RLConfig, config.loop, "loop")
-    mesh = setup.load_mesh(config)
+    c, mesh = build(RLConfig, config.loop, "loop"), setup.load_mesh(config)
     terms = rewards.make_terms(config.reward_terms)
     if c.self_teaching and config["students"]:
         raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
@@ -130,8 +128,10 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed, "held_out")
     setup.check_fit(run, [*problems, *held_out])
-    if "correctness" in [term.name for term in terms]:
-        check_gradable([*problems, *held_out])
+    graded = [*problems, *held_out]
+    if "correctness" not in [term.name for term in terms]:
+        graded = [one for one in held_out if (one.answer or "").strip()]
+    check_gradable(graded)
     prompts = pipeline.problem_batches(problems, c.batch_size, seed)
     teacher = open_teacher(config, run, problems, c.group_size)
     return Prepared(run, opened, problems, held_out, prompts, teacher)
@@ -178,8 +178,7 @@ def train(
             reward |= judged
         journal.lap("score", batch, reward)
         del policy  # with adapters a merged copy, which the update does not need
-        batch = fill_advantages(batch, reward["value"])
-        updates = []
+        batch, updates = fill_advantages(batch, reward["value"]), []
         for _ in range(c.updates_per_rollout):
             state, metrics = learner.update(state, batch)
             updates.append(metrics)

@@ -270,8 +270,7 @@ def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) 
     rows |= {n: row for n, row in enumerate(metrics.stream_jsonl(file)) if n in rows}
     chosen, examples = list(rows.values()), []
     for start in range(0, len(chosen), scorer.c.batch_size):
-        part = chosen[start : start + scorer.c.batch_size]
-        batch = []
+        part, batch = chosen[start : start + scorer.c.batch_size], []
         for row in part:
             problem = Problem(row["question"], row["solution"], history=history_of(row))
             text, closed = row["completion"], row["closed"]

@@ -139,8 +139,7 @@ def load_run(
       UserError: settings contradict each other, or do not fit the mesh or the models.
     """
     template = load_template(config["template"])
-    row_shape = load_row_shape(config, mesh)
-    names = [term.name for term in terms]
+    row_shape, names = load_row_shape(config, mesh), [term.name for term in terms]
     if (RLT in names) != bool(students) or (students and role != "teacher"):
         raise UserError(
             f"reward_terms are {names}, the role is {role!r} and "
@@ -207,8 +206,7 @@ def load_learner(
       seed: of the adapters' initial weights.
       max_norm: a step with a longer gradient is skipped; None for never.
     """
-    low_rank = build(lora.LoRAConfig, config["lora"], "lora")
-    key = jax.random.key(seed)
+    low_rank, key = build(lora.LoRAConfig, config["lora"], "lora"), jax.random.key(seed)
     tuning, params = lora.make_tuning(low_rank, loaded.model, loaded.params, mesh, key)
     tx = load_optimizer(config, steps)
     shardings = state.state_shardings(tuning.model, tx, mesh)
@@ -360,8 +358,7 @@ def sample_records(
     run: Run, rollout: Rollout, reward: Reward, chosen: slice = slice(None)
 ) -> list[Record]:
     """Completions and their rewards as JSON records."""
-    values = jax.device_get(reward)
-    records = []
+    values, records = jax.device_get(reward), []
     for n in range(len(rollout.requests))[chosen]:
         problem, text = rollout.requests[n].problem, rollout.texts[n]
         record = problem_record(problem)

@@ -491,6 +491,7 @@ def growing(count: int) -> dict:
 def test_hostile_tokenizers_are_refused(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE({"</s>": 0, "a": 1}, []))
     tokenizer.add_special_tokens(["</s>"])
+    tokenizer.decoder = decoders.Fuse()
     spec = json.loads(tokenizer.to_str())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     file = tmp_path / "tokenizer.json"
@@ -514,7 +515,7 @@ def test_hostile_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_texts_that_cannot_be_encoded_are_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="4,000,001 characters, .*: 'xxxx"):
+    with pytest.raises(UserError, match="4,000,001 characters: shorten .xxxx"):
         tokenizer.encode("x" * 4_000_001)
     with pytest.raises(UserError, match="TypeError"):
         tokenizer.encode("\ud800")

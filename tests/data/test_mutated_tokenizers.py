@@ -140,7 +140,7 @@ DAMAGED = "tokenizer.json, tokenizer.model or an added token is damaged"
         ("tokenizer_config.json", {"eos_token": {}}, "eos_token None of"),
         ("tokenizer_config.json", {"eos_token": {"content": 5}}, "eos_token 5 of"),
         ("tokenizer_config.json", {"eos_token": "<end>"}, "eos_token '<end>' of"),
-        ("tokenizer_config.json", {"eos_token": "\ud800"}, "_config.json: not valid"),
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, "_config.json is damaged"),
         (
             "tokenizer_config.json",
             {"chat_template_kwargs": []},

@@ -170,11 +170,11 @@ def test_bad_template_files_are_refused(tmp_path: Path) -> None:
         load_template("no_such_template")
     file = tmp_path / "mine.json"
     file.write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         load_template(str(file))
     fields = dataclasses.asdict(PLAIN)
     for bad, message in [
-        ([], "mine.json is .*; give it as keys and values"),
+        ([], "mine.json is damaged: it is .*, no keys and values"),
         (fields | {"colour": "red"}, "unknown key 'colour'"),
         ({"pad": ""}, "the key 'teacher_system' is missing"),
         (fields | {"pad": 1}, "mine.json: it.pad=1: a text"),

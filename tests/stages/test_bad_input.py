@@ -10,12 +10,18 @@ import ml_collections
 import pytest
 
 from rlt_jax.errors import UserError
+from rlt_jax.records import Problem
 from rlt_jax.stages import run_pipeline
 
 Section = Callable[[str], dict[str, Any]]
 RunStage = Callable[[dict[str, Any], Path], Path]
 GOOD_ROW = {"question": "1+1?", "solution": "2", "reasoning_trace": "1+1=2"}
 LONG = "1+1?" * 99
+UNGRADED = {"task": "tests.stages.test_bad_input:ungraded", "size": 3}
+
+
+def ungraded(size: int) -> list[Problem]:
+    return [Problem(f"{n}?", "2", "2", "maths") for n in range(size)]
 
 
 def write(file: Path, *lines: str | dict[str, Any]) -> dict[str, str]:
@@ -229,6 +235,7 @@ def test_a_student_without_answers_cannot_be_rewarded(
         ("evaluate", "data.size", 0, "data of task 'arithmetic': it has no problems"),
         ("rl", "held_out.size", 0, "held_out of task 'arithmetic': it has no problems"),
         ("rl", "held_out", None, "config.part.held_out=None: keys and values"),
+        ("rl", "held_out", UNGRADED, "has the unknown grader 'maths'"),
         ("collect", "collect.classify", "math:pi", "'math:pi' is not a "),
         ("collect", "collect.classify", "nowhere:f", "No module named 'nowhere'"),
         ("evaluate", "predictions", "/nowhere.jsonl", "/nowhere.jsonl': no such file"),

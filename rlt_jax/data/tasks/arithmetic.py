@@ -214,8 +214,7 @@ def traces(config: TraceConfig) -> list[Trace]:
     """
     c = config
     rng = np.random.default_rng([c.seed, 1, c.stream])
-    kinds = sample_kinds(rng, c.kinds, c.size)
-    result = []
+    kinds, result = sample_kinds(rng, c.kinds, c.size), []
     for exercise, kind in zip(_exercises(c), kinds, strict=True):
         explanation, answer = explain(exercise, str(kind), rng, c.known_answer)
         problem = _problem(exercise, answer, c.notation)
