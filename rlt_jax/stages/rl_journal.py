@@ -185,7 +185,7 @@ class Journal:
         self._append(step, "held_out", rollout, reward, slice(32))
         values = jax.device_get(reward)
         values["reward"] = values.pop("value")
-        answered = all(problem.answer is not None for problem in self.held_out)
+        answered = all((problem.answer or "").strip() for problem in self.held_out)
         if run.role == "student" and answered:
             points = {"right": 1.0, "wrong": 0.0, "unreadable": 0.0}
             values["accuracy"] = rewards.correctness(rollout, run.template, **points)

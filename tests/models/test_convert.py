@@ -281,10 +281,10 @@ def test_a_missing_or_broken_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.json is missing"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is not JSON"):
+    with pytest.raises(UserError, match="config.json is damaged"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="config.json is not JSON"):
+    with pytest.raises(UserError, match="config.json is damaged"):
         read_config(tmp_path)
 
 

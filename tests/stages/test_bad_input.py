@@ -203,7 +203,7 @@ def test_a_question_without_answer_cannot_be_graded(
 ) -> None:
     row = GOOD_ROW | {"solution": "It is so."}  # a number at its end would be graded
     values = section("evaluate") | {"data": write(tmp_path / "data.jsonl", row)}
-    with pytest.raises(UserError, match="needs an 'answer' for every question"):
+    with pytest.raises(UserError, match="grading needs one for every question"):
         run_stage(values, tmp_path / "run")
 
 

@@ -226,9 +226,10 @@ def test_the_card_has_every_stage_on_the_way(trained: Path, tmp_path: Path) -> N
 def test_a_stage_without_adapters_has_none_to_export(
     trained: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for path in (str(trained), "embedded"):
         with pytest.raises(UserError, match="is no stage that trained adapters"):
-            export(tmp_path / "out", path, adapter_base="someone/some-model")
+            export(tmp_path / "out", path, adapter_base=str(tmp_path))
 
 
 def test_the_export_has_the_chat_template_that_is_in_use(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
-from rlt_jax.stages import RENAMED, report, run_pipeline, sft, stage_sections
+from rlt_jax.stages import RENAMED, preflight, report, run_pipeline, sft, stage_sections
 from rlt_jax.training import checkpoint, private_jax
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
@@ -191,6 +191,7 @@ def test_the_report_names_the_stages_that_it_reads(
 ) -> None:
     monkeypatch.setattr(report, "run", stage)
     monkeypatch.setattr(report, "SECTIONS", {"options": None})
+    monkeypatch.setattr(preflight, "check_stages", lambda *_: None)
     config = config_of(a=section_of(), b=section_of(), report=section_of("a"))
     config.report.stage = "report"
     run_pipeline(config, tmp_path)
