@@ -129,7 +129,8 @@ def read_json(file: Path, missing: Record | None = None) -> Record:
     """
     if not file.exists():
         if missing is None:
-            raise UserError(f"{file} is missing; check the path or run what writes it.")
+            stage = f"the stage {file.parent.name!r} if that writes it"
+            raise UserError(f"{file} is missing; check the path, or run {stage}.")
         return missing
     content = file.read_bytes()
     try:

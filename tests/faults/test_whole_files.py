@@ -11,9 +11,9 @@ import pytest
 
 from rlt_jax import files
 from rlt_jax.errors import StorageError
+from rlt_jax.files import write_json
 from rlt_jax.models import peft
 from rlt_jax.models.families import family
-from rlt_jax.models.weight_files import write_json
 from rlt_jax.report.files import write_page
 from rlt_jax.stages import plan, run_pipeline
 
