@@ -160,8 +160,15 @@ def _bind(
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
     keys |= {name: value for name, value in given.items() if name in wanted}
-    load = bind(source, keys, where)
-    return lambda: split(load(), part, where)
+    load, kind = bind(source, keys, where), Trace if sources is TRACES else Problem
+
+    def load_part() -> list:
+        loaded = load()
+        if not isinstance(loaded, list) or any(type(x) is not kind for x in loaded):
+            raise UserError(f"{where}: it must give a list, each a {kind.__name__}.")
+        return split(loaded, part, where)
+
+    return load_part
 
 
 def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
@@ -179,9 +186,8 @@ def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
     Raises:
       UserError: no problems, or fewer than four questions to hold some out.
     """
-    with as_user_error(f"{where}: no list of problems", AttributeError, TypeError):
-        questions = [getattr(one, "problem", one).question for one in loaded]
-    if not questions:
+    questions = [getattr(one, "problem", one).question for one in loaded]
+    if not loaded:
         raise UserError(f"{where}: it has no problems; change its settings or data.")
     if part == "all":
         return loaded

@@ -108,7 +108,7 @@ def test_bad_parts_are_refused(
         ({"task": ".x:y"}, "'.x:y' is not a \"module:function\""),
         ({"task": "math:pi"}, "data.task='math:pi': 3.14.* is not a callable"),
         ({"task": "builtins:max"}, "data.task='builtins:max': no signature"),
-        ({"task": "builtins:globals"}, "no list of problems: 'str' object"),
+        ({"task": "builtins:globals"}, "must give a list, each a Problem"),
     ],
 )
 def test_bad_data_sections_are_refused(
@@ -116,6 +116,12 @@ def test_bad_data_sections_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.load_problems(section, tiny, seed=0)
+
+
+def test_problems_where_traces_belong_are_refused(tiny: Template) -> None:
+    section = ARITHMETIC | {"task": "rlt_jax.data.tasks.arithmetic:problems"}
+    with pytest.raises(UserError, match="must give a list, each a Trace"):
+        pipeline.load_traces(section, tiny, seed=0)
 
 
 def test_sources_of_a_mix_have_names_and_shares(tmp_path: Path, tiny: Template) -> None:
