@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rlt_jax.models.attention import block_of
+from rlt_jax.models.attention import block_of, soft_cap
 from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, capped, hidden_states, raw_logits
+from rlt_jax.models.transformer import Transformer, hidden_states, raw_logits
 from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
@@ -54,7 +54,7 @@ def log_probs_and_entropy(
 
     def values(raw: Array, about: tuple, shared: None) -> tuple[Array, Array]:
         """Log-probs of a chunk's targets, and the entropy."""
-        scores = capped(model.config, raw) / (temperature or 1.0)
+        scores = soft_cap(raw, model.config.final_softcap) / (temperature or 1.0)
         normaliser = jax.nn.logsumexp(scores, axis=-1)
         return chosen(scores, *about) - normaliser, entropy(scores, normaliser)
 

@@ -273,19 +273,13 @@ class Transformer(nn.Module):
 
 def head_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
     """Hidden states [..., D] -> float32 logits [..., V]."""
-    return capped(config, raw_logits(config, kernel, hidden))
+    return soft_cap(raw_logits(config, kernel, hidden), config.final_softcap)
 
 
 def raw_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
     """The logits before their cap."""
     kernel = (kernel.T if config.tie_embeddings else kernel).astype(hidden.dtype)
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-
-
-def capped(config: ModelConfig, logits: Array) -> Array:
-    """Logits within the model's bound, if it has one."""
-    cap = config.final_softcap
-    return logits if cap is None else soft_cap(logits, cap)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
