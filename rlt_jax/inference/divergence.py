@@ -214,7 +214,5 @@ def log_probs_and_divergence(
         distance = divergence(config, jax.nn.log_softmax(told[..., :V]), shared)
         return head.chosen(log_probs, targets), head.entropy(log_probs), distance
 
-    chunks = head.arrange(model, params, batch, wanted, LIVE)
-    about = chunks.put(batch.tokens), chunks.put(batch.teacher_states)
-    found = chunks.run(values, model, params, about, batch.teacher_kernel)
-    return tuple(map(chunks.about_token, found))
+    about, kernel = (batch.tokens, batch.teacher_states), batch.teacher_kernel
+    return head.per_token(values, (model, params), batch, wanted, about, kernel, LIVE)
