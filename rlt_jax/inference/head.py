@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from rlt_jax.models.attention import block_of, soft_cap
 from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, hidden_states, raw_logits
+from rlt_jax.models.transformer import Transformer, hidden_states, kernel_of, raw_logits
 from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
@@ -123,11 +123,6 @@ def per_token(
     kernel = kernel_of(transformer.config, params)
     given = tuple(map(beside_states, about)), shared, last
     return tuple(map(about_tokens, _chunked(settings, kernel, states, given)))
-
-
-def kernel_of(config: ModelConfig, params: Params) -> Array:
-    """Weights of the head: [V, D] where embeddings are tied, else [D, V]."""
-    return params["embedding" if config.tie_embeddings else "output"]
 
 
 def chunk_length(B: int, T: int, V: int, devices: int) -> int:

@@ -1,7 +1,7 @@
 """A decoder-only transformer in Flax Linen.
 
 Layers are scanned (parameters stacked on L) and optionally rematerialized. The KV cache
-is an argument and a result. The output head is a separate method, so that
+is an argument and a result. The output head is a separate function, so that
 log-probabilities never need all logits at once.
 """
 
@@ -212,7 +212,7 @@ def _remat(block: Any, policy: str) -> Any:
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer; `head` computes logits from hidden states."""
+    """Decoder-only transformer; `logits` computes logits from hidden states."""
 
     config: ModelConfig
 
@@ -265,10 +265,10 @@ class Transformer(nn.Module):
         (x, kv_cache), _ = self.layers(carry, _layers(c), positions, segment_ids)
         return _all_lengths(self.final_norm(x)), kv_cache
 
-    def head(self, hidden: Array) -> Array:
-        """Hidden states [..., D] -> float32 logits [..., V]."""
-        kernel = self.embedding if self.config.tie_embeddings else self.output
-        return head_logits(self.config, kernel, hidden)
+
+def kernel_of(config: ModelConfig, params: Params) -> Array:
+    """Weights of the head: [V, D] where embeddings are tied, else [D, V]."""
+    return params["embedding" if config.tie_embeddings else "output"]
 
 
 def head_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
@@ -311,5 +311,5 @@ def hidden_states(
 
 
 def logits(model: Transformer, params: Params, hidden: Array) -> Array:
-    """`Transformer.head` as a pure function: [..., D] -> float32 [..., V]."""
-    return model.apply({"params": params}, hidden, method=Transformer.head)
+    """Hidden states [..., D] -> float32 logits [..., V]."""
+    return head_logits(model.config, kernel_of(model.config, params), hidden)
