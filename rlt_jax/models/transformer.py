@@ -289,13 +289,17 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 def logical_axes(config: ModelConfig) -> Any:
     """PartitionSpecs of logical axes, in a tree like the parameters."""
-    boxed = jax.eval_shape(lambda: boxed_params(Transformer(config), jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+    return nn.get_partition_spec(boxed_shapes(Transformer(config)))
 
 
 def boxed_params(model: Transformer, key: Array) -> Any:
     """Random parameters, boxed with their logical axis names."""
     return model.init(key, *[jnp.zeros((1, 2), jnp.int32)] * 3)["params"]
+
+
+def boxed_shapes(model: Transformer) -> Any:
+    """Shapes and dtypes of the parameters, boxed with their logical axis names."""
+    return jax.eval_shape(lambda: boxed_params(model, jax.random.key(0)))
 
 
 def hidden_states(
