@@ -31,14 +31,12 @@ def storing(path: Path | str) -> Iterator[None]:
     except (UserError, StorageError):
         raise
     except Exception as error:
+        what = f"cannot write {path}"
         if number := storage_errno(error):
-            what = os.strerror(number)
-            raise StorageError(f"cannot write {path}: {what}. {GO_ON}") from error
+            raise StorageError(f"{what}: {os.strerror(number)}. {GO_ON}") from error
         if isinstance(error, OSError):
-            what = f"cannot write {path}: {error.strerror}"
-            raise UserError(
-                f"{what}. Change that, or use another --workdir."
-            ) from error
+            give = f"{error.strerror}. Change that, or use another --workdir."
+            raise UserError(f"{what}: {give}") from error
         raise
 
 
