@@ -35,8 +35,8 @@ def storing(path: Path | str) -> Iterator[None]:
         if number := storage_errno(error):
             raise StorageError(f"{what}: {os.strerror(number)}. {GO_ON}") from error
         if isinstance(error, OSError):
-            give = f"{error.strerror}. Change that, or use another --workdir."
-            raise UserError(f"{what}: {give}") from error
+            reason = f"{error.strerror}. Change that, or use another --workdir."
+            raise UserError(f"{what}: {reason}") from error
         raise
 
 
