@@ -35,7 +35,7 @@ USER_ERROR = 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a disk, a network or another process failed
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
 EXIT_SECONDS = 10  # that processes wait for each other when one has failed
-FAILURES = "rlt_jax_failures"
+FAILURES, BEATS = "rlt_jax_failures", "rlt_jax_beats"  # of processes, by their index
 # In errors of collectives with a process that has ended.
 LOST = ("Connection reset by peer", "Connection closed by peer", "Socket closed")
 
@@ -307,22 +307,24 @@ def _watch_others(heartbeat_timeout: float) -> None:
 
     JAX does the latter, too, a little later and with a stack trace of its C++ code.
     """
-    silence, count = 0.5 * heartbeat_timeout, private_jax.num_processes()
-    answered = dict.fromkeys(range(count), time.monotonic())
+    silence, index = 0.5 * heartbeat_timeout, private_jax.process_id()
+    answered = dict.fromkeys(range(private_jax.num_processes()), time.monotonic())
     beats: dict[int, str] = {}
     while not _exiting.wait(POLL_SECONDS):
-        failures, now = [], time.monotonic()
+        failures, now = {}, time.monotonic()
         stamp = str(now)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is silent
-            private_jax.beat(stamp)
+            private_jax.send(f"{BEATS}/{index}", stamp, overwrite=True)
             failures = private_jax.received(FAILURES)
-            new = private_jax.beats() if is_first() else dict.fromkeys(answered, stamp)
+            new = dict.fromkeys(answered, stamp)
+            if is_first():
+                new = private_jax.received(BEATS)
             answered |= {i: now for i in new if new[i] != beats.get(i)}
             beats = new
         silent = [i for i in answered if now - answered[i] > silence]
         if failures and not _exiting.is_set():
             _exiting.set()
-            message, status = json.loads(failures[0])
+            message, status = json.loads(next(iter(failures.values())))
             _exit_together(f"ends, as another process failed: {message}", status)
         elif silent and not _exiting.is_set():
             _fail(

@@ -13,7 +13,6 @@ from jax._src.distributed import global_state
 
 # The key under which JAX's preemption service announces a SIGTERM to all processes.
 PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
-BEATS = "rlt_jax_beats"
 
 
 def process_id() -> int:
@@ -66,31 +65,13 @@ def receive(key: str) -> str:
                 raise
 
 
-def received(directory: str) -> list[str]:
-    """All strings stored so far under keys that begin with `directory` and a slash.
+def received(directory: str) -> dict[int, str]:
+    """Process -> the string that it has stored under `directory`, a slash and its index.
 
     Raises:
       jax.errors.JaxRuntimeError: process 0 is dead.
     """
-    return [value for _, value in global_state.client.key_value_dir_get(directory)]
-
-
-def beat(value: str) -> None:
-    """Replaces what `beats` has of this process.
-
-    Raises:
-      jax.errors.JaxRuntimeError: process 0 is dead.
-    """
-    send(f"{BEATS}/{process_id()}", value, overwrite=True)
-
-
-def beats() -> dict[int, str]:
-    """Process -> the last that it gave to `beat`.
-
-    Raises:
-      jax.errors.JaxRuntimeError: process 0 is dead.
-    """
-    found = global_state.client.key_value_dir_get(BEATS)
+    found = global_state.client.key_value_dir_get(directory)
     return {int(key.rpartition("/")[2]): value for key, value in found}
 
 
