@@ -39,12 +39,6 @@ class Layer(NamedTuple):
     rope: Rope
 
 
-def _layers(config: ModelConfig) -> Layer:
-    L = config.num_layers
-    windowed = jnp.array(config.windowed_layers or (False,) * L)
-    return Layer(jnp.arange(L), windowed, jax.tree.map(jnp.array, layer_ropes(config)))
-
-
 def _kernel_init(axes: Axes, fan_in: int) -> Any:
     init = nn.initializers.truncated_normal(stddev=fan_in**-0.5)
     return nn.with_logical_partitioning(init, axes)
@@ -261,8 +255,11 @@ class Transformer(nn.Module):
         x = self.embedding[tokens].astype(c.activation_dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
+        windowed = jnp.array(c.windowed_layers or (False,) * c.num_layers)
+        ropes = jax.tree.map(jnp.array, layer_ropes(c))
+        layers = Layer(jnp.arange(c.num_layers), windowed, ropes)
         carry = _constrain(x, "batch", "length", "embed"), kv_cache
-        (x, kv_cache), _ = self.layers(carry, _layers(c), positions, segment_ids)
+        (x, kv_cache), _ = self.layers(carry, layers, positions, segment_ids)
         return _all_lengths(self.final_norm(x)), kv_cache
 
 
