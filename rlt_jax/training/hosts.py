@@ -269,16 +269,15 @@ def guard(work: Callable[[], None]) -> None:
         tell("stopped by a signal, all is saved; the same command resumes the run.")
         sys.exit(_stop_status[0])
     except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split())[:500]
         if isinstance(error, StorageError):
             _fail(str(error), TRY_AGAIN)
         if storage_errno(error):
-            reason = " ".join(str(error).split())[:500]
             _fail(f"the storage failed: {reason}. {GO_ON}", TRY_AGAIN)
         if not jax.distributed.is_initialized():
             raise
         if any(text in str(error) for text in LOST):
             time.sleep(3 * POLL_SECONDS)  # it may tell why
-            reason = " ".join(str(error).split())[:200]
             message = f"another process, or the network to it, has failed ({reason})"
             _fail(f"{message}. {GO_ON}", TRY_AGAIN)
         traceback.print_exc()
