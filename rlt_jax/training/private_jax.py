@@ -35,9 +35,8 @@ def cluster_process_count() -> int:
     # JAX can number the pods of Kubernetes only if they belong to an indexed job.
     ignored = () if "JOB_COMPLETION_INDEX" in os.environ else ("K8sCluster",)
     for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method or cluster.__name__ in ignored:
-            continue
-        if cluster.is_env_present():
+        is_ignored = cluster.opt_in_only_method or cluster.__name__ in ignored
+        if not is_ignored and cluster.is_env_present():
             return cluster.get_process_count()
     return 1
 
