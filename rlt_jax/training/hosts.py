@@ -263,15 +263,13 @@ def guard(work: Callable[[], None]) -> None:
     """
     try:
         work()
-    except UserError as error:
-        _fail(str(error))
+    except (UserError, StorageError) as error:
+        _fail(str(error), TRY_AGAIN if isinstance(error, StorageError) else USER_ERROR)
     except Stopped:
         tell("stopped by a signal, all is saved; the same command resumes the run.")
         sys.exit(_stop_status[0])
     except (Exception, KeyboardInterrupt) as error:
         reason = " ".join(str(error).split())[:500]
-        if isinstance(error, StorageError):
-            _fail(str(error), TRY_AGAIN)
         if storage_errno(error):
             _fail(f"the storage failed: {reason}. {GO_ON}", TRY_AGAIN)
         if not jax.distributed.is_initialized():
