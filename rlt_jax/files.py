@@ -31,14 +31,12 @@ def storing(path: Path | str) -> Iterator[None]:
     except (UserError, StorageError):
         raise
     except Exception as error:
+        what = f"cannot write {path}"
         if number := storage_errno(error):
-            what = os.strerror(number)
-            raise StorageError(f"cannot write {path}: {what}. {GO_ON}") from error
+            raise StorageError(f"{what}: {os.strerror(number)}. {GO_ON}") from error
         if isinstance(error, OSError):
-            what = f"cannot write {path}: {error.strerror}"
-            raise UserError(
-                f"{what}. Change that, or use another --workdir."
-            ) from error
+            reason = f"{error.strerror}. Change that, or use another --workdir."
+            raise UserError(f"{what}: {reason}") from error
         raise
 
 
@@ -89,21 +87,18 @@ def append_jsonl(file: Path, records: list[Record]) -> None:
 
     Numbers that are not finite are written as null, as JSON has none of them.
     """
-    lines = [
-        # Lone surrogates are written as JSON escapes.
-        json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode(
-            "utf-8", "backslashreplace"
-        )
-        + b"\n"
+    lines = "".join(
+        json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
         for record in records
-    ]
+    )
     with storing(file), file.open("ab+") as opened:
         if opened.tell():
             opened.seek(-1, os.SEEK_END)
             if opened.read() != b"\n":
                 opened.seek(0)
                 opened.truncate(opened.read().rfind(b"\n") + 1)
-        opened.write(b"".join(lines))
+        # Lone surrogates are written as JSON escapes.
+        opened.write(lines.encode("utf-8", "backslashreplace"))
         opened.flush()
         os.fsync(opened.fileno())
 

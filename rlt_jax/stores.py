@@ -299,8 +299,8 @@ def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
       UserError: the store refuses.
       StorageError: it has failed too often.
     """
-    began, tries = time.monotonic(), 0
-    while True:
+    began = time.monotonic()
+    for tries in range(1, TRIES + 1):
         try:
             result = act(*args)
             watchdog.progress(url)
@@ -310,7 +310,6 @@ def _tried(url: str, act: Callable[..., Any], *args: Any) -> Any:
         except Exception as error:  # every library has its own
             told = " ".join(f"{type(error).__name__} {error}".split())[:300]
             reason, seconds = f"{url}: {told}", time.monotonic() - began
-            tries += 1
             code = str(getattr(error, "code", None) or getattr(error, "status", ""))
             if _REFUSED.search(told) or re.fullmatch("4(?!08|29)..", code):
                 raise UserError(f"{reason}. Check address and rights.") from error

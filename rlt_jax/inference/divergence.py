@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from rlt_jax.inference import head, spans
+from rlt_jax.models.attention import soft_cap
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, capped, head_logits, hidden_states
+from rlt_jax.models.transformer import Transformer, head_logits, hidden_states
 from rlt_jax.ranges import Checked, OneOf, PositiveFloat, PositiveInt, Range
 from rlt_jax.types import Array, Batch, Params, Spans
 
@@ -203,7 +204,8 @@ def log_probs_and_divergence(
     def values(raw: Array, about: tuple, kernel: Array) -> tuple[Array, Array, Array]:
         """Log-probs, entropy and divergence [B, C]."""
         targets, states = about
-        log_probs = jax.nn.log_softmax(capped(student, raw) / temperature)
+        scores = soft_cap(raw, student.final_softcap) / temperature
+        log_probs = jax.nn.log_softmax(scores)
         told = head_logits(teacher, kernel, states) / of_teacher
         V = min(told.shape[-1], raw.shape[-1])
         shared = log_probs[..., :V]
@@ -212,7 +214,5 @@ def log_probs_and_divergence(
         distance = divergence(config, jax.nn.log_softmax(told[..., :V]), shared)
         return head.chosen(log_probs, targets), head.entropy(log_probs), distance
 
-    chunks = head.arrange(model, params, batch, wanted, LIVE)
-    about = chunks.put(batch.tokens), chunks.put(batch.teacher_states)
-    found = chunks.run(values, model, params, about, batch.teacher_kernel)
-    return tuple(map(chunks.about_token, found))
+    about, kernel = (batch.tokens, batch.teacher_states), batch.teacher_kernel
+    return head.per_token(values, (model, params), batch, wanted, about, kernel, LIVE)

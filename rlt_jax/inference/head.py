@@ -10,16 +10,16 @@ log-probability 0. The shift is written here and nowhere else.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rlt_jax.models.attention import block_of
+from rlt_jax.models.attention import block_of, soft_cap
 from rlt_jax.models.attention_kernels import pad
 from rlt_jax.models.config import ModelConfig
-from rlt_jax.models.transformer import Transformer, capped, hidden_states, raw_logits
+from rlt_jax.models.transformer import Transformer, hidden_states, kernel_of, raw_logits
 from rlt_jax.types import Array, Batch, Params
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32 at a time on each device
@@ -50,16 +50,14 @@ def log_probs_and_entropy(
       that each token was sampled from, which has no gradient. Both are 0 for padding, for
       the first token of each sequence, and where not wanted.
     """
-    chunks = arrange(model, params, batch, wanted)
 
     def values(raw: Array, about: tuple, shared: None) -> tuple[Array, Array]:
         """Log-probs of a chunk's targets, and the entropy."""
-        scores = capped(model.config, raw) / (temperature or 1.0)
+        scores = soft_cap(raw, model.config.final_softcap) / (temperature or 1.0)
         normaliser = jax.nn.logsumexp(scores, axis=-1)
         return chosen(scores, *about) - normaliser, entropy(scores, normaliser)
 
-    found = chunks.run(values, model, params, (chunks.put(batch.tokens),))
-    return tuple(map(chunks.about_token, found))
+    return per_token(values, (model, params), batch, wanted, (batch.tokens,))
 
 
 def chosen(scores: Array, targets: Array) -> Array:
@@ -75,81 +73,56 @@ def entropy(scores: Array, normaliser: Array | float = 0.0) -> Array:
     return normaliser - jnp.sum(weights * scores, axis=-1)
 
 
-class Chunks(NamedTuple):
-    """Hidden states in the order in which the head reads them, wanted ones first.
+def per_token(
+    values: Callable[..., tuple[Array, ...]],
+    model: tuple[Transformer, Params],
+    batch: Batch,
+    wanted: ArrayLike,
+    about: tuple[Array, ...],
+    shared: Any = None,
+    live: int = 1,
+) -> tuple[Array, ...]:
+    """Runs the head over the chunks, and again in the backward pass.
 
-    Attributes:
-      states: [B, S, D], S a multiple of `size`.
-      order: [B, T] int32, the place in its row of each state.
-      back: [B, T] int32, the inverse.
-      predicted: [B, T] bool, the tokens that are wanted.
-      last: [] int32, how many chunks hold a state that is needed.
-      size: C.
+    Args:
+      values: (logits [B, C, V] before their cap, `about` [B, C, ...], `shared`) -> arrays
+        [B, C] float32.
+      model: the transformer, and its parameters; these have a gradient, the rest has none.
+      batch: one micro-batch.
+      wanted: [B, T] bool, the tokens whose values are needed.
+      about: arrays about the tokens, [B, T, ...].
+      shared: arrays for all chunks.
+      live: how many arrays like the logits of a chunk are held at a time.
+
+    Returns:
+      The values [B, T] of every token; 0 where they are not wanted.
     """
-
-    states: Array
-    order: Array
-    back: Array
-    predicted: Array
-    last: Array
-    size: int
-
-    def put(self, x: Array) -> Array:
-        """What is about tokens, [B, T, ...], beside the states that predict them."""
-        order = self.order.reshape(self.order.shape + (1,) * (x.ndim - 2))
-        x = jnp.take_along_axis(jnp.roll(x, -1, axis=1), order, axis=1)
-        return pad(x, self.size)
-
-    def run(
-        self,
-        values: Callable[..., tuple[Array, ...]],
-        model: Transformer,
-        params: Params,
-        about: tuple[Array, ...],
-        shared: Any = None,
-    ) -> tuple[Array, ...]:
-        """Runs the head over the chunks, and again in the backward pass.
-
-        Args:
-          values: (logits [B, C, V] before their cap, `about` [B, C, ...], `shared`) ->
-            arrays [B, C] float32. Chunks in which nothing is wanted are 0.
-          model: the transformer.
-          params: its parameters; they and the states have a gradient, the rest has none.
-          about: arrays beside the states, [B, S, ...].
-          shared: arrays for all chunks.
-        """
-        settings = values, model.config, self.size
-        kernel = kernel_of(model.config, params)
-        return _chunked(settings, kernel, self.states, about, shared, self.last)
-
-    def about_token(self, x: Array) -> Array:
-        """Values [B, S] beside the states as [B, T]; 0 where they are not wanted."""
-        x = jnp.take_along_axis(x[:, : self.back.shape[1]], self.back, axis=1)
-        return jnp.where(self.predicted, jnp.roll(x, 1, axis=1), 0.0)
-
-
-def arrange(
-    model: Transformer, params: Params, batch: Batch, wanted: ArrayLike, live: int = 1
-) -> Chunks:
-    """The hidden states of a micro-batch; `live` arrays like logits are held at a time."""
+    transformer, params = model
     tokens, positions, segment_ids = batch.tokens, batch.positions, batch.segment_ids
-    hidden, _ = hidden_states(model, params, tokens, positions, segment_ids)
+    hidden, _ = hidden_states(transformer, params, tokens, positions, segment_ids)
     B, T = tokens.shape
     devices = max(1, jax.sharding.get_abstract_mesh().size)
-    C = chunk_length(B, T, live * model.config.vocab_size, devices)
+    C = chunk_length(B, T, live * transformer.config.vocab_size, devices)
     predicted = (positions > 0) & (segment_ids > 0) & wanted
-    # State t predicts token t + 1.
+    # State t predicts token t + 1. Needed states come first, in their order.
     needed = jnp.roll(predicted, -1, axis=1)
     order = jnp.argsort(~needed, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     last = -(-needed.sum(axis=1).max() // C)
     states = pad(_permuted(hidden, order, back), C)
-    return Chunks(states, order, back, predicted, last, C)
 
+    def beside_states(x: Array) -> Array:
+        places = order.reshape(order.shape + (1,) * (x.ndim - 2))
+        return pad(jnp.take_along_axis(jnp.roll(x, -1, axis=1), places, axis=1), C)
 
-def kernel_of(config: ModelConfig, params: Params) -> Array:
-    """Weights of the head: [V, D] where embeddings are tied, else [D, V]."""
-    return params["embedding" if config.tie_embeddings else "output"]
+    def about_tokens(x: Array) -> Array:
+        x = jnp.take_along_axis(x[:, :T], back, axis=1)
+        return jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0)
+
+    settings = values, transformer.config, C
+    kernel = kernel_of(transformer.config, params)
+    given = tuple(map(beside_states, about)), shared, last
+    return tuple(map(about_tokens, _chunked(settings, kernel, states, given)))
 
 
 def chunk_length(B: int, T: int, V: int, devices: int) -> int:
@@ -174,15 +147,15 @@ _Settings = tuple[Callable[..., tuple[Array, ...]], ModelConfig, int]
 
 
 def _forward(
-    settings: _Settings,
-    kernel: Array,
-    hidden: Array,
-    about: tuple[Array, ...],
-    shared: Any,
-    last: Array,
+    settings: _Settings, kernel: Array, hidden: Array, given: tuple
 ) -> tuple[tuple[Array, ...], tuple]:
-    """Values [B, S] of all chunks, and what the backward pass needs."""
+    """Values [B, S] of all chunks, and what the backward pass needs.
+
+    `given` has no gradient: what is about the states, what is shared by all chunks, and the
+    number of chunks with a state that is needed.
+    """
     values, config, C = settings
+    about, shared, last = given
 
     def one_chunk(i: Array | int) -> tuple[Array, ...]:
         raw = raw_logits(config, kernel, block_of(hidden, i, C))
@@ -195,12 +168,12 @@ def _forward(
     shapes = jax.eval_shape(one_chunk, 0)
     zeros = tuple(jnp.zeros(hidden.shape[:2], x.dtype) for x in shapes)
     found = jax.lax.fori_loop(0, last, add, zeros)
-    return found, (kernel, hidden, about, shared, last)
+    return found, (kernel, hidden, given)
 
 
 def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
     values, config, C = settings
-    kernel, hidden, about, shared, last = saved
+    kernel, hidden, (about, shared, last) = saved
 
     def add(i: Array, found: tuple) -> tuple:
         d_kernel, d_hidden = found
@@ -217,7 +190,7 @@ def _backward(settings: _Settings, saved: tuple, gradients: tuple) -> tuple:
         return d_kernel + dk.astype(kernel.dtype), d_hidden
 
     zeros = jnp.zeros_like(kernel), jnp.zeros_like(hidden)
-    return *jax.lax.fori_loop(0, last, add, zeros), None, None, None
+    return *jax.lax.fori_loop(0, last, add, zeros), None
 
 
 _chunked = jax.custom_vjp(lambda *inputs: _forward(*inputs)[0], nondiff_argnums=(0,))

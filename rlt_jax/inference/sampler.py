@@ -72,15 +72,14 @@ def take(rollout: Rollout, chosen: Sequence[int]) -> Rollout:
 
 def in_order(parts: Iterable[Part], batch_size: int) -> Iterator[Rollout]:
     """Rollouts of consecutive requests, each as soon as it is complete."""
-    waiting: dict[int, tuple[Rollout, int]] = {}  # where each completion is
+    waiting: dict[int, Rollout] = {}  # each completion by itself
     first = 0
 
     def batch(numbers: Sequence[int]) -> Rollout:
-        found = [waiting.pop(n) for n in numbers]
-        return join(([k], take(rollout, [i])) for k, (rollout, i) in enumerate(found))
+        return join(([n], waiting.pop(n)) for n in numbers)
 
     for indices, rollout in parts:
-        waiting |= {n: (rollout, i) for i, n in enumerate(indices)}
+        waiting |= {n: take(rollout, [i]) for i, n in enumerate(indices)}
         while all(first + i in waiting for i in range(batch_size)):
             yield batch(range(first, first + batch_size))
             first += batch_size

@@ -18,7 +18,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill, Sampled, Slots
 from rlt_jax.inference.layout import Layout
 from rlt_jax.inference.sampler import Part
-from rlt_jax.types import Requests, Rollout
+from rlt_jax.types import Request, Requests, Rollout
 
 
 class Prefill(NamedTuple):
@@ -41,7 +41,7 @@ class _Prompt:
 @dataclasses.dataclass
 class _Running:
     index: int
-    shard: int
+    request: Request
     prompt: _Prompt
     age: int
     pages: list[int]
@@ -93,10 +93,11 @@ class Scheduler:
         Returns:
           Prompts to prefill, changes of the slots, and who will have which slot.
         """
-        B, put_off = len(self._slots), []
+        B, waiting = len(self._slots), len(self._queue)
         for b in sorted(self._running(), key=lambda b: self._slots[b].age):
             if self._slots[b] is not None:  # not put off by an older one
-                put_off += self._grow(b)
+                self._grow(b)
+        put_off = len(self._queue) > waiting
         replaced = np.array([running is None for running in self._slots])
         prefills: list[Prefill] = []
         seen = np.zeros((B, self._layout.seen_size), bool)
@@ -116,10 +117,9 @@ class Scheduler:
                 continue  # it ended, or was put off, in an earlier dispatch
             count = int(sampled.mask[:, b].sum())
             if not np.isfinite(sampled.log_probs[:count, b]).all():
-                request = self._requests[running.index].request_id
                 raise UserError(
-                    f"generation: the logits of request {request} are not finite; the "
-                    "weights or the dtype of the model are at fault."
+                    f"generation: the logits of request {running.request.request_id} are "
+                    "not finite; the weights or the dtype of the model are at fault."
                 )
             running.tokens += sampled.tokens[:count, b].tolist()
             running.log_probs += sampled.log_probs[:count, b].tolist()
@@ -137,7 +137,7 @@ class Scheduler:
 
     def _rollout(self, completions: Sequence[_Running]) -> Rollout:
         return Rollout(
-            requests=[self._requests[running.index] for running in completions],
+            requests=[running.request for running in completions],
             tokens=[np.array(running.tokens, np.int32) for running in completions],
             log_probs=[np.array(one.log_probs, np.float32) for one in completions],
             finished=np.array([running.finished for running in completions], bool),
@@ -154,8 +154,7 @@ class Scheduler:
             del running.tokens[keep:], running.log_probs[keep:]
         at_stop_id = bool(tokens) and tokens[-1] in self._stops
         running.finished = keep is not None or at_stop_id
-        maximum = self._requests[running.index].max_new_tokens
-        return running.finished or len(tokens) >= maximum
+        return running.finished or len(tokens) >= running.request.max_new_tokens
 
     def _admit(self, b: int, prefills: list[Prefill], refill: Refill) -> None:
         """Gives slot b the next request if there are pages for its first steps."""
@@ -183,7 +182,7 @@ class Scheduler:
             n = shard * layout.slots + refill.copies[shard]
             refill.source[n], refill.target[n] = prompt.pages[-1], pages[0]
             refill.copies[shard] += 1
-        self._slots[b] = _Running(index, shard, prompt, self._admitted, pages, first)
+        self._slots[b] = _Running(index, request, prompt, self._admitted, pages, first)
         self._admitted += 1
         self._table[b] = self._row(prompt.pages[: stored // C] + pages)
         fresh = refill.slots
@@ -195,31 +194,29 @@ class Scheduler:
         if layout.seen_size:
             fresh.seen[b, request.prompt] = True
 
-    def _grow(self, b: int) -> list[int]:
-        """Pages for the next steps of slot b; gives the slots put off for them."""
+    def _grow(self, b: int) -> None:
+        """Pages for the next steps of slot b; others, or itself, are put off for them."""
         layout, running = self._layout, self._slots[b]
-        request = self._requests[running.index]
-        most = len(request.prompt) - 1 + request.max_new_tokens
+        stored, shard = len(running.request.prompt) - 1, b // layout.slots
+        most = stored + running.request.max_new_tokens
         running.reserved = min(running.reserved + layout.steps, most)
-        shared, put_off = (len(request.prompt) - 1) // layout.page_size, []
+        shared = stored // layout.page_size
         while shared + len(running.pages) < -(-running.reserved // layout.page_size):
-            if self._make_room(running.shard, 1):
-                page = self._free[running.shard].pop()
+            if self._make_room(shard, 1):
+                page = self._free[shard].pop()
                 self._table[b, shared + len(running.pages)] = page
                 running.pages.append(page)
                 continue
-            mates = [i for i in self._running() if i // layout.slots == running.shard]
+            mates = [i for i in self._running() if i // layout.slots == shard]
             youngest = max(mates, key=lambda i: self._slots[i].age)
             self._queue.appendleft(self._slots[youngest].index)
             self._release(youngest)
-            put_off.append(youngest)
             if youngest == b:
-                break
-        return put_off
+                return
 
     def _release(self, b: int) -> None:
         running = self._slots[b]
-        self._free[running.shard] += running.pages
+        self._free[b // self._layout.slots] += running.pages
         running.prompt.users -= 1
         self._slots[b] = None
         self._table[b] = 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlt_jax.models.transformer import Transformer, boxed_params, logical_axes
+from rlt_jax.models.transformer import Transformer, boxed_shapes, logical_axes
 from rlt_jax.types import Array, Params
 
 DecodeWeights = tuple[Transformer, Callable[[Params], Params], Any]
@@ -35,7 +35,7 @@ def _int8(model: Transformer) -> DecodeWeights:
 
     rule = qwix.QuantizationRule(module_path="layers/.*", weight_qtype=jnp.int8)
     quantized = qwix.quantize_model(model, qwix.PtqProvider([rule]))
-    boxed = jax.eval_shape(lambda: boxed_params(quantized, jax.random.key(0)))
+    boxed = boxed_shapes(quantized)
 
     def convert(target: Any, x: Array) -> Any:
         if isinstance(target, nn.Partitioned):

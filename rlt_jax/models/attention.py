@@ -79,9 +79,9 @@ def _blockwise(
     return _attend(settings, *arrays, padded)[:, :T].reshape(B, T, N, H)
 
 
-def soft_cap(x: Array, cap: float) -> Array:
-    """Limits values smoothly to (-cap, cap)."""
-    return cap * jnp.tanh(x / cap)
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """Limits values smoothly to (-cap, cap); None leaves them as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class OnlineSoftmax(NamedTuple):

@@ -83,19 +83,17 @@ def tpu_attention(
     options = {"head_shards": 1, "q_seq_shards": 1, "interpret": interpret}
     options |= {"attn_logits_soft_cap": settings.softcap}
 
-    def attend(mask: splash.Mask, *operands: Array) -> Array:
+    def attend(mask: splash.Mask) -> Array:
         masks, blocks = splash.MultiHeadMask([mask] * N), splash.BlockSizes(**sizes)
         kernel = splash.make_splash_mha(masks, block_sizes=blocks, **options)
-        *arrays, ids = operands
-        return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
 
     causal = functools.partial(attend, splash.CausalMask(shape))
     if settings.window is None or settings.window >= T:
-        out = causal(q, k, v, ids)
+        out = causal()
     else:
         mask = splash.LocalMask(shape, (settings.window - 1, 0), 0)
-        local = functools.partial(attend, mask)
-        out = jax.lax.cond(windowed, local, causal, q, k, v, ids)
+        out = jax.lax.cond(windowed, functools.partial(attend, mask), causal)
     return jnp.swapaxes(out, 1, 2)[:, :T]
 
 

@@ -167,8 +167,7 @@ def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
 
 def _write_windows(config: ModelConfig, kind: Family) -> dict[str, Any]:
     windowed = config.windowed_layers or (False,) * config.num_layers
-    names = {is_windowed: name for name, is_windowed in LAYER_TYPES.items()}
-    types = [names[w] for w in windowed]
+    types = ["sliding_attention" if w else "full_attention" for w in windowed]
     content = {"sliding_window": config.sliding_window, "layer_types": types}
     if "use_sliding_window" in kind.defaults:
         content["use_sliding_window"] = any(windowed)

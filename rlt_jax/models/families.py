@@ -98,11 +98,6 @@ _DEFAULTS = {
 }
 
 
-def _qwen_windowed(content: Mapping[str, Any], layer: int) -> bool:
-    use = content.get("use_sliding_window", False)
-    return use and layer >= content["max_window_layers"]
-
-
 _LLAMA = Family(
     architecture="LlamaForCausalLM",
     tensors=_tensors(_NORMS),
@@ -120,7 +115,9 @@ _QWEN2 = _LLAMA._replace(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    windowed=_qwen_windowed,
+    windowed=lambda content, layer: (
+        content["use_sliding_window"] and layer >= content["max_window_layers"]
+    ),
 )
 _QWEN3 = _QWEN2._replace(
     architecture="Qwen3ForCausalLM",

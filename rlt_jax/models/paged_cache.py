@@ -184,8 +184,7 @@ def _pagewise(
         pools = (cache.keys, cache.values)
         key, value = (x[:, layer, pages].reshape(K, B, C, H) for x in pools)
         scores = float_einsum("KBGTH,KBSH->KBGTS", query, key)
-        if settings.softcap is not None:
-            scores = soft_cap(scores, settings.softcap)
+        scores = soft_cap(scores, settings.softcap)
         distance = positions[:, :, None] - (j * C + jnp.arange(C))
         visible = distance >= 0
         if settings.window is not None:

@@ -17,9 +17,8 @@ from safetensors.numpy import save
 
 from rlt_jax.errors import UserError
 from rlt_jax.files import read_json, write_json, write_whole
-from rlt_jax.models import weight_files
 from rlt_jax.models.families import Family
-from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name
+from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name, open_tensors
 from rlt_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -135,7 +134,7 @@ def _of_module(module: str, patterns: Mapping[re.Pattern[str], Any], other: Any)
 def _read_pairs(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Module -> its tensors "A" and "B"."""
     pairs: dict[str, dict[str, StoredTensor]] = {}
-    for tensor in weight_files.open_tensors(folder / WEIGHTS):
+    for tensor in open_tensors(folder / WEIGHTS):
         match = _NAME.fullmatch(bare_name(tensor.name))
         pair = pairs.setdefault(match[1], {}) if match else {}
         if match is None or match[2] in pair or tensor.dtype not in FLOATS:

@@ -30,9 +30,8 @@ def published_config(name: str, **overrides: Any) -> ModelConfig | None:
       name: id of the model on the Hub.
       **overrides: fields of ModelConfig to replace.
     """
-    if name not in PUBLISHED:
+    if (size := PUBLISHED.get(name)) is None:
         return None
-    size = PUBLISHED[name]
     config = ModelConfig(
         *_QWEN2_5[size],
         max_length=32_768,

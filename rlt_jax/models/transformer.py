@@ -1,7 +1,7 @@
 """A decoder-only transformer in Flax Linen.
 
 Layers are scanned (parameters stacked on L) and optionally rematerialized. The KV cache
-is an argument and a result. The output head is a separate method, so that
+is an argument and a result. The output head is a separate function, so that
 log-probabilities never need all logits at once.
 """
 
@@ -37,12 +37,6 @@ class Layer(NamedTuple):
     index: Array
     windowed: Array
     rope: Rope
-
-
-def _layers(config: ModelConfig) -> Layer:
-    L = config.num_layers
-    windowed = jnp.array(config.windowed_layers or (False,) * L)
-    return Layer(jnp.arange(L), windowed, jax.tree.map(jnp.array, layer_ropes(config)))
 
 
 def _kernel_init(axes: Axes, fan_in: int) -> Any:
@@ -212,7 +206,7 @@ def _remat(block: Any, policy: str) -> Any:
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer; `head` computes logits from hidden states."""
+    """Decoder-only transformer; `logits` computes logits from hidden states."""
 
     config: ModelConfig
 
@@ -261,31 +255,28 @@ class Transformer(nn.Module):
         x = self.embedding[tokens].astype(c.activation_dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
+        windowed = jnp.array(c.windowed_layers or (False,) * c.num_layers)
+        ropes = jax.tree.map(jnp.array, layer_ropes(c))
+        layers = Layer(jnp.arange(c.num_layers), windowed, ropes)
         carry = _constrain(x, "batch", "length", "embed"), kv_cache
-        (x, kv_cache), _ = self.layers(carry, _layers(c), positions, segment_ids)
+        (x, kv_cache), _ = self.layers(carry, layers, positions, segment_ids)
         return _all_lengths(self.final_norm(x)), kv_cache
 
-    def head(self, hidden: Array) -> Array:
-        """Hidden states [..., D] -> float32 logits [..., V]."""
-        kernel = self.embedding if self.config.tie_embeddings else self.output
-        return head_logits(self.config, kernel, hidden)
+
+def kernel_of(config: ModelConfig, params: Params) -> Array:
+    """Weights of the head: [V, D] where embeddings are tied, else [D, V]."""
+    return params["embedding" if config.tie_embeddings else "output"]
 
 
 def head_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
     """Hidden states [..., D] -> float32 logits [..., V]."""
-    return capped(config, raw_logits(config, kernel, hidden))
+    return soft_cap(raw_logits(config, kernel, hidden), config.final_softcap)
 
 
 def raw_logits(config: ModelConfig, kernel: Array, hidden: Array) -> Array:
     """The logits before their cap."""
     kernel = (kernel.T if config.tie_embeddings else kernel).astype(hidden.dtype)
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-
-
-def capped(config: ModelConfig, logits: Array) -> Array:
-    """Logits within the model's bound, if it has one."""
-    cap = config.final_softcap
-    return logits if cap is None else soft_cap(logits, cap)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -295,13 +286,17 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 def logical_axes(config: ModelConfig) -> Any:
     """PartitionSpecs of logical axes, in a tree like the parameters."""
-    boxed = jax.eval_shape(lambda: boxed_params(Transformer(config), jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+    return nn.get_partition_spec(boxed_shapes(Transformer(config)))
 
 
 def boxed_params(model: Transformer, key: Array) -> Any:
     """Random parameters, boxed with their logical axis names."""
     return model.init(key, *[jnp.zeros((1, 2), jnp.int32)] * 3)["params"]
+
+
+def boxed_shapes(model: Transformer) -> Any:
+    """Shapes and dtypes of the parameters, boxed with their logical axis names."""
+    return jax.eval_shape(lambda: boxed_params(model, jax.random.key(0)))
 
 
 def hidden_states(
@@ -317,5 +312,5 @@ def hidden_states(
 
 
 def logits(model: Transformer, params: Params, hidden: Array) -> Array:
-    """`Transformer.head` as a pure function: [..., D] -> float32 [..., V]."""
-    return model.apply({"params": params}, hidden, method=Transformer.head)
+    """Hidden states [..., D] -> float32 logits [..., V]."""
+    return head_logits(model.config, kernel_of(model.config, params), hidden)

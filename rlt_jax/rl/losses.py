@@ -194,10 +194,10 @@ def token_loss(objective: ObjectiveConfig, log_probs: Array, batch: Batch) -> Ar
     gain = jnp.minimum(ratio * batch.advantages, bounded * batch.advantages)
     if objective.importance_cap is not None:
         gain *= importance_weights(objective.importance_cap, batch)
-    if not objective.beta:
-        return -gain
-    estimate = kl.ESTIMATORS[objective.kl_estimator]
-    return -(gain - objective.beta * estimate(log_probs - batch.ref_log_probs))
+    if objective.beta:
+        estimate = kl.ESTIMATORS[objective.kl_estimator]
+        gain -= objective.beta * estimate(log_probs - batch.ref_log_probs)
+    return -gain
 
 
 def policy_metrics(

@@ -116,11 +116,9 @@ def explanation_log_probs(batch: Batch, student: Batch) -> tuple[Array, Array, A
       student's sequence, and the mask [E, S] of the segments.
     """
     in_policy, in_student = student.policy_explanation, student.explanation
-    return (
-        segment_sums(gather(batch.log_probs, in_policy), in_policy),
-        segment_sums(gather(student.log_probs, in_student), in_student),
-        segment_mask(in_student),
-    )
+    of_policy = segment_sums(gather(batch.log_probs, in_policy), in_policy)
+    of_student = segment_sums(gather(student.log_probs, in_student), in_student)
+    return of_policy, of_student, segment_mask(in_student)
 
 
 def explanation_divergence(

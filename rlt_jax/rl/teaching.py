@@ -139,8 +139,7 @@ def token_advantages(
     }
     if config.baseline == "group":
         size = group_size * own.segment.shape[1]
-        sums = jnp.where(taught, bounded, 0.0).reshape(-1, size).sum(1)
-        mean = sums / jnp.maximum(taught.reshape(-1, size).sum(1), 1)
+        mean = masked.mean(bounded.reshape(-1, size), taught.reshape(-1, size))
         bounded -= jnp.repeat(mean, group_size)[:, None]
     of_segment = jnp.where(taught, bounded, 0.0)
     of_token = jnp.take_along_axis(of_segment, jnp.maximum(own.segment, 0), axis=-1)

@@ -33,7 +33,6 @@ from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.ranges import Checked, OneOf, check_ranges
 from rlt_jax.settings import build
 from rlt_jax.training import checksums, hosts
-from rlt_jax.training.checksums import Manager, without_traces
 from rlt_jax.training.sharding import abstract, check_model, param_shardings
 from rlt_jax.types import Params
 
@@ -310,16 +309,16 @@ def _newest(
 
 
 @contextlib.contextmanager
-def open_manager(stage_dir: Path, keep: int) -> Iterator[Manager]:
+def open_manager(stage_dir: Path, keep: int) -> Iterator[checksums.Manager]:
     """Opens the checkpoint manager of a stage, which keeps the last `keep` checkpoints.
 
     On CPU it saves before it returns: the copies that are written would otherwise be in
     memory beside the next step.
     """
     is_async = jax.default_backend() != "cpu"
-    with without_traces():
+    with checksums.without_traces():
         with storing(stage_dir):
-            manager = Manager(_folder(stage_dir), keep, is_async)
+            manager = checksums.Manager(_folder(stage_dir), keep, is_async)
         try:
             yield manager
         except Exception as error:
@@ -330,7 +329,7 @@ def open_manager(stage_dir: Path, keep: int) -> Iterator[Manager]:
         manager.close()
 
 
-def save(manager: Manager, step: int, trees: Named, data: Named) -> None:
+def save(manager: checksums.Manager, step: int, trees: Named, data: Named) -> None:
     """Saves a checkpoint, asynchronously but on CPU.
 
     Args:

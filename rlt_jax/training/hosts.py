@@ -35,7 +35,7 @@ USER_ERROR = 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a disk, a network or another process failed
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
 EXIT_SECONDS = 10  # that processes wait for each other when one has failed
-FAILURES = "rlt_jax_failures"
+FAILURES, BEATS = "rlt_jax_failures", "rlt_jax_beats"  # of processes, by their index
 # In errors of collectives with a process that has ended.
 LOST = ("Connection reset by peer", "Connection closed by peer", "Socket closed")
 
@@ -263,22 +263,19 @@ def guard(work: Callable[[], None]) -> None:
     """
     try:
         work()
-    except UserError as error:
-        _fail(str(error))
+    except (UserError, StorageError) as error:
+        _fail(str(error), TRY_AGAIN if isinstance(error, StorageError) else USER_ERROR)
     except Stopped:
         tell("stopped by a signal, all is saved; the same command resumes the run.")
         sys.exit(_stop_status[0])
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, StorageError):
-            _fail(str(error), TRY_AGAIN)
+        reason = " ".join(str(error).split())[:500]
         if storage_errno(error):
-            reason = " ".join(str(error).split())[:500]
             _fail(f"the storage failed: {reason}. {GO_ON}", TRY_AGAIN)
         if not jax.distributed.is_initialized():
             raise
         if any(text in str(error) for text in LOST):
             time.sleep(3 * POLL_SECONDS)  # it may tell why
-            reason = " ".join(str(error).split())[:200]
             message = f"another process, or the network to it, has failed ({reason})"
             _fail(f"{message}. {GO_ON}", TRY_AGAIN)
         traceback.print_exc()
@@ -307,22 +304,24 @@ def _watch_others(heartbeat_timeout: float) -> None:
 
     JAX does the latter, too, a little later and with a stack trace of its C++ code.
     """
-    silence, count = 0.5 * heartbeat_timeout, private_jax.num_processes()
-    answered = dict.fromkeys(range(count), time.monotonic())
+    silence, index = 0.5 * heartbeat_timeout, private_jax.process_id()
+    answered = dict.fromkeys(range(private_jax.num_processes()), time.monotonic())
     beats: dict[int, str] = {}
     while not _exiting.wait(POLL_SECONDS):
-        failures, now = [], time.monotonic()
+        failures, now = {}, time.monotonic()
         stamp = str(now)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is silent
-            private_jax.beat(stamp)
+            private_jax.send(f"{BEATS}/{index}", stamp, overwrite=True)
             failures = private_jax.received(FAILURES)
-            new = private_jax.beats() if is_first() else dict.fromkeys(answered, stamp)
+            new = dict.fromkeys(answered, stamp)
+            if is_first():
+                new = private_jax.received(BEATS)
             answered |= {i: now for i in new if new[i] != beats.get(i)}
             beats = new
         silent = [i for i in answered if now - answered[i] > silence]
         if failures and not _exiting.is_set():
             _exiting.set()
-            message, status = json.loads(failures[0])
+            message, status = json.loads(next(iter(failures.values())))
             _exit_together(f"ends, as another process failed: {message}", status)
         elif silent and not _exiting.is_set():
             _fail(

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
-from rlt_jax.models.transformer import Transformer, boxed_params
+from rlt_jax.models.transformer import Transformer, boxed_params, boxed_shapes
 from rlt_jax.ranges import NOT_EMPTY, Checked, NonNegativeFloat, OneOf, Range
 from rlt_jax.training.sharding import param_shardings, to_shardings
 from rlt_jax.types import Params
@@ -77,11 +77,11 @@ def make_tuning(
     rule = qwix.LoraRule(module_path=path, rank=config.rank, alpha=config.alpha)
     model = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]))
 
-    def boxed(key: jax.Array) -> Params:
-        return trained_part(boxed_params(model, key))
+    def init(key: jax.Array) -> Params:
+        return trained_part(nn.unbox(boxed_params(model, key)))
 
-    shardings = to_shardings(nn.get_partition_spec(jax.eval_shape(boxed, key)), mesh)
-    adapters = jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=shardings)(key)
+    axes = nn.get_partition_spec(trained_part(boxed_shapes(model)))
+    adapters = jax.jit(init, out_shardings=to_shardings(axes, mesh))(key)
     scaled = functools.partial(merge, config.alpha / config.rank)
     jitted = jax.jit(scaled, out_shardings=param_shardings(model, mesh))
     merged = functools.partial(jitted, params)

@@ -13,7 +13,6 @@ from jax._src.distributed import global_state
 
 # The key under which JAX's preemption service announces a SIGTERM to all processes.
 PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
-BEATS = "rlt_jax_beats"
 
 
 def process_id() -> int:
@@ -36,9 +35,8 @@ def cluster_process_count() -> int:
     # JAX can number the pods of Kubernetes only if they belong to an indexed job.
     ignored = () if "JOB_COMPLETION_INDEX" in os.environ else ("K8sCluster",)
     for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method or cluster.__name__ in ignored:
-            continue
-        if cluster.is_env_present():
+        is_ignored = cluster.opt_in_only_method or cluster.__name__ in ignored
+        if not is_ignored and cluster.is_env_present():
             return cluster.get_process_count()
     return 1
 
@@ -66,31 +64,13 @@ def receive(key: str) -> str:
                 raise
 
 
-def received(directory: str) -> list[str]:
-    """All strings stored so far under keys that begin with `directory` and a slash.
+def received(directory: str) -> dict[int, str]:
+    """Process -> the string that it has stored under `directory`, a slash and its index.
 
     Raises:
       jax.errors.JaxRuntimeError: process 0 is dead.
     """
-    return [value for _, value in global_state.client.key_value_dir_get(directory)]
-
-
-def beat(value: str) -> None:
-    """Replaces what `beats` has of this process.
-
-    Raises:
-      jax.errors.JaxRuntimeError: process 0 is dead.
-    """
-    send(f"{BEATS}/{process_id()}", value, overwrite=True)
-
-
-def beats() -> dict[int, str]:
-    """Process -> the last that it gave to `beat`.
-
-    Raises:
-      jax.errors.JaxRuntimeError: process 0 is dead.
-    """
-    found = global_state.client.key_value_dir_get(BEATS)
+    found = global_state.client.key_value_dir_get(directory)
     return {int(key.rpartition("/")[2]): value for key, value in found}
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from rlt_jax.errors import LOG, UserError
-from rlt_jax.models.transformer import Transformer, boxed_params
+from rlt_jax.models.transformer import Transformer, boxed_shapes
 from rlt_jax.training import lora, sharding
 from rlt_jax.types import Params, TrainState
 
@@ -36,16 +36,14 @@ def state_shardings(
     every device.
     """
 
-    def boxed_state() -> TrainState:
-        return _first(tx, lora.trained_part(boxed_params(model, jax.random.key(0))))
-
     def named(box: Any) -> Any:
         if not isinstance(box, nn.Partitioned):
             return box
         shape = getattr(box.value, "shape", (1,))  # (1,) and no array: a placeholder
         return box.value if shape == (1,) or len(shape) != len(box.names) else box
 
-    shapes = jax.eval_shape(boxed_state)
+    trained = lora.trained_part(boxed_shapes(model))
+    shapes = jax.eval_shape(functools.partial(_first, tx), trained)
     boxes = jax.tree.map(named, shapes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     return sharding.to_shardings(nn.get_partition_spec(boxes), mesh)
 

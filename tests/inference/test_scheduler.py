@@ -143,8 +143,8 @@ def pages_add_up(scheduler: Scheduler, layout: Layout) -> None:
         pages = list(scheduler._free[shard])
         for (at, _), prompt in scheduler._prompts.items():
             pages += prompt.pages if at == shard else []
-        for running in filter(None, scheduler._slots):
-            pages += running.pages if running.shard == shard else []
+        for running in scheduler._slots[shard * layout.slots :][: layout.slots]:
+            pages += running.pages if running is not None else []
         assert sorted(pages) == list(range(1, layout.pages))
 
 
