@@ -7,14 +7,13 @@ and data sets are escaped.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from rlt_jax.errors import UserError
-from rlt_jax.files import read_json, write_whole
+from rlt_jax.files import read_json, write_json
 from rlt_jax.ranges import Checked, Condition, NonNegativeInt
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
@@ -84,7 +83,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         answers=_side_by_side(answers, config.num_examples),
         z_95=plots.Z_95,
     )
-    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(workdir / "summary.json", summary)
     return summary
 
 
