@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -15,7 +14,7 @@ from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k, reasoning_gym
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.ranges import NonNegativeFloat, OneOf, check_value
+from rlt_jax.ranges import NonNegativeFloat, OneOf, check_value, hints_of
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import Section, bind, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
@@ -155,7 +154,7 @@ def _bind(
         )
     source = sources.get(task) or load_function(task)
     with as_user_error(f"{where}.task={task!r}", TypeError, ValueError):
-        wanted = inspect.signature(owner_of_keys(source)).parameters
+        wanted = hints_of(owner_of_keys(source))
     where = f"{where} of task {task!r}"
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")
