@@ -258,16 +258,13 @@ def load_tokenizer(
             for name, token in (config | more).items()
             if name.endswith("_token") and isinstance(token, str | dict)
         }
-        variables, when = special | config[VARIABLES], _local_time(date)
+        variables = special | config[VARIABLES]
+        with as_user_error("model.date", ValueError):
+            when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
+        # Without a time zone, as templates see it in transformers.
+        when = when.replace(tzinfo=None)
         chat = ChatTemplate(f"tokenizer {path}", source, variables, when)
     return Tokenizer(path, codec, config, stop_ids, chat)
-
-
-def _local_time(date: str) -> datetime.datetime:
-    """Without a time zone, as templates see it in transformers; "" for now."""
-    with as_user_error("model.date", ValueError):
-        when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
-    return when.replace(tzinfo=None)
 
 
 def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:
