@@ -203,16 +203,12 @@ def pack_student(
     ours, theirs = [s for s, _ in aligned], [p for _, p in aligned]
     in_solution = [np.arange(len(span.offsets)) for span in solution]
 
-    def pack_spans(
-        starts: np.ndarray, spans: list[examples.Span], segments: list[np.ndarray]
-    ) -> Spans:
-        first = starts + [span.start for span in spans]
-        return make_spans(first, segments, shape.row_length)
-
+    first_in_policy = policy_starts + [span.start for span in in_policy]
+    T = shape.row_length
     return batch._replace(
-        explanation=pack_spans(starts, explanation, ours),
-        policy_explanation=pack_spans(policy_starts, in_policy, theirs),
-        solution=pack_spans(starts, solution, in_solution),
+        explanation=make_spans(starts + [x.start for x in explanation], ours, T),
+        policy_explanation=make_spans(first_in_policy, theirs, T),
+        solution=make_spans(starts + [x.start for x in solution], in_solution, T),
     )
 
 
