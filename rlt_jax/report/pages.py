@@ -7,6 +7,7 @@ and data sets are escaped.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,23 +106,17 @@ def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) ->
                 summary[f"{name}_{label}"] = result[name]
                 summary[f"{name}_{label}_standard_error"] = result[error]
     *others, last = results
-    comparisons = [
-        {"of": last, "with": other, "quantity": quantity, **compared}
-        for quantity in QUANTITIES
-        for other in others
-        if (compared := _compared(answers, last, other, quantity))
-    ]
+    comparisons = []
+    for quantity, other in itertools.product(QUANTITIES, others):
+        column = "correct" if quantity == "accuracy" else quantity
+        a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
+        # A single question has no error; a quantity may not have been measured.
+        if len(a | b) > 1:
+            compared = {"of": last, "with": other, "quantity": quantity}
+            difference = statistics.compare(a, b, (last, other))
+            comparisons.append(compared | difference._asdict())
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
     return summary | ({"comparisons": comparisons} if comparisons else {})
-
-
-def _compared(
-    answers: dict[str, list[Record]], last: str, other: str, quantity: str
-) -> Record:
-    """The paired difference of two evaluations; {} with fewer than two questions."""
-    column = "correct" if quantity == "accuracy" else quantity
-    a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
-    return statistics.compare(a, b, (last, other))._asdict() if len(a | b) > 1 else {}
 
 
 def _costs(workdir: Path) -> Record:
