@@ -144,18 +144,17 @@ def make_scorer(
         rewards = jax.device_get(compute(batch, jnp.float32(coef)))
         rewards = {name: x[: len(given)] for name, x in rewards.items()}
         check_finite(rewards, [one.trace.problem.question for one in given])
+        values = jax.device_get(values_of_tokens(batch)) if per_token else {}
+        segments = packed.students[0].explanation.segment
         records = []
-        for n in range(len(given)):
+        for n, (one, example) in enumerate(zip(given, of_students[0], strict=True)):
             terms = {name: float(x[n]) for name, x in rewards.items()}
             record = {"reward": terms.pop("value"), "terms": terms}
-            records.append(record | {"student_tokens": len(of_students[0][n].tokens)})
-        if per_token:
-            values = jax.device_get(values_of_tokens(batch))
-            segments = packed.students[0].explanation.segment
-            for n, record in enumerate(records):
+            record["student_tokens"] = len(example.tokens)
+            if per_token:
                 arrays = {name: (x[n], mask[n]) for name, (x, mask) in values.items()}
-                parts = of_students[0][n], given[n].trace, segments[n]
-                record |= _arrays(*parts, arrays)
+                record |= _arrays(example, one.trace, segments[n], arrays)
+            records.append(record)
         return records
 
     return score
