@@ -58,7 +58,7 @@ def select(config: SelectionConfig, candidates: Sequence[Candidate]) -> list[int
     kept.sort(key=lambda i: (not candidates[i].closed, -candidates[i].reward))
     ranks: dict[str, Iterator[int]] = defaultdict(itertools.count)
     kept = [i for i in kept if next(ranks[candidates[i].question]) < most]
-    count = max(1, round(config.top_fraction * len(kept))) if kept else 0
+    count = max(1, round(config.top_fraction * len(kept)))
     return sorted(kept[:count])
 
 
@@ -93,12 +93,11 @@ def choose(
         if refill and fitting:
             taken = list(itertools.islice(itertools.cycle(fitting), len(places)))
             counts["replaced"] += sum(not fits[i] for i in places)
-            counts["surplus"] += len(group) - len(places)
         else:
             taken = fitting[: per_question or None]
             counts["dropped"] += len(group) - len(fitting)
-            counts["surplus"] += len(fitting) - len(taken)
         chosen += taken
+    counts["surplus"] = len(questions) - len(chosen) - counts["dropped"]
     return sorted(chosen), counts
 
 
