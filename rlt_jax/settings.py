@@ -181,7 +181,6 @@ def _check_keys(
         names = f"known keys: {', '.join(known)}" if known else "it takes none"
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
-        what = f"{where}: unknown key {unknown[0]!r}{meant}"
-        raise UserError(f"{what}; {names}.")
+        raise UserError(f"{where}: unknown key {unknown[0]!r}{meant}; {names}.")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{where}: the key {missing[0]!r} is missing.")
