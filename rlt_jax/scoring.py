@@ -123,8 +123,7 @@ def make_scorer(
     args = scoring.teacher_temperature, reward, mesh
     programs = compile_log_probs(transformers[0], transformers[1:], *args)
     compute = jit_rlt_reward(reward, scoring.ensemble, len(models) - 1, mesh)
-    of_tokens = functools.partial(_values_of_tokens, reward)
-    values_of_tokens = _jit_replicated(of_tokens, mesh)
+    values_of_tokens = _replicated(functools.partial(_values_of_tokens, reward), mesh)
     teacher, *students = [model.params for model in models]
 
     def score(
@@ -188,7 +187,7 @@ def jit_rlt_reward(
     """
     ensemble.check(num_students)
     program = functools.partial(rlt_reward.ensemble_reward, reward, ensemble)
-    return _jit_replicated(program, mesh)
+    return _replicated(program, mesh)
 
 
 def check_finite(reward: Reward, questions: Sequence[str]) -> None:
@@ -254,7 +253,7 @@ def make_solution_scorer(
     limit = min(BUCKETS[-1], loaded.model.config.max_length)
     model = loaded.model, 1.0
     programs = log_probs.compile_programs(model, [model], mesh)
-    of_solutions = _jit_replicated(rlt_reward.solution_log_probs, mesh)
+    of_solutions = _replicated(rlt_reward.solution_log_probs, mesh)
 
     def means(traces: Sequence[Trace]) -> list[float | None]:
         made, _ = rows.fitting_examples(renderer, traces, limit)
@@ -279,8 +278,8 @@ def make_solution_scorer(
     return score
 
 
-def _jit_replicated(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Compiles a program whose results are on every device."""
+def _replicated(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The program, compiled; its results are on every device."""
     return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
 
 
