@@ -251,12 +251,11 @@ def load_tokenizer(
     if source is not None:
         more = config.get("extra_special_tokens")  # a list or, of names, a mapping
         more = more if isinstance(more, dict) else {}
-        special = {
+        variables = {
             name: _token_text(token)
             for name, token in (config | more).items()
             if name.endswith("_token") and isinstance(token, str | dict)
-        }
-        variables = special | config[VARIABLES]
+        } | config[VARIABLES]
         with as_user_error("model.date", ValueError):
             when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
         # Without a time zone, as templates see it in transformers.
