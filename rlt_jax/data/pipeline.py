@@ -113,14 +113,13 @@ def load_sources(config: Section, template: Template, seed: int) -> list[Source]
     """
     if config.get("task") != MIX:
         return [Source("data", 1.0, load_traces(config, template, seed))]
-    loaded = []
-    for where, keys, weight in _parts(config, "data"):
-        if weight:
-            traces = load_traces(keys, template, seed, where)
-            loaded.append(Source(where, weight, traces))
-    if not loaded:
+    parts = [part for part in _parts(config, "data") if part[-1]]
+    if not parts:
         raise UserError("data.sources: none has a share above 0.")
-    return loaded
+    return [
+        Source(where, share, load_traces(keys, template, seed, where))
+        for where, keys, share in parts
+    ]
 
 
 def _parts(config: Section, where: str) -> list[tuple[str, Section, float]]:
