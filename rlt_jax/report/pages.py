@@ -72,10 +72,15 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
             value = teacher[f"held_out_reward{statistic}_{when}"]
             summary[f"teacher_reward_{label}{statistic}"] = value
     summary |= _accuracies(results, answers) | {"seed": seed} | _costs(workdir)
+    groups = plots.metric_groups(metrics).items()
+    pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
+    graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
+    if graded:
+        pictures["accuracy"] = plots.accuracy_bars(graded)
     write_page(
         workdir / OUT,
         "page.html",
-        _pictures(metrics, results),
+        pictures,
         run=workdir.resolve().name,
         summary=summary,
         teacher=teacher,
@@ -132,15 +137,6 @@ def _costs(workdir: Path) -> Record:
         "seconds": seconds,
         "peak_gib": {name: stage.get("peak_gib") for name, stage in stages.items()},
     }
-
-
-def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, bytes]:
-    groups = plots.metric_groups(metrics).items()
-    pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
-    graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
-    if graded:
-        pictures["accuracy"] = plots.accuracy_bars(graded)
-    return pictures
 
 
 def _side_by_side(records: dict[str, list[Record]], count: int) -> list[Record]:
