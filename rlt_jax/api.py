@@ -20,7 +20,6 @@ rollout = rlt_jax.generate(
 rollout.texts[0], rollout.tokens[0], rollout.log_probs[0], rollout.finished[0]
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -102,15 +101,13 @@ def generate(
     if not prompts:
         return Rollout([], [], [], np.zeros(0, bool))
     check_value("seed", NonNegativeInt, seed)
-    is_config = isinstance(sampling, SamplingConfig)
     check_value("sampling", SamplingConfig | Section, sampling)
-    limits = sampling.max_new_tokens if is_config else sampling.get("max_new_tokens")
+    given = vars(sampling) if isinstance(sampling, SamplingConfig) else sampling
     with as_user_error("sampling.max_new_tokens", TypeError, ValueError):
-        limits = np.broadcast_to(limits, len(prompts)).tolist()
-    if not is_config:
-        check_value("sampling.max_new_tokens", Sequence[Size], limits)
-        longest = {"max_new_tokens": max(limits)}
-        sampling = build(SamplingConfig, {**sampling, **longest}, "sampling")
+        limits = np.broadcast_to(given.get("max_new_tokens"), len(prompts)).tolist()
+    check_value("sampling.max_new_tokens", Sequence[Size], limits)
+    # One program for any length: each request has its own limit.
+    sampling = build(SamplingConfig, {**given, "max_new_tokens": 1}, "sampling")
     V = model.config.vocab_size
     with as_user_error("prompts: give the token ids of each", TypeError, ValueError):
         ids = [np.asarray(prompt) for prompt in prompts]
@@ -132,7 +129,6 @@ def generate(
     lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
     pages = 1 << (-(-max(lengths) // engine.page_size) - 1).bit_length()
     bucket = min(pages * engine.page_size, model.config.max_length)
-    sampling = dataclasses.replace(sampling, max_new_tokens=1)  # one program for any
     args = model, tokenizer, sampling, engine, max(bucket, *lengths)
     return _cached_engine(*args).generate(params, requests, jax.random.key(seed))
 

@@ -123,9 +123,7 @@ def make_scorer(
     args = scoring.teacher_temperature, reward, mesh
     programs = compile_log_probs(transformers[0], transformers[1:], *args)
     compute = jit_rlt_reward(reward, scoring.ensemble, len(models) - 1, mesh)
-    of_tokens = functools.partial(_values_of_tokens, reward)
-    replicated = sharding.replicated(mesh)
-    values_of_tokens = sharding.jit(of_tokens, mesh, out_shardings=replicated)
+    values_of_tokens = _replicated(functools.partial(_values_of_tokens, reward), mesh)
     teacher, *students = [model.params for model in models]
 
     def score(
@@ -144,18 +142,19 @@ def make_scorer(
         rewards = jax.device_get(compute(batch, jnp.float32(coef)))
         rewards = {name: x[: len(given)] for name, x in rewards.items()}
         check_finite(rewards, [one.trace.problem.question for one in given])
+        values = jax.device_get(values_of_tokens(batch)) if per_token else {}
+        segments = packed.students[0].explanation.segment
         records = []
-        for n in range(len(given)):
+        for n, (one, example) in enumerate(zip(given, of_students[0], strict=True)):
             terms = {name: float(x[n]) for name, x in rewards.items()}
             record = {"reward": terms.pop("value"), "terms": terms}
-            records.append(record | {"student_tokens": len(of_students[0][n].tokens)})
-        if per_token:
-            values = jax.device_get(values_of_tokens(batch))
-            segments = packed.students[0].explanation.segment
-            for n, record in enumerate(records):
-                arrays = {name: (x[n], mask[n]) for name, (x, mask) in values.items()}
-                parts = of_students[0][n], given[n].trace, segments[n]
-                record |= _arrays(*parts, arrays)
+            record["student_tokens"] = len(example.tokens)
+            if per_token:
+                _, mask = values["explanation_kl_tokens"]
+                record |= _texts_of_tokens(example, one.trace, segments[n], mask[n])
+                for name, (x, mask) in values.items():
+                    record[name] = x[n][mask[n]].tolist()
+            records.append(record)
         return records
 
     return score
@@ -188,7 +187,7 @@ def jit_rlt_reward(
     """
     ensemble.check(num_students)
     program = functools.partial(rlt_reward.ensemble_reward, reward, ensemble)
-    return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
+    return _replicated(program, mesh)
 
 
 def check_finite(reward: Reward, questions: Sequence[str]) -> None:
@@ -254,9 +253,7 @@ def make_solution_scorer(
     limit = min(BUCKETS[-1], loaded.model.config.max_length)
     model = loaded.model, 1.0
     programs = log_probs.compile_programs(model, [model], mesh)
-    of_solutions = sharding.jit(
-        rlt_reward.solution_log_probs, mesh, out_shardings=sharding.replicated(mesh)
-    )
+    of_solutions = _replicated(rlt_reward.solution_log_probs, mesh)
 
     def means(traces: Sequence[Trace]) -> list[float | None]:
         made, _ = rows.fitting_examples(renderer, traces, limit)
@@ -281,6 +278,11 @@ def make_solution_scorer(
     return score
 
 
+def _replicated(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The program, compiled; its results are on every device."""
+    return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
+
+
 def _values_of_tokens(
     config: RLTRewardConfig, batch: Batch
 ) -> dict[str, tuple[Array, Array]]:
@@ -296,17 +298,12 @@ def _values_of_tokens(
     }
 
 
-def _arrays(
-    example: Example,
-    trace: Trace,
-    segments: np.ndarray,
-    values: dict[str, tuple[np.ndarray, np.ndarray]],
-) -> dict[str, Any]:
-    """Texts and values of a completion, one entry a segment or a solution token."""
+def _texts_of_tokens(
+    example: Example, trace: Trace, segments: np.ndarray, mask: np.ndarray
+) -> dict[str, list[str]]:
+    """Texts of a completion, one a segment of the mask or a token of the solution."""
     offsets = example.explanation.offsets
-    _, mask = values["explanation_kl_tokens"]
     pieces = [offsets[segments[: len(offsets)] == i] for i in np.flatnonzero(mask)]
     told = [trace.explanation[x[:, 0].min() : x[:, 1].max()] for x in pieces]
     solution = [trace.problem.solution[a:b] for a, b in example.solution.offsets]
-    arrays = {name: x[mask].tolist() for name, (x, mask) in values.items()}
-    return {"explanation_tokens": told, "solution_tokens": solution} | arrays
+    return {"explanation_tokens": told, "solution_tokens": solution}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict, config_dict
 
 from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.ranges import check_ranges, check_value
+from rlt_jax.ranges import check_ranges, check_value, hints_of
 
 T = TypeVar("T")
 PLAIN = (int, float, str, bool)
@@ -120,11 +120,9 @@ def bind(
 
 def owner_of_keys(factory: Callable[..., Any]) -> Callable[..., Any]:
     """The dataclass that is the only parameter of a function; otherwise `factory`."""
-    if not inspect.isfunction(factory):
-        return factory
-    parameters = list(inspect.signature(factory).parameters.values())
-    if len(parameters) == 1 and dataclasses.is_dataclass(parameters[0].annotation):
-        return parameters[0].annotation
+    hints = list(hints_of(factory).values()) if inspect.isfunction(factory) else []
+    if len(hints) == 1 and dataclasses.is_dataclass(hints[0]):
+        return hints[0]
     return factory
 
 
@@ -183,7 +181,6 @@ def _check_keys(
         names = f"known keys: {', '.join(known)}" if known else "it takes none"
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
-        what = f"{where}: unknown key {unknown[0]!r}{meant}"
-        raise UserError(f"{what}; {names}.")
+        raise UserError(f"{where}: unknown key {unknown[0]!r}{meant}; {names}.")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{where}: the key {missing[0]!r} is missing.")

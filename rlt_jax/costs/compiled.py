@@ -170,13 +170,11 @@ def _uses(program: Program, fusion: Computation, name: str) -> float:
     """Bytes of an array that the instructions of a fusion read, by its name."""
     read = 0.0
     for line in fusion.instructions.values():
-        for index, operand in enumerate(line.operands):
-            if operand != name:
-                continue
-            if line.opcode == "bitcast" and line is not fusion.root:
-                read += _uses(program, fusion, line.name)
-            else:
-                read += _read(program, fusion, line, index)
+        uses = [i for i, operand in enumerate(line.operands) if operand == name]
+        if uses and line.opcode == "bitcast" and line is not fusion.root:
+            read += _uses(program, fusion, line.name)
+        else:
+            read += sum(_read(program, fusion, line, index) for index in uses)
     return read
 
 

@@ -53,7 +53,6 @@ def train_flops(
 def _attention_flops(config: ModelConfig, tokens: float, context: float) -> float:
     """Operations of query-key and weight-value products in all layers."""
     windowed = sum(config.windowed_layers)
-    keys = (config.num_layers - windowed) * context
-    if config.sliding_window:
-        keys += windowed * min(context, config.sliding_window)
+    window = min(context, config.sliding_window or context)
+    keys = (config.num_layers - windowed) * context + windowed * window
     return 4 * config.num_heads * config.head_dim * tokens * keys

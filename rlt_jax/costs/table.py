@@ -81,10 +81,8 @@ def _number(value: float) -> str:
 
 def _amount(value: float, unit: str) -> str:
     """Formats an amount with its unit: 1.23e13 -> "12.3 TFLOP"."""
-    for size, letter in _UNITS:
-        if value >= size:
-            return f"{_number(value / size)} {letter}{unit}"
-    return f"{_number(value)} {unit}"
+    size, letter = next((pair for pair in _UNITS if value >= pair[0]), (1, ""))
+    return f"{_number(value / size)} {letter}{unit}"
 
 
 def _seconds(value: float) -> str:

@@ -52,9 +52,9 @@ class ChatTemplate:
 
         It is "" for a template that renders no such turn.
         """
-        system = {"role": "system", "content": "instruction"}
         chat = [_QUESTION, {"role": "assistant", "content": _PROBE}]
-        for messages in (chat, [system, *chat]):  # some templates need a system prompt
+        # Some templates need a system prompt.
+        for messages in (chat, [{"role": "system", "content": "instruction"}, *chat]):
             _, found, ending = self._attempt(messages, False).rpartition(_PROBE)
             if found:
                 return ending
@@ -119,8 +119,7 @@ def find_template(folder: Path, stored: Stored, choice: str) -> str | None:
     source = named.get(choice or "default")
     if source or not (choice or named):
         return source
-    known = ", ".join([*named, *shipped])
     raise UserError(
         f"tokenizer {folder}: there is no chat template {choice or 'default'!r}; set "
-        f"model.chat_template to a file or to one of: {known}."
+        f"model.chat_template to a file or to one of: {', '.join([*named, *shipped])}."
     )

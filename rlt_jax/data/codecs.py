@@ -90,9 +90,7 @@ class SentencePieceCodec:
         piece = self._model.id_to_piece(token) if own else ""
         if self.added.get(token, piece) != piece or not own:
             return self.added.get(token, "").encode("utf-8")
-        if self._is_byte[token]:
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode("utf-8")
+        return _bytes_of_piece(piece, self._is_byte[token])
 
     def token_id(self, token: str) -> int | None:
         """Id of a token's text; None if it is not in the vocabulary."""
@@ -158,11 +156,9 @@ class FastCodec:
         if "ByteLevel" in kinds:
             self.bytes = TokenBytes([_bytes_of_characters(token) for token in tokens])
         else:
-            pieces = [token.replace("\u2581", " ").encode("utf-8") for token in tokens]
             spelled = [i for i, t in enumerate(tokens) if _BYTE_PIECE.fullmatch(t)]
-            spelled = spelled if "ByteFallback" in kinds else []
-            for i in spelled:
-                pieces[i] = bytes([int(tokens[i][3:-1], 16)])
+            spelled = {*spelled} if "ByteFallback" in kinds else set()
+            pieces = [_bytes_of_piece(t, i in spelled) for i, t in enumerate(tokens)]
             self.bytes = TokenBytes(pieces, spelled, whole_runs=True)
         self._check_decoder(file, tokens)
         probe = self._tokenizer.encode(_PROBE, add_special_tokens=False)
@@ -255,6 +251,13 @@ def _growth(step: dict) -> float:
 def _to_offsets(pairs: list[tuple[int, int]]) -> np.ndarray:
     flat = itertools.chain.from_iterable(pairs)
     return np.fromiter(flat, np.int32, 2 * len(pairs)).reshape(-1, 2)
+
+
+def _bytes_of_piece(piece: str, is_byte: bool) -> bytes:
+    """Bytes that a piece such as "\u2581the" or, of a single byte, "<0x0A>" stands for."""
+    if is_byte:
+        return bytes.fromhex(piece[3:-1])
+    return piece.replace("\u2581", " ").encode("utf-8")
 
 
 # Byte-level BPE writes byte b as the character chr(b) where that is printable. The other

@@ -33,21 +33,19 @@ def controlled(
     rng = np.random.default_rng(seed)
     bodies = [text.partition(closing)[0] for text in completions]
     closed = [body + closing for body in bodies]
-    texts = {
-        "empty": [closing] * len(bodies),
-        "shuffled": [" ".join(rng.permutation(x.split(" "))) + closing for x in bodies],
-    }
+    shuffled = [" ".join(rng.permutation(x.split(" "))) + closing for x in bodies]
+    empty = [closing] * len(bodies)
+    made = {"empty": (problems, empty), "shuffled": (problems, shuffled)}
     asked = [(problem.question,) for problem in problems]
     others = [next_other(asked, n) for n in range(len(bodies))]
     if None not in others:
-        texts["other"] = [closed[m] for m in others]
-    found = {name: [*zip(problems, made, strict=True)] for name, made in texts.items()}
+        made["other"] = problems, [closed[m] for m in others]
     solutions = other_solutions(problems)
     if None not in solutions:
         pairs = zip(problems, solutions, strict=True)
         changed = [problem._replace(solution=solution) for problem, solution in pairs]
-        found["other_solution"] = [*zip(changed, closed, strict=True)]
-    return found
+        made["other_solution"] = changed, closed
+    return {name: [*zip(*pair, strict=True)] for name, pair in made.items()}
 
 
 def other_solutions(problems: Sequence[Problem]) -> list[str | None]:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -15,7 +14,7 @@ from rlt_jax.data.rows import PackedBatches, RowShape
 from rlt_jax.data.tasks import arithmetic, benchmarks, gpqa, gsm8k, reasoning_gym
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.ranges import NonNegativeFloat, OneOf, check_value
+from rlt_jax.ranges import NonNegativeFloat, OneOf, check_value, hints_of
 from rlt_jax.records import Problem, Trace
 from rlt_jax.settings import Section, bind, build, load_function, owner_of_keys
 from rlt_jax.types import Batch
@@ -114,14 +113,13 @@ def load_sources(config: Section, template: Template, seed: int) -> list[Source]
     """
     if config.get("task") != MIX:
         return [Source("data", 1.0, load_traces(config, template, seed))]
-    loaded = []
-    for where, keys, weight in _parts(config, "data"):
-        if weight:
-            traces = load_traces(keys, template, seed, where)
-            loaded.append(Source(where, weight, traces))
-    if not loaded:
+    parts = [part for part in _parts(config, "data") if part[-1]]
+    if not parts:
         raise UserError("data.sources: none has a share above 0.")
-    return loaded
+    return [
+        Source(where, share, load_traces(keys, template, seed, where))
+        for where, keys, share in parts
+    ]
 
 
 def _parts(config: Section, where: str) -> list[tuple[str, Section, float]]:
@@ -155,7 +153,7 @@ def _bind(
         )
     source = sources.get(task) or load_function(task)
     with as_user_error(f"{where}.task={task!r}", TypeError, ValueError):
-        wanted = inspect.signature(owner_of_keys(source)).parameters
+        wanted = hints_of(owner_of_keys(source))
     where = f"{where} of task {task!r}"
     if taken := sorted(keys.keys() & given.keys()):
         raise UserError(f"{where}: {taken[0]!r} is the run's own, set it there.")

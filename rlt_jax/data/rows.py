@@ -203,16 +203,12 @@ def pack_student(
     ours, theirs = [s for s, _ in aligned], [p for _, p in aligned]
     in_solution = [np.arange(len(span.offsets)) for span in solution]
 
-    def pack_spans(
-        starts: np.ndarray, spans: list[examples.Span], segments: list[np.ndarray]
-    ) -> Spans:
-        first = starts + [span.start for span in spans]
-        return make_spans(first, segments, shape.row_length)
-
+    first_in_policy = policy_starts + [span.start for span in in_policy]
+    T = shape.row_length
     return batch._replace(
-        explanation=pack_spans(starts, explanation, ours),
-        policy_explanation=pack_spans(policy_starts, in_policy, theirs),
-        solution=pack_spans(starts, solution, in_solution),
+        explanation=make_spans(starts + [x.start for x in explanation], ours, T),
+        policy_explanation=make_spans(first_in_policy, theirs, T),
+        solution=make_spans(starts + [x.start for x in solution], in_solution, T),
     )
 
 
@@ -300,7 +296,14 @@ class PackedBatches(Iterator[Batch]):
         taken, places = self._take()
         if not taken:
             raise StopIteration
-        return _supervised(taken, places, self._shape, self._num_rows)
+        tokens = [one["tokens"] for one in taken]
+        batch, starts = pack_sequences(tokens, self._shape, self._num_rows, places)
+        masks = [one["loss_mask"] for one in taken]
+        # Nothing predicts the first token of a sequence.
+        learned = _lay_out(masks, starts, batch.tokens.shape) * (batch.positions > 0)
+        # The loss is the mean over the tokens that are learned.
+        total = np.float32(max(np.count_nonzero(learned), 1))
+        return batch._replace(loss_weights=learned / total)
 
     def _take(self) -> tuple[list[Mapping[str, np.ndarray]], list[tuple[int, int]]]:
         """The records of the next batch and their places; moves the position."""
@@ -326,19 +329,3 @@ class PackedBatches(Iterator[Batch]):
             taken.append(one)
             self._next += 1
         return taken, places
-
-
-def _supervised(
-    records: Sequence[Mapping[str, np.ndarray]],
-    places: Sequence[tuple[int, int]],
-    shape: RowShape,
-    num_rows: int,
-) -> Batch:
-    """Packs records; the loss is the mean over the tokens that are learned."""
-    tokens = [one["tokens"] for one in records]
-    batch, starts = pack_sequences(tokens, shape, num_rows, places)
-    masks = [one["loss_mask"] for one in records]
-    # Nothing predicts the first token of a sequence.
-    learned = _lay_out(masks, starts, batch.tokens.shape) * (batch.positions > 0)
-    total = np.float32(max(np.count_nonzero(learned), 1))
-    return batch._replace(loss_weights=learned / total)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Annotated, NamedTuple
@@ -52,15 +53,12 @@ class Candidate(NamedTuple):
 
 def select(config: SelectionConfig, candidates: Sequence[Candidate]) -> list[int]:
     """Indices of the chosen candidates, in their own order; ties go to the earlier."""
-    kept = list(range(len(candidates)))
-    if config.max_tokens:
-        kept = [i for i in kept if candidates[i].tokens <= config.max_tokens]
+    longest, most = config.max_tokens or math.inf, config.best_per_question or math.inf
+    kept = [i for i, one in enumerate(candidates) if one.tokens <= longest]
     kept.sort(key=lambda i: (not candidates[i].closed, -candidates[i].reward))
-    if config.best_per_question:
-        ranks: dict[str, Iterator[int]] = defaultdict(itertools.count)
-        limit = config.best_per_question
-        kept = [i for i in kept if next(ranks[candidates[i].question]) < limit]
-    count = max(1, round(config.top_fraction * len(kept))) if kept else 0
+    ranks: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    kept = [i for i in kept if next(ranks[candidates[i].question]) < most]
+    count = max(1, round(config.top_fraction * len(kept)))
     return sorted(kept[:count])
 
 
@@ -95,12 +93,11 @@ def choose(
         if refill and fitting:
             taken = list(itertools.islice(itertools.cycle(fitting), len(places)))
             counts["replaced"] += sum(not fits[i] for i in places)
-            counts["surplus"] += len(group) - len(places)
         else:
             taken = fitting[: per_question or None]
             counts["dropped"] += len(group) - len(fitting)
-            counts["surplus"] += len(fitting) - len(taken)
         chosen += taken
+    counts["surplus"] = len(questions) - len(chosen) - counts["dropped"]
     return sorted(chosen), counts
 
 

@@ -39,8 +39,7 @@ def stop_finder(tokenizer: Tokenizer, stop: Sequence[str]) -> StopFinder | None:
         start = max(0, len(tokens) - new - max_tokens)
 
         def has_stop(end: int) -> bool:
-            known = [i for i in tokens[start:end] if i < len(pieces)]
-            data = b"".join([pieces[i] for i in known])
+            data = b"".join([pieces[i] for i in tokens[start:end] if i < len(pieces)])
             return any(string in data for string in strings)
 
         if not has_stop(len(tokens)):

@@ -3,7 +3,6 @@
 import functools
 import glob
 import itertools
-import math
 import os.path
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -79,7 +78,7 @@ def convert(
         try:
             if isinstance(row, UserError):
                 raise row
-            made = make(where, row)
+            yield make(where, row)
         except UserError as error:
             if on_bad_row == "error":
                 raise
@@ -87,8 +86,6 @@ def convert(
             if bad <= LOGGED:
                 LOG.warning("skipped %s", error)
             reason = str(error)
-        else:
-            yield made
     if bad and bad == count:
         raise UserError(f"all {count} rows are bad; the last one is {reason}")
     if bad:
@@ -109,7 +106,7 @@ def as_text(where: str, name: str, value: Any) -> str:
     # A bool is an int in Python, and some files have NaN for a missing number.
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and np.isfinite(value):
         return np.format_float_positional(value, trim="0")
     raise UserError(
         f"{where}: {name} is {shown(value)}; it must be a string, a number or null."

@@ -137,12 +137,11 @@ class Template(Checked):
             prompt already; "" where the student generates them.
         """
         body = self.body(trace.explanation)
+        start = self.thought_prefix + self.thought_tags[0] + body
         if opened:
             space = opened.removeprefix(self.thought_tags[0])
             shared = [n for n in range(len(space) + 1) if space.endswith(body[:n])]
             start = body[shared[-1] :]
-        else:
-            start = self.thought_prefix + self.thought_tags[0] + body
         return start + self.after_thought(trace.problem)
 
     def after_thought(self, problem: Problem) -> str:
@@ -172,9 +171,9 @@ class Template(Checked):
 
     def thought_of(self, completion: str) -> str | None:
         """The student's first whole thought, None when there is none."""
-        _, opened, rest = completion.partition(self.thought_tags[0])
+        _, _, rest = completion.partition(self.thought_tags[0])
         text, closed, _ = rest.partition(self.thought_tags[1])
-        return text if opened and closed else None
+        return text if closed else None
 
     def own_thought(self, completion: str) -> str:
         """The student's thought, or what there is of it; without a tag, everything."""

@@ -43,8 +43,7 @@ class TokenBytes:
         self.pieces = list(pieces)
         self._pieces = [*pieces, b""]  # the last stands for ids beyond the vocabulary
         self._lengths = np.array([len(piece) for piece in self._pieces], np.int64)
-        self._is_byte = np.zeros(len(self._pieces), bool)
-        self._is_byte[list(byte_ids)] = True
+        self._is_byte = np.isin(np.arange(len(self._pieces)), list(byte_ids))
         self._whole_runs = whole_runs
 
     def decode(self, ids: np.ndarray) -> Decoded:

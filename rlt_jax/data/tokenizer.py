@@ -140,8 +140,6 @@ class Tokenizer:
           treats the start of a text differently from its middle.
         """
         separators = self._codec.separators
-        if not separators:
-            return 0
         ids, offsets = self.encode(text)
         for i in np.flatnonzero(np.isin(ids, list(separators)))[::-1]:
             start, end = offsets[i].tolist()
@@ -253,21 +251,17 @@ def load_tokenizer(
     if source is not None:
         more = config.get("extra_special_tokens")  # a list or, of names, a mapping
         more = more if isinstance(more, dict) else {}
-        special = {
+        variables = {
             name: _token_text(token)
             for name, token in (config | more).items()
             if name.endswith("_token") and isinstance(token, str | dict)
-        }
-        variables, when = special | config[VARIABLES], _local_time(date)
+        } | config[VARIABLES]
+        with as_user_error("model.date", ValueError):
+            when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
+        # Without a time zone, as templates see it in transformers.
+        when = when.replace(tzinfo=None)
         chat = ChatTemplate(f"tokenizer {path}", source, variables, when)
     return Tokenizer(path, codec, config, stop_ids, chat)
-
-
-def _local_time(date: str) -> datetime.datetime:
-    """Without a time zone, as templates see it in transformers; "" for now."""
-    with as_user_error("model.date", ValueError):
-        when = datetime.datetime.fromisoformat(date or str(datetime.datetime.now()))
-    return when.replace(tzinfo=None)
 
 
 def _load_codec(path: Path, config: dict[str, Any], embeddings: int) -> Codec:

@@ -21,15 +21,16 @@ def read_lines(path: Path) -> list[Record]:
     Raises:
       UserError: the file is missing, invalid or incomplete.
     """
-    *lines, last = _bytes(path).split(b"\n")
-    records = [_parse(line, path) for line in lines if line.strip()]
-    if last.strip():  # valid if another program wrote it without the last line end
-        message = (
-            "the last line is cut off. If the stage was interrupted, run the same command "
-            f"again; otherwise run it anew with --only={path.parent.name}"
-        )
-        records.append(_parse(last, path, message))
-    return records
+    what = f"{path} is missing; run the stage {path.parent.name!r}, which writes it"
+    with as_user_error(what, FileNotFoundError, NotADirectoryError):
+        *lines, last = path.read_bytes().split(b"\n")
+    # The last is valid if another program wrote it without the last line end.
+    cut_off = (
+        "the last line is cut off. If the stage was interrupted, run the same command "
+        f"again; otherwise run it anew with --only={path.parent.name}"
+    )
+    read = [(line, "not valid JSON") for line in lines] + [(last, cut_off)]
+    return [_parse(line, path, message) for line, message in read if line.strip()]
 
 
 def read_evaluation(folder: Path) -> list[Record]:
@@ -99,15 +100,9 @@ def _number(value: float | None, digits: int = 5) -> str:
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _parse(text: bytes, path: Path, message: str = "not valid JSON") -> Record:
+def _parse(text: bytes, path: Path, message: str) -> Record:
     # Invalid JSON or UTF-8.
     with as_user_error(f"{path}: {message}", ValueError, RecursionError):
         record = json.loads(text)
     check_value(f"{path}: a record", Section, record)
     return record
-
-
-def _bytes(path: Path) -> bytes:
-    what = f"{path} is missing; run the stage {path.parent.name!r}, which writes it"
-    with as_user_error(what, FileNotFoundError, NotADirectoryError):
-        return path.read_bytes()

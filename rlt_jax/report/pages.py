@@ -7,14 +7,14 @@ and data sets are escaped.
 """
 
 import dataclasses
-import json
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from rlt_jax.errors import UserError
-from rlt_jax.files import read_json, write_whole
+from rlt_jax.files import read_json, write_json
 from rlt_jax.ranges import Checked, Condition, NonNegativeInt
 from rlt_jax.records import Record
 from rlt_jax.report import plots, statistics
@@ -72,10 +72,15 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
             value = teacher[f"held_out_reward{statistic}_{when}"]
             summary[f"teacher_reward_{label}{statistic}"] = value
     summary |= _accuracies(results, answers) | {"seed": seed} | _costs(workdir)
+    groups = plots.metric_groups(metrics).items()
+    pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
+    graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
+    if graded:
+        pictures["accuracy"] = plots.accuracy_bars(graded)
     write_page(
         workdir / OUT,
         "page.html",
-        _pictures(metrics, results),
+        pictures,
         run=workdir.resolve().name,
         summary=summary,
         teacher=teacher,
@@ -84,7 +89,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
         answers=_side_by_side(answers, config.num_examples),
         z_95=plots.Z_95,
     )
-    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(workdir / "summary.json", summary)
     return summary
 
 
@@ -106,23 +111,17 @@ def _accuracies(results: dict[str, Record], answers: dict[str, list[Record]]) ->
                 summary[f"{name}_{label}"] = result[name]
                 summary[f"{name}_{label}_standard_error"] = result[error]
     *others, last = results
-    comparisons = [
-        {"of": last, "with": other, "quantity": quantity, **compared}
-        for quantity in QUANTITIES
-        for other in others
-        if (compared := _compared(answers, last, other, quantity))
-    ]
+    comparisons = []
+    for quantity, other in itertools.product(QUANTITIES, others):
+        column = "correct" if quantity == "accuracy" else quantity
+        a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
+        # A single question has no error; a quantity may not have been measured.
+        if len(a | b) > 1:
+            compared = {"of": last, "with": other, "quantity": quantity}
+            difference = statistics.compare(a, b, (last, other))
+            comparisons.append(compared | difference._asdict())
     summary["n_eval"], summary["samples_per_question"] = sizes.pop()
     return summary | ({"comparisons": comparisons} if comparisons else {})
-
-
-def _compared(
-    answers: dict[str, list[Record]], last: str, other: str, quantity: str
-) -> Record:
-    """The paired difference of two evaluations; {} with fewer than two questions."""
-    column = "correct" if quantity == "accuracy" else quantity
-    a, b = (statistics.by_question(answers[x], x, column) for x in (last, other))
-    return statistics.compare(a, b, (last, other))._asdict() if len(a | b) > 1 else {}
 
 
 def _costs(workdir: Path) -> Record:
@@ -138,15 +137,6 @@ def _costs(workdir: Path) -> Record:
         "seconds": seconds,
         "peak_gib": {name: stage.get("peak_gib") for name, stage in stages.items()},
     }
-
-
-def _pictures(metrics: list[Record], results: dict[str, Record]) -> dict[str, bytes]:
-    groups = plots.metric_groups(metrics).items()
-    pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
-    graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
-    if graded:
-        pictures["accuracy"] = plots.accuracy_bars(graded)
-    return pictures
 
 
 def _side_by_side(records: dict[str, list[Record]], count: int) -> list[Record]:

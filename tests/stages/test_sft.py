@@ -257,13 +257,13 @@ def test_epochs_are_counted_in_sequences(
     values["data"] = data
 
     seen: list[int] = []
-    packed = rows._supervised
+    packed = rows.pack_sequences
 
     def count(taken: list[Any], *args: Any) -> Any:
         seen.append(len(taken))
         return packed(taken, *args)
 
-    monkeypatch.setattr(rows, "_supervised", count)
+    monkeypatch.setattr(rows, "pack_sequences", count)
     with caplog.at_level(logging.INFO, "rlt_jax"):
         folder = run_stage(values, tmp_path / "whole")
     done = summary(folder)
