@@ -233,10 +233,7 @@ def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
         f"{section.stage}: give plain JSON values", TypeError, ValueError
     ):
         values = json.loads(section.to_json().replace("{workdir}", folder))
-    models = [values.get(name) for name in preflight.MODELS]
-    if isinstance(values.get("teaching"), dict):
-        models.append(values["teaching"].get("teacher"))
-    for model in (*models, *(values.get("students") or ())):
-        if isinstance(model, dict):
-            model["date"] = model.get("date") or date
+    values = preflight.with_models(
+        values, lambda model: {**model, "date": model.get("date") or date}
+    )
     return {"seed": int(seed), **values}
