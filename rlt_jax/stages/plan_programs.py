@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from rlt_jax.costs.flops import forward_flops, train_flops
-from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill
 from rlt_jax.inference.engine import EngineConfig, cache_shardings, make_engine
 from rlt_jax.inference.head import chunk_length
@@ -59,7 +57,7 @@ def sft_programs(
     c = build(sft.SFTConfig, section["sft"], "sft")
     sft.check_rows(c, mesh)
     model, params = shapes.load_shape(section["model"], recipe, mesh)
-    tx = _optimizer(section, c.steps)
+    tx = setup.load_optimizer(section, c.steps)
     state = abstract_state(model, params, tx, mesh)
     batch = shapes.packed(mesh, c.batch_size, c.shape)
     weights = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
@@ -81,13 +79,11 @@ def rl_programs(
     """Rollout, log-probs, reward, update and mixing."""
     c = build(rl.RLConfig, section["loop"], "loop")
     objective = build(ObjectiveConfig, section["objective"], "objective")
-    if section.get("teaching"):
-        raise UserError("plan: stages with `teaching` cannot be planned yet.")
     sampling = build(SamplingConfig, section["sampling"], "sampling")
     rows, E = setup.load_row_shape(section, mesh), c.batch_size * c.group_size
     policy = shapes.load_shape(section["policy"], recipe, mesh)
     students = [policy] if c.self_teaching else _students(section, recipe, mesh)
-    tx = _optimizer(section, c.steps * c.updates_per_rollout)
+    tx = setup.load_optimizer(section, c.steps * c.updates_per_rollout)
     state = abstract_state(*policy, tx, mesh)
     reference = policy.params if objective.beta else ()
     # Offloaded, each is on the devices only while it is used.
@@ -251,12 +247,6 @@ def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
     setup.check_students(section["students"])
     return [shapes.load_shape(one, recipe, mesh) for one in section["students"]]
-
-
-def _optimizer(section: Section, steps: int) -> optax.GradientTransformation:
-    if section["lora"].get("rank"):
-        raise UserError("plan: stages with lora.rank > 0 cannot be planned yet.")
-    return setup.load_optimizer(section, steps)
 
 
 def _flops(kind: Callable[..., float], shape: Shape, E: int, lengths: Lengths) -> float:
