@@ -217,8 +217,13 @@ def _log_probs(
         flops, args = _flops(forward_flops, shape, E, lengths), (shape.params, own)
         programs.append(Program(f"{name}log_probs", jitted, args, flops=flops))
     if reward:
-        filled = _filled(batch, mesh, compiled.vocabulary_kl != ())
-        args = (filled, shapes.per_row(mesh, (), jnp.float32))
+        found = {"log_probs": batch.sampler_log_probs}
+        if compiled.vocabulary_kl:
+            segments = batch.completion.segment.shape
+            found["vocabulary_kl"] = shapes.per_row(mesh, segments, jnp.float32)
+        filled = tuple(student._replace(**found) for student in batch.students)
+        batch = batch._replace(log_probs=batch.sampler_log_probs, students=filled)
+        args = (batch, shapes.per_row(mesh, (), jnp.float32))
         programs.append(Program("reward", reward, args))
     return programs
 
@@ -232,16 +237,6 @@ def _add_resident(
         return [params for params in models if params is not program.args[0]]
 
     return [p._replace(resident=(kept, others(p)), trips=trips) for p in programs]
-
-
-def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
-    """The batch with all log-probs."""
-    per_token, divergence = batch.sampler_log_probs, None
-    if over_vocabulary:
-        divergence = shapes.per_row(mesh, batch.completion.segment.shape, jnp.float32)
-    filled = {"log_probs": per_token, "vocabulary_kl": divergence}
-    students = tuple(student._replace(**filled) for student in batch.students)
-    return batch._replace(log_probs=per_token, students=students)
 
 
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
