@@ -11,18 +11,16 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlt_jax import watchdog
 from rlt_jax.data import rows
 from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
 from rlt_jax.records import Problem, Record
-from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl import rewards, rlt_reward
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
 from rlt_jax.stages.rl_config import RLConfig
-from rlt_jax.stages.setup import Run, is_due, sample_records
+from rlt_jax.stages.setup import Run, is_due, means_with_errors, sample_records
 from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
@@ -189,10 +187,7 @@ class Journal:
         if run.role == "student" and answered:
             points = {"right": 1.0, "wrong": 0.0, "unreadable": 0.0}
             values["accuracy"] = rewards.correctness(rollout, run.template, **points)
-        results = {}
-        for name, value in values.items():
-            mean, error = mean_and_error(np.asarray(value))
-            results |= {name: mean, f"{name}_standard_error": error}
+        results = means_with_errors(values)
         text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
         LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
         return results
