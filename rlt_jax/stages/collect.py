@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     layout.check_memory(teacher.model, run.sampler.layout, mesh)
     asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
     temperatures = run.sampling.temperature, run.rlt_reward.student_temperature
-    origin = setup.provenance_of([teacher, *students], run.template, *temperatures)
+    origin = setup.provenance_of([teacher, *students], run.template, temperatures)
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
     file = workdir / "traces.jsonl"

@@ -333,14 +333,12 @@ def is_due(done: int, every: int, total: int) -> bool:
 
 
 def provenance_of(
-    models: Sequence[LoadedModel],
-    template: Template,
-    teacher_temperature: float,
-    student_temperature: float,
+    models: Sequence[LoadedModel], template: Template, temperatures: tuple[float, float]
 ) -> Record:
     """What a reward depends on: fingerprints of weights, tokenizers and template.
 
-    `models` are the teacher, then the students.
+    `models` are the teacher, then the students; `temperatures` those of the teacher and of
+    the students.
     """
     weights, *students_weights = (weights_hash(model.params) for model in models)
     tokenizer, *others = (tokenizer_hash(model.tokenizer) for model in models)
@@ -350,8 +348,8 @@ def provenance_of(
         "students": students_weights,
         "student_tokenizers": others,
         "template": template_hash(template),
-        "teacher_temperature": teacher_temperature,
-        "student_temperature": student_temperature,
+        "teacher_temperature": temperatures[0],
+        "student_temperature": temperatures[1],
     }
 
 
