@@ -229,9 +229,8 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
     """The section as plain JSON values, `{workdir}` and dates of models filled in."""
     folder = json.dumps(str(root))[1:-1]
-    with as_user_error(
-        f"{section.stage}: give plain JSON values", TypeError, ValueError
-    ):
+    what = f"{section.stage}: give plain JSON values"
+    with as_user_error(what, TypeError, ValueError):
         values = json.loads(section.to_json().replace("{workdir}", folder))
     values = preflight.with_models(
         values, lambda model: {**model, "date": model.get("date") or date}
