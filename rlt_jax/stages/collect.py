@@ -77,20 +77,20 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         source = run.stored(workdir / "completions.jsonl", bar=bar)
         stream = source.stream(teacher.params, requests, key)
         for rollout in sampler.in_order(stream, c.batch_size):
-            count = len(rollout.requests)
             batch = sharding.put_rows(rows.pack(rollout, run, c.batch_size), mesh)
             batch = log_probs.fill(run.programs, batch, teacher.params, params)
             reward = run.reward.rlt(batch, np.float32(kl_coef))
             records = setup.sample_records(run, rollout, reward)
-            for n, record in enumerate(records):
-                record["prompt_tokens"] = len(rollout.requests[n].prompt)
-                record["tokens"] = len(rollout.tokens[n])
+            columns = zip(records, rollout.requests, rollout.tokens, strict=True)
+            for record, request, tokens in columns:
+                record["prompt_tokens"] = len(request.prompt)
+                record["tokens"] = len(tokens)
                 record["provenance"] = origin
                 if classify:
                     explanation = record["reasoning_trace"]
                     record["kind"] = classify(record["question"], explanation)
             metrics.append_jsonl(file, records)
-            bar.update(count)
+            bar.update(len(records))
             hosts.stop_if_asked()
     return hosts.from_first(lambda: _summary(metrics.read_jsonl(file)))
 
