@@ -34,7 +34,6 @@ from rlt_jax.scoring import make_solution_scorer
 from rlt_jax.settings import Section, build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.types import Rollout
 
 
@@ -65,7 +64,7 @@ class EvaluateConfig(Checked):
 
 
 # A model without its weights, the renderer of its prompts, and its sampler.
-Opened = tuple[LoadedModel, Renderer, Engine]
+Opened = tuple[checkpoint.LoadedModel, Renderer, Engine]
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": str,
