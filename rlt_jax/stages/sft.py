@@ -195,10 +195,11 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     renderer = examples.Renderer(opened.tokenizer, template, c.role)
     context = opened.model.config.max_length
     sources = pipeline.load_sources(config.data, template, seed)
-    made, counts, held_out = [], {}, []
+    made, counts = [], {}
     for source in sources:
         used, counts[source.where] = load_examples(c, source, renderer, seed, context)
         made.append(used)
+    held_out: list[Batch] = []
     if config.held_out is not None:
         traces = pipeline.load_traces(config.held_out, template, seed, "held_out")
         source = pipeline.Source("held_out", 1.0, traces)
@@ -211,7 +212,11 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
         raise UserError("sft.evaluate_every needs traces in the section held_out.")
     weights = [source.weight for source in sources]
     batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
-    c = with_steps(c, batches, sum(map(len, made)))
+    if c.epochs:
+        sequences = sum(map(len, made))
+        count = batches.count_until(round(c.epochs * sequences) or 1)
+        LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {count:,} steps")
+        c = dataclasses.replace(c, steps=count, epochs=0.0)
     return Prepared(c, opened, batches, held_out, counts)
 
 
@@ -241,15 +246,6 @@ def check_rows(c: SFTConfig, mesh: Mesh) -> None:
     """Raises UserError for rows that the mesh cannot split."""
     names = "sft.micro_batch_size (or batch_size), sft.row_length"
     sharding.check_rows(mesh, c.shape.micro_batch_size, c.row_length, names)
-
-
-def with_steps(c: SFTConfig, batches: rows.PackedBatches, sequences: int) -> SFTConfig:
-    """The settings with the number of steps in the place of `epochs`."""
-    if not c.epochs:
-        return c
-    steps = batches.count_until(round(c.epochs * sequences) or 1)
-    LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps")
-    return dataclasses.replace(c, steps=steps, epochs=0.0)
 
 
 def load_examples(
