@@ -99,8 +99,7 @@ class Journal:
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
         c = self.c
-        progress = self._first, c.steps, self.workdir, c.profile_steps
-        for step in metrics.steps(*progress):
+        for step in metrics.steps(self._first, c.steps, self.workdir, c.profile_steps):
             self._times = {"": time.monotonic()}
             yield step
 
@@ -139,13 +138,12 @@ class Journal:
         if step % c.sample_every == 0:
             self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
         stop = hosts.stopping()
-        if is_due(done, c.checkpoint_every, c.steps) or stop:
-            # The metrics of all steps before a checkpoint are on disk.
-            last = self._writer.flush(), c.max_skipped, done == c.steps
-            if check_updates(*last):
-                data = {"prompts": self.prompts.get_state(), "results": self._results}
-                trees = {"params": self.policy()} | _items(self.tuning, self.weights)
-                checkpoint.save(self._manager, done, trees, data)
+        due = stop or is_due(done, c.checkpoint_every, c.steps)
+        # The metrics of all steps before a checkpoint are on disk.
+        if due and check_updates(self._writer.flush(), c.max_skipped, done == c.steps):
+            data = {"prompts": self.prompts.get_state(), "results": self._results}
+            trees = {"params": self.policy()} | self._items()
+            checkpoint.save(self._manager, done, trees, data)
         if stop:
             raise hosts.Stopped
 
@@ -210,8 +208,7 @@ class Journal:
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
         self._first = 0
-        template = _items(self.tuning, self.weights)
-        restored = checkpoint.restore_latest(self._manager, template)
+        restored = checkpoint.restore_latest(self._manager, self._items())
         if restored is not None:
             self._first, items, data = restored
             self.prompts.set_state(data["prompts"])
@@ -228,14 +225,14 @@ class Journal:
             self._results["kl_coef"] = float(self.kl_coef)
         self.kl_coef = self._results["kl_coef"]
 
+    def _items(self) -> Record:
+        """The weights as items of a checkpoint."""
+        copies = self.weights._asdict()
+        items = to_items(copies.pop("state"), self.tuning.item)
+        return items | {name: tree for name, tree in copies.items() if tree}
+
 
 def _overlong(batch: Batch) -> Metrics:
     """Completions that were too long for a student."""
     counts = [student.overlong.sum() for student in batch.students]
     return {"rollout/overlong": jnp.stack(counts).max()} if counts else {}
-
-
-def _items(tuning: lora.Tuning, weights: Weights) -> Record:
-    items = to_items(weights.state, tuning.item)
-    optional = dict(zip(Weights._fields[1:], weights[1:], strict=True))
-    return items | {name: tree for name, tree in optional.items() if tree}
