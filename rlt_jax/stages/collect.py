@@ -105,9 +105,8 @@ def prepare(
     """
     path = config.collect.get("classify")
     classify = load_function(path, 2) if path else None
-    mesh, opened = setup.load_mesh(config), setup.open_models(config, "teacher")
-    terms = (Term(RLT, 1.0, None),)
-    run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
+    opened = setup.open_models(config, "teacher")
+    run = setup.load_run(config, "teacher", opened, [Term(RLT, 1.0, None)])
     if isinstance(kl_coef := run.rlt_reward.explanation_kl_coef, str):
         raise UserError(
             f"rlt_reward.explanation_kl_coef={kl_coef!r} is for rl and score; give the "

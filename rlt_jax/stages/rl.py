@@ -118,13 +118,13 @@ class Prepared(NamedTuple):
 
 def prepare(config: ConfigDict, seed: int) -> Prepared:
     """Models without weights and data of the stage; raises UserError for bad input."""
-    c, mesh = build(RLConfig, config.loop, "loop"), setup.load_mesh(config)
+    c = build(RLConfig, config.loop, "loop")
     terms = rewards.make_terms(config.reward_terms)
     if c.self_teaching and config["students"]:
         raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
     opened = setup.open_models(config, "policy")
-    students = opened if c.self_teaching else opened[1:]
-    run = setup.load_run(config, c.role, opened[0], students, mesh, terms)
+    models = 2 * opened if c.self_teaching else opened
+    run = setup.load_run(config, c.role, models, terms)
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed, "held_out")
     setup.check_fit(run, [*problems, *held_out])

@@ -119,27 +119,22 @@ class Run:
 
 
 def load_run(
-    config: Section,
-    role: str,
-    policy: LoadedModel,
-    students: Sequence[LoadedModel],
-    mesh: Mesh,
-    terms: Sequence[Term],
+    config: Section, role: str, models: Sequence[LoadedModel], terms: Sequence[Term]
 ) -> Run:
     """The run of a stage with a policy, from the sections in `SECTIONS`.
 
     Args:
       config: of the stage.
       role: of the policy.
-      policy: from `open_models`; its weights are not needed yet.
-      students: likewise.
-      mesh: where everything runs.
+      models: the policy and the students of the reward, from `open_models`; their weights
+        are not needed yet.
       terms: of the reward.
 
     Raises:
       UserError: settings contradict each other, or do not fit the mesh or the models.
     """
-    template = load_template(config["template"])
+    policy, *students = models
+    mesh, template = load_mesh(config), load_template(config["template"])
     row_shape, names = load_row_shape(config, mesh), [term.name for term in terms]
     if (RLT in names) != bool(students) or (students and role != "teacher"):
         raise UserError(
@@ -148,11 +143,11 @@ def load_run(
             "loop.self_teaching) and the role 'teacher', and students need that term."
         )
     rlt_reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
-    check_tokenizers(rlt_reward, *(one.tokenizer for one in (policy, *students)))
+    check_tokenizers(rlt_reward, *(one.tokenizer for one in models))
     # An explanation's closing tag ends a teacher's completion.
     stop = (template.explanation_tags[1],) if role == "teacher" else ()
-    models = [student.model for student in students]
-    programs, rlt = load_reward(config, policy.model, models, mesh)
+    of_students = [student.model for student in students]
+    programs, rlt = load_reward(config, policy.model, of_students, mesh)
     return Run(
         role=role,
         policy=policy,
