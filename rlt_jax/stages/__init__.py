@@ -232,7 +232,8 @@ def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
     what = f"{section.stage}: give plain JSON values"
     with as_user_error(what, TypeError, ValueError):
         values = json.loads(section.to_json().replace("{workdir}", folder))
-    values = preflight.with_models(
-        values, lambda model: {**model, "date": model.get("date") or date}
-    )
-    return {"seed": int(seed), **values}
+
+    def dated(model: settings.Section) -> Record:
+        return {**model, "date": model.get("date") or date}
+
+    return {"seed": int(seed), **preflight.with_models(values, dated)}
