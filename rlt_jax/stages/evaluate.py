@@ -120,14 +120,13 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             kept = stored.StoredSampler(engine, completions, loaded.tokenizer, bar)
             batches = sampler.in_order(kept.stream(params, requests, key), size)
         for rollout in batches:
-            count = len(rollout.texts)
-            part = asked[first : first + count]
-            found = scorer(part, rollout.texts) if scorer else [{}] * count
+            part = asked[first : first + len(rollout.texts)]
+            found = scorer(part, rollout.texts) if scorer else [{}] * len(part)
             args = template, c.untagged, part, rollout, found
             graded = functools.partial(_graded, *args)
             hosts.from_first(lambda graded=graded: metrics.append_jsonl(file, graded()))
-            first += count
-            bar.update(count)
+            first += len(part)
+            bar.update(len(part))
             hosts.stop_if_asked()
 
     def write_results() -> Record:
@@ -183,8 +182,7 @@ def _accuracies(rows: Sequence[Section], k: int) -> Record:
     if not rows:
         return {"accuracy": None, "standard_error": None, "num_graded": 0}
     correct = np.array([row["correct"] for row in rows]).reshape(-1, k)
-    read = [row["read"] for row in rows]
-    votes = [read[k * n : k * (n + 1)] for n in range(len(correct))]
+    votes = np.array([row["read"] for row in rows], object).reshape(-1, k)
     powers = [2**i for i in range(k.bit_length())]
     scores = {f"pass_at_{n}": statistics.pass_at_k(correct, n) for n in powers}
     scores[f"majority_at_{k}"] = statistics.majority_at_k(correct, votes)
