@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from rlt_jax.costs.flops import forward_flops, train_flops
 from rlt_jax.inference.decode import Refill
 from rlt_jax.inference.engine import EngineConfig, cache_shardings, make_engine
-from rlt_jax.inference.head import chunk_length
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import page_bytes
@@ -56,20 +55,19 @@ def sft_programs(
     """The update of supervised training, on full rows."""
     c = build(sft.SFTConfig, section["sft"], "sft")
     sft.check_rows(c, mesh)
-    model, params = shapes.load_shape(section["model"], recipe, mesh)
+    shape = shapes.load_shape(section["model"], recipe, mesh)
     tx = setup.load_optimizer(section, c.steps)
-    state = abstract_state(model, params, tx, mesh)
+    state = abstract_state(*shape, tx, mesh)
     batch = shapes.packed(mesh, c.batch_size, c.shape)
     weights = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
-    placed = state_shardings(model, tx, mesh)
-    update = learner.jit_update(sft.next_token_loss, model, tx, mesh, placed)
+    placed = state_shardings(shape.model, tx, mesh)
+    update = learner.jit_update(sft.next_token_loss, shape.model, tx, mesh, placed)
     args = state, batch._replace(loss_weights=weights), None
-    tokens, at_once = c.batch_size * c.row_length, c.shape.micro_batch_size
-    C = chunk_length(at_once, c.row_length, model.config.vocab_size, mesh.size)
-    flops = train_flops(model.config, tokens, c.row_length / 2, tokens)
-    trips = -(-c.row_length // C)
+    full = Lengths(0, c.row_length)  # all of it is learned
+    flops = _flops(train_flops, shape, c.batch_size, full)
+    trips = shapes.micro_batches(shape.model.config, mesh, c.batch_size, c.shape, full)
     # A single micro-batch needs no loop.
-    loops = (trips,) if at_once == c.batch_size else (batch.tokens.shape[0], trips)
+    loops = trips[1:] if trips[0] == 1 else trips
     return [Program("update", update, args, flops=flops, trips=loops)]
 
 
