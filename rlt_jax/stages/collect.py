@@ -83,8 +83,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             records = setup.sample_records(run, rollout, reward)
             columns = zip(records, rollout.requests, rollout.tokens, strict=True)
             for record, request, tokens in columns:
-                record["prompt_tokens"] = len(request.prompt)
-                record["tokens"] = len(tokens)
+                record |= {"prompt_tokens": len(request.prompt), "tokens": len(tokens)}
                 record["provenance"] = origin
                 if classify:
                     explanation = record["reasoning_trace"]
