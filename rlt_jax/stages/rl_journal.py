@@ -131,7 +131,11 @@ class Journal:
         if is_due(done, c.evaluate_every, c.steps):
             result = self._evaluate(done)
             self._results["last"] = result
-            self._keep_best(done, result["reward"])
+            if result["reward"] > self._results["best"]:
+                self._results["best"] = result["reward"]
+                if c.evaluate_every:
+                    best = self.workdir / "best"
+                    checkpoint.save_model(best, done, self.run.policy, self.policy())
             if c.evaluate_every:
                 numbers |= {f"held_out/{name}": x for name, x in result.items()}
         check_updates(self._writer.write(step, numbers), c.max_skipped, False)
@@ -189,13 +193,6 @@ class Journal:
         text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
         LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
         return results
-
-    def _keep_best(self, step: int, reward: float) -> None:
-        if reward > self._results["best"]:
-            self._results["best"] = reward
-            if self.c.evaluate_every:
-                folder = self.workdir / "best"
-                checkpoint.save_model(folder, step, self.run.policy, self.policy())
 
     def _append(
         self, step: int, split: str, rollout: Rollout, reward: Reward, shown: slice
