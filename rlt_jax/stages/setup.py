@@ -363,8 +363,7 @@ def sample_records(
     """Completions and their rewards as JSON records."""
     values, records = jax.device_get(reward), []
     for n in range(len(rollout.requests))[chosen]:
-        problem, text = rollout.requests[n].problem, rollout.texts[n]
-        record = problem_record(problem)
+        record, text = problem_record(rollout.requests[n].problem), rollout.texts[n]
         if run.role == "teacher":
             explanation, closed = run.template.parse_completion(text)
             record |= {"reasoning_trace": explanation, "closed": closed}
