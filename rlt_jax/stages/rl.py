@@ -60,16 +60,15 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
     run, opened, problems, held_out, prompts, teacher = prepare(config, seed)
-    mesh = run.mesh
-    policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
-    layout.check_memory(policy.model, run.sampler.layout, mesh)
+    policy, *students = setup.load_weights(config, "policy", opened, run.mesh, seed)
+    layout.check_memory(policy.model, run.sampler.layout, run.mesh)
 
     updates, completions = c.steps * c.updates_per_rollout, c.batch_size * c.group_size
     teacher = load_weights(teacher, seed, c.offload)
     divergence = teacher and teacher.divergence
     loss_fn = policy_loss(objective, run.sampling.temperature, completions, divergence)
     learner, tuning, state = setup.load_learner(
-        config, loss_fn, policy, mesh, updates, seed, objective.skip_gradient_norm
+        config, loss_fn, policy, run.mesh, updates, seed, objective.skip_gradient_norm
     )
     reference = _copy(policy.params, c.offload, "reference") if objective.beta else {}
     student = _copy(policy.params, c.offload, "student") if c.self_teaching else {}
@@ -89,10 +88,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     # The journal alone holds the weights, so that those it replaces are freed.
     del policy, students, state, reference, student, copied
     fill_advantages = jit_advantages(objective, c.group_size, run, teacher)
-    if teacher:
-        run = dataclasses.replace(run, sampler=teacher.sampler)
     with journal.open(objective.advantage):
-        train(c, run, teacher, learner, fill_advantages, problems, journal)
+        train(teacher, learner, fill_advantages, problems, journal)
     return journal.summary()
 
 
@@ -138,8 +135,6 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
 
 
 def train(
-    c: RLConfig,
-    run: setup.Run,
     teacher: Teacher | None,
     learner: Learner,
     fill_advantages: Callable[[Batch, Array], Batch],
@@ -147,6 +142,9 @@ def train(
     journal: Journal,
 ) -> None:
     """The loop; it continues from the weights and the step that the journal restored."""
+    c, run = journal.c, journal.run
+    if teacher:
+        run = dataclasses.replace(run, sampler=teacher.sampler)
     # The log-probs at the time of the rollout serve the reward and later updates.
     needs_policy = bool(run.students) or c.updates_per_rollout > 1
     needs_policy |= teacher is not None and teacher.needs_policy
