@@ -25,10 +25,10 @@ import sys
 from absl import app, flags
 from absl import logging as absl_logging
 
-from rlt_jax import command_line as given
+from rlt_jax import command_line
 from rlt_jax.errors import keep_telling
 
-flags.adopt_module_key_flags(given)  # --help shows them
+flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
@@ -43,26 +43,23 @@ def main(argv: list[str]) -> None:
     from rlt_jax.training import hosts
     from rlt_jax.training.compilation import keep_programs
 
+    given = flags.FLAGS
+
     def run() -> None:
         hosts.connect(
-            given.coordinator_address.value,
-            given.num_processes.value,
-            given.process_id.value,
-            given.init_timeout.value,
-            given.heartbeat_timeout.value,
+            given.coordinator_address,
+            given.num_processes,
+            given.process_id,
+            given.init_timeout,
+            given.heartbeat_timeout,
         )
         hosts.listen()
-        if given.stall_timeout.value:
-            watchdog.start(given.stall_timeout.value, given.stall_exit.value)
-        keep_programs(given.compilation_cache.value)
+        if given.stall_timeout:
+            watchdog.start(given.stall_timeout, given.stall_exit)
+        keep_programs(given.compilation_cache)
         if hosts.is_first():
             logging.getLogger("rlt_jax").setLevel(logging.INFO)
-        run_pipeline(
-            given.config.value,
-            given.workdir.value,
-            given.only.value,
-            given.resume_with_changes.value,
-        )
+        run_pipeline(given.config, given.workdir, given.only, given.resume_with_changes)
 
     hosts.guard(run)
 
@@ -76,7 +73,7 @@ def cli() -> None:
 
         return chat.main(sys.argv[1:])
     try:
-        app.run(main, flags_parser=given.parse_flags)
+        app.run(main, flags_parser=command_line.parse_flags)
     except KeyboardInterrupt:  # before signals are listened to
         print("rlt_jax: stopped before anything began.", file=sys.stderr)
         sys.exit(130)

@@ -24,21 +24,8 @@ from rlt_jax import settings, stores, watchdog
 from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.ranges import Condition, NonNegativeInt, OneOf, check_value
 from rlt_jax.records import Record
+from rlt_jax.stages import folder as folders
 from rlt_jax.stages import lock, preflight
-from rlt_jax.stages.folder import (
-    RENAMED,
-    SETTINGS,
-    begin,
-    changed_inputs,
-    complete,
-    date_of_run,
-    flat,
-    is_done,
-    now,
-    remove_untouched,
-    renamed_key,
-    set_aside,
-)
 from rlt_jax.training import hosts, private_jax
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
@@ -89,13 +76,13 @@ def _run_stages(
     for name, section in sections.items():
         values, folder = _settings(section, root, "", config.seed), root / name
         reads = {*preflight.stages_read(values, root)} & left.keys()
-        complete = is_done(folder) and not changed_inputs(folder, values)
-        if only is not None or with_changes or reads or not complete:
+        done = folders.is_done(folder) and not folders.changed_inputs(folder, values)
+        if only is not None or with_changes or reads or not done:
             left[name] = values
     # The first of several checks itself at once, but changes are checked before any is made.
     first = 0 if only is not None or with_changes else 1
     preflight.check([*left.values()][first:], {} if only is not None else left, root)
-    date = hosts.from_first(lambda: date_of_run(root))
+    date = hosts.from_first(lambda: folders.date_of_run(root))
     for name, section in sections.items():
         hosts.stop_if_asked()
         values = _settings(section, root, date, config.seed)
@@ -135,7 +122,7 @@ def _checked_stage(section: Any, where: str) -> str:
     stage = values.pop("stage", None)
     check_value(f"{where}.seed", NonNegativeInt, values.pop("seed", 0))
     check_value(f"{where}.stage", Annotated[str, OneOf(STAGES)], stage)
-    if renamed := renamed_key(values):
+    if renamed := folders.renamed_key(values):
         raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
     settings.check(preflight.module_of(stage).SECTIONS, values, where)
     return stage
@@ -143,7 +130,7 @@ def _checked_stage(section: Any, where: str) -> str:
 
 def explain_override(arguments: Sequence[str], error: Exception) -> str:
     """Why a setting on the command line does not fit the config."""
-    for old, new in RENAMED.items():
+    for old, new in folders.RENAMED.items():
         pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
         if any(re.match(pattern, argument) for argument in arguments):
             return f"has an old name: {old} is now called {new}."
@@ -152,7 +139,7 @@ def explain_override(arguments: Sequence[str], error: Exception) -> str:
     parsed = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=others)
     parsed(others, known_only=True)
-    known = flat(parsed.config.to_dict())
+    known = folders.flat(parsed.config.to_dict())
     for key in (found[1] for found in map(is_setting.match, arguments) if found):
         if not any(f"{one}.".startswith(f"{key.partition('[')[0]}.") for one in known):
             same = [one for one in known if one.split(".")[-1] == key.split(".")[-1]]
@@ -172,8 +159,8 @@ def _run_stage(
         def has_work() -> bool:
             locked.enter_context(lock.held(root, name))
             if afresh:
-                set_aside(name, folder, values, with_changes)
-            return begin(name, folder, values, with_changes)
+                folders.set_aside(name, folder, values, with_changes)
+            return folders.begin(name, folder, values, with_changes)
 
         if not hosts.from_first(has_work):
             LOG.info("stage %s is complete, skipped", name)
@@ -183,7 +170,7 @@ def _run_stage(
 
 
 def _work(name: str, values: Record, folder: Path) -> None:
-    if not (folder / SETTINGS).is_file():
+    if not (folder / folders.SETTINGS).is_file():
         raise UserError(
             f"{folder}, which process 0 has made, is not visible on this host: --workdir "
             "has to be in a file system that all hosts share."
@@ -199,11 +186,11 @@ def _work(name: str, values: Record, folder: Path) -> None:
         summary = preflight.module_of(stage).run(config, folder, values["seed"])
     except UserError:
         if hosts.is_first():
-            remove_untouched(folder)
+            folders.remove_untouched(folder)
         raise
     costs = {"seconds": time.monotonic() - start, "peak_gib": peak_gib()}
-    done = {"stage": stage, "finished": now(), **costs, "summary": summary}
-    hosts.from_first(lambda: complete(folder, done))
+    done = {"stage": stage, "finished": folders.now(), **costs, "summary": summary}
+    hosts.from_first(lambda: folders.complete(folder, done))
     LOG.info("stage %s took %.0f s", name, costs["seconds"])
 
 
@@ -228,7 +215,7 @@ def _check_workdir(workdir: str | Path) -> None:
 
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     """Several processes have to do the same."""
-    values = flat(config.to_dict(), "config")
+    values = folders.flat(config.to_dict(), "config")
     given = {"--workdir": str(root), "--only": only}
     package = Path(__file__).parents[1]
     sources = (file.read_bytes() for file in sorted(package.rglob("*.py")))
@@ -242,14 +229,11 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:
     """The section as plain JSON values, `{workdir}` and dates of models filled in."""
     folder = json.dumps(str(root))[1:-1]
-    with as_user_error(
-        f"{section.stage}: give plain JSON values", TypeError, ValueError
-    ):
+    what = f"{section.stage}: give plain JSON values"
+    with as_user_error(what, TypeError, ValueError):
         values = json.loads(section.to_json().replace("{workdir}", folder))
-    models = [values.get(name) for name in preflight.MODELS]
-    if isinstance(values.get("teaching"), dict):
-        models.append(values["teaching"].get("teacher"))
-    for model in (*models, *(values.get("students") or ())):
-        if isinstance(model, dict):
-            model["date"] = model.get("date") or date
-    return {"seed": int(seed), **values}
+
+    def dated(model: settings.Section) -> Record:
+        return {**model, "date": model.get("date") or date}
+
+    return {"seed": int(seed), **preflight.with_models(values, dated)}

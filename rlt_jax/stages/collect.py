@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     layout.check_memory(teacher.model, run.sampler.layout, mesh)
     asked = [problem for problem in problems for _ in range(c.samples_per_problem)]
     temperatures = run.sampling.temperature, run.rlt_reward.student_temperature
-    origin = setup.provenance_of([teacher, *students], run.template, *temperatures)
+    origin = setup.provenance_of([teacher, *students], run.template, temperatures)
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
     file = workdir / "traces.jsonl"
@@ -77,20 +77,19 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         source = run.stored(workdir / "completions.jsonl", bar=bar)
         stream = source.stream(teacher.params, requests, key)
         for rollout in sampler.in_order(stream, c.batch_size):
-            count = len(rollout.requests)
             batch = sharding.put_rows(rows.pack(rollout, run, c.batch_size), mesh)
             batch = log_probs.fill(run.programs, batch, teacher.params, params)
             reward = run.reward.rlt(batch, np.float32(kl_coef))
             records = setup.sample_records(run, rollout, reward)
-            for n, record in enumerate(records):
-                record["prompt_tokens"] = len(rollout.requests[n].prompt)
-                record["tokens"] = len(rollout.tokens[n])
+            columns = zip(records, rollout.requests, rollout.tokens, strict=True)
+            for record, request, tokens in columns:
+                record |= {"prompt_tokens": len(request.prompt), "tokens": len(tokens)}
                 record["provenance"] = origin
                 if classify:
                     explanation = record["reasoning_trace"]
                     record["kind"] = classify(record["question"], explanation)
             metrics.append_jsonl(file, records)
-            bar.update(count)
+            bar.update(len(records))
             hosts.stop_if_asked()
     return hosts.from_first(lambda: _summary(metrics.read_jsonl(file)))
 
@@ -105,9 +104,8 @@ def prepare(
     """
     path = config.collect.get("classify")
     classify = load_function(path, 2) if path else None
-    mesh, opened = setup.load_mesh(config), setup.open_models(config, "teacher")
-    terms = (Term(RLT, 1.0, None),)
-    run = setup.load_run(config, "teacher", opened[0], opened[1:], mesh, terms)
+    opened = setup.open_models(config, "teacher")
+    run = setup.load_run(config, "teacher", opened, [Term(RLT, 1.0, None)])
     if isinstance(kl_coef := run.rlt_reward.explanation_kl_coef, str):
         raise UserError(
             f"rlt_reward.explanation_kl_coef={kl_coef!r} is for rl and score; give the "

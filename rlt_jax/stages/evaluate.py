@@ -34,7 +34,6 @@ from rlt_jax.scoring import make_solution_scorer
 from rlt_jax.settings import Section, build
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts, metrics, sharding
-from rlt_jax.training.checkpoint import LoadedModel
 from rlt_jax.types import Rollout
 
 
@@ -65,7 +64,7 @@ class EvaluateConfig(Checked):
 
 
 # A model without its weights, the renderer of its prompts, and its sampler.
-Opened = tuple[LoadedModel, Renderer, Engine]
+Opened = tuple[checkpoint.LoadedModel, Renderer, Engine]
 SECTIONS = {
     "model": checkpoint.ModelSource,
     "template": str,
@@ -121,14 +120,13 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             kept = stored.StoredSampler(engine, completions, loaded.tokenizer, bar)
             batches = sampler.in_order(kept.stream(params, requests, key), size)
         for rollout in batches:
-            count = len(rollout.texts)
-            part = asked[first : first + count]
-            found = scorer(part, rollout.texts) if scorer else [{}] * count
+            part = asked[first : first + len(rollout.texts)]
+            found = scorer(part, rollout.texts) if scorer else [{}] * len(part)
             args = template, c.untagged, part, rollout, found
             graded = functools.partial(_graded, *args)
             hosts.from_first(lambda graded=graded: metrics.append_jsonl(file, graded()))
-            first += count
-            bar.update(count)
+            first += len(part)
+            bar.update(len(part))
             hosts.stop_if_asked()
 
     def write_results() -> Record:
@@ -163,8 +161,7 @@ def summarise(rows: Sequence[Section], questions: int) -> Record:
         if name in rows[0]:
             values = np.array([row[name] for row in rows], float).reshape(-1, k)
             means = values.mean(axis=1)
-            mean, error = statistics.mean_and_error(means[np.isfinite(means)])
-            results |= {name: mean, f"{name}_standard_error": error}
+            results |= setup.means_with_errors({name: means[np.isfinite(means)]})
     errors = Counter(row["error"] for row in rows)
     lengths = [row["tokens"] for row in rows]
     has_lengths = None not in lengths  # predictions have none
@@ -185,17 +182,13 @@ def _accuracies(rows: Sequence[Section], k: int) -> Record:
     if not rows:
         return {"accuracy": None, "standard_error": None, "num_graded": 0}
     correct = np.array([row["correct"] for row in rows]).reshape(-1, k)
-    read = [row["read"] for row in rows]
-    votes = [read[k * n : k * (n + 1)] for n in range(len(correct))]
+    votes = np.array([row["read"] for row in rows], object).reshape(-1, k)
     powers = [2**i for i in range(k.bit_length())]
     scores = {f"pass_at_{n}": statistics.pass_at_k(correct, n) for n in powers}
     scores[f"majority_at_{k}"] = statistics.majority_at_k(correct, votes)
     accuracy, error = statistics.mean_and_error(correct.mean(axis=1))
     results = {"accuracy": accuracy, "standard_error": error}
-    for name, by_question in scores.items():
-        mean, error = statistics.mean_and_error(by_question)
-        results |= {name: mean, f"{name}_standard_error": error}
-    return results | {"num_graded": len(correct)}
+    return results | setup.means_with_errors(scores) | {"num_graded": len(correct)}
 
 
 def prepare(

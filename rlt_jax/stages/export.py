@@ -19,6 +19,7 @@ from rlt_jax.ranges import OneOf
 from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.stages import setup
+from rlt_jax.stages.preflight import MODELS
 from rlt_jax.training import checkpoint, hosts, sharding
 from rlt_jax.training.lora import LoRAConfig
 from rlt_jax.types import Params
@@ -72,7 +73,6 @@ def prepare(config: ConfigDict, seed: int) -> tuple[checkpoint.LoadedModel, str]
         adapters on `adapter_base`.
     """
     opened = checkpoint.open_model(build(checkpoint.ModelSource, config.model, "model"))
-    kind = config.model_type
     if base := config.adapter_base:
         file = checkpoint.find_model(base) / convert.CONFIG
         kind = read_json(file, {}).get("model_type")
@@ -82,7 +82,7 @@ def prepare(config: ConfigDict, seed: int) -> tuple[checkpoint.LoadedModel, str]
                 f"adapter_base={base!r} is no text model in Hugging Face format; export it."
             )
     else:
-        kind = kind or convert.model_type_of(opened.model.config)
+        kind = config.model_type or convert.model_type_of(opened.model.config)
         config_to_json(opened.model.config, kind)  # raises UserError
     return opened, kind
 
@@ -120,7 +120,7 @@ def _lineage(folder: Path) -> list[tuple[Path, Record, str]]:
     stages = []
     while (folder / "settings.json").is_file():
         settings = read_json(folder / "settings.json")
-        sources = filter(None, map(settings.get, ("model", "policy", "teacher")))
+        sources = filter(None, map(settings.get, MODELS))
         began = next(sources, {}).get("path") or ""
         stages.append((folder, settings, began))
         folder = Path(began or "/none")

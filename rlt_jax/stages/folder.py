@@ -235,7 +235,6 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
     if values["stage"] == "report":  # it has their names
         read += re.findall(r'"(\w+)"', json.dumps(values))
     others = {*read} - {folder.name}
-    others = {name for name in others if folder.with_name(name).is_dir()}
     done = {name: _read(folder.with_name(name) / DONE) for name in others}
     return {name: x["finished"] for name, x in done.items() if x.get("finished")}
 

@@ -143,9 +143,13 @@ def read_recipe(c: PlanConfig, topology: str) -> Record:
         what = f"the recipe has {', '.join(known) or 'none'} that can be planned"
         raise UserError(f"plan.stages={names}: {what}.")
     for name in names:
-        keys = {"stage", "seed", *module_of(values[name]["stage"]).SECTIONS}
-        if unknown := sorted(values[name].keys() - keys):
+        section = values[name]
+        keys = {"stage", "seed", *module_of(section["stage"]).SECTIONS}
+        if unknown := sorted(section.keys() - keys):
             raise UserError(f"the recipe's {name!r}: unknown key {unknown[0]!r}.")
+        if section.get("teaching") or section.get("lora", {}).get("rank"):
+            what = "lora.rank > 0 or `teaching` cannot be planned yet"
+            raise UserError(f"the recipe's {name!r}: stages with {what}.")
     return values | {"pipeline": tuple(names)}
 
 

@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from rlt_jax.costs.flops import forward_flops, train_flops
-from rlt_jax.errors import UserError
 from rlt_jax.inference.decode import Refill
 from rlt_jax.inference.engine import EngineConfig, cache_shardings, make_engine
-from rlt_jax.inference.head import chunk_length
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.inference.weights import decode_weights
 from rlt_jax.models.paged_cache import page_bytes
@@ -58,20 +55,19 @@ def sft_programs(
     """The update of supervised training, on full rows."""
     c = build(sft.SFTConfig, section["sft"], "sft")
     sft.check_rows(c, mesh)
-    model, params = shapes.load_shape(section["model"], recipe, mesh)
-    tx = _optimizer(section, c.steps)
-    state = abstract_state(model, params, tx, mesh)
+    shape = shapes.load_shape(section["model"], recipe, mesh)
+    tx = setup.load_optimizer(section, c.steps)
+    state = abstract_state(*shape, tx, mesh)
     batch = shapes.packed(mesh, c.batch_size, c.shape)
     weights = shapes.per_row(mesh, batch.tokens.shape, jnp.float32)
-    placed = state_shardings(model, tx, mesh)
-    update = learner.jit_update(sft.next_token_loss, model, tx, mesh, placed)
+    placed = state_shardings(shape.model, tx, mesh)
+    update = learner.jit_update(sft.next_token_loss, shape.model, tx, mesh, placed)
     args = state, batch._replace(loss_weights=weights), None
-    tokens, at_once = c.batch_size * c.row_length, c.shape.micro_batch_size
-    C = chunk_length(at_once, c.row_length, model.config.vocab_size, mesh.size)
-    flops = train_flops(model.config, tokens, c.row_length / 2, tokens)
-    trips = -(-c.row_length // C)
+    full = Lengths(0, c.row_length)  # all of it is learned
+    flops = _flops(train_flops, shape, c.batch_size, full)
+    trips = shapes.micro_batches(shape.model.config, mesh, c.batch_size, c.shape, full)
     # A single micro-batch needs no loop.
-    loops = (trips,) if at_once == c.batch_size else (batch.tokens.shape[0], trips)
+    loops = trips[1:] if trips[0] == 1 else trips
     return [Program("update", update, args, flops=flops, trips=loops)]
 
 
@@ -81,13 +77,11 @@ def rl_programs(
     """Rollout, log-probs, reward, update and mixing."""
     c = build(rl.RLConfig, section["loop"], "loop")
     objective = build(ObjectiveConfig, section["objective"], "objective")
-    if section.get("teaching"):
-        raise UserError("plan: stages with `teaching` cannot be planned yet.")
     sampling = build(SamplingConfig, section["sampling"], "sampling")
     rows, E = setup.load_row_shape(section, mesh), c.batch_size * c.group_size
     policy = shapes.load_shape(section["policy"], recipe, mesh)
     students = [policy] if c.self_teaching else _students(section, recipe, mesh)
-    tx = _optimizer(section, c.steps * c.updates_per_rollout)
+    tx = setup.load_optimizer(section, c.steps * c.updates_per_rollout)
     state = abstract_state(*policy, tx, mesh)
     reference = policy.params if objective.beta else ()
     # Offloaded, each is on the devices only while it is used.
@@ -221,8 +215,13 @@ def _log_probs(
         flops, args = _flops(forward_flops, shape, E, lengths), (shape.params, own)
         programs.append(Program(f"{name}log_probs", jitted, args, flops=flops))
     if reward:
-        filled = _filled(batch, mesh, compiled.vocabulary_kl != ())
-        args = (filled, shapes.per_row(mesh, (), jnp.float32))
+        found = {"log_probs": batch.sampler_log_probs}
+        if compiled.vocabulary_kl:
+            segments = batch.completion.segment.shape
+            found["vocabulary_kl"] = shapes.per_row(mesh, segments, jnp.float32)
+        filled = tuple(student._replace(**found) for student in batch.students)
+        batch = batch._replace(log_probs=batch.sampler_log_probs, students=filled)
+        args = (batch, shapes.per_row(mesh, (), jnp.float32))
         programs.append(Program("reward", reward, args))
     return programs
 
@@ -238,25 +237,9 @@ def _add_resident(
     return [p._replace(resident=(kept, others(p)), trips=trips) for p in programs]
 
 
-def _filled(batch: Batch, mesh: Mesh, over_vocabulary: bool) -> Batch:
-    """The batch with all log-probs."""
-    per_token, divergence = batch.sampler_log_probs, None
-    if over_vocabulary:
-        divergence = shapes.per_row(mesh, batch.completion.segment.shape, jnp.float32)
-    filled = {"log_probs": per_token, "vocabulary_kl": divergence}
-    students = tuple(student._replace(**filled) for student in batch.students)
-    return batch._replace(log_probs=per_token, students=students)
-
-
 def _students(section: Section, recipe: Section, mesh: Mesh) -> list[Shape]:
     setup.check_students(section["students"])
     return [shapes.load_shape(one, recipe, mesh) for one in section["students"]]
-
-
-def _optimizer(section: Section, steps: int) -> optax.GradientTransformation:
-    if section["lora"].get("rank"):
-        raise UserError("plan: stages with lora.rank > 0 cannot be planned yet.")
-    return setup.load_optimizer(section, steps)
 
 
 def _flops(kind: Callable[..., float], shape: Shape, E: int, lengths: Lengths) -> float:

@@ -53,23 +53,18 @@ def load_shape(section: Section, recipe: Section, mesh: Mesh) -> Shape:
       UserError: the shape is not known here, or the mesh cannot split it.
     """
     source = build(checkpoint.ModelSource, section, "model")
-    config = _config(source, recipe)
+    origin = build(checkpoint.ModelSource, origin_of(section, recipe, WORKDIR), "model")
+    if unknown := stages_read(origin.path, WORKDIR):
+        raise UserError(f"plan: {origin.path}: the recipe has no stage {unknown[0]!r}.")
+    numerics = {"dtype": source.dtype, "remat": source.remat}
+    known = published_config(origin.path, **numerics)
+    config = known or checkpoint.shape_of(dataclasses.replace(origin, **numerics))
     sharding.check_model(config, mesh)
     model = Transformer(config)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     shardings = sharding.param_shardings(model, mesh)
     dtype = jnp.dtype(source.param_dtype)
     return Shape(model, sharding.abstract(shapes, shardings, dtype))
-
-
-def _config(source: checkpoint.ModelSource, recipe: Section) -> ModelConfig:
-    section = origin_of(dataclasses.asdict(source), recipe, WORKDIR)
-    origin = build(checkpoint.ModelSource, section, "model")
-    if unknown := stages_read(origin.path, WORKDIR):
-        raise UserError(f"plan: {origin.path}: the recipe has no stage {unknown[0]!r}.")
-    numerics = {"dtype": source.dtype, "remat": source.remat}
-    known = published_config(origin.path, **numerics)
-    return known or checkpoint.shape_of(dataclasses.replace(origin, **numerics))
 
 
 def per_row(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

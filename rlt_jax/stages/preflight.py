@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,22 @@ def check(stages: Sequence[Record], to_make: Section, root: str | Path) -> None:
             stage.prepare(ConfigDict(values), values["seed"])
 
 
-def with_origins(settings: Section, stages: Section, root: str | Path) -> Record:
-    """Settings with `origin_of` of every model in them."""
+def with_models(settings: Section, change: Callable[[Section], Section]) -> Record:
+    """Settings with every model in them changed."""
     values = dict(settings)
     for key in values.keys() & {*MODELS}:
         if isinstance(values[key], Mapping):
-            values[key] = origin_of(values[key], stages, root)
+            values[key] = change(values[key])
     if students := values.get("students"):
-        values["students"] = [origin_of(one, stages, root) for one in students]
+        values["students"] = [change(one) for one in students]
     if teaching := values.get("teaching"):
-        values["teaching"] = with_origins(teaching, stages, root)
+        values["teaching"] = with_models(teaching, change)
     return values
+
+
+def with_origins(settings: Section, stages: Section, root: str | Path) -> Record:
+    """Settings with `origin_of` of every model in them."""
+    return with_models(settings, lambda model: origin_of(model, stages, root))
 
 
 def origin_of(model: Section, stages: Section, root: str | Path) -> Section:

@@ -18,11 +18,6 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     """Writes the report next to the stages that it reads; returns its summary."""
     c = build(ReportConfig, config, "report")
     kinds = AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError
-
-    def write() -> Record:
-        with as_user_error(
-            f"cannot write the report of {workdir.parent}", *kinds, end=""
-        ):
-            return write_report(workdir.parent, c, seed=seed)
-
-    return hosts.from_first(write)
+    what = f"cannot write the report of {workdir.parent}"
+    write = as_user_error(what, *kinds, end="")(write_report)
+    return hosts.from_first(lambda: write(workdir.parent, c, seed=seed))

@@ -60,16 +60,15 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     c = build(RLConfig, config.loop, "loop")
     objective = build(ObjectiveConfig, config.objective, "objective")
     run, opened, problems, held_out, prompts, teacher = prepare(config, seed)
-    mesh = run.mesh
-    policy, *students = setup.load_weights(config, "policy", opened, mesh, seed)
-    layout.check_memory(policy.model, run.sampler.layout, mesh)
+    policy, *students = setup.load_weights(config, "policy", opened, run.mesh, seed)
+    layout.check_memory(policy.model, run.sampler.layout, run.mesh)
 
     updates, completions = c.steps * c.updates_per_rollout, c.batch_size * c.group_size
     teacher = load_weights(teacher, seed, c.offload)
     divergence = teacher and teacher.divergence
     loss_fn = policy_loss(objective, run.sampling.temperature, completions, divergence)
     learner, tuning, state = setup.load_learner(
-        config, loss_fn, policy, mesh, updates, seed, objective.skip_gradient_norm
+        config, loss_fn, policy, run.mesh, updates, seed, objective.skip_gradient_norm
     )
     reference = _copy(policy.params, c.offload, "reference") if objective.beta else {}
     student = _copy(policy.params, c.offload, "student") if c.self_teaching else {}
@@ -89,10 +88,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     # The journal alone holds the weights, so that those it replaces are freed.
     del policy, students, state, reference, student, copied
     fill_advantages = jit_advantages(objective, c.group_size, run, teacher)
-    if teacher:
-        run = dataclasses.replace(run, sampler=teacher.sampler)
     with journal.open(objective.advantage):
-        train(c, run, teacher, learner, fill_advantages, problems, journal)
+        train(teacher, learner, fill_advantages, problems, journal)
     return journal.summary()
 
 
@@ -118,13 +115,13 @@ class Prepared(NamedTuple):
 
 def prepare(config: ConfigDict, seed: int) -> Prepared:
     """Models without weights and data of the stage; raises UserError for bad input."""
-    c, mesh = build(RLConfig, config.loop, "loop"), setup.load_mesh(config)
+    c = build(RLConfig, config.loop, "loop")
     terms = rewards.make_terms(config.reward_terms)
     if c.self_teaching and config["students"]:
         raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
     opened = setup.open_models(config, "policy")
-    students = opened if c.self_teaching else opened[1:]
-    run = setup.load_run(config, c.role, opened[0], students, mesh, terms)
+    models = 2 * opened if c.self_teaching else opened
+    run = setup.load_run(config, c.role, models, terms)
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed, "held_out")
     setup.check_fit(run, [*problems, *held_out])
@@ -138,8 +135,6 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
 
 
 def train(
-    c: RLConfig,
-    run: setup.Run,
     teacher: Teacher | None,
     learner: Learner,
     fill_advantages: Callable[[Batch, Array], Batch],
@@ -147,6 +142,9 @@ def train(
     journal: Journal,
 ) -> None:
     """The loop; it continues from the weights and the step that the journal restored."""
+    c, run = journal.c, journal.run
+    if teacher:
+        run = dataclasses.replace(run, sampler=teacher.sampler)
     # The log-probs at the time of the rollout serve the reward and later updates.
     needs_policy = bool(run.students) or c.updates_per_rollout > 1
     needs_policy |= teacher is not None and teacher.needs_policy

@@ -11,18 +11,16 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlt_jax import watchdog
 from rlt_jax.data import rows
 from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
 from rlt_jax.records import Problem, Record
-from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl import rewards, rlt_reward
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
 from rlt_jax.stages.rl_config import RLConfig
-from rlt_jax.stages.setup import Run, is_due, sample_records
+from rlt_jax.stages.setup import Run, is_due, means_with_errors, sample_records
 from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
@@ -101,8 +99,7 @@ class Journal:
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
         c = self.c
-        progress = self._first, c.steps, self.workdir, c.profile_steps
-        for step in metrics.steps(*progress):
+        for step in metrics.steps(self._first, c.steps, self.workdir, c.profile_steps):
             self._times = {"": time.monotonic()}
             yield step
 
@@ -134,20 +131,23 @@ class Journal:
         if is_due(done, c.evaluate_every, c.steps):
             result = self._evaluate(done)
             self._results["last"] = result
-            self._keep_best(done, result["reward"])
+            if result["reward"] > self._results["best"]:
+                self._results["best"] = result["reward"]
+                if c.evaluate_every:
+                    best = self.workdir / "best"
+                    checkpoint.save_model(best, done, self.run.policy, self.policy())
             if c.evaluate_every:
                 numbers |= {f"held_out/{name}": x for name, x in result.items()}
         check_updates(self._writer.write(step, numbers), c.max_skipped, False)
         if step % c.sample_every == 0:
             self._append(step, "train", rollout, reward, slice(0, None, c.group_size))
         stop = hosts.stopping()
-        if is_due(done, c.checkpoint_every, c.steps) or stop:
-            # The metrics of all steps before a checkpoint are on disk.
-            last = self._writer.flush(), c.max_skipped, done == c.steps
-            if check_updates(*last):
-                data = {"prompts": self.prompts.get_state(), "results": self._results}
-                trees = {"params": self.policy()} | _items(self.tuning, self.weights)
-                checkpoint.save(self._manager, done, trees, data)
+        due = stop or is_due(done, c.checkpoint_every, c.steps)
+        # The metrics of all steps before a checkpoint are on disk.
+        if due and check_updates(self._writer.flush(), c.max_skipped, done == c.steps):
+            data = {"prompts": self.prompts.get_state(), "results": self._results}
+            trees = {"params": self.policy()} | self._items()
+            checkpoint.save(self._manager, done, trees, data)
         if stop:
             raise hosts.Stopped
 
@@ -189,20 +189,10 @@ class Journal:
         if run.role == "student" and answered:
             points = {"right": 1.0, "wrong": 0.0, "unreadable": 0.0}
             values["accuracy"] = rewards.correctness(rollout, run.template, **points)
-        results = {}
-        for name, value in values.items():
-            mean, error = mean_and_error(np.asarray(value))
-            results |= {name: mean, f"{name}_standard_error": error}
+        results = means_with_errors(values)
         text = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
         LOG.info("held out, weight of the KL %.4g: %s", self.kl_coef, text)
         return results
-
-    def _keep_best(self, step: int, reward: float) -> None:
-        if reward > self._results["best"]:
-            self._results["best"] = reward
-            if self.c.evaluate_every:
-                folder = self.workdir / "best"
-                checkpoint.save_model(folder, step, self.run.policy, self.policy())
 
     def _append(
         self, step: int, split: str, rollout: Rollout, reward: Reward, shown: slice
@@ -215,8 +205,7 @@ class Journal:
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
         self._first = 0
-        template = _items(self.tuning, self.weights)
-        restored = checkpoint.restore_latest(self._manager, template)
+        restored = checkpoint.restore_latest(self._manager, self._items())
         if restored is not None:
             self._first, items, data = restored
             self.prompts.set_state(data["prompts"])
@@ -233,14 +222,14 @@ class Journal:
             self._results["kl_coef"] = float(self.kl_coef)
         self.kl_coef = self._results["kl_coef"]
 
+    def _items(self) -> Record:
+        """The weights as items of a checkpoint."""
+        copies = self.weights._asdict()
+        items = to_items(copies.pop("state"), self.tuning.item)
+        return items | {name: tree for name, tree in copies.items() if tree}
+
 
 def _overlong(batch: Batch) -> Metrics:
     """Completions that were too long for a student."""
     counts = [student.overlong.sum() for student in batch.students]
     return {"rollout/overlong": jnp.stack(counts).max()} if counts else {}
-
-
-def _items(tuning: lora.Tuning, weights: Weights) -> Record:
-    items = to_items(weights.state, tuning.item)
-    optional = dict(zip(Weights._fields[1:], weights[1:], strict=True))
-    return items | {name: tree for name, tree in optional.items() if tree}

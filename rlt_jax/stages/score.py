@@ -105,7 +105,7 @@ class Scorer:
         settings = scoring.ScoringConfig(reward, ensemble, c.teacher_temperature)
         self._score = scoring.make_scorer(models, self._renderers, settings, mesh)
         temperatures = c.teacher_temperature, reward.student_temperature
-        self._origin = setup.provenance_of(models, self.template, *temperatures)
+        self._origin = setup.provenance_of(models, self.template, temperatures)
 
     def score(
         self, batch: list[TextCompletion], per_token: bool = False

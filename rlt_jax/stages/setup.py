@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.ranges import check_value
 from rlt_jax.records import Problem, Record, Trace, problem_record
+from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl.rewards import RLT, RewardFunction, Term
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.scoring import check_tokenizers, compile_log_probs, jit_rlt_reward
@@ -118,27 +119,22 @@ class Run:
 
 
 def load_run(
-    config: Section,
-    role: str,
-    policy: LoadedModel,
-    students: Sequence[LoadedModel],
-    mesh: Mesh,
-    terms: Sequence[Term],
+    config: Section, role: str, models: Sequence[LoadedModel], terms: Sequence[Term]
 ) -> Run:
     """The run of a stage with a policy, from the sections in `SECTIONS`.
 
     Args:
       config: of the stage.
       role: of the policy.
-      policy: from `open_models`; its weights are not needed yet.
-      students: likewise.
-      mesh: where everything runs.
+      models: the policy and the students of the reward, from `open_models`; their weights
+        are not needed yet.
       terms: of the reward.
 
     Raises:
       UserError: settings contradict each other, or do not fit the mesh or the models.
     """
-    template = load_template(config["template"])
+    policy, *students = models
+    mesh, template = load_mesh(config), load_template(config["template"])
     row_shape, names = load_row_shape(config, mesh), [term.name for term in terms]
     if (RLT in names) != bool(students) or (students and role != "teacher"):
         raise UserError(
@@ -147,11 +143,11 @@ def load_run(
             "loop.self_teaching) and the role 'teacher', and students need that term."
         )
     rlt_reward = build(RLTRewardConfig, config["rlt_reward"], "rlt_reward")
-    check_tokenizers(rlt_reward, *(one.tokenizer for one in (policy, *students)))
+    check_tokenizers(rlt_reward, *(one.tokenizer for one in models))
     # An explanation's closing tag ends a teacher's completion.
     stop = (template.explanation_tags[1],) if role == "teacher" else ()
-    models = [student.model for student in students]
-    programs, rlt = load_reward(config, policy.model, models, mesh)
+    of_students = [student.model for student in students]
+    programs, rlt = load_reward(config, policy.model, of_students, mesh)
     return Run(
         role=role,
         policy=policy,
@@ -332,14 +328,12 @@ def is_due(done: int, every: int, total: int) -> bool:
 
 
 def provenance_of(
-    models: Sequence[LoadedModel],
-    template: Template,
-    teacher_temperature: float,
-    student_temperature: float,
+    models: Sequence[LoadedModel], template: Template, temperatures: tuple[float, float]
 ) -> Record:
     """What a reward depends on: fingerprints of weights, tokenizers and template.
 
-    `models` are the teacher, then the students.
+    `models` are the teacher, then the students; `temperatures` those of the teacher and of
+    the students.
     """
     weights, *students_weights = (weights_hash(model.params) for model in models)
     tokenizer, *others = (tokenizer_hash(model.tokenizer) for model in models)
@@ -349,9 +343,18 @@ def provenance_of(
         "students": students_weights,
         "student_tokenizers": others,
         "template": template_hash(template),
-        "teacher_temperature": teacher_temperature,
-        "student_temperature": student_temperature,
+        "teacher_temperature": temperatures[0],
+        "student_temperature": temperatures[1],
     }
+
+
+def means_with_errors(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each array by its name, and its `<name>_standard_error`."""
+    results = {}
+    for name, value in values.items():
+        mean, error = mean_and_error(value)
+        results |= {name: mean, f"{name}_standard_error": error}
+    return results
 
 
 def sample_records(
@@ -360,8 +363,7 @@ def sample_records(
     """Completions and their rewards as JSON records."""
     values, records = jax.device_get(reward), []
     for n in range(len(rollout.requests))[chosen]:
-        problem, text = rollout.requests[n].problem, rollout.texts[n]
-        record = problem_record(problem)
+        record, text = problem_record(rollout.requests[n].problem), rollout.texts[n]
         if run.role == "teacher":
             explanation, closed = run.template.parse_completion(text)
             record |= {"reasoning_trace": explanation, "closed": closed}

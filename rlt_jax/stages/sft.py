@@ -195,22 +195,28 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     renderer = examples.Renderer(opened.tokenizer, template, c.role)
     context = opened.model.config.max_length
     sources = pipeline.load_sources(config.data, template, seed)
-    made, counts = load_examples(c, sources, renderer, seed, context)
+    made, counts = [], {}
+    for source in sources:
+        used, counts[source.where] = load_examples(c, source, renderer, seed, context)
+        made.append(used)
     held_out: list[Batch] = []
     if config.held_out is not None:
-        args = config.held_out, template, seed, "held_out"
-        others = [pipeline.Source("held_out", 1.0, pipeline.load_traces(*args))]
+        traces = pipeline.load_traces(config.held_out, template, seed, "held_out")
+        source = pipeline.Source("held_out", 1.0, traces)
         # All are used: none is replaced by another trace of its question.
         overlong = "drop" if c.overlong == "shorter" else c.overlong
         every = dataclasses.replace(c, overlong=overlong, traces_per_question=0)
-        (fitting,), more = load_examples(every, others, renderer, seed, context)
-        held_out = pipeline.all_batches(fitting, c.shape, c.batch_size)
-        counts |= more
+        used, counts["held_out"] = load_examples(every, source, renderer, seed, context)
+        held_out = pipeline.all_batches(used, c.shape, c.batch_size)
     elif c.evaluate_every:
         raise UserError("sft.evaluate_every needs traces in the section held_out.")
     weights = [source.weight for source in sources]
     batches = pipeline.packed_batches(made, weights, c.shape, c.batch_size, seed)
-    c = with_steps(c, batches, sum(map(len, made)))
+    if c.epochs:
+        sequences = sum(map(len, made))
+        count = batches.count_until(round(c.epochs * sequences) or 1)
+        LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {count:,} steps")
+        c = dataclasses.replace(c, steps=count, epochs=0.0)
     return Prepared(c, opened, batches, held_out, counts)
 
 
@@ -242,41 +248,30 @@ def check_rows(c: SFTConfig, mesh: Mesh) -> None:
     sharding.check_rows(mesh, c.shape.micro_batch_size, c.row_length, names)
 
 
-def with_steps(c: SFTConfig, batches: rows.PackedBatches, sequences: int) -> SFTConfig:
-    """The settings with the number of steps in the place of `epochs`."""
-    if not c.epochs:
-        return c
-    steps = batches.count_until(round(c.epochs * sequences) or 1)
-    LOG.info(f"{c.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps")
-    return dataclasses.replace(c, steps=steps, epochs=0.0)
-
-
 def load_examples(
     c: SFTConfig,
-    sources: Sequence[pipeline.Source],
+    source: pipeline.Source,
     renderer: examples.Renderer,
     seed: int,
     context: int,
-) -> tuple[list[list[examples.Example]], dict[str, dict[str, int]]]:
-    """The sequences of every source that fit, and its numbers of traces by its name.
+) -> tuple[list[examples.Example], dict[str, int]]:
+    """The sequences of a source that fit, and its numbers of traces.
 
     A sequence has to fit into sft.row_length and into the model's context.
     """
     limit = min(c.row_length, context)
     name = "sft.row_length" if limit == c.row_length else "the model's max_length"
-    made, counts = [], {}
-    for where, _, traces in sources:
-        hosts.agree_on_items(f"the traces of {where}", traces)
-        sequences = examples.EXAMPLES[c.role](renderer, traces)
-        asked = [str(one.problem.asked) for one in traces]
-        what = f"{where}, {name} (see sft.overlong)"
-        rule = limit, c.overlong, c.traces_per_question, seed, what
-        used, counts[where] = selection.fit_examples(sequences, asked, *rule)
-        made.append(used)
-        if any(counts[where][name] for name in ("dropped", "replaced", "truncated")):
-            numbers = ", ".join(f"{n} {key}" for key, n in counts[where].items())
-            LOG.warning(f"{where}: traces longer than {name}={limit}: {numbers}")
-    return made, counts
+    where, _, traces = source
+    hosts.agree_on_items(f"the traces of {where}", traces)
+    sequences = examples.EXAMPLES[c.role](renderer, traces)
+    asked = [str(one.problem.asked) for one in traces]
+    what = f"{where}, {name} (see sft.overlong)"
+    rule = limit, c.overlong, c.traces_per_question, seed, what
+    used, counts = selection.fit_examples(sequences, asked, *rule)
+    if any(counts[change] for change in ("dropped", "replaced", "truncated")):
+        numbers = ", ".join(f"{n} {key}" for key, n in counts.items())
+        LOG.warning(f"{where}: traces longer than {name}={limit}: {numbers}")
+    return used, counts
 
 
 def _losses(file: Path) -> dict[str, float]:

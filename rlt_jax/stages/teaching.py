@@ -204,9 +204,8 @@ def load_weights(teacher: Teacher | None, seed: int, on_host: bool) -> Teacher |
     if teacher is None or teacher.config.teacher is None:
         return teacher
     source = build(checkpoint.ModelSource, teacher.config.teacher, "teaching.teacher")
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    mesh, loaded = teacher.run.mesh, teacher.loaded
-    params = checkpoint.load_params(source, loaded.model, mesh, key)
+    loaded, key = teacher.loaded, jax.random.fold_in(jax.random.key(seed), 1)
+    params = checkpoint.load_params(source, loaded.model, teacher.run.mesh, key)
     params = offload.keep(params, on_host, "teacher")
     return dataclasses.replace(teacher, loaded=loaded._replace(params=params))
 

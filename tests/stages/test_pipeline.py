@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
-from rlt_jax.stages import RENAMED, preflight, report, run_pipeline, sft, stage_sections
+from rlt_jax.stages import preflight, report, run_pipeline, sft, stage_sections
+from rlt_jax.stages.folder import RENAMED
 from rlt_jax.training import checkpoint, private_jax
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
