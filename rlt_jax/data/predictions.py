@@ -27,7 +27,7 @@ def read_predictions(path: str, problems: Sequence[Problem]) -> list[list[str]]:
         )
     columns = ("question", "completions", "completion")
     for where, record in convert(read_records(path, "", columns, halves=True)):
-        question = as_text(where, "question", record.get("question") or "").strip()
+        question = as_text(where, "question", record.get("question")).strip()
         if question not in found:
             raise UserError(
                 f"{where}: the data has no question {question[:60]!r}; use the data "

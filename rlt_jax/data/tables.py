@@ -98,11 +98,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 def as_text(where: str, name: str, value: Any) -> str:
-    """A text or a number of a column as text.
+    """A text or a number of a column as text; "" for none.
 
     Raises:
       UserError: it is neither, or no finite number.
     """
+    if value is None:
+        return ""
     # A bool is an int in Python, and some files have NaN for a missing number.
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)

@@ -151,6 +151,12 @@ def test_gpqa_lists_its_options_in_an_order_of_the_seed(tmp_path: Path) -> None:
     assert load("gpqa", path, shuffle_seed=1) != problems
 
 
+def test_an_option_of_gpqa_may_be_the_number_0(tmp_path: Path) -> None:
+    path = write(tmp_path / "gpqa.jsonl", [GPQA[0] | {"Correct Answer": 0}])
+    (problem,) = load("gpqa", path)
+    assert f"({problem.answer}) 0\n" in problem.question
+
+
 def test_a_file_of_questions_and_answers_needs_no_solution(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": 4}, {"question": "r", "answer": "C"}]
     path = write(tmp_path / "a.jsonl", rows)

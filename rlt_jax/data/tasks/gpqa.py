@@ -34,7 +34,7 @@ def problems(
 
 
 def _problem(where: str, record: Record, rng: np.random.Generator) -> Problem:
-    texts = [as_text(where, name, record.get(name) or "") for name in COLUMNS]
+    texts = [as_text(where, name, record.get(name)) for name in COLUMNS]
     question, *options = (text.strip() for text in texts)
     if not question or not all(options):
         raise UserError(f"{where}: needs the columns {', '.join(COLUMNS)}.")

@@ -49,7 +49,7 @@ def problems(
 
 
 def _trace(where: str, record: Record) -> Trace:
-    question = as_text(where, "question", record.get("question") or "")
+    question = as_text(where, "question", record.get("question"))
     steps, mark, number = _answer(where, record).rpartition("####")
     answer = number.strip().replace(",", "")
     if not mark or not answer or not question.strip():
@@ -60,4 +60,4 @@ def _trace(where: str, record: Record) -> Trace:
 
 
 def _answer(where: str, record: Record) -> str:
-    return as_text(where, "answer", record.get("answer") or "")
+    return as_text(where, "answer", record.get("answer"))
