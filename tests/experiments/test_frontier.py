@@ -56,9 +56,10 @@ def test_parts_cells_and_quick_choose_stages() -> None:
     config.parts, config.cells = frontier.PARTS, ("d1c0",)
     assert {"rlt_d1c0_7", "kl_10_d1c0_7"} <= {*config.pipeline}
     assert all("_d1c0_" in name for name in config.pipeline)
-    config.quick = True
+    config.cells, config.quick = ("d3c1", "d1c0"), True
     quick = set(config.pipeline)
-    assert {"habit_d1c0_7", "warm_quarter_d1c0_7", "rlt_eval_quarter_d1c0_7"} <= quick
+    assert {"habit_d3c1_7", "warm_quarter_d3c1_7", "rlt_eval_quarter_d3c1_7"} <= quick
+    assert all("_d3c1_" in name for name in quick)
     assert not {name for name in quick if "on_itself" in name or "solved" in name}
     assert quick <= everything
     config.cells = ("d9c0",)
