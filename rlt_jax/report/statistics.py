@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 from numpy.typing import ArrayLike
+from scipy import special
 
 from rlt_jax.errors import UserError
 from rlt_jax.ranges import Weight, check_value
@@ -104,9 +104,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     if np.ptp(differences) < 1e-12:
         p_value = 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - len(differences))
         return PairedDifference(mean, 0.0, mean, mean, p_value)
-    result = scipy.stats.ttest_1samp(differences, 0.0)
-    low, high = result.confidence_interval(0.95)
-    return PairedDifference(mean, error, float(low), float(high), float(result.pvalue))
+    freedom = len(differences) - 1
+    p_value = float(2 * special.stdtr(freedom, -abs(mean / error)))
+    reach = float(error * special.stdtrit(freedom, 0.975))
+    return PairedDifference(mean, error, mean - reach, mean + reach, p_value)
 
 
 def by_question(

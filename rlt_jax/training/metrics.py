@@ -13,9 +13,6 @@ from typing import Any, Self
 
 import jax
 import tqdm
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rlt_jax import files, watchdog
 from rlt_jax.errors import LOG
@@ -87,21 +84,24 @@ class _Events:
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder, self._writer = folder, None
         if hosts.is_first():
+            # It imports PyTorch where that is installed, which takes seconds.
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+            self._event = Event
             with self._given_up_on_failure():
                 folder.mkdir(parents=True, exist_ok=True)
                 suffix = f".{os.getpid()}.{first_step}"
                 self._writer = EventsWriter(str(folder / "events"), suffix)
                 start = SessionLog(status=SessionLog.START)
-                self._write(Event(step=first_step, session_log=start))
+                self._write(step=first_step, session_log=start)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes numbers of a step."""
         if self._writer is not None:
-            values = [summary.scalar(name, x).value[0] for name, x in numbers.items()]
-            event = Event(step=step, wall_time=time.time())
-            event.summary.value.extend(values)
+            values = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
             with self._given_up_on_failure():
-                self._write(event)
+                self._write(step=step, wall_time=time.time(), summary={"value": values})
 
     def close(self) -> None:
         """Closes the file."""
@@ -109,8 +109,8 @@ class _Events:
             with self._given_up_on_failure():
                 self._writer.close()
 
-    def _write(self, event: Event) -> None:
-        self._writer.write_event(event)
+    def _write(self, **event: Any) -> None:
+        self._writer.write_event(self._event(**event))
         self._writer.flush()
 
     @contextlib.contextmanager
