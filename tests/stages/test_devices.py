@@ -218,6 +218,7 @@ def whole(sft: Sections, tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_device_goes_on_on_eight(
     sft: Sections, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(
     assert_same_files(whole, moved, "sft/metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_in_two_processes(section: Section, tmp_path: Path) -> None:
     sections = {"evaluate": section("evaluate")}
     sections["evaluate"]["engine"]["slots"] = 8

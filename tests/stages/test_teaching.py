@@ -108,7 +108,9 @@ def test_a_policy_that_sees_nothing_has_nothing_to_teach_itself(
     assert row["optimizer/gradient_norm"] < 1e-4
 
 
-@pytest.mark.parametrize("prompt", ["privileged", "teacher"])
+@pytest.mark.parametrize(
+    "prompt", ["teacher", pytest.param("privileged", marks=pytest.mark.slow)]
+)
 def test_another_tokenizer_that_splits_alike_changes_nothing(
     prompt: str,
     other_tokenizer: str,
