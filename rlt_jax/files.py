@@ -1,6 +1,7 @@
 """Files of a run: written whole, appended to, and read with messages that name the line."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -87,10 +88,11 @@ def append_jsonl(file: Path, records: list[Record]) -> None:
 
     Numbers that are not finite are written as null, as JSON has none of them.
     """
-    lines = "".join(
-        json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-        for record in records
-    )
+    dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    try:
+        lines = "".join(dumps(record) + "\n" for record in records)
+    except ValueError:
+        lines = "".join(dumps(finite(record)) + "\n" for record in records)
     with storing(file), file.open("ab+") as opened:
         if opened.tell():
             opened.seek(-1, os.SEEK_END)
