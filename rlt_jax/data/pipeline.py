@@ -148,8 +148,8 @@ def _bind(
         raise UserError(
             f"{where}.task={task!r}: choose one of {', '.join(sources)}; or name a "
             'function of your own, "module:function"'
-            + " (now experiments.countdown:problems or :traces)."
-            * (task == "countdown")
+            + " (now experiments.countdown:problems or :traces)" * (task == "countdown")
+            + "."
         )
     source = sources.get(task) or load_function(task)
     with as_user_error(f"{where}.task={task!r}", TypeError, ValueError):
