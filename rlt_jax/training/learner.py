@@ -114,7 +114,10 @@ def update(
     else:
 
         def add(m: jax.Array, total: tuple) -> tuple:
-            return jax.tree.map_with_path(_added, total, gradient(state.params, m))
+            (loss, metrics), grads = gradient(state.params, m)
+            (sum_loss, sums), sum_grads = total
+            added = jax.tree.map(jnp.add, sum_grads, grads)
+            return (sum_loss + loss, _added(sums, metrics)), added
 
         shapes = jax.eval_shape(gradient, state.params, 0)
         (loss, metrics), grads = jax.tree.map(jnp.zeros_like, shapes)
@@ -126,10 +129,11 @@ def update(
     return state, metrics | step_metrics
 
 
-def _added(path: tuple, total: jax.Array, new: jax.Array) -> jax.Array:
-    """The larger one of a metric whose name ends in "_max", the sum of all else."""
-    name = jax.tree_util.keystr(path, simple=True)
-    return jnp.maximum(total, new) if name.endswith("_max") else total + new
+def _added(sums: Metrics, metrics: Metrics) -> Metrics:
+    return {
+        name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[name], value)
+        for name, value in metrics.items()
+    }
 
 
 def batch_loss(
