@@ -126,8 +126,8 @@ def read_json(file: Path, missing: Record | None = None) -> Record:
     """
     if not file.exists():
         if missing is None:
-            stage = f"the stage {file.parent.name!r} if that writes it"
-            raise UserError(f"{file} is missing; check the path, or run {stage}.")
+            stage = f"run the stage {file.parent.name!r} if that writes it"
+            raise UserError(f"{file} is missing; {stage}, or check the path.")
         return missing
     content = file.read_bytes()
     try:

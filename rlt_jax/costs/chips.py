@@ -72,7 +72,7 @@ def chip_of(topology: str) -> Chip:
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise UserError(
-            f"topology={topology!r}: chip {name!r} is not one of {[*CHIPS]}."
+            f"topology={topology!r}: chip {name!r} is not one of {', '.join(CHIPS)}."
         )
     return CHIPS[name]
 
