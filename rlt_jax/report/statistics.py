@@ -41,6 +41,15 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(spread / np.sqrt(len(values)))
 
 
+def means_with_errors(values: Mapping[str, ArrayLike]) -> dict[str, float]:
+    """The mean of each array [Q] by its name, and its `<name>_standard_error`."""
+    results = {}
+    for name, value in values.items():
+        mean, error = mean_and_error(np.asarray(value))
+        results |= {name: mean, f"{name}_standard_error": error}
+    return results
+
+
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     """Chance that one of k samples is right, for each question, without bias.
 

@@ -161,7 +161,7 @@ def summarise(rows: Sequence[Section], questions: int) -> Record:
         if name in rows[0]:
             values = np.array([row[name] for row in rows], float).reshape(-1, k)
             means = values.mean(axis=1)
-            results |= setup.means_with_errors({name: means[np.isfinite(means)]})
+            results |= statistics.means_with_errors({name: means[np.isfinite(means)]})
     errors = Counter(row["error"] for row in rows)
     lengths = [row["tokens"] for row in rows]
     has_lengths = None not in lengths  # predictions have none
@@ -188,7 +188,7 @@ def _accuracies(rows: Sequence[Section], k: int) -> Record:
     scores[f"majority_at_{k}"] = statistics.majority_at_k(correct, votes)
     accuracy, error = statistics.mean_and_error(correct.mean(axis=1))
     results = {"accuracy": accuracy, "standard_error": error}
-    return results | setup.means_with_errors(scores) | {"num_graded": len(correct)}
+    return results | statistics.means_with_errors(scores) | {"num_graded": len(correct)}
 
 
 def prepare(

@@ -17,10 +17,11 @@ from rlt_jax.data import rows
 from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
 from rlt_jax.records import Problem, Record
+from rlt_jax.report.statistics import means_with_errors
 from rlt_jax.rl import rewards, rlt_reward
 from rlt_jax.rl.metrics import over_updates, reward_metrics, rollout_metrics
 from rlt_jax.stages.rl_config import RLConfig
-from rlt_jax.stages.setup import Run, is_due, means_with_errors, sample_records
+from rlt_jax.stages.setup import Run, is_due, sample_records
 from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from rlt_jax.inference.stored import StoredSampler
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.ranges import check_value
 from rlt_jax.records import Problem, Record, Trace, problem_record
-from rlt_jax.report.statistics import mean_and_error
 from rlt_jax.rl.rewards import RLT, RewardFunction, Term
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
 from rlt_jax.scoring import check_tokenizers, compile_log_probs, jit_rlt_reward
@@ -346,15 +345,6 @@ def provenance_of(
         "teacher_temperature": temperatures[0],
         "student_temperature": temperatures[1],
     }
-
-
-def means_with_errors(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each array by its name, and its `<name>_standard_error`."""
-    results = {}
-    for name, value in values.items():
-        mean, error = mean_and_error(value)
-        results |= {name: mean, f"{name}_standard_error": error}
-    return results
 
 
 def sample_records(
