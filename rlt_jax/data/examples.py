@@ -259,12 +259,14 @@ def text_examples(
     that the last token of the explanation is the same as in a closed one.
     """
     template = renderer.template
+    parsed = [template.parse_completion(text) for text in completions]
     closing, end = template.explanation_tags[1], renderer.tokenizer.end_of_turn
-    closed = [text if closing in text else text + closing for text in completions]
-    encoded = renderer.encode(problems, [text + end for text in closed])
-    examples = []
-    for text, (prompt, (tokens, offsets)) in zip(closed, encoded, strict=True):
-        body, _ = template.parse_completion(text)
+    turns = [
+        (text if closed else text + closing) + end
+        for text, (_, closed) in zip(completions, parsed, strict=True)
+    ]
+    encoded, examples = renderer.encode(problems, turns), []
+    for (body, _), (prompt, (tokens, offsets)) in zip(parsed, encoded, strict=True):
         start = len(prompt) - len(template.pad)
         explanation = find_span(offsets, start, start + len(body))
         loss_mask = offsets[:, 0] >= len(prompt)

@@ -184,11 +184,11 @@ def split(loaded: list[Problem] | list[Trace], part: str, where: str) -> list:
     Raises:
       UserError: no problems, or fewer than four questions to hold some out.
     """
-    questions = [getattr(one, "problem", one).question for one in loaded]
     if not loaded:
         raise UserError(f"{where}: it has no problems; change its settings or data.")
     if part == "all":
         return loaded
+    questions = [getattr(one, "problem", one).question for one in loaded]
     ordered = sorted(set(questions), key=lambda q: hashlib.sha256(q.encode()).digest())
     if len(ordered) < 4:
         raise UserError(

@@ -78,7 +78,7 @@ def convert(
         try:
             if isinstance(row, UserError):
                 raise row
-            yield make(where, row)
+            made = make(where, row)
         except UserError as error:
             if on_bad_row == "error":
                 raise
@@ -86,6 +86,8 @@ def convert(
             if bad <= LOGGED:
                 LOG.warning("skipped %s", error)
             reason = str(error)
+        else:
+            yield made
     if bad and bad == count:
         raise UserError(f"all {count} rows are bad; the last one is {reason}")
     if bad:

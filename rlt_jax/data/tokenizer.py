@@ -140,6 +140,8 @@ class Tokenizer:
           treats the start of a text differently from its middle.
         """
         separators = self._codec.separators
+        if not separators:
+            return 0
         ids, offsets = self.encode(text)
         for i in np.flatnonzero(np.isin(ids, list(separators)))[::-1]:
             start, end = offsets[i].tolist()

@@ -120,7 +120,8 @@ def prepare(config: ConfigDict, seed: int) -> Prepared:
     if c.self_teaching and config["students"]:
         raise UserError("loop.self_teaching: set `students` to (), it is the policy.")
     opened = setup.open_models(config, "policy")
-    models = 2 * opened if c.self_teaching else opened
+    # With self-teaching the policy is its own student.
+    models = [*opened, *opened] if c.self_teaching else opened
     run = setup.load_run(config, c.role, models, terms)
     problems = setup.load_problems(config.data, run.template, seed)
     held_out = setup.load_problems(config.held_out, run.template, seed, "held_out")
