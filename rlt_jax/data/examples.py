@@ -89,18 +89,24 @@ class Renderer:
         # A solution, or other tags, would be in a thought.
         self._unwanted = found[0] if found and not is_ours else ""
         # A group of completions shares its prompt, and so do all students of a tokenizer.
-        self.prompt: Callable[[Problem], tuple[str, Encoding]]
-        self.prompt = functools.lru_cache(maxsize=4096)(self._prompt)
+        cache = functools.lru_cache(maxsize=4096)
+        self.prompt_text: Callable[[Problem], str] = cache(self._prompt_text)
+        self.prompt: Callable[[Problem], tuple[str, Encoding]] = cache(self._prompt)
 
     def _chat(self, problem: Problem) -> str:
         messages = self.template.messages(self.role, problem, self._as_system)
         return self.tokenizer.render(messages)
 
-    def _prompt(self, problem: Problem) -> tuple[str, Encoding]:
-        """The chat up to where the model continues: its text, ids and offsets."""
+    def _prompt_text(self, problem: Problem) -> str:
+        """The chat up to where the model continues."""
         text = self._chat(problem).removesuffix(self._unwanted)
         if self.role == "teacher":
             text += self.template.teacher_prefix(problem)
+        return text
+
+    def _prompt(self, problem: Problem) -> tuple[str, Encoding]:
+        """The text of the prompt, its ids and offsets."""
+        text = self.prompt_text(problem)
         return text, self.tokenizer.encode(text)
 
     def encode(
@@ -114,9 +120,15 @@ class Renderer:
         groups: dict[Problem, list[str]] = {}
         for problem, turn in zip(problems, turns, strict=True):
             groups.setdefault(problem, []).append(turn)
-        encode = self.tokenizer.encode_with_prefix
-        prompts = {problem: self.prompt(problem)[0] for problem in groups}
-        encoded = {one: iter(encode(prompts[one], groups[one])) for one in groups}
+        prompts = {problem: self.prompt_text(problem) for problem in groups}
+        single = [one for one, of_one in groups.items() if len(of_one) == 1]
+        texts = [prompts[one] + groups.pop(one)[0] for one in single]
+        encodings = self.tokenizer.encode_batch(
+            texts
+        )  # in one call, as each has a cost
+        encoded = {x: iter([y]) for x, y in zip(single, encodings, strict=True)}
+        for one, of_one in groups.items():
+            encoded[one] = iter(self.tokenizer.encode_with_prefix(prompts[one], of_one))
         return [(prompts[problem], next(encoded[problem])) for problem in problems]
 
 

@@ -45,6 +45,7 @@ Kind = Annotated[str, ranges.OneOf(KINDS)]
 Length = Annotated[int, ranges.Range(1, 1000)]
 ORDERED = ranges.Condition("the least, then the most", lambda x: x[0] <= x[1])
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
+_SIGNS = tuple(_OPERANDS)
 _FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -96,8 +97,10 @@ def apply(value: int, operation: tuple[str, int]) -> int:
 
 def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
     """A random chain of `length` operations."""
-    signs = rng.choice(list(_OPERANDS), length)
-    operations = tuple((str(s), int(rng.choice(list(_OPERANDS[s])))) for s in signs)
+    signs = [_SIGNS[i] for i in rng.integers(len(_SIGNS), size=length)]
+    operations = tuple(
+        (s, _OPERANDS[s][rng.integers(len(_OPERANDS[s]))]) for s in signs
+    )
     return Chain(int(rng.integers(10)), operations)
 
 
