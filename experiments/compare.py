@@ -167,11 +167,16 @@ def _measure(workdir: Path, measure: Measure, seeds: Sequence[int]) -> Record:
 
 
 def read_arguments(description: str, seeds: Sequence[int]) -> argparse.Namespace:
-    """The command line: `workdir`, and `seeds` with their default."""
+    """The command line: `workdir`, and `seeds` with their default; exits if it is bad."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="of all seeds")
-    parser.add_argument("--seeds", type=seed_list, default=seeds, help="such as 0,1,2")
-    return parser.parse_args()
+    parser.add_argument("--seeds", help="such as 0,1,2")
+    arguments = parser.parse_args()
+    try:
+        arguments.seeds = seed_list(arguments.seeds) if arguments.seeds else seeds
+    except UserError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def main() -> None:

@@ -101,13 +101,13 @@ def is_solution(prediction: str, answer: str) -> bool:
         return False
     used: list[int] = []
     try:
-        value = _evaluate(sides[0], used)
+        value = evaluate(sides[0], used)
     except (ArithmeticError, SyntaxError, ValueError):
         return False
     return value == target and sorted(used) == sorted(numbers)
 
 
-def _evaluate(expression: str, used: list[int]) -> Fraction:
+def evaluate(expression: str, used: list[int]) -> Fraction:
     """The exact value of an expression; appends its numbers to `used`."""
     valid = re.fullmatch(r"[0-9+\-*/() ]+", expression)
     if not valid or len(expression) > _MAX_CHARACTERS:

@@ -39,6 +39,7 @@ from experiments.small_stages import (
     teacher_rl,
 )
 from experiments.study import seed_list
+from rlt_jax.errors import UserError
 from rlt_jax.ranges import OneOf, check_value
 from rlt_jax.settings import link, section
 from rlt_jax.training.checkpoint import ModelSource
@@ -54,7 +55,7 @@ CELLS = (
 )
 BUDGETS = {"": 1.0, "_quarter": 0.25}
 CLAIMS_IN = Cell(3, 0.0001)
-REWARDS_IN = (Cell(1, 0.0),)
+REWARDS_IN, SHORT_IN = Cell(1, 0.0), Cell(3, 0.0005)  # all of them, and "short" alone
 PARTS = ("frontier", "claims", "reward")
 # The RLT reward with what surprises the student counted alone, at most 1 nat a token.
 CLIPPED = {"kl_teacher_term": False, "kl_clip": 1.0}
@@ -101,21 +102,23 @@ WITH_LESS = ("solver", "worked", "worked_solver", "warmup", "rlt", "rlt_clip")
 QUICK_ROUTES = ("solver", "worked_solver", "warmup", "rlt", "rlt_clip")
 QUICK_CELLS = (Cell(3, 0.2), Cell(3, 0.0001))
 
-# How teachers differ: settings of the reward, its students, careful steps in the warm-up.
+# How teachers differ: settings of the reward, its students, the warm-up.
 JUDGE = "habit"
 REWARDS = {
-    "kl_1": ({"explanation_kl_coef": 1.0}, (JUDGE,), 0.2),
-    "kl_10": ({"explanation_kl_coef": 10.0}, (JUDGE,), 0.2),
-    "k3": ({"kl_estimator": "k3"}, (JUDGE,), 0.2),
-    "full": ({"kl_estimator": "full"}, (JUDGE,), 0.2),
-    "surprise": ({"kl_teacher_term": False}, (JUDGE,), 0.2),
-    "clip": ({"kl_clip": 1.0}, (JUDGE,), 0.2),
-    "full_clip": ({"kl_estimator": "full", "kl_clip": 1.0}, (JUDGE,), 0.2),
-    "strong": ({}, (BASE,), 0.2),
-    "both": ({}, (JUDGE, BASE), 0.2),
-    "careful_5": ({}, (JUDGE,), 0.05),
-    "careful_60": ({}, (JUDGE,), 0.6),
+    "kl_1": ({"explanation_kl_coef": 1.0}, (JUDGE,), "warm"),
+    "kl_10": ({"explanation_kl_coef": 10.0}, (JUDGE,), "warm"),
+    "k3": ({"kl_estimator": "k3"}, (JUDGE,), "warm"),
+    "full": ({"kl_estimator": "full"}, (JUDGE,), "warm"),
+    "surprise": ({"kl_teacher_term": False}, (JUDGE,), "warm"),
+    "clip": ({"kl_clip": 1.0}, (JUDGE,), "warm"),
+    "full_clip": ({"kl_estimator": "full", "kl_clip": 1.0}, (JUDGE,), "warm"),
+    "strong": ({}, (BASE,), "warm"),
+    "both": ({}, (JUDGE, BASE), "warm"),
+    "short": ({}, (JUDGE,), "warm_quarter"),
+    "careful_5": ({}, (JUDGE,), "careful_5_warm"),
+    "careful_60": ({}, (JUDGE,), "careful_60_warm"),
 }
+CAREFUL = {"careful_5_warm": 0.05, "careful_60_warm": 0.6}  # others have a fifth
 # The tasks of the zero-shot comparison; as many steps of RL on them as cost what the
 # teacher's explanations and a student of them cost.
 NEW_TASKS = {"letters": 12, "puzzles": 12}
@@ -216,8 +219,13 @@ def get_config(seeds: str = "") -> ml_collections.ConfigDict:
             for cell in CELLS
             if cell.name in config.cells
             for part in config.parts
-            for name in (_quick(cell) if config.quick else _parts(cell, seed)[part])
+            for name in _parts(cell, seed)[part]
+            if not config.quick or name in _quick(cell)
         }
+        if not kept:
+            raise UserError(
+                "config.parts, config.cells and config.quick leave no stage."
+            )
         return tuple(name for name in everything if name in kept)
 
     link(config, pipeline=pipeline)
@@ -227,6 +235,13 @@ def get_config(seeds: str = "") -> ml_collections.ConfigDict:
 def routes_of(cell: Cell, suffix: str) -> list[str]:
     """Names of the routes that are taken in a cell with a part of the compute."""
     return [x for x in ROUTES if not suffix or cell.share > 0.0001 or x in WITH_LESS]
+
+
+def rewards_of(cell: Cell) -> list[str]:
+    """Names of the rewards and warm-ups that are compared in a cell."""
+    return [
+        x for x in REWARDS if cell == REWARDS_IN or (cell, x) == (SHORT_IN, "short")
+    ]
 
 
 def _stages_of_a_seed(seed: int) -> dict[str, Any]:
@@ -247,7 +262,7 @@ def _parts(cell: Cell, seed: int) -> dict[str, dict[str, dict]]:
     parts = {
         "frontier": routes,
         "claims": _claims(place) if cell == CLAIMS_IN else {},
-        "reward": _rewards(place) if cell in REWARDS_IN else {},
+        "reward": _rewards(place),
     }
     return {part: with_lengths(place.named(stages)) for part, stages in parts.items()}
 
@@ -341,15 +356,16 @@ def _claims(place: Place) -> dict[str, dict]:
 def _rewards(place: Place) -> dict[str, dict]:
     """Teachers of other rewards and warm-ups, and what judges say of each kind."""
     p, stages = place, {}
-    for name, (reward, judges, careful) in REWARDS.items():
-        warm = "warm"
-        if careful != 0.2:
-            warm = f"{name}_warm"
-            stages[warm] = p.learn_worked("teacher", 250, careful)
+    for name in rewards_of(place.cell):
+        reward, judges, warm = REWARDS[name]
+        if warm in CAREFUL:
+            stages[warm] = p.learn_worked("teacher", 250, CAREFUL[warm])
         stages[f"{name}_rl"] = p.teach(40, reward, judges, warm)
         stages[f"{name}_traces"] = p.collect(f"{name}_rl", 1024)
         stages[name] = p.distil("habit", f"{name}_traces")
         stages[f"{name}_eval"] = p.evaluate(name)
+    if place.cell != REWARDS_IN:
+        return stages
     fewest = min(BUDGETS, key=BUDGETS.get)
     path = f"{p.made_by(f'warmup_traces{fewest}')}/traces.jsonl"
     for name, judge in (("habit", p.made_by("habit")), ("strong", BASE)):

@@ -8,6 +8,7 @@ from experiments.small_stages import chains, sft
 OPERATIONS = (2, 4)  # of a chain
 ROW, MAX_NEW_TOKENS = 192, 88
 KIND = "experiments.kinds:form_and_errors"
+KIND_OF_PUZZLE = "experiments.kinds:kind_of_puzzle"
 PUZZLE = {"numbers": 3, "max_number": 12, "max_target": 50, "signs": "+-*"}
 
 
@@ -107,6 +108,7 @@ def with_lengths(stages: Mapping[str, dict]) -> dict[str, dict]:
         ):
             if name in stage:
                 stage[name].update(values)
-        if stage.get("collect") and "arithmetic" in stage["data"]["task"]:
-            stage["collect"].classify = KIND
+        if stage.get("collect"):
+            known = stage["data"]["task"] == "arithmetic"
+            stage["collect"].classify = KIND if known else KIND_OF_PUZZLE
     return dict(stages)

@@ -25,6 +25,7 @@ from experiments.frontier import (
     REWARDS_IN,
     ROUTES,
     SEEDS,
+    rewards_of,
     routes_of,
 )
 from experiments.frontier_cells import Cell
@@ -36,6 +37,7 @@ from rlt_jax.errors import UserError
 PART_OF_COMPUTE = {"": "", "_quarter": ", a quarter of the compute"}
 # Better, worse, what one would expect; in every cell.
 IN_EVERY_CELL = (
+    ("rlt_clip", "solver", "Where solving gets no signal, teaching works."),
     ("rlt", "solver", "Where solving gets no signal, teaching works."),
     ("rlt", "rejection", "Who sees the solution explains more than who guesses it."),
     ("rlt", "warmup", "RL makes the teacher better."),
@@ -91,6 +93,7 @@ LABELS = {
     "full_clip": "the KL over the vocabulary, at most 1 nat a token",
     "strong": "the reward's student is the base before its habit",
     "both": "both students in the reward",
+    "short": "a quarter of the warm-up",
     "careful_5": "5% careful steps in the warm-up instead of 20%",
     "careful_60": "60% careful steps in the warm-up",
 }
@@ -98,12 +101,16 @@ JUDGES = {"habit": "the base", "strong": "the base before its habit"}
 TEACHER_OF = {"warmup": "warm", "rlt": "rlt_rl", "rlt_clip": "rlt_clip_rl"}
 
 
+def missing(workdir: Path, stage: str, seeds: Sequence[int]) -> list[int]:
+    """The seeds of which a stage is not complete."""
+    return [x for x in seeds if not kept.is_complete(workdir / stage.format(seed=x))]
+
+
 def study(workdir: Path, seeds: Sequence[int]) -> Study:
     """What is compared: the routes whose evaluations are complete for all seeds."""
 
     def complete(stage: str) -> bool:
-        folders = (workdir / stage.format(seed=seed) for seed in seeds)
-        return all(map(kept.is_complete, folders))
+        return not missing(workdir, stage, seeds)
 
     routes = [
         route for cell in CELLS for route in _routes(cell) if complete(route.evaluation)
@@ -171,11 +178,10 @@ def _routes(cell: Cell) -> Iterator[Route]:
                 name = f"{source}_{task}"
                 stages = tuple(dict.fromkeys(("warm", teacher, f"{name}_traces", name)))
                 yield made(name, fourth, stages, f"{task}, {LABELS[source]}")
-    if cell in REWARDS_IN:
-        for name, (_, _, careful) in REWARDS.items():
-            warm = "warm" if careful == 0.2 else f"{name}_warm"
-            stages = (warm, f"{name}_rl", f"{name}_traces", name)
-            yield made(name, f"Rewards: {cell.label}", stages)
+    for name in rewards_of(cell):
+        *_, warm = REWARDS[name]
+        stages = (warm, f"{name}_rl", f"{name}_traces", name)
+        yield made(name, f"Rewards: {cell.label}", stages)
 
 
 def _claims(cell: Cell) -> Iterator[Claim]:
@@ -187,12 +193,9 @@ def _claims(cell: Cell) -> Iterator[Claim]:
                 for better, worse, published in claims:
                     name = better.format(rlt=rlt)
                     yield _claim(cell, name, worse, published, f"{section}{words}")
-    if cell in REWARDS_IN:
-        for name in REWARDS:
-            section = f"Rewards: {cell.label}"
-            yield _claim(
-                cell, name, "rlt", "Better than the published reward.", section
-            )
+    for name in rewards_of(cell):
+        expected = "Better than the published reward after all of the warm-up."
+        yield _claim(cell, name, "rlt", expected, f"Rewards: {cell.label}")
 
 
 def _claim(cell: Cell, better: str, worse: str, text: str, section: str) -> Claim:
@@ -200,9 +203,18 @@ def _claim(cell: Cell, better: str, worse: str, text: str, section: str) -> Clai
 
 
 def _kinds(cell: Cell) -> Iterator[Measure]:
-    """Shares of careful and skipping explanations of every teacher."""
+    """Shares of the kinds of explanations of every teacher."""
+    for kind in ("no step", "one step, right", "one step, wrong"):
+        for name in TEACHER_OF if cell == CLAIMS_IN else ():
+            yield Measure(
+                LABELS[name],
+                f"Share of explanations of puzzles that have {kind}",
+                f"{name}_puzzles_traces_{cell.name}_{{seed}}",
+                f"kinds.{kind}",
+                0.0,
+            )
     for form in ("careful", "skipping", "restating"):
-        for name in (*TEACHER_OF, *(REWARDS if cell in REWARDS_IN else ())):
+        for name in (*TEACHER_OF, *rewards_of(cell)):
             yield Measure(
                 LABELS[name],
                 f"Share of explanations that are {form} and right: {cell.label}",
@@ -226,25 +238,17 @@ def tables_of_stages(
     for cell, seed in itertools.product(CELLS, seeds):
         if f"rejection_{cell.name}" in names:
             folder = workdir / f"rejection_traces_{cell.name}_{seed}"
-            shares = {k: f"{x:.1e}" for k, x in kept.careful(folder).items()}
-            rows.append({"base": cell.label, "seed": seed, **shares})
+            rows.append({"base": cell.label, "seed": seed, **kept.careful(folder)})
     if rows:
-        title = "Careful steps among 131,072 samples of the base at temperature 1"
+        title = "Careful steps among samples of the base at temperature 1"
         tables[title] = pd.DataFrame(rows)
-    for cell in REWARDS_IN:
-        if f"strong_{cell.name}" in names:
-            judgements = {
-                label: [
-                    record
-                    for seed in seeds
-                    for record in kept.judged(
-                        workdir / f"{judge}_score_{cell.name}_{seed}"
-                    )
-                ]
-                for judge, label in JUDGES.items()
-            }
-            title = f"How judges see explanations of every kind: {cell.label}"
-            tables[title] = frontier_tables.judged_table(judgements).round(3)
+    if f"strong_{REWARDS_IN.name}" in names:
+        judgements = {label: [] for label in JUDGES.values()}
+        for (judge, label), seed in itertools.product(JUDGES.items(), seeds):
+            folder = workdir / f"{judge}_score_{REWARDS_IN.name}_{seed}"
+            judgements[label] += kept.judged(folder)
+        title = f"How judges see explanations of every kind: {REWARDS_IN.label}"
+        tables[title] = frontier_tables.judged_table(judgements).round(3)
     return tables
 
 
@@ -253,18 +257,22 @@ def main() -> None:
     arguments = read_arguments(__doc__, SEEDS)
     workdir, seeds = arguments.workdir, arguments.seeds
     try:
+        for cell in CELLS:
+            without = missing(workdir, f"base_eval_{cell.name}_{{seed}}", seeds)
+            if 0 < len(without) < len(seeds):
+                absent = ", ".join(map(str, without))
+                print(f"{cell.label} is left out: it lacks the seeds {absent}.")
         comparison = compare(workdir, study(workdir, seeds), seeds)
         more = tables_of_stages(workdir, comparison["routes"].keys(), seeds)
     except UserError as error:
         sys.exit(f"experiments.frontier_claims: {error}")
-    of_cells = frontier_tables.curves(comparison)
-    pictures = {
-        "frontier": frontier_plots.frontier(of_cells),
-        "compute": frontier_plots.compute(of_cells),
-    }
-    table = frontier_tables.compute_table(of_cells)
-    tables = {"Model operations to reach 50%": table, **more}
-    print(pages.write_comparison(workdir, comparison, pictures, tables))
+    of_cells, pictures = frontier_tables.curves(comparison), {}
+    if of_cells:
+        pictures["frontier"] = frontier_plots.frontier(of_cells)
+        pictures["compute"] = frontier_plots.compute(of_cells)
+        table = frontier_tables.compute_table(of_cells)
+        more = {"Model operations to reach 50%": table, **more}
+    print(pages.write_comparison(workdir, comparison, pictures, more))
 
 
 if __name__ == "__main__":

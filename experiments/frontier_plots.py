@@ -12,11 +12,11 @@ from rlt_jax.report.plots import BLUE, INK, MUTED, WIDTH, png, style
 
 Curves = Mapping[Cell, Mapping[str, Sequence[tuple[float, Record]]]]
 
-NEVER = "no careful steps (c = 0)"  # title of a panel
+NEVER = "No careful steps (c = 0)"  # title of a panel
 # Route -> color, line style, marker.
 LOOKS = {
     "solver": (INK, "-", "o"),
-    "solved": (INK, "--", "o"),
+    "solved": (INK, "--", "P"),
     "rejection": (MUTED, ":", "s"),
     "worked": ("#1a7f37", "--", "^"),
     "worked_solver": ("#1a7f37", "-", "^"),
@@ -32,11 +32,12 @@ def frontier(of_cells: Curves) -> bytes:
     """Right answers of every route against what the base makes of the questions.
 
     Left: the share c of careful steps falls. Right: the base never takes careful steps,
-    and the answer has more and more digits. Bars are 95% intervals over runs.
+    and the answer has more and more digits. Dots are runs, lines join their means, and
+    bars are 95% intervals over runs.
     """
     most = max(cell.chains for cell in of_cells)
     panels = {
-        f"answers of {most} digits": [c for c in of_cells if c.chains == most],
+        f"Answers of {most} digits": [c for c in of_cells if c.chains == most],
         NEVER: sorted((c for c in of_cells if not c.share), key=lambda c: c.chains),
     }
     panels = {title: cells for title, cells in panels.items() if cells}
@@ -59,7 +60,8 @@ def frontier(of_cells: Curves) -> bytes:
         ticks = []
         for cell in cells:
             base = next(iter(of_cells[cell].values()))[0][1]["mean"]
-            setting = f"d = {cell.chains}" if title == NEVER else f"c = {cell.share:g}"
+            digits, share = cell.label.split(", ")
+            setting = digits if title == NEVER else share
             ticks.append(f"{setting}\nbase {100 * base:.1f}%")
         panel.set_xticks(range(len(cells)), ticks, color=INK)
         panel.set_xlim(-0.3, len(cells) - 0.7)
@@ -91,6 +93,9 @@ def compute(of_cells: Curves) -> bytes:
 
 def _line(axes: Axes, name: str, points: Sequence[tuple[float, Record]]) -> None:
     color, line, marker = LOOKS[name]
+    for place, numbers in points:
+        runs = [100 * mean for mean in numbers["each_run"].values()]
+        axes.plot([place] * len(runs), runs, ".", color=color, markersize=4, alpha=0.5)
     places = [place for place, _ in points]
     means = [100 * numbers["mean"] for _, numbers in points]
     ends = [numbers["over_runs"] or [numbers["mean"]] * 2 for _, numbers in points]
@@ -107,6 +112,7 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float, Record]]) -> None
         marker=marker,
         markersize=5,
         linewidth=1.6,
+        ecolor=(color, 0.5),
         elinewidth=0.8,
         capsize=2,
         label=ROUTES[name].label,
@@ -115,5 +121,6 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float, Record]]) -> None
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    lines = [bars.lines[0] for bars in handles]
     place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-    figure.legend(handles, labels, fontsize=9, **place)
+    figure.legend(lines, labels, fontsize=9, handlelength=3.5, **place)

@@ -19,6 +19,7 @@ import pandas as pd
 from experiments.costs import stage_cost
 from experiments.kinds import form_and_errors, form_of
 from experiments.statistics import Record
+from rlt_jax.errors import as_user_error
 from rlt_jax.files import read_json
 from rlt_jax.report.files import read_evaluation, read_lines
 from rlt_jax.report.statistics import by_question
@@ -50,9 +51,9 @@ def is_complete(folder: Path) -> bool:
     return bool(_kept(folder)) or (folder / "done.json").is_file()
 
 
-def careful(folder: Path) -> dict[str, float]:
-    """`careful_share` of a stage that sampled the base."""
-    return _kept(folder).get("careful") or careful_share(folder)
+def careful(folder: Path) -> dict[str, int]:
+    """`careful_counts` of a stage that sampled the base."""
+    return _kept(folder).get("careful") or careful_counts(folder)
 
 
 def judged(folder: Path) -> list[Record]:
@@ -71,25 +72,26 @@ def _kept(folder: Path) -> Record:
 def _read(folder: Path) -> dict[str, Record]:
     stages: dict[str, Record] = {}
     for file in sorted(folder.glob("*.json")):
-        content = read_json(file)
-        for name, stage in content["stages"].items():
-            if "right" in stage:
-                questions = content["questions"][stage["asked"]]
-                shares = [right / stage["samples"] for right in stage["right"]]
-                stage["accuracies"] = dict(zip(questions, shares, strict=True))
-            stages[name] = stage
+        content, what = read_json(file), f"{file}: not what experiments.kept writes"
+        with as_user_error(what, LookupError, TypeError, ValueError, ZeroDivisionError):
+            for name, stage in content["stages"].items():
+                if "right" in stage:
+                    questions = content["questions"][stage["asked"]]
+                    shares = [right / stage["samples"] for right in stage["right"]]
+                    stage["accuracies"] = dict(zip(questions, shares, strict=True))
+                stages[name] = stage
     return stages
 
 
-def careful_share(folder: Path) -> dict[str, float]:
-    """Shares of careful explanations and right answers among the samples of a stage."""
-    careful = right = count = 0
+def careful_counts(folder: Path) -> dict[str, int]:
+    """Numbers of careful explanations and right answers among the samples of a stage."""
+    counts = {"samples": 0, "careful": 0, "right": 0, "careful and right": 0}
     for row in stream_jsonl(folder / "samples.jsonl"):
         thought = row["completion"].partition("<|end_of_thought|>")[0]
-        careful += form_of(thought) == "careful"
-        right += row["correct"]
-        count += 1
-    return {"careful": careful / count, "right": right / count}
+        careful, right = form_of(thought) == "careful", row["correct"]
+        for name, counted in zip(counts, (True, careful, right, careful and right)):
+            counts[name] += counted
+    return counts
 
 
 def judgements(folder: Path) -> list[Record]:
@@ -149,7 +151,7 @@ def content_of(workdir: Path, ending: str) -> Record:
             stage |= {"asked": questions.index([*shares]), "right": right}
             stage["samples"] = samples
         elif folder.name.startswith("rejection_traces"):
-            stage["careful"] = careful_share(folder)
+            stage["careful"] = careful_counts(folder)
         stages[folder.name] = stage
     return {"questions": questions, "stages": stages}
 

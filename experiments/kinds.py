@@ -1,7 +1,8 @@
-"""Kinds of explanations of the embedded arithmetic task."""
+"""Kinds of explanations of the embedded arithmetic task, and of puzzles."""
 
 import re
 
+from experiments.countdown import evaluate
 from rlt_jax.data.tasks.arithmetic import apply
 
 _SIGNS = str.maketrans("asm", "+-*")
@@ -47,6 +48,17 @@ def form_and_errors(question: str, explanation: str) -> str:
     """The form of an explanation; "careful, wrong" where `kind_of` finds an error."""
     kind, form = kind_of(question, explanation), form_of(explanation)
     return form if kind == form else f"{form}, {kind}"
+
+
+def kind_of_puzzle(question: str, explanation: str) -> str:
+    """How many steps an explanation of a countdown puzzle has, and whether all are true."""
+    number = r"(?:0|[1-9]\d*)"
+    steps = re.findall(rf"\b({number}(?:[+*-]{number})+)=(\d+)", explanation)
+    if not steps:
+        return "no step"
+    right = all(evaluate(text, []) == int(result) for text, result in steps)
+    count = "one step" if len(steps) == 1 else "several steps"
+    return f"{count}, {'right' if right else 'wrong'}"
 
 
 def _steps(text: str) -> list[tuple[str, str, str]]:

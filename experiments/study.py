@@ -6,6 +6,8 @@ In the name of a folder `{seed}` stands for the seed of a run.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rlt_jax.errors import UserError
+
 
 class Route(NamedTuple):
     """One way to train a model.
@@ -87,5 +89,12 @@ class Study(NamedTuple):
 
 
 def seed_list(text: str) -> list[int]:
-    """The seeds in a text such as "0,1,2"."""
-    return [int(seed) for seed in text.split(",")]
+    """The seeds in a text such as "0,1,2".
+
+    Raises:
+      UserError: there is something else, or a seed twice.
+    """
+    seeds = [int(part) for part in text.split(",") if part.isdecimal()]
+    if len({*seeds}) != len(text.split(",")):
+        raise UserError(f"seeds are different numbers such as 0,1,2, not {text!r}.")
+    return seeds

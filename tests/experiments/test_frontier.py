@@ -62,6 +62,9 @@ def test_parts_cells_and_quick_choose_stages() -> None:
     assert all("_d3c1_" in name for name in quick)
     assert not {name for name in quick if "on_itself" in name or "solved" in name}
     assert quick <= everything
+    config.cells = ("d3c0",)
+    with pytest.raises(UserError, match="config.quick leave no stage"):
+        stage_sections(config)
     config.cells = ("d9c0",)
     with pytest.raises(UserError, match="config.cells='d9c0': one of d3c2000"):
         stage_sections(config)
@@ -98,7 +101,11 @@ def made_up(seeds: tuple[int, ...]) -> dict:
     def numbers(mean: float, flops: float | None) -> dict:
         over_runs = [mean - 0.1, mean + 0.1] if len(seeds) > 1 else None
         cost = {"flops": flops} if flops else None
-        return {"mean": mean, "over_runs": over_runs, "cost": cost}
+        runs = {
+            "over_runs": over_runs,
+            "each_run": dict.fromkeys(map(str, seeds), mean),
+        }
+        return {"mean": mean, "cost": cost, **runs}
 
     routes = {
         "base_d3c0": numbers(0.1, None),
@@ -129,6 +136,40 @@ def test_curves_table_and_pictures_of_what_is_there(seeds: tuple[int, ...]) -> N
 def test_a_workdir_without_a_complete_route_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete route for the seeds 0, 1"):
         frontier_claims.study(tmp_path, [0, 1])
+
+
+def test_a_cell_that_lacks_a_seed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"cost": {"flops": 1.0}, "asked": 0, "right": [1, 3], "samples": 4}
+    (tmp_path / kept.FOLDER).mkdir()
+    for name in ("d3c0_0", "d3c0_1", "d1c0_1"):
+        content = {"questions": [["a", "b"]], "stages": {f"base_eval_{name}": base}}
+        kept.write(tmp_path / kept.FOLDER / f"{name}.json", content)
+    command = ["frontier_claims", f"--workdir={tmp_path}", "--seeds=0,1"]
+    monkeypatch.setattr("sys.argv", command)
+    frontier_claims.main()
+    left_out, page = capsys.readouterr().out.splitlines()
+    assert left_out == "1 digit, c = 0 is left out: it lacks the seeds 0."
+    assert Path(page).is_file()
+
+
+@pytest.mark.parametrize("asked", [1, "x", None])
+def test_a_damaged_kept_file_is_named(tmp_path: Path, asked: object) -> None:
+    stage = {"asked": asked, "right": [1], "samples": 4}
+    (tmp_path / kept.FOLDER).mkdir()
+    content = {"questions": [["a"]], "stages": {"base_eval_d3c0_0": stage}}
+    kept.write(tmp_path / kept.FOLDER / "d3c0_0.json", content)
+    with pytest.raises(
+        UserError, match="d3c0_0.json: not what experiments.kept writes"
+    ):
+        frontier_claims.study(tmp_path, [0])
+
+
+@pytest.mark.parametrize("text", ["a", "0,0", "1,", "-1", ":a"])
+def test_bad_seeds_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="seeds are different numbers such as 0,1,2"):
+        frontier.get_config(text)
 
 
 def shrink(section: dict) -> None:

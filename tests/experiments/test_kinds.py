@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.kinds import form_and_errors, kind_of
+from experiments.kinds import form_and_errors, kind_of, kind_of_puzzle
 from rlt_jax.data.tasks import arithmetic
 from rlt_jax.data.tasks.arithmetic import Chain, Exercise
 
@@ -58,3 +58,19 @@ def test_kinds_by_hand(explanation: str, kind: str) -> None:
 )
 def test_chains_side_by_side_by_hand(explanation: str, kind: str) -> None:
     assert form_and_errors(TWO.question(), explanation) == kind
+
+
+@pytest.mark.parametrize(
+    ("explanation", "kind"),
+    [
+        ("it is 2*2*6", "no step"),
+        ("", "no step"),
+        ("02*2=4", "no step"),
+        ("2*2=2", "one step, wrong"),
+        ("2*2*6=24", "one step, right"),
+        ("7*4=28 28-3=25", "several steps, right"),
+        ("7*4=28 28-3=24", "several steps, wrong"),
+    ],
+)
+def test_kinds_of_puzzles_by_hand(explanation: str, kind: str) -> None:
+    assert kind_of_puzzle("Make 24 from 2, 2, 6.", explanation) == kind
