@@ -56,7 +56,8 @@ def frontier(of_cells: Curves) -> bytes:
                 for place, cell in enumerate(cells)
                 if name in of_cells[cell]
             ]
-            _line(panel, name, points)
+            if points:
+                _line(panel, name, points)
         ticks = []
         for cell in cells:
             base = next(iter(of_cells[cell].values()))[0][1]["mean"]
@@ -66,7 +67,7 @@ def frontier(of_cells: Curves) -> bytes:
         panel.set_xticks(range(len(cells)), ticks, color=INK)
         panel.set_xlim(-0.3, len(cells) - 0.7)
     axes[0, 0].set_ylabel("right answers (%)", color=MUTED)
-    _legend(figure, axes[0, 0])
+    _legend(figure)
     return png(figure)
 
 
@@ -87,7 +88,7 @@ def compute(of_cells: Curves) -> bytes:
             panel.set_ylabel("right answers (%)", color=MUTED)
         if place > len(of_cells) - columns:
             panel.set_xlabel("model operations (10¹²)", color=MUTED)
-    _legend(figure, figure.axes[0])
+    _legend(figure)
     return png(figure)
 
 
@@ -119,8 +120,13 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float, Record]]) -> None
     )
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    lines = [bars.lines[0] for bars in handles]
+def _legend(figure: Figure) -> None:
+    bars = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels())
+    }
+    labels = [route.label for route in ROUTES.values() if route.label in bars]
+    lines = [bars[label].lines[0] for label in labels]
     place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
     figure.legend(lines, labels, fontsize=9, handlelength=3.5, **place)
