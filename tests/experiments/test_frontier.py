@@ -218,7 +218,8 @@ def test_all_stages_run_at_the_smallest_size(
     names = {route.name for cell in cells for route in frontier_claims._routes(cell)}
     assert {*comparison["routes"]} == names
     assert all(x["verdict"] == "one run only" for x in comparison["claims"])
-    assert len(comparison["measures"]) == 3 * (3 + 3 + len(few))
+    of_puzzles = 3 * 3
+    assert len(comparison["measures"]) == 3 * (3 + 3 + len(few)) + of_puzzles
     of_cells = frontier_tables.curves(comparison)
     assert {*of_cells[Cell(1, 0.0)]} == {*frontier.ROUTES}
     tables = frontier_claims.tables_of_stages(tmp_path, names, [7])
