@@ -200,7 +200,7 @@ def shrink(section: dict) -> None:
 def test_all_stages_run_at_the_smallest_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: frontier.REWARDS[name] for name in ("clip", "both", "careful_5")}
+    few = {name: frontier.REWARDS[name] for name in ("strong", "both", "careful_5")}
     for module in (frontier, frontier_tables):
         monkeypatch.setattr(module, "BUDGETS", {"": 1.0})
     for module in (frontier, frontier_claims):

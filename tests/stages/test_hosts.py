@@ -170,7 +170,7 @@ def test_an_error_in_one_process_ends_the_other(
 def test_a_process_that_is_killed_ends_the_other(
     config: Path, start: Callable, tmp_path: Path
 ) -> None:
-    flag = "--heartbeat_timeout=60"
+    flag = "--heartbeat_timeout=30"
     first, second = (start(config, index, 2, flag) for index in (0, 1))
     wait_for(tmp_path / "run/it/metrics.jsonl", first)
     second.send_signal(signal.SIGKILL)
