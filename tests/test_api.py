@@ -255,8 +255,11 @@ class Spelling:
             np.concatenate(new_offsets).astype(np.int32),
         )
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        return [self.encode(text) for text in texts]
+
     def encode_with_prefix(self, prefix: str, texts: Sequence[str]) -> list[Encoding]:
-        return [self.encode(prefix + text) for text in texts]
+        return self.encode_batch([prefix + text for text in texts])
 
 
 @pytest.mark.parametrize("top_k", [None, 3, 512])

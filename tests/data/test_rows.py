@@ -358,8 +358,9 @@ def test_prompts_are_encoded_and_completions_decoded_once(
     # A prompt of the teacher and one of the student for each of four problems.
     # Of each renderer also a question that shows how its prompts end.
     assert len(calls["render"]) == (4 + 1) + (4 + 1)
+    # The student's are encoded with what follows them.
     prompts = [text for (text,) in calls["encode"]]
-    assert len(prompts) == len(set(prompts)) == 4 + 4
+    assert len(prompts) == len(set(prompts)) == 4
     prefixes = [prefix for prefix, _ in calls["encode_with_prefix"]]
     assert len(prefixes) == len(set(prefixes)) == 4
     assert [len(turns) for _, turns in calls["encode_with_prefix"]] == [8] * 4

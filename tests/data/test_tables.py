@@ -203,29 +203,27 @@ def test_private_data_sets_are_read_with_a_token(hub: Hub, tmp_path: Path) -> No
         assert names(outcome) == ["all.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("path", "parts"),
-    [
-        ("hf://datasets/org/none/all.jsonl", ["Repository Not Found", "HF_TOKEN"]),
-        (f"{OPEN}@v9/all.jsonl", ["Revision Not Found", "/v9"]),
-        (f"{OPEN}/all.json", ["no such file", "/datasets/org/open/tree/main."]),
-        (f"{OPEN}@v1/none", ["no such file", "/datasets/org/open/tree/v1."]),
-        (f"{OPEN}/*.csv", ["no such file, folder or glob pattern"]),
-        (f"{OPEN}/README.md", ["unknown file type '.md'"]),
-        ("hf://org/open/all.jsonl", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
-        ("hf://datasets/open", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
-        (f"{OPEN}@/all.jsonl", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
-        ("hf:datasets/org/open", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
-        ("hf://datasets/org/not so/x.csv", ["org/not so", "alphanumeric"]),
-    ],
+NOT_THERE = (
+    ("hf://datasets/org/none/all.jsonl", ["Repository Not Found", "HF_TOKEN"]),
+    (f"{OPEN}@v9/all.jsonl", ["Revision Not Found", "/v9"]),
+    (f"{OPEN}/all.json", ["no such file", "/datasets/org/open/tree/main."]),
+    (f"{OPEN}@v1/none", ["no such file", "/datasets/org/open/tree/v1."]),
+    (f"{OPEN}/*.csv", ["no such file, folder or glob pattern"]),
+    (f"{OPEN}/README.md", ["unknown file type '.md'"]),
+    ("hf://org/open/all.jsonl", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
+    ("hf://datasets/open", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
+    (f"{OPEN}@/all.jsonl", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
+    ("hf:datasets/org/open", ["write hf://datasets/ORG/NAME[@REVISION]/PATH"]),
+    ("hf://datasets/org/not so/x.csv", ["org/not so", "alphanumeric"]),
 )
-def test_what_is_not_there(
-    path: str, parts: list[str], hub: Hub, tmp_path: Path
-) -> None:
-    (outcome,) = read(hub, tmp_path, path)
-    assert path in outcome["error"] or path.endswith(".md")
-    for part in parts:
-        assert part in outcome["error"]
+
+
+def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
+    outcomes = read(hub, tmp_path, *(path for path, _ in NOT_THERE))
+    for (path, parts), outcome in zip(NOT_THERE, outcomes, strict=True):
+        assert path in outcome["error"] or path.endswith(".md")
+        for part in parts:
+            assert part in outcome["error"]
 
 
 def test_without_a_network_the_cache_is_read(hub: Hub, tmp_path: Path) -> None:

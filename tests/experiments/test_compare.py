@@ -314,7 +314,11 @@ def test_a_comparison_of_routes_alone(workdir: Path) -> None:
     ("flag", "status", "message"),
     [
         ("--seeds=0,1", 1, "experiments.compare: .*base_eval_0/done.json is missing"),
-        ("--seeds=0,x", 2, "argument --seeds: invalid seed_list value: '0,x'"),
+        (
+            "--seeds=0,x",
+            2,
+            "error: seeds are different numbers such as 0,1,2, not '0,x'",
+        ),
     ],
 )
 def test_the_command(tmp_path: Path, flag: str, status: int, message: str) -> None:

@@ -153,31 +153,34 @@ def sections(section: Section, tmp_path: Path) -> Sections:
     return {"rl": rl, "collect": collect, "score": score, "sft": sft}
 
 
-def test_eight_devices_and_two_processes_do_what_one_device_does(
-    sections: Sections, tmp_path: Path
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(EIGHT, marks=pytest.mark.slow), POD],
+    ids=["eight", "two processes of four"],
+)
+def test_eight_devices_do_what_one_device_does(
+    command: list[str], sections: Sections, tmp_path: Path
 ) -> None:
-    one, eight, pod = (tmp_path / name for name in ("one", "eight", "pod"))
+    one, eight = tmp_path / "one", tmp_path / "eight"
     run_here(sections | {"score": sections["score"] | {"mesh": {}}}, one)
     for part in sections.values():
         part["mesh"] = {"data": 2, "fsdp": 2, "tensor": 2}
-    run(EIGHT, sections, eight)
-    run(POD, sections, pod)
-    for folder in (eight, pod):
-        assert_same_files(
-            one,
-            folder,
-            "rl/metrics.jsonl",
-            "rl/samples.jsonl",
-            "collect/completions.jsonl",
-            "collect/traces.jsonl",
-            "score/scores.jsonl",
-            "score/selected.jsonl",
-            "sft/metrics.jsonl",
-        )
-        ours, theirs = (
-            {file.relative_to(run) for file in run.glob("*/*")} for run in (one, folder)
-        )
-        assert ours == theirs
+    run(command, sections, eight)
+    assert_same_files(
+        one,
+        eight,
+        "rl/metrics.jsonl",
+        "rl/samples.jsonl",
+        "collect/completions.jsonl",
+        "collect/traces.jsonl",
+        "score/scores.jsonl",
+        "score/selected.jsonl",
+        "sft/metrics.jsonl",
+    )
+    ours, theirs = (
+        {file.relative_to(run) for file in run.glob("*/*")} for run in (one, eight)
+    )
+    assert ours == theirs
 
 
 @pytest.mark.slow
