@@ -167,16 +167,18 @@ def _measure(workdir: Path, measure: Measure, seeds: Sequence[int]) -> Record:
 
 
 def read_arguments(description: str, seeds: Sequence[int]) -> argparse.Namespace:
-    """The command line: `workdir`, and `seeds` with their default; exits if it is bad."""
+    """The command line: `workdir`, and `seeds` with their default."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="of all seeds")
-    parser.add_argument("--seeds", help="such as 0,1,2")
-    arguments = parser.parse_args()
+    parser.add_argument("--seeds", type=_seeds, default=seeds, help="such as 0,1,2")
+    return parser.parse_args()
+
+
+def _seeds(text: str) -> list[int]:
     try:
-        arguments.seeds = seed_list(arguments.seeds) if arguments.seeds else seeds
+        return seed_list(text)
     except UserError as error:
-        parser.error(str(error))
-    return arguments
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:

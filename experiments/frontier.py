@@ -5,7 +5,7 @@
 
 The first command runs the seeds side by side and resumes if it is given again; the second
 writes runs/frontier/comparison/index.html, and needs `pip install '.[experiments]'`. All
-settings were chosen on seed 100. Settings after `--` are those of the config:
+settings but those of "short" were chosen on seed 100. Settings after `--` are those of the config:
 
     --config.parts="('frontier',)"   some of the parts
     --config.cells="('d3c5',)"       some of the cells: 3 digits, c = 5 in ten thousand
@@ -27,7 +27,14 @@ from typing import Annotated, Any, NamedTuple
 
 import ml_collections
 
-from experiments.frontier_cells import Cell, habit, with_lengths, worked
+from experiments.frontier_cells import (
+    KIND,
+    KIND_OF_PUZZLE,
+    Cell,
+    habit,
+    with_lengths,
+    worked,
+)
 from experiments.on_policy import ITSELF, teaching
 from experiments.small_stages import (
     collect,
@@ -182,7 +189,9 @@ class Place(NamedTuple):
 
     def collect(self, teacher: str, count: int, task: str = "signs") -> dict:
         data = self.cell.of_task(task, "train", count, 4)
-        return collect(self.made_by(teacher), self.made_by("habit"), data)
+        stage = collect(self.made_by(teacher), self.made_by("habit"), data)
+        stage["collect"].classify = KIND_OF_PUZZLE if task == "puzzles" else KIND
+        return stage
 
     def right_answers(
         self, model: str, count: int, samples: int, temperature: float = 0.7
@@ -267,6 +276,7 @@ def _parts(cell: Cell, seed: int) -> dict[str, dict[str, dict]]:
     return {part: with_lengths(place.named(stages)) for part, stages in parts.items()}
 
 
+@functools.cache
 def _quick(cell: Cell) -> set[str]:
     """The stages of a cell that `quick` runs."""
     if cell not in QUICK_CELLS:

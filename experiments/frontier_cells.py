@@ -32,8 +32,12 @@ class Cell(NamedTuple):
     @property
     def label(self) -> str:
         """In tables."""
-        digits = f"{self.chains} digit{'s' * (self.chains > 1)}"
-        return f"{digits}, c = {self.share:g}"
+        return f"{self.digits}, c = {self.share:g}"
+
+    @property
+    def digits(self) -> str:
+        """Such as "3 digits"."""
+        return f"{self.chains} digit{'s' * (self.chains > 1)}"
 
     def data(self, split: str, size: int, stream: int, **more: Any) -> dict:
         """Questions of this difficulty, in sign notation."""
@@ -108,7 +112,4 @@ def with_lengths(stages: Mapping[str, dict]) -> dict[str, dict]:
         ):
             if name in stage:
                 stage[name].update(values)
-        if stage.get("collect"):
-            known = stage["data"]["task"] == "arithmetic"
-            stage["collect"].classify = KIND if known else KIND_OF_PUZZLE
     return dict(stages)

@@ -204,8 +204,9 @@ def _claim(cell: Cell, better: str, worse: str, text: str, section: str) -> Clai
 
 def _kinds(cell: Cell) -> Iterator[Measure]:
     """Shares of the kinds of explanations of every teacher."""
-    for kind in ("no step", "one step, right", "one step, wrong"):
-        for name in TEACHER_OF if cell == CLAIMS_IN else ():
+    of_puzzles = ("no step", "one step, right", "one step, wrong")
+    if cell == CLAIMS_IN:
+        for kind, name in itertools.product(of_puzzles, TEACHER_OF):
             yield Measure(
                 LABELS[name],
                 f"Share of explanations of puzzles that have {kind}",

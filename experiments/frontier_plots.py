@@ -61,8 +61,7 @@ def frontier(of_cells: Curves) -> bytes:
         ticks = []
         for cell in cells:
             base = next(iter(of_cells[cell].values()))[0][1]["mean"]
-            digits, share = cell.label.split(", ")
-            setting = digits if title == NEVER else share
+            setting = cell.digits if title == NEVER else f"c = {cell.share:g}"
             ticks.append(f"{setting}\nbase {100 * base:.1f}%")
         panel.set_xticks(range(len(cells)), ticks, color=INK)
         panel.set_xlim(-0.3, len(cells) - 0.7)

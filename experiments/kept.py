@@ -89,8 +89,10 @@ def careful_counts(folder: Path) -> dict[str, int]:
     for row in stream_jsonl(folder / "samples.jsonl"):
         thought = row["completion"].partition("<|end_of_thought|>")[0]
         careful, right = form_of(thought) == "careful", row["correct"]
-        for name, counted in zip(counts, (True, careful, right, careful and right)):
-            counts[name] += counted
+        counts["samples"] += 1
+        counts["careful"] += careful
+        counts["right"] += right
+        counts["careful and right"] += careful and right
     return counts
 
 

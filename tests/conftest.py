@@ -13,10 +13,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Devices of one machine otherwise enter collectives in any order, and where cores are few
 # all threads can wait in different ones, for ever.
 ONE_BY_ONE = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-# XLA's emitters of fusions take half of the time that programs of tests take to compile.
+# XLA's emitters of fusions take a large part of the time that tests compile.
 COMPILED_SOONER = "--xla_cpu_use_fusion_emitters=false"
-FLAGS = f"{ONE_BY_ONE} {COMPILED_SOONER}"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+GIVEN = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{ONE_BY_ONE} {COMPILED_SOONER} {GIVEN}"
 
 import jax
 import numpy as np

@@ -121,14 +121,15 @@ class Renderer:
         for problem, turn in zip(problems, turns, strict=True):
             groups.setdefault(problem, []).append(turn)
         prompts = {problem: self.prompt_text(problem) for problem in groups}
+        # Texts that share no prompt are encoded in one call, as each call has a cost.
         single = [one for one, of_one in groups.items() if len(of_one) == 1]
-        texts = [prompts[one] + groups.pop(one)[0] for one in single]
-        encodings = self.tokenizer.encode_batch(
-            texts
-        )  # in one call, as each has a cost
+        texts = [prompts[one] + groups[one][0] for one in single]
+        encodings = self.tokenizer.encode_batch(texts)
         encoded = {x: iter([y]) for x, y in zip(single, encodings, strict=True)}
         for one, of_one in groups.items():
-            encoded[one] = iter(self.tokenizer.encode_with_prefix(prompts[one], of_one))
+            if one not in encoded:
+                several = self.tokenizer.encode_with_prefix(prompts[one], of_one)
+                encoded[one] = iter(several)
         return [(prompts[problem], next(encoded[problem])) for problem in problems]
 
 

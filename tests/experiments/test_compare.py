@@ -317,8 +317,9 @@ def test_a_comparison_of_routes_alone(workdir: Path) -> None:
         (
             "--seeds=0,x",
             2,
-            "error: seeds are different numbers such as 0,1,2, not '0,x'",
+            "argument --seeds: seeds are different numbers such as 0,1,2, not '0,x'",
         ),
+        ("--seeds=", 2, "argument --seeds: seeds are different numbers"),
     ],
 )
 def test_the_command(tmp_path: Path, flag: str, status: int, message: str) -> None:

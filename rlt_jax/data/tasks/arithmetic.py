@@ -97,6 +97,7 @@ def apply(value: int, operation: tuple[str, int]) -> int:
 
 def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
     """A random chain of `length` operations."""
+    # rng.choice would choose the same, and take several times as long.
     signs = [_SIGNS[i] for i in rng.integers(len(_SIGNS), size=length)]
     operations = tuple(
         (s, _OPERANDS[s][rng.integers(len(_OPERANDS[s]))]) for s in signs
