@@ -1,20 +1,19 @@
-"""Costs of a compiled program: memory, HBM traffic and collectives.
+"""Costs of a compiled program: memory, flops, HBM traffic and collectives.
 
-All numbers are per device and execution. They are computed from the HLO text, with every
-loop multiplied by its trip count. `unknown_trips` has the trip counts of loops whose end
-depends on data, see `hlo.total`.
+All numbers are per device and execution, with every loop multiplied by its trip count.
+`unknown_trips` has the trip counts of loops whose end depends on data, see `hlo.total`.
 """
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from rlt_jax.costs import hlo
+from rlt_jax.costs import hlo, kernels
 from rlt_jax.costs.hlo import Computation, Instruction, Program
 
 
@@ -41,6 +40,7 @@ _FREE = {
     *("call", "conditional", "after-all", "partition-id", "replica-id"),
     *("opt-barrier", "async-update"),
 }
+_FREE_CALLS = {"AllocateBuffer", "AsyncCollectiveStart", "ConcatBitcast"}
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -60,21 +60,77 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     return dict(zip(ours, [*values, sum(values) - 2 * values[3]], strict=True))
 
 
-def collectives(text: str, unknown_trips: Sequence[float]) -> dict[str, Traffic]:
+def flops(program: Program, unknown_trips: Sequence[float]) -> float:
+    """Floating-point operations that a program executes: products and known kernels.
+
+    A product of [m, k] and [k, n] is 2mkn operations. Masked scores count where a kernel
+    or a product computes them.
+    """
+
+    def own(body: Computation) -> dict[str, float]:
+        return {"flops": sum(_flops(*found) for found in hlo.inside(program, body))}
+
+    return hlo.total(program, own, unknown_trips)["flops"]
+
+
+def _flops(body: Computation, line: Instruction) -> float:
+    if cost := kernels.cost(line, _operands(body, line)):
+        return cost.flops
+    if line.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (array.shape for x in _operands(body, line)[:2] for array in x.arrays)
+    out = line.arrays[0].shape
+    if line.opcode == "dot":
+        axes = line.proto.dot.lhs_contracting
+        return 2 * math.prod(out) * math.prod(left[axis] for axis in axes)
+    numbers = line.proto.convolution
+    spatial = zip(
+        line.proto.window.dimensions,
+        (left[axis] for axis in numbers.input_spatial),
+        (out[axis] for axis in numbers.output_spatial),
+        strict=True,
+    )
+    outer = math.prod(out) // math.prod(out[axis] for axis in numbers.output_spatial)
+    meetings = math.prod(_meetings(*one) for one in spatial)
+    return 2 * outer * right[numbers.kernel_input_feature] * meetings
+
+
+def _meetings(window: Any, size: int, out: int) -> int:
+    """Pairs of an output and a window position that meet an input, along one axis."""
+    dilation, hole = window.base_dilation, window.window_dilation
+    starts = np.arange(out)[:, None] * window.stride - window.padding_low
+    at = starts + np.arange(window.size) * hole
+    return int(((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)).sum())
+
+
+def _operands(body: Computation, line: Instruction) -> list[Instruction]:
+    return [body.instructions[name] for name in line.operands]
+
+
+def collectives(
+    program: Program, unknown_trips: Sequence[float], slices: Sequence[int] = ()
+) -> dict[str, Traffic]:
     """Traffic of the collectives in a program, by kind.
 
     In a group of n devices, a device receives (n - 1)/n of the output of an all-gather,
     twice that fraction of the operand of an all-reduce, that fraction of the operand of a
     reduce-scatter or an all-to-all, and the whole operand of a collective-permute.
+
+    Args:
+      program: program from `hlo.read`.
+      unknown_trips: see above.
+      slices: slice of each device of the program; only collectives that connect several
+        slices are counted. () counts all.
     """
-    program = hlo.parse(text)
-    own = functools.partial(_collectives, program)
+    own = functools.partial(_collectives, program, np.array(slices))
     found = Counter(hlo.total(program, own, unknown_trips))
     pairs = {k: Traffic(found[f"{k} count"], found[f"{k} bytes"]) for k in _RECEIVED}
     return {kind: traffic for kind, traffic in pairs.items() if traffic.count}
 
 
-def _collectives(program: Program, body: Computation) -> Counter[str]:
+def _collectives(
+    program: Program, slices: np.ndarray, body: Computation
+) -> Counter[str]:
     costs, channels = Counter(), set()
     for owner, line in hlo.inside(program, body):
         kind = line.opcode.removesuffix("-start")
@@ -82,48 +138,38 @@ def _collectives(program: Program, body: Computation) -> Counter[str]:
             continue
         # On TPU, several fusions can contain the same collective, to overlap it with
         # compute; they share its channel.
-        channel = re.search(r"channel_id=(\d+)", line.rest)
+        channel = line.proto.channel_id
         if owner is not body and channel:
-            if channel[1] in channels:
+            if channel in channels:
                 continue
-            channels.add(channel[1])
-        size = sum(owner.instructions[name].bytes for name in line.operands)
+            channels.add(channel)
+        groups = hlo.groups(line)
+        if slices.size and not np.ptp(slices[groups], axis=1).any():
+            continue
+        size = sum(operand.bytes for operand in _operands(owner, line))
         if kind == "all-reduce" and _is_scattered(owner, line):
             kind = "reduce-scatter"
         costs[f"{kind} count"] += 1
-        costs[f"{kind} bytes"] += _RECEIVED[kind](size, _group_size(program, line.rest))
+        costs[f"{kind} bytes"] += _RECEIVED[kind](size, groups.shape[1])
     return costs
 
 
 def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:
     """Whether a fusion uses only a slice of an all-reduce, a reduce-scatter on TPU."""
     lines = fusion.instructions.values()
-    return reduce.name in [x.operands[0] for x in lines if x.opcode == "dynamic-slice"]
+    name = reduce.proto.id
+    return name in [x.operands[0] for x in lines if x.opcode == "dynamic-slice"]
 
 
-def _group_size(program: Program, attributes: str) -> int:
-    """Number of devices in a group of a collective."""
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[([\d,]+)\]", attributes):
-        return int(match[1].split(",")[-1])
-    if match := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", attributes):
-        # Mesh axes 'x', or parts of axes 'x':(1)2, where 2 is the size of the part.
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return program.devices
-
-
-def hbm_bytes(text: str, unknown_trips: Sequence[float]) -> float:
+def hbm_bytes(program: Program, unknown_trips: Sequence[float]) -> float:
     """HBM traffic in bytes, an upper estimate.
 
     Every instruction outside fusions reads its operands from HBM and writes its results
     to HBM, except for buffers that the compiler placed in on-chip memory. Slices and
-    gathers count as the bytes that they access, also in fusions. Custom calls, such as
-    Pallas kernels, read every operand once.
+    gathers count as the bytes that they access, also in fusions. A kernel of attention
+    reads keys and values again for every block of queries; other kernels read every
+    operand once.
     """
-    program = hlo.parse(text)
 
     def own(body: Computation) -> dict[str, float]:
         lines = body.instructions.values()
@@ -134,7 +180,7 @@ def hbm_bytes(text: str, unknown_trips: Sequence[float]) -> float:
 
 def _accessed(program: Program, body: Computation, line: Instruction) -> float:
     """HBM bytes that an instruction reads and writes."""
-    if line.opcode in _FREE or '"AllocateBuffer"' in line.rest:
+    if line.opcode in _FREE or line.proto.custom_call_target in _FREE_CALLS:
         return 0
     if line.opcode.endswith("-done"):
         return line.hbm_bytes
@@ -150,6 +196,8 @@ def _accessed(program: Program, body: Computation, line: Instruction) -> float:
 def _read(program: Program, body: Computation, line: Instruction, index: int) -> float:
     """Bytes of an operand that an instruction reads."""
     whole = body.operand(line, index).bytes
+    if cost := kernels.cost(line, _operands(body, line)):
+        return cost.reads.get(index, whole)
     kind = line.opcode.removesuffix("-start")
     if kind == "tuple" or (kind == "dynamic-update-slice" and index == 0):
         return 0
@@ -161,18 +209,18 @@ def _read(program: Program, body: Computation, line: Instruction, index: int) ->
         return body.operand(line, -1).bytes
     if inner := hlo.fused(program, line):
         parameters = (x for x in inner.instructions.values() if x.opcode == "parameter")
-        name = next(x.name for x in parameters if x.literal == str(index))
-        return min(whole, _uses(program, inner, name))
+        found = next(x for x in parameters if x.proto.parameter_number == index)
+        return min(whole, _uses(program, inner, found.proto.id))
     return whole
 
 
-def _uses(program: Program, fusion: Computation, name: str) -> float:
-    """Bytes of an array that the instructions of a fusion read, by its name."""
+def _uses(program: Program, fusion: Computation, name: int) -> float:
+    """Bytes of an array that the instructions of a fusion read, by its id."""
     read = 0.0
     for line in fusion.instructions.values():
         uses = [i for i, operand in enumerate(line.operands) if operand == name]
         if uses and line.opcode == "bitcast" and line is not fusion.root:
-            read += _uses(program, fusion, line.name)
+            read += _uses(program, fusion, line.proto.id)
         else:
             read += sum(_read(program, fusion, line, index) for index in uses)
     return read

@@ -1,65 +1,65 @@
-"""Parser for the HLO text of compiled programs, with trip counts of loops."""
+"""Compiled programs as the compiler describes them, with trip counts of loops."""
 
 import functools
+import json
 import math
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\))?")
-_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
-_COMPUTATION = re.compile(r"(?m)^(ENTRY )?%?([\w.\-]+) \(.*\{\s*\n((?:.*\n)*?)\}")
-_NAME = re.compile(r"%([\w.\-]+)")
-_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+import jax
+import numpy as np
+
+from rlt_jax.costs.hlo_proto import Module
+
+# Bits of an element by its number in XLA's PrimitiveType; types without bits are tokens,
+# tuples and opaque values.
+_BITS = {1: 8, 2: 8, 3: 16, 4: 32, 5: 64, 6: 8, 7: 16, 8: 32, 9: 64, 10: 16, 11: 32}
+_BITS |= {12: 64, 15: 64, 16: 16, 18: 128, 19: 8, 20: 8, 21: 4, 22: 4, 23: 8, 24: 8}
+_BITS |= {25: 8, 26: 2, 27: 2, 28: 8, 29: 8, 30: 1, 31: 1, 32: 4, 33: 8}
+_DTYPES = {1: "pred", 4: "s32", 11: "f32", 16: "bf16"}
+_TUPLE = 13
+_SAME = ("copy", "bitcast", "convert", "reshape", "copy-done", "opt-barrier")
 
 
 class Array(NamedTuple):
     """An array in the result of an instruction.
 
     Attributes:
-      dtype: dtype by its name in XLA, such as "bf16".
+      dtype: dtype by its name in XLA, such as "bf16"; its number for rare ones.
+      bits: bits of an element.
       shape: shape on one device.
       space: memory space; 0 is HBM, others are on chip or on the host.
     """
 
     dtype: str
+    bits: int
     shape: tuple[int, ...]
     space: int
 
     @property
     def bytes(self) -> int:
         """Size in bytes, without padding to tiles."""
-        bits = re.search(r"\d+", self.dtype)
-        width = int(bits[0]) if bits else 8 * (self.dtype == "pred")
-        return math.prod(self.shape) * width // 8
+        return math.prod(self.shape) * self.bits // 8
 
 
 class Instruction(NamedTuple):
-    """An HLO instruction, one line of text.
+    """An HLO instruction.
 
     Attributes:
-      name: name, unique in the computation.
       opcode: operation, such as "fusion".
       arrays: arrays in the result, with tuples flattened.
-      operands: names of the instructions that compute the operands.
-      literal: text in the parentheses after the opcode.
-      rest: text after the parentheses, the attributes.
+      operands: ids of the instructions that compute the operands.
+      called: ids of the computations that it calls; of a loop the body, the condition.
+      proto: all that the compiler says, see `hlo_proto`.
     """
 
-    name: str
     opcode: str
     arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    literal: str
-    rest: str
-
-    def called(self, *attributes: str) -> list[str]:
-        """Names of the computations in attributes such as `calls`."""
-        names = "|".join(attributes)
-        values = re.findall(rf"\b(?:{names})=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
-        return _NAME.findall(" ".join(values))
+    operands: tuple[int, ...]
+    called: tuple[int, ...]
+    proto: Any
 
     @property
     def bytes(self) -> int:
@@ -73,9 +73,9 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """Instructions by name, and the root, which computes the result."""
+    """Instructions by id, and the root, which computes the result."""
 
-    instructions: dict[str, Instruction]
+    instructions: dict[int, Instruction]
     root: Instruction
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
@@ -84,61 +84,45 @@ class Computation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Computations by name, name of the entry computation, and number of devices."""
+    """Computations by id, and the id of the entry computation."""
 
-    computations: dict[str, Computation]
-    entry: str
-    devices: int
-
-
-@functools.lru_cache(maxsize=2)
-def parse(text: str) -> Program:
-    """A program from `compiled.as_text()`."""
-    computations, entry = {}, ""
-    for is_entry, name, body in _COMPUTATION.findall(text):
-        lines = [found for line in body.splitlines() if (found := _LINE.match(line))]
-        instructions = {line[2]: _instruction(line[2], line[3]) for line in lines}
-        roots = [line[2] for line in lines if line[1]] or [lines[-1][2]]
-        computations[name] = Computation(instructions, instructions[roots[0]])
-        entry = name if is_entry else entry
-    head = text.partition("\n")[0]
-    counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
-    return Program(computations, entry, math.prod(int(count) for count in counts))
+    computations: dict[int, Computation]
+    entry: int
 
 
-def _instruction(name: str, text: str) -> Instruction:
-    """Parses "bf16[8]{0} add(%a, %b), attributes"; the type may be a tuple."""
-    end = _closing(text, 0) if text[0] == "(" else text.index(" ")
-    kind, text = text[:end], text[end:].lstrip()
-    start = text.index("(")
-    end = _closing(text, start)
-    literal = text[start + 1 : end - 1]
-    arrays = tuple(_array(*groups) for groups in _ARRAY.findall(kind))
-    operands = tuple(_NAME.findall(literal))
-    return Instruction(name, text[:start], arrays, operands, literal, text[end:])
+def read(compiled: jax.stages.Compiled) -> Program:
+    """The program of one device."""
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return parse(module.as_serialized_hlo_module_proto())
 
 
-def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.end()
-    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+def parse(module: bytes) -> Program:
+    """A program from a serialized `HloModuleProto`."""
+    made, computations = Module.FromString(module), {}
+    for one in made.computations:
+        lines = {line.id: _instruction(line) for line in one.instructions}
+        computations[one.id] = Computation(lines, lines[one.root_id])
+    return Program(computations, made.entry)
 
 
-def _array(dtype: str, sizes: str, space: str) -> Array:
-    shape = tuple(int(size) for size in sizes.split(",") if size)
-    return Array(dtype, shape, int(space or 0))
+def _instruction(proto: Any) -> Instruction:
+    operands, called = tuple(proto.operand_ids), tuple(proto.called_computation_ids)
+    return Instruction(proto.opcode, _arrays(proto.shape), operands, called, proto)
+
+
+def _arrays(shape: Any) -> tuple[Array, ...]:
+    kind = shape.element_type
+    if kind == _TUPLE:
+        return tuple(array for part in shape.tuple_shapes for array in _arrays(part))
+    dtype, space = _DTYPES.get(kind, str(kind)), shape.layout.memory_space
+    return (Array(dtype, _BITS.get(kind, 0), tuple(shape.dimensions), space),)
 
 
 def fused(program: Program, instruction: Instruction) -> Computation | None:
     """The computation of a fusion or an asynchronous call; None for other instructions."""
     if instruction.opcode not in ("fusion", "async-start", "call-start"):
         return None
-    names = instruction.called("calls", "to_apply")
-    return program.computations[names[0]] if names else None
+    return program.computations[instruction.called[0]] if instruction.called else None
 
 
 def inside(
@@ -161,57 +145,184 @@ def total(
     A conditional costs as much as its most expensive branch.
 
     Args:
-      program: program from `parse`.
+      program: program from `read`.
       own: returns the costs of one execution of a computation, with its fusions but
         without its loops, calls and conditionals.
       trips: trip counts of loops whose end depends on data, by the number of such loops
         around the loop; 1 for deeper loops.
     """
 
-    def visit(name: str, depth: int) -> Counter[str]:
-        computation = program.computations[name]
+    def visit(computation: Computation, values: tuple, depth: int) -> Counter[str]:
         costs = Counter(own(computation))
         for line in computation.instructions.values():
             if line.opcode == "while":
-                count = trip_count(program, computation, line)
-                body = visit(line.called("body")[0], depth + (count is None))
+                count, inner = loop(program, computation, line, values)
+                body = program.computations[line.called[0]]
+                costs_inside = visit(body, (inner,), depth + (count is None))
                 if count is None:
                     count = trips[depth] if depth < len(trips) else 1
-                costs.update({key: count * cost for key, cost in body.items()})
+                costs.update({key: count * x for key, x in costs_inside.items()})
             elif line.opcode in ("call", "conditional"):
-                names = line.called("to_apply", *_BRANCHES)
-                branches = [visit(name, depth) for name in names]
+                branches = []
+                for index, called in enumerate(line.called):
+                    part = line.operands if line.opcode == "call" else ()
+                    part = part or line.operands[index + 1 : index + 2]
+                    given = [_value(program, computation, x, values) for x in part]
+                    inner = program.computations[called]
+                    branches.append(visit(inner, tuple(given), depth))
                 costs.update(functools.reduce(operator.or_, branches))
         return costs
 
-    return dict(visit(program.entry, 0))
+    return dict(visit(program.computations[program.entry], (), 0))
 
 
-def trip_count(program: Program, around: Computation, loop: Instruction) -> int | None:
-    """Trip count of a while loop, or None if it depends on data.
+class _Carried(NamedTuple):
+    """The element of a loop's carry at `index`, plus a constant."""
 
-    Uses the count that the compiler reports, or a condition `i < constant`, where JAX
-    always increments i by one.
+    index: int
+    plus: int = 0
+
+
+class _Compared(NamedTuple):
+    left: Any
+    right: Any
+    direction: str
+
+
+def loop(
+    program: Program, around: Computation, line: Instruction, values: tuple
+) -> tuple[int | None, tuple]:
+    """Trip count of a while loop, and what its body is given.
+
+    Args:
+      program: the program.
+      around: the computation with the loop.
+      line: the loop.
+      values: what is known of the arguments of that computation.
+
+    Returns:
+      The count that the compiler reports, or that follows from the condition; None if it
+      depends on data. Of the elements of the carry the integers that no iteration
+      changes; None for the others.
     """
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(known[1])
-    condition = program.computations[loop.called("condition")[0]]
-    test = condition.root
-    if test.opcode != "compare" or "direction=LT" not in test.rest:
-        return None
-    index = condition.operand(test, 0)
-    end = _constant(condition, test.operands[1])
-    position = re.search(r"\bindex=(\d+)", index.rest)
-    if end is None or index.opcode != "get-tuple-element" or not position:
-        return None
-    carry, start = around.operand(loop, 0), None
-    if carry.opcode == "tuple":
-        start = _constant(around, carry.operands[int(position[1])])
-    return max(0, end - (start or 0))
+    body, condition = (program.computations[called] for called in line.called)
+    size = len(line.proto.shape.tuple_shapes)
+    carry = tuple(_Carried(index) for index in range(size))
+    start = _value(program, around, line.operands[0], values) or (None,) * size
+    after = _value(program, body, body.root.proto.id, (carry,)) or (None,) * size
+    kept = tuple(start[i] if after[i] == carry[i] else None for i in range(size))
+    config = line.proto.backend_config
+    known = json.loads(config).get("known_trip_count") if config else None
+    if known:
+        return int(known["n"]), kept
+    given = tuple(carry[i] if kept[i] is None else kept[i] for i in range(size))
+    test = _value(program, condition, condition.root.proto.id, (given,))
+    return _count(test, start, after), kept
 
 
-def _constant(computation: Computation, name: str) -> int | None:
-    instruction = computation.instructions[name]
-    while instruction.opcode in ("copy", "bitcast"):
-        instruction = computation.operand(instruction, 0)
-    return int(instruction.literal) if instruction.opcode == "constant" else None
+def _count(test: Any, start: Sequence[Any], after: Sequence[Any]) -> int | None:
+    """Iterations until `test` fails, for an index that changes by a constant."""
+    if not isinstance(test, _Compared) or not isinstance(test.left, _Carried):
+        return None
+    index, plus = test.left
+    first, end, last = start[index], test.right, after[index]
+    if not isinstance(last, _Carried) or last.index != index or last.plus == 0:
+        return None
+    if not (isinstance(first, int) and isinstance(end, int)):
+        return None
+    sign = {"L": 1, "G": -1}.get(test.direction[0], 0)
+    if sign * last.plus <= 0:
+        return None
+    end += sign * (test.direction[1] == "E")
+    return max(0, math.ceil((end - first - plus) / last.plus))
+
+
+def _value(program: Program, body: Computation, name: int, values: tuple) -> Any:
+    """What is known of a result: an integer, a tuple, a part of a carry; None if nothing."""
+    line = body.instructions[name]
+
+    def operand(index: int) -> Any:
+        return _value(program, body, line.operands[index], values)
+
+    match line.opcode:
+        case "parameter":
+            number = line.proto.parameter_number
+            return values[number] if number < len(values) else None
+        case "constant":
+            literal = line.proto.literal
+            found = [*literal.s32s, *literal.s64s, *literal.u32s, *literal.u64s]
+            return found[0] if len(found) == 1 else None
+        case "tuple":
+            return tuple(operand(index) for index in range(len(line.operands)))
+        case "get-tuple-element":
+            whole = operand(0)
+            return whole[line.proto.tuple_index] if isinstance(whole, tuple) else None
+        case "add" | "subtract":
+            sign = 1 if line.opcode == "add" else -1
+            return _sum(operand(0), operand(1), sign)
+        case "compare":
+            return _Compared(operand(0), operand(1), line.proto.comparison_direction)
+        case "fusion":
+            inner = program.computations[line.called[0]]
+            given = tuple(operand(index) for index in range(len(line.operands)))
+            return _value(program, inner, inner.root.proto.id, given)
+        case same if same in _SAME:
+            return operand(0)
+    return None
+
+
+def _sum(left: Any, right: Any, sign: int) -> Any:
+    if isinstance(left, int) and isinstance(right, _Carried) and sign == 1:
+        left, right = right, left
+    if not isinstance(right, int):
+        return None
+    if isinstance(left, int):
+        return left + sign * right
+    if isinstance(left, _Carried):
+        return left._replace(plus=left.plus + sign * right)
+    return None
+
+
+def groups(line: Instruction) -> np.ndarray:
+    """Groups [number, size] of devices that a collective connects.
+
+    Raises:
+      ValueError: the compiler describes the groups in an unknown form.
+    """
+    proto = line.proto
+    if proto.pairs:
+        return np.array([(pair.source, pair.target) for pair in proto.pairs])
+    if listed := proto.device_list.groups or proto.replica_groups:
+        return np.array([tuple(group.ids) for group in listed])
+    if proto.device_list.HasField("iota"):
+        iota = proto.device_list.iota
+        ids = np.arange(iota.groups * iota.devices).reshape(iota.reshape)
+        return ids.transpose(iota.transpose).reshape(iota.groups, iota.devices)
+    if not proto.HasField("device_mesh"):
+        raise ValueError(f"{proto.name}: unknown form of replica groups")
+    return _mesh_groups(proto.device_mesh)
+
+
+def _mesh_groups(described: Any) -> np.ndarray:
+    """Groups along axes of a mesh, or along parts of axes."""
+    mesh, sizes = described.mesh, [axis.size for axis in described.mesh.axes]
+    ids = np.array(mesh.device_ids or range(math.prod(sizes)))
+    if mesh.HasField("iota"):
+        ids = np.arange(ids.size).reshape(mesh.iota.reshape)
+        ids = ids.transpose(mesh.iota.transpose)
+    # Every axis as (before, part, after), where the part is the whole axis or one.
+    shape, inside = [], []
+    chosen = {ref.index: ref for ref in described.axes}
+    if len(chosen) < len(described.axes):
+        raise ValueError("replica groups along two parts of an axis are not known")
+    for index, size in enumerate(sizes):
+        before, part = 1, 1
+        if index in chosen:
+            ref = chosen[index]
+            whole = not ref.HasField("part")
+            before, part = (1, size) if whole else (ref.part.pre_size, ref.part.size)
+        inside.append(len(shape) + 1)
+        shape += [before, part, size // (before * part)]
+    parts = [shape[axis] for axis in inside]
+    ids = np.moveaxis(ids.reshape(shape), inside, range(-len(inside), 0))
+    return ids.reshape(-1, math.prod(parts))
