@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlt_jax.costs.hlo import Instruction
+from rlt_jax.costs.hlo import Instruction, Program
 
 
 class Cost(NamedTuple):
@@ -60,6 +60,18 @@ def cost(line: Instruction, operands: Sequence[Instruction]) -> Cost | None:
         array = operands[index[what]].arrays[0]
         reads[index[what]] = pairs * tokens[what] * H * array.bits / 8
     return Cost(flops, reads)
+
+
+def uncounted(program: Program) -> set[str]:
+    """Names of the kernels in a program whose costs are not known here."""
+    calls = (
+        (line, [body.instructions[name] for name in line.operands])
+        for body in program.computations.values()
+        for line in body.instructions.values()
+        if line.proto.custom_call_target == "tpu_custom_call"
+    )
+    names = (line.proto.name for line, operands in calls if not cost(line, operands))
+    return {name.rstrip("0123456789.") for name in names}
 
 
 def _pairs(T: int, block_q: int, block_kv: int, width: int, by_keys: bool) -> int:

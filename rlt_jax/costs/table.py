@@ -6,6 +6,7 @@ from typing import Any
 
 WIDTH = 100
 _BYTES = ("arguments", "temporaries", "outputs", "resident", "total", "limit")
+_LIMITS = ("compute", "memory", "interconnect")
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -15,22 +16,27 @@ def render(plan: Mapping[str, Any]) -> str:
     Args:
       plan: `topology`, `fits`, `programs` and `recipe`. A program has `name`, `fits`,
         `bytes` per device by name, `collectives` by kind with `count` and `bytes`,
-        `model_flops`, `roofline` with `seconds` and `bound`, `runs_per_step` and
-        `compile_seconds`. The recipe has `name`, `hours`, `chip_hours`,
+        `model_flops`, `executed_flops`, `roofline` with `compute_seconds`,
+        `memory_seconds` and `interconnect_seconds`, and `runs_per_step`. The recipe has `name`, `hours`, `chip_hours`,
         `efficiency`, `stages` with `steps` and `step_seconds`, and `advice`, a list of
         sentences. A program that was not compiled has no `roofline` and fewer `bytes`,
         shown as "-".
     """
     fits = "fits" if plan["fits"] else "does not fit"
     memory = [("program", "fits", *_BYTES, "free")]
-    costs = [("program", "runs/step", "model", "at best", "bound", "compile")]
+    costs = [("program", "runs/step", "model", "executed", "max MFU", *_LIMITS)]
     traffic = [("program", "between devices", "times", "per device")]
     for p in plan["programs"]:
         name, limits = p["name"], p.get("roofline")
         memory.append((name, "yes" if p["fits"] else "NO", *_gigabytes(p["bytes"])))
+        cells = ("-",) * (2 + len(_LIMITS))
+        if limits:
+            executed = p["executed_flops"]
+            share = f"{p['model_flops'] / executed:.0%}" if executed else "-"
+            times = [_seconds(limits[f"{limit}_seconds"]) for limit in _LIMITS]
+            cells = (_amount(executed, "FLOP"), share, *times)
         runs, flops = _number(p["runs_per_step"]), _amount(p["model_flops"], "FLOP")
-        best = (_seconds(limits["seconds"]), limits["bound"]) if limits else ("-", "-")
-        costs.append((name, runs, flops, *best, _seconds(p["compile_seconds"])))
+        costs.append((name, runs, flops, *cells))
         for kind, one in p.get("collectives", {}).items():
             sizes = _number(one["count"]), _amount(one["bytes"], "B")
             traffic.append((name, kind, *sizes))

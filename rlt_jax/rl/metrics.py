@@ -57,6 +57,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     computed = rollout.steps_computed
     return {
         "rollout/length_mean": float(np.mean(lengths)),
+        "rollout/length_p95": float(np.quantile(lengths, 0.95)),
         "rollout/length_max": max(lengths),
         "rollout/finished_fraction": float(np.mean(rollout.finished)),
         "rollout/occupancy": rollout.steps_used / computed if computed else 0.0,

@@ -18,26 +18,31 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlt_jax.costs import compiled as costs
+from rlt_jax.costs import hlo, kernels
 from rlt_jax.costs.chips import chip_of, num_chips, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import LOG, UserError, as_user_error
 from rlt_jax.files import write_json, write_whole
-from rlt_jax.ranges import Checked, PositiveInt, Range, Size
+from rlt_jax.ranges import Checked, NonNegativeInt, PositiveInt, Range, Size
 from rlt_jax.records import Record
 from rlt_jax.settings import Section, build, resolve
 from rlt_jax.stages import plan_shapes, setup
 from rlt_jax.stages.plan_programs import PROGRAMS, Program
 from rlt_jax.stages.preflight import module_of
 from rlt_jax.training import compilation, hosts, sharding
+from rlt_jax.training.metrics import read_jsonl
 
 # How libtpu says that a program, or the temporaries alone, need more than there is.
-_TOO_MUCH = r"(?:Used |temporaries \()([\d.]+)([GM])\)? (?:of|exceeds)"
+_TOO_MUCH = r"(?:Used |temporaries \()([\d.]+)([TGMK])\)? (?:of|exceeds)"
+_LAST_STEPS = 20  # of a run, that have the lengths of its later ones
+_UNITS = {"T": 2**40, "G": 2**30, "M": 2**20, "K": 2**10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,10 @@ class PlanConfig(Checked):
       changes: "key=value" to set in the recipe, such as "rl.loop.group_size=32".
       prompt_tokens: mean length that times are estimated for.
       completion_tokens: likewise.
+      completion_p95: length that 5% of the completions exceed; 0 if all have the mean
+        length. Slots that wait for the longest completions cost time.
+      lengths: metrics.jsonl of an RL run, whose last steps have the mean and the 95th
+        percentile for both; "" for the values above.
       traces: sequences in a pass over the data; the steps of stages that count `epochs`
         are estimated from it, for full rows of sequences of the mean length.
       headroom: share of the memory that has to stay free.
@@ -65,6 +74,8 @@ class PlanConfig(Checked):
     changes: Sequence[str] = ()
     prompt_tokens: Size = 2048
     completion_tokens: Size = 4096
+    completion_p95: NonNegativeInt = 0
+    lengths: str = ""
     traces: PositiveInt = 17_000
     headroom: Annotated[float, Range(0, 1, below=True)] = 0.05
     efficiency: Annotated[float, Range(0, 1, above=True)] = 0.4
@@ -173,12 +184,13 @@ def slice_mesh(topology: str, section: Section) -> Mesh:
 def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Record:
     """Compiles all programs; `stop_early` stops at the first that does not fit."""
     recipe = read_recipe(c, topology)
-    lengths = plan_shapes.Lengths(c.prompt_tokens, c.completion_tokens)
+    lengths = read_lengths(c)
     stages, lowered, programs = {}, [], []
     for name in recipe["pipeline"]:
         section = recipe[name]
         mesh = slice_mesh(topology, section["mesh"])
-        steps = steps_of(c, section.get("loop") or section.get("sft") or {})
+        loop = section.get("loop") or section.get("sft") or {}
+        steps = steps_of(c, loop, lengths)
         stages[name] = {"mesh": dict(mesh.shape), "steps": steps, "step_seconds": 0.0}
         made = PROGRAMS[section["stage"]](section, recipe, mesh, lengths)
         # The largest programs, which are the first to fail, are the last of a stage.
@@ -194,24 +206,43 @@ def _plan_slice(c: PlanConfig, topology: str, stop_early: bool = False) -> Recor
         if stop_early and not result["fits"]:
             break
     hours = sum(x["step_seconds"] * x["steps"] for x in stages.values()) / 3600
-    assumed = ("prompt_tokens", "completion_tokens", "traces", "efficiency")
     recipe = {
         "name": c.recipe,
         "stages": stages,
         "hours": hours,
         "chip_hours": hours * num_chips(topology),
-        **{name: getattr(c, name) for name in assumed},
+        "lengths": lengths._asdict(),
+        "traces": c.traces,
+        "efficiency": c.efficiency,
         "advice": [_advice(program) for program in programs if not program["fits"]],
     }
     fits = all(program["fits"] for program in programs)
     return {"fits": fits, "topology": topology, "programs": programs, "recipe": recipe}
 
 
-def steps_of(c: PlanConfig, loop: Section) -> int:
+def read_lengths(c: PlanConfig) -> plan_shapes.Lengths:
+    """The lengths that times are estimated for: those of a run, or of the config.
+
+    Raises:
+      UserError: the file of the run has none.
+    """
+    if not c.lengths:
+        given = c.prompt_tokens, c.completion_tokens, c.completion_p95
+        return plan_shapes.Lengths(*given)
+    names = "rollout/length_mean", "rollout/length_p95"
+    with as_user_error(f"plan.lengths={c.lengths!r}", KeyError, OSError):
+        rows = read_jsonl(Path(c.lengths))
+        steps = [[row[name] for name in names] for row in rows if names[0] in row]
+        if not steps:
+            raise KeyError(names[0])
+    return plan_shapes.Lengths(c.prompt_tokens, *np.mean(steps[-_LAST_STEPS:], axis=0))
+
+
+def steps_of(c: PlanConfig, loop: Section, lengths: plan_shapes.Lengths) -> int:
     """Steps of a stage; where it counts `epochs`, an estimate (see `PlanConfig`)."""
     if not loop.get("epochs"):
         return loop.get("steps", 1)
-    tokens = loop["epochs"] * c.traces * (c.prompt_tokens + c.completion_tokens)
+    tokens = loop["epochs"] * c.traces * lengths.sequence
     steps = math.ceil(tokens / (loop["batch_size"] * loop["row_length"]))
     LOG.info(f"plan: an estimate of {steps:,} steps from plan.traces={c.traces:,}")
     return steps
@@ -231,11 +262,11 @@ def _assess(
             compiled = compile_program(program)
             sizes = costs.memory(compiled)
             total = resident + sizes["peak"]
-            traffic = _traffic(program, compiled.as_text(), topology, devices)
+            traffic = _work(program, hlo.read(compiled), topology, devices)
         except jax.errors.JaxRuntimeError as error:
             if not (needed := re.search(_TOO_MUCH, str(error))):
                 raise
-            total = resident + float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]]
+            total = resident + float(needed[1]) * _UNITS[needed[2]]
     headroom = 1 - total / limit
     LOG.info("plan: %s, %.0f%% free", name, 100 * headroom)
     sizes |= {"resident": resident, "total": total, "limit": limit}
@@ -250,14 +281,18 @@ def _assess(
     }
 
 
-def _traffic(program: Program, text: str, topology: str, devices: int) -> Record:
-    """What a compiled program moves, and the least time that it takes."""
-    moved = costs.collectives(text, program.trips)
-    hbm = program.hbm_bytes or costs.hbm_bytes(text, program.trips)
+def _work(program: Program, made: hlo.Program, topology: str, devices: int) -> Record:
+    """What a compiled program computes and moves, and the least time that it takes."""
+    moved = costs.collectives(made, program.trips)
+    hbm = program.hbm_bytes or costs.hbm_bytes(made, program.trips)
     between = sum(traffic.bytes for traffic in moved.values())
-    limits = roofline(chip_of(topology), program.flops / devices, hbm, between)
+    executed = costs.flops(made, program.trips) + program.kernel_flops / devices
+    if (unknown := kernels.uncounted(made)) and not program.kernel_flops:
+        LOG.warning("plan: %s: flops of %s are not counted", program.name, unknown)
+    limits = roofline(chip_of(topology), executed, hbm, between)
     return {
         "collectives": {kind: one._asdict() for kind, one in moved.items()},
+        "executed_flops": executed * devices,
         "hbm_bytes": hbm,
         "roofline": limits._asdict(),
     }

@@ -1,6 +1,7 @@
 """The device programs of each stage, ready to be lowered for devices elsewhere."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,8 +36,9 @@ class Program(NamedTuple):
       runs: executions in a step of its stage.
       flops: model flops of one execution, over all devices.
       trips: trip counts of loops whose length depends on the data, outermost first.
-      hbm_bytes: HBM traffic of one execution on a device, where the compiled text does
-        not show it.
+      kernel_flops: flops of kernels whose work depends on the data, of one execution over
+        all devices.
+      hbm_bytes: HBM traffic of one execution on a device, where it depends on the data.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Program(NamedTuple):
     runs: float = 1
     flops: float = 0
     trips: tuple[int, ...] = ()
+    kernel_flops: float = 0
     hbm_bytes: float | None = None
 
 
@@ -93,7 +96,8 @@ def rl_programs(
     beside = (state.opt_state, *others)
     programs = [p._replace(resident=(p.resident, beside)) for p in programs]
     reads = (bool(students) or c.updates_per_rollout > 1) + bool(objective.beta)
-    first, *rest = _log_probs(section, [policy, *students], batch, mesh, lengths)
+    trained = policy._replace(params=state.params)
+    first, *rest = _log_probs(section, [trained, *students], batch, mesh, lengths)
     readers = [first._replace(runs=reads), *rest] if reads else rest
     programs += _add_resident(readers, state.opt_state, (state.params, *others), trips)
 
@@ -185,19 +189,22 @@ def _rollout(
     draw = (weights, cache, slots, refill, key)
 
     c, steps = model.config, layout.steps
-    context = lengths.prompt + lengths.completion / 2
-    stored = context * page_bytes(c, 1) * layout.slots / mesh.shape["tensor"]
-    read = steps * (sharding.device_bytes(weights) + stored)
-    prompts = E / section.get("loop", {}).get("group_size", 1)
-    parts = prompts * -(-lengths.prompt // size) / layout.shards
+    completions = lengths.completions(E, sampling.max_new_tokens)
+    runs, tokens = shapes.dispatches(completions, B, steps), completions.sum()
+    context = lengths.prompt + (completions**2).sum() / tokens / 2
+    stored = tokens * context * page_bytes(c, 1) / mesh.size
+    read = steps * sharding.device_bytes(weights) + stored / runs
+    groups = E / section.get("loop", {}).get("group_size", 1)
+    parts = groups * math.ceil(lengths.prompt / size) / layout.shards
     filled = forward_flops(c, layout.shards * size, lengths.prompt / 2, 0)
-    drawn = forward_flops(c, B * steps, context, B * steps)
-    dispatches = E * lengths.completion / (B * steps)
-    decode_args = draw, params, dispatches, drawn, (steps,), read
+    decoded = forward_flops(c, tokens / runs, context, tokens / runs)
+    attention = decoded - forward_flops(c, tokens / runs, 0, tokens / runs)
+    loops, resident = (steps,), params
+    decode = draw, resident, runs, decoded, loops, attention, read
     return [
         Program("weights", engine.to_decode, (params,)),
         Program("prefill", engine.prefill, fill, params, parts, filled),
-        Program("decode", engine.decode, *decode_args),
+        Program("decode", engine.decode, *decode),
     ]
 
 

@@ -1,10 +1,14 @@
 """What a plan knows about a run without running it: shapes, shardings, mean lengths."""
 
 import dataclasses
+import heapq
+import math
+import statistics
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rlt_jax.data.rows import RowShape
@@ -22,15 +26,61 @@ WORKDIR = "{workdir}"  # of a recipe that does not run
 
 
 class Lengths(NamedTuple):
-    """Mean tokens of a prompt and of a completion, for which times are estimated."""
+    """Lengths in tokens that times are estimated for.
 
-    prompt: int
-    completion: int
+    Attributes:
+      prompt: mean length of a prompt.
+      completion: mean length of a completion.
+      p95: length that 5% of the completions exceed; 0 if all have the mean length.
+    """
+
+    prompt: float
+    completion: float
+    p95: float = 0
 
     @property
     def sequence(self) -> int:
         """Tokens of a prompt with its completion."""
         return self.prompt + self.completion
+
+    def completions(self, count: int, limit: int) -> np.ndarray:
+        """Lengths of `count` completions, at most `limit`, in a random order.
+
+        They are quantiles of the log-normal distribution with this mean and 95th
+        percentile q: ln(q / mean) = z s - s^2 / 2, where z is the percentile of the
+        normal distribution and s the standard deviation of the logarithm.
+
+        Raises:
+          UserError: there is no such distribution.
+        """
+        spread, z = 0.0, statistics.NormalDist().inv_cdf(0.95)
+        if self.p95:
+            square = z**2 - 2 * math.log(self.p95 / self.completion)
+            if not 0 <= square <= z**2:
+                most = math.exp(z**2 / 2) * self.completion
+                raise UserError(
+                    f"plan.completion_p95={self.p95:g} must be between completion_tokens"
+                    f"={self.completion:g} and {most:.0f}, or 0."
+                )
+            spread = z - math.sqrt(square)
+        middle = math.log(self.completion) - spread**2 / 2
+        normal = statistics.NormalDist()
+        order = np.random.default_rng(0).permutation(count)
+        levels = [normal.inv_cdf((n + 0.5) / count) for n in order]
+        return np.exp(middle + spread * np.array(levels)).clip(1, limit).round()
+
+
+def dispatches(lengths: np.ndarray, slots: int, steps: int) -> int:
+    """Dispatches of `steps` decode steps until all completions have ended.
+
+    A slot takes the next completion when the one before has ended; as the host sees that
+    one dispatch later, each keeps its slot for a dispatch more. Completions that wait for
+    pages of the cache are not taken into account.
+    """
+    free = [0] * slots
+    for length in lengths:
+        heapq.heapreplace(free, free[0] + math.ceil(length / steps) + 1)
+    return max(free)
 
 
 class Shape(NamedTuple):
@@ -103,6 +153,6 @@ def micro_batches(
 ) -> tuple[int, int]:
     """Lengths of the loops over micro-batches and over chunks of the head."""
     B, T = rows.micro_batch_size, rows.row_length
-    in_row = max(1, T // lengths.sequence)
+    in_row = max(1, int(T // lengths.sequence))
     C = chunk_length(B, T, config.vocab_size, mesh.size)
-    return -(-E // (in_row * B)), -(-in_row * lengths.completion // C)
+    return -(-E // (in_row * B)), math.ceil(in_row * lengths.completion / C)

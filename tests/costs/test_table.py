@@ -20,9 +20,13 @@ def program(name: str, **changes: Any) -> dict[str, Any]:
         },
         "collectives": {"all-gather": {"count": 112, "bytes": 3.2e9}},
         "model_flops": 1.234e13,
-        "roofline": {"seconds": 0.0625, "bound": "memory"},
+        "executed_flops": 2.468e13,
+        "roofline": {
+            "compute_seconds": 0.05,
+            "memory_seconds": 0.0625,
+            "interconnect_seconds": 2,
+        },
         "runs_per_step": 8,
-        "compile_seconds": 12.34,
     } | changes
 
 
@@ -50,8 +54,11 @@ def test_numbers_stand_under_their_names() -> None:
     ]
     assert len(names) == len(row)
     text = "\n".join(lines)
-    assert "12.3 TFLOP" in text
-    assert "62.5 ms" in text
+    (costs,) = (line for line in lines if "24.7" in line)
+    assert costs.split() == [
+        *("update", "8", "12.3", "TFLOP", "24.7", "TFLOP", "50%"),
+        *("50", "ms", "62.5", "ms", "2", "s"),
+    ]
     assert "3.2 GB" in text
     assert "rlt_7b: 31.2 h, 2,000 chip-hours at 40% of the speed above" in lines
     assert "  rl: 125 steps of 90 s" in lines
@@ -76,5 +83,5 @@ def test_a_program_that_was_not_compiled_has_dashes() -> None:
     rows = [line for line in render(plan).splitlines() if line.startswith("rollout")]
     assert [row.split() for row in rows] == [
         ["rollout", "NO", *"---", "1.00", "9.00", "8.00", "-12%"],
-        ["rollout", "8", "12.3", "TFLOP", "-", "-", "12.3", "s"],
+        ["rollout", "8", "12.3", "TFLOP", *"-----"],
     ]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlt_jax.costs import compiled as costs
@@ -20,12 +21,13 @@ from rlt_jax.stages.plan import (
     PlanConfig,
     compile_program,
     plan,
+    read_lengths,
     read_recipe,
     slice_mesh,
     steps_of,
 )
 from rlt_jax.stages.plan_programs import PROGRAMS
-from rlt_jax.stages.plan_shapes import Lengths
+from rlt_jax.stages.plan_shapes import Lengths, dispatches
 
 ROOT = Path(__file__).parents[2]
 if not importlib.util.find_spec("libtpu"):
@@ -262,9 +264,46 @@ def test_steps_of_epochs_are_estimated(recipe: Path) -> None:
     lengths = {"traces": 100, "prompt_tokens": 56, "completion_tokens": 200}
     c = PlanConfig(str(recipe), "v5e:2x2", changes=changes, **lengths)
     loop = read_recipe(c, c.topology)["warmup"]["sft"]
-    assert steps_of(c, loop) == 38
-    assert steps_of(c, loop | {"steps": 7, "epochs": 0.0}) == 7
-    assert steps_of(c, {}) == 1
+    assert steps_of(c, loop, read_lengths(c)) == 38
+    assert steps_of(c, loop | {"steps": 7, "epochs": 0.0}, read_lengths(c)) == 7
+    assert steps_of(c, {}, read_lengths(c)) == 1
+
+
+def test_lengths_have_their_mean_and_their_tail() -> None:
+    lengths = Lengths(0, 1000, 2500).completions(20_000, 10**6)
+    assert lengths.mean() == pytest.approx(1000, rel=0.01)
+    assert np.quantile(lengths, 0.95) == pytest.approx(2500, rel=0.01)
+    assert Lengths(0, 1000, 2500).completions(100, 1500).max() == 1500
+    assert {*Lengths(0, 7).completions(3, 10)} == {7}
+    with pytest.raises(
+        UserError, match="between completion_tokens=1000 and 3868, or 0"
+    ):
+        Lengths(0, 1000, 4000).completions(3, 10)
+    with pytest.raises(UserError, match="between completion_tokens=1000"):
+        Lengths(0, 1000, 900).completions(3, 10)
+
+
+def test_slots_are_filled_again() -> None:
+    """Two slots, eight steps at once: 3 + 1, 1 + 1 and 2 + 1 dispatches."""
+    assert dispatches(np.array([20, 8, 9]), 2, 8) == 5
+    assert dispatches(np.array([20, 8, 9]), 1, 8) == 9
+    assert dispatches(np.array([20, 8, 9]), 3, 8) == 4
+
+
+def test_lengths_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    c = PlanConfig("unread", "v5e", prompt_tokens=7, lengths=str(file))
+    with pytest.raises(UserError, match="plan.lengths=.*metrics.jsonl"):
+        read_lengths(c)
+    file.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="rollout/length_mean"):
+        read_lengths(c)
+    rows = [
+        {"rollout/length_mean": mean, "rollout/length_p95": 3.0 * mean}
+        for mean in [1000.0] + [10.0, 20.0] * 10
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_lengths(c) == (7, 15, 45)
 
 
 @pytest.mark.parametrize(
@@ -299,14 +338,14 @@ def test_plans_that_cannot_be_are_refused(
 NOT_MADE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
 
 
-def arrays(text: str) -> list[hlo.Array]:
+def arrays(compiled: Any) -> list[hlo.Array]:
     """What instructions outside of fusions make anew."""
-    program = hlo.parse(text)
+    program = hlo.read(compiled)
     names, found = [program.entry], []
     for name in names:
         for line in program.computations[name].instructions.values():
             if line.opcode in ("while", "call", "conditional"):
-                names += line.called("body", "to_apply", "branch_computations")
+                names += line.called
             elif line.opcode not in NOT_MADE and not line.opcode.endswith("-start"):
                 found += line.arrays
     return found
@@ -319,11 +358,11 @@ def elements(array: hlo.Array) -> int:
     return size
 
 
-def gathered(text: str) -> list[hlo.Array]:
+def gathered(compiled: Any) -> list[hlo.Array]:
     """What all-gathers make, fused ones too."""
     return [
         array
-        for body in hlo.parse(text).computations.values()
+        for body in hlo.read(compiled).computations.values()
         for line in body.instructions.values()
         if line.opcode.startswith("all-gather")
         for array in line.arrays
@@ -352,7 +391,7 @@ def test_no_parameter_is_gathered_whole(
     embedding = D * V // tensor
     activations = ROWS * D  # a row of a micro-batch, from all parts of its length
     stacked = SIZES["num_layers"] * one_layer
-    made = gathered(compiled(name).as_text())
+    made = gathered(compiled(name))
     assert made
     largest = max(map(elements, made))
     assert largest <= max(one_layer, embedding, activations) < stacked
@@ -364,7 +403,7 @@ def test_forward_programs_have_no_float32_weights(
 ) -> None:
     """Nothing copies weights to float32, or float32 weights, of all layers."""
     D, F, L = SIZES["embed_dim"], SIZES["mlp_dim"], SIZES["num_layers"]
-    for array in arrays(compiled(name).as_text()):
+    for array in arrays(compiled(name)):
         stacked = L in array.shape and elements(array) >= L * D * F // 4
         assert not (stacked and array.dtype == "f32"), array
 
@@ -375,7 +414,7 @@ def test_updates_hold_no_float32_tree_but_a_device_s_own(
 ) -> None:
     """Stacked float32 kernels, as gradients are, are as large as a device's part."""
     L, part = SIZES["num_layers"], SIZES["embed_dim"] * SIZES["mlp_dim"] // 4
-    found = arrays(compiled(name).as_text())
+    found = arrays(compiled(name))
     stacked = [a for a in found if a.dtype == "f32" and a.shape[:1] == (L,)]
     assert stacked
     assert max(map(elements, stacked)) <= L * part
@@ -394,7 +433,7 @@ def test_decoding_copies_no_cache(name: str, compiled: Callable[[str], Any]) -> 
 def test_no_program_holds_all_logits(name: str, compiled: Callable[[str], Any]) -> None:
     """Rows of T tokens never meet the V / tensor logits of a device."""
     V, D = SIZES["vocab_size"], SIZES["embed_dim"]
-    for array in arrays(compiled(name).as_text()):
+    for array in arrays(compiled(name)):
         vocabulary = {V, V // 2} & set(array.shape)
         if vocabulary and array.dtype in ("f32", "bf16"):
             others = elements(array) // max(vocabulary)
