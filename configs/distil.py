@@ -32,7 +32,7 @@ of each of 8 for 7b, 66 GB for 32b, which leaves h100 hardly any room for a row
 import ml_collections
 from ml_collections import config_dict
 
-from rlt_jax.costs.chips import num_chips
+from rlt_jax.costs.chips import chip_of, num_chips, num_slices
 from rlt_jax.errors import UserError
 from rlt_jax.settings import section
 from rlt_jax.stages.sft import SFTConfig
@@ -55,7 +55,7 @@ def get_config(student: str = "7b:v5p:4x4x4") -> ml_collections.ConfigDict:
     if size not in BASES:
         raise UserError(f"configs/distil.py:{student}: begin with 7b or 32b.")
     topology = topology or "v5p:4x4x4"
-    tensor = MESHES[size][topology.partition(":")[0]]
+    tensor = MESHES[size][chip_of(topology).name]
     groups = max(1, num_chips(topology) // tensor)
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -85,6 +85,6 @@ def get_config(student: str = "7b:v5p:4x4x4") -> ml_collections.ConfigDict:
             schedule="cosine",
             warmup_fraction=0.05,
         ),
-        "mesh": section(MeshConfig, data=1, fsdp=-1, tensor=tensor),
+        "mesh": section(MeshConfig, data=num_slices(topology), fsdp=-1, tensor=tensor),
     }
     return config

@@ -37,7 +37,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 from ml_collections import ConfigDict, config_dict
 
-from rlt_jax.costs.chips import num_chips
+from rlt_jax.costs.chips import chip_of, num_chips
 from rlt_jax.data.rows import RowShape
 from rlt_jax.data.templates import Template, load_template
 from rlt_jax.data.traces import read_traces
@@ -165,7 +165,7 @@ def get_config(variant: str = "own") -> ConfigDict:
     check_value("configs/rlt.py", Annotated[str, OneOf(VARIANTS)], variant)
     c = ConfigDict(TOP | VARIANTS[variant])
     if topology:
-        c.device = f"{topology.partition(':')[0]}-{num_chips(topology)}"
+        c.device = f"{chip_of(topology).name}-{num_chips(topology)}"
     c.task = "gsm8k" if "data" in VARIANTS[variant] else "file"
     c.pipeline = ()
     link(c, pipeline=lambda: _pipeline(c))

@@ -39,7 +39,7 @@ on h200, and gradients 4 GB.
 import ml_collections
 from ml_collections import config_dict
 
-from rlt_jax.costs.chips import chip_of, num_chips
+from rlt_jax.costs.chips import chip_of, num_chips, num_slices
 from rlt_jax.data.rows import RowShape
 from rlt_jax.inference.engine import EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
@@ -69,9 +69,9 @@ def get_config(topology: str = "v5p:4x4x4") -> ml_collections.ConfigDict:
     config.seed = 0
     config.data = "bespoke_stratos_17k.parquet"
     config.held_out = "held_out.jsonl"
-    tensor = MESHES[topology.partition(":")[0]]
+    tensor = MESHES[chip_of(topology).name]
     groups = max(1, num_chips(topology) // tensor)
-    mesh = section(MeshConfig, data=1, fsdp=-1, tensor=tensor)
+    mesh = section(MeshConfig, data=num_slices(topology), fsdp=-1, tensor=tensor)
     data = {"task": "file", "path": config.get_ref("data")}
     trained = {"dtype": "bfloat16", "remat": "full"}
     frozen = {"dtype": "bfloat16", "param_dtype": "bfloat16"}

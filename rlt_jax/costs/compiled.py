@@ -33,6 +33,8 @@ _RECEIVED = {
     "collective-permute": lambda size, n: size,
 }
 
+BETWEEN_SLICES = "between-slices"
+
 # Instructions without memory traffic. Of an asynchronous pair, the start reads and the
 # done writes.
 _FREE = {
@@ -107,32 +109,33 @@ def _operands(body: Computation, line: Instruction) -> list[Instruction]:
     return [body.instructions[name] for name in line.operands]
 
 
-def collectives(
-    program: Program, unknown_trips: Sequence[float], slices: Sequence[int] = ()
-) -> dict[str, Traffic]:
+def collectives(program: Program, unknown_trips: Sequence[float]) -> dict[str, Traffic]:
     """Traffic of the collectives in a program, by kind.
 
     In a group of n devices, a device receives (n - 1)/n of the output of an all-gather,
     twice that fraction of the operand of an all-reduce, that fraction of the operand of a
     reduce-scatter or an all-to-all, and the whole operand of a collective-permute.
-
-    Args:
-      program: program from `hlo.read`.
-      unknown_trips: see above.
-      slices: slice of each device of the program; only collectives that connect several
-        slices are counted. () counts all.
+    `BETWEEN_SLICES` is what a device receives from other slices of TPUs, over the network
+    of the data center; collectives over several slices are compiled into one part inside
+    the slices and that one.
     """
-    own = functools.partial(_collectives, program, np.array(slices))
+    own = functools.partial(_collectives, program)
     found = Counter(hlo.total(program, own, unknown_trips))
-    pairs = {k: Traffic(found[f"{k} count"], found[f"{k} bytes"]) for k in _RECEIVED}
+    kinds = (*_RECEIVED, BETWEEN_SLICES)
+    pairs = {k: Traffic(found[f"{k} count"], found[f"{k} bytes"]) for k in kinds}
     return {kind: traffic for kind, traffic in pairs.items() if traffic.count}
 
 
-def _collectives(
-    program: Program, slices: np.ndarray, body: Computation
-) -> Counter[str]:
+def _collectives(program: Program, body: Computation) -> Counter[str]:
     costs, channels = Counter(), set()
+
+    def add(kind: str, size: float) -> None:
+        costs[f"{kind} count"] += 1
+        costs[f"{kind} bytes"] += size
+
     for owner, line in hlo.inside(program, body):
+        if line.opcode == "recv" and _is_between_slices(line):
+            add(BETWEEN_SLICES, line.arrays[0].bytes)
         kind = line.opcode.removesuffix("-start")
         if kind not in _RECEIVED:
             continue
@@ -143,15 +146,16 @@ def _collectives(
             if channel in channels:
                 continue
             channels.add(channel)
-        groups = hlo.groups(line)
-        if slices.size and not np.ptp(slices[groups], axis=1).any():
-            continue
         size = sum(operand.bytes for operand in _operands(owner, line))
         if kind == "all-reduce" and _is_scattered(owner, line):
             kind = "reduce-scatter"
-        costs[f"{kind} count"] += 1
-        costs[f"{kind} bytes"] += _RECEIVED[kind](size, groups.shape[1])
+        add(kind, _RECEIVED[kind](size, hlo.group_size(line)))
     return costs
+
+
+def _is_between_slices(line: Instruction) -> bool:
+    """Whether a host transfer is one of Megascale, which connects slices."""
+    return any("megascale" in entry.value for entry in line.proto.attributes.map)
 
 
 def _is_scattered(fusion: Computation, reduce: Instruction) -> bool:

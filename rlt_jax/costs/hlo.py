@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from rlt_jax.costs.hlo_proto import Module
 
@@ -283,46 +282,22 @@ def _sum(left: Any, right: Any, sign: int) -> Any:
     return None
 
 
-def groups(line: Instruction) -> np.ndarray:
-    """Groups [number, size] of devices that a collective connects.
+def group_size(line: Instruction) -> int:
+    """Number of devices in a group that a collective connects.
 
     Raises:
       ValueError: the compiler describes the groups in an unknown form.
     """
     proto = line.proto
     if proto.pairs:
-        return np.array([(pair.source, pair.target) for pair in proto.pairs])
+        return 2
     if listed := proto.device_list.groups or proto.replica_groups:
-        return np.array([tuple(group.ids) for group in listed])
+        return len(listed[0].ids)
     if proto.device_list.HasField("iota"):
-        iota = proto.device_list.iota
-        ids = np.arange(iota.groups * iota.devices).reshape(iota.reshape)
-        return ids.transpose(iota.transpose).reshape(iota.groups, iota.devices)
+        return proto.device_list.iota.devices
     if not proto.HasField("device_mesh"):
         raise ValueError(f"{proto.name}: unknown form of replica groups")
-    return _mesh_groups(proto.device_mesh)
-
-
-def _mesh_groups(described: Any) -> np.ndarray:
-    """Groups along axes of a mesh, or along parts of axes."""
-    mesh, sizes = described.mesh, [axis.size for axis in described.mesh.axes]
-    ids = np.array(mesh.device_ids or range(math.prod(sizes)))
-    if mesh.HasField("iota"):
-        ids = np.arange(ids.size).reshape(mesh.iota.reshape)
-        ids = ids.transpose(mesh.iota.transpose)
-    # Every axis as (before, part, after), where the part is the whole axis or one.
-    shape, inside = [], []
-    chosen = {ref.index: ref for ref in described.axes}
-    if len(chosen) < len(described.axes):
-        raise ValueError("replica groups along two parts of an axis are not known")
-    for index, size in enumerate(sizes):
-        before, part = 1, 1
-        if index in chosen:
-            ref = chosen[index]
-            whole = not ref.HasField("part")
-            before, part = (1, size) if whole else (ref.part.pre_size, ref.part.size)
-        inside.append(len(shape) + 1)
-        shape += [before, part, size // (before * part)]
-    parts = [shape[axis] for axis in inside]
-    ids = np.moveaxis(ids.reshape(shape), inside, range(-len(inside), 0))
-    return ids.reshape(-1, math.prod(parts))
+    # Axes of a mesh, or parts of axes.
+    sizes = [axis.size for axis in proto.device_mesh.mesh.axes]
+    axes = proto.device_mesh.axes
+    return math.prod(axis.part.size or sizes[axis.index] for axis in axes)

@@ -76,24 +76,14 @@ _MESSAGES = {
     "Entry": {"key": (1, "str"), "value": (2, "str")},
     "Dot": {"lhs_contracting": (1, "int*")},
     "Group": {"ids": (1, "int*")},
-    "Pair": {"source": (1, "int"), "target": (2, "int")},
-    "Iota": {
-        "groups": (1, "int"),
-        "devices": (2, "int"),
-        "reshape": (3, "int*"),
-        "transpose": (4, "int*"),
-    },
+    "Pair": {"source": (1, "int")},
+    "Iota": {"devices": (2, "int")},
     "DeviceList": {"groups": (1, "Group*"), "iota": (2, "Iota")},
     "MeshGroups": {"mesh": (1, "DeviceMesh"), "axes": (2, "AxisRef*")},
-    "DeviceMesh": {
-        "axes": (1, "MeshAxis*"),
-        "device_ids": (2, "int*"),
-        "iota": (3, "MeshIota"),
-    },
-    "MeshAxis": {"name": (1, "str"), "size": (2, "int")},
-    "MeshIota": {"reshape": (1, "int*"), "transpose": (2, "int*")},
+    "DeviceMesh": {"axes": (1, "MeshAxis*")},
+    "MeshAxis": {"size": (2, "int")},
     "AxisRef": {"index": (1, "int"), "part": (2, "SubAxis")},
-    "SubAxis": {"pre_size": (1, "int"), "size": (2, "int")},
+    "SubAxis": {"size": (2, "int")},
 }
 _Field = descriptor_pb2.FieldDescriptorProto
 _TYPES = {

@@ -6,7 +6,13 @@ from typing import Any
 
 WIDTH = 100
 _BYTES = ("arguments", "temporaries", "outputs", "resident", "total", "limit")
-_LIMITS = ("compute", "memory", "interconnect")
+# Heading -> what a time is bound by; between chips of a slice (ICI) and slices (DCN).
+_LIMITS = {
+    "compute": "compute",
+    "HBM": "memory",
+    "ICI": "interconnect",
+    "DCN": "network",
+}
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -17,7 +23,7 @@ def render(plan: Mapping[str, Any]) -> str:
       plan: `topology`, `fits`, `programs` and `recipe`. A program has `name`, `fits`,
         `bytes` per device by name, `collectives` by kind with `count` and `bytes`,
         `model_flops`, `executed_flops`, `roofline` with `compute_seconds`,
-        `memory_seconds` and `interconnect_seconds`, and `runs_per_step`. The recipe has `name`, `hours`, `chip_hours`,
+        `memory_seconds`, `interconnect_seconds` and `network_seconds`, and `runs_per_step`. The recipe has `name`, `hours`, `chip_hours`,
         `efficiency`, `stages` with `steps` and `step_seconds`, and `advice`, a list of
         sentences. A program that was not compiled has no `roofline` and fewer `bytes`,
         shown as "-".
@@ -33,7 +39,7 @@ def render(plan: Mapping[str, Any]) -> str:
         if limits:
             executed = p["executed_flops"]
             share = f"{p['model_flops'] / executed:.0%}" if executed else "-"
-            times = [_seconds(limits[f"{limit}_seconds"]) for limit in _LIMITS]
+            times = [_seconds(limits[f"{limit}_seconds"]) for limit in _LIMITS.values()]
             cells = (_amount(executed, "FLOP"), share, *times)
         runs, flops = _number(p["runs_per_step"]), _amount(p["model_flops"], "FLOP")
         costs.append((name, runs, flops, *cells))

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from rlt_jax.costs import compiled as costs
 from rlt_jax.costs import hlo, kernels
-from rlt_jax.costs.chips import chip_of, num_chips, slices
+from rlt_jax.costs.chips import chip_of, num_chips, num_slices, one_slice, slices
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.costs.table import render
 from rlt_jax.errors import LOG, UserError, as_user_error
@@ -52,8 +52,8 @@ class PlanConfig(Checked):
     Attributes:
       recipe: config file; its `get_config` is given the slice if it takes an argument,
         after what stands behind the file: "32b:v5e:8x8" for "distil.py:32b".
-      topology: slice, such as "v5e:8x8"; a chip alone, "v5e", finds its smallest slice
-        on which the recipe fits.
+      topology: slice, such as "v5e:8x8", or several, "2x v5e:8x8"; a chip alone, "v5e",
+        finds its smallest slice on which the recipe fits.
       stages: names of the recipe's stages; () is all of a kind that can be planned.
       changes: "key=value" to set in the recipe, such as "rl.loop.group_size=32".
       prompt_tokens: mean length that times are estimated for.
@@ -169,9 +169,12 @@ def slice_mesh(topology: str, section: Section) -> Mesh:
     # No metadata server describes that slice, and no other process has its chips.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    single = {} if num_chips(topology) > 1 else {"chips_per_host_bounds": [1, 1, 1]}
+    options = {"num_slices": num_slices(topology)}
+    if num_chips(one_slice(topology)) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        described = topologies.get_topology_desc(topology, "tpu", **single)
+        name = one_slice(topology)
+        described = topologies.get_topology_desc(name, "tpu", **options)
     except Exception as error:  # what libtpu raises has no class of its own
         raise UserError(
             f"plan.topology={topology!r} cannot be compiled for: "
@@ -285,11 +288,12 @@ def _work(program: Program, made: hlo.Program, topology: str, devices: int) -> R
     """What a compiled program computes and moves, and the least time that it takes."""
     moved = costs.collectives(made, program.trips)
     hbm = program.hbm_bytes or costs.hbm_bytes(made, program.trips)
-    between = sum(traffic.bytes for traffic in moved.values())
+    network = moved.get(costs.BETWEEN_SLICES, costs.Traffic(0, 0)).bytes
+    inside = sum(traffic.bytes for traffic in moved.values()) - network
     executed = costs.flops(made, program.trips) + program.kernel_flops / devices
     if (unknown := kernels.uncounted(made)) and not program.kernel_flops:
         LOG.warning("plan: %s: flops of %s are not counted", program.name, unknown)
-    limits = roofline(chip_of(topology), executed, hbm, between)
+    limits = roofline(chip_of(topology), executed, hbm, inside, network)
     return {
         "collectives": {kind: one._asdict() for kind, one in moved.items()},
         "executed_flops": executed * devices,

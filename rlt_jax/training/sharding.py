@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jax.stages import Wrapped
 
@@ -57,10 +57,15 @@ class MeshConfig(Checked):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Creates the mesh over `devices`, by default all devices.
 
+    Slices of TPUs, which only the network connects, are the outer part of `data`, so that
+    parameters are sharded inside a slice.
+
     Raises:
-      UserError: the product of the sizes is not the number of devices.
+      UserError: the product of the sizes is not the number of devices, or `data` is no
+        multiple of the number of slices.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     try:  # NumPy fills in the -1
         sizes = np.empty(count).reshape(config.data, config.fsdp, config.tensor).shape
     except ValueError as error:
@@ -68,9 +73,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dataclasses.asdict(config)} does not cover {count} devices: the "
             "product of data, fsdp and tensor must be that number (one may be -1)."
         ) from error
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Neighbors in the mesh are neighbors on the torus, also if a mesh axis is only a part
     # of an axis of the torus.
-    arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    split = {"allow_split_physical_axes": True}
+    if slices == 1 or devices[0].platform == "gpu":
+        arranged = create_device_mesh(sizes, devices, **split)
+    elif sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} on {slices} slices: it must be a multiple of that, as "
+            f"the network between slices is slow; set mesh.data={slices}, mesh.fsdp=-1."
+        )
+    else:
+        inside = (sizes[0] // slices, *sizes[1:])
+        between = (slices, 1, 1)
+        arranged = create_hybrid_device_mesh(inside, between, devices, **split)
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from rlt_jax.costs.chips import CHIPS, chip_of, num_chips, slices
+from rlt_jax.costs.chips import (
+    CHIPS,
+    chip_of,
+    num_chips,
+    num_slices,
+    one_slice,
+    slices,
+)
 from rlt_jax.costs.roofline import roofline
 from rlt_jax.errors import UserError
 
@@ -66,9 +73,13 @@ def test_chips_of_a_topology() -> None:
     assert (chip_of("v5e:8x8").name, num_chips("v5e:8x8")) == ("v5e", 64)
     assert num_chips("v5p:4x4x8") == 128
     assert num_chips("h100:8") == 8
+    several = "2x v5e:16x16"
+    assert (chip_of(several).name, num_chips(several)) == ("v5e", 512)
+    assert (num_slices(several), one_slice(several)) == (2, "v5e:16x16")
+    assert (num_slices("v5e:8x8"), one_slice("v5e:8x8")) == (1, "v5e:8x8")
 
 
-@pytest.mark.parametrize("topology", ["v3:2x2", "", "V5E:2x2"])
+@pytest.mark.parametrize("topology", ["v3:2x2", "", "V5E:2x2", "0x v5e:2x2", "2x"])
 def test_unknown_chips_are_refused_with_the_known(topology: str) -> None:
     with pytest.raises(UserError, match="not one of v4, v5e, v5p"):
         chip_of(topology)
@@ -83,9 +94,13 @@ def test_missing_sizes_are_refused(topology: str) -> None:
 def test_the_longest_time_binds() -> None:
     chip = CHIPS["v5e"]
     both = roofline(chip, 197e12, 819e9 / 2, 200e9 / 4)
-    assert both == (1.0, 1.0, 0.5, 0.25, "compute")
+    assert both == (1.0, 1.0, 0.5, 0.25, 0, "compute")
     assert roofline(chip, 0, 819e9, 0).bound == "memory"
-    assert roofline(chip, 0, 0, 200e9)[::4] == (1.0, "interconnect")
+    assert roofline(chip, 0, 0, 200e9)[::5] == (1.0, "interconnect")
+    # 6.4 Tbit/s are for 256 chips.
+    assert roofline(chip, 0, 0, 0, 6.4e12 / 8 / 256)[::5] == (1.0, "network")
+    with pytest.raises(UserError, match="slices of v4 is unknown"):
+        roofline(CHIPS["v4"], 0, 0, 0, 1)
 
 
 def test_a_core_has_its_part_of_a_chip() -> None:

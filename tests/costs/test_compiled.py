@@ -198,10 +198,6 @@ def test_a_program_for_tpus() -> None:
     # Gradients are summed over fsdp and over data, where a quarter of each is left.
     reduced = traffic["all-reduce"].bytes + traffic["reduce-scatter"].bytes
     assert reduced >= 5 * 6 * (2 * kernel * 3 / 4 + 2 * kernel / 4)
-    # Only gradients are summed over `data`, which are two slices of four chips each.
-    between = collectives(program, (5,), (0, 0, 0, 0, 1, 1, 1, 1))
-    assert {*between} <= {"all-reduce", "reduce-scatter"}
-    assert sum(x.bytes for x in between.values()) == 5 * 6 * 2 * kernel / 4
     # Of each layer two products, the one that is recomputed, and four for gradients.
     assert flops(program, (5,)) == 5 * 6 * 7 * 2 * (64 / 8) * 512 * 1024
     # The weights of a chip are at least read and written once.

@@ -2,11 +2,16 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rlt_jax.costs import hlo
-from rlt_jax.costs.compiled import Traffic, collectives, flops, hbm_bytes
+from rlt_jax.costs.compiled import (
+    BETWEEN_SLICES,
+    Traffic,
+    collectives,
+    flops,
+    hbm_bytes,
+)
 from rlt_jax.costs.hlo_proto import Module
 
 TYPES = {"s32": 4, "f32": 11, "bf16": 16, "u32": 8, "s8": 2, "pred": 1}
@@ -150,53 +155,36 @@ def test_trip_counts(
 
 
 @pytest.mark.parametrize(
-    ("fields", "groups"),
+    ("fields", "size"),
     [
-        (
-            {"device_list": {"groups": [{"ids": [0, 2]}, {"ids": [1, 3]}]}},
-            [[0, 2], [1, 3]],
-        ),
-        ({"replica_groups": [{"ids": [0, 1]}]}, [[0, 1]]),
-        ({"pairs": [{"source": 0, "target": 1}]}, [[0, 1]]),
-        (
-            {
-                "device_list": {
-                    "iota": {
-                        "groups": 2,
-                        "devices": 2,
-                        "reshape": [2, 2],
-                        "transpose": [1, 0],
-                    }
-                }
-            },
-            [[0, 2], [1, 3]],
-        ),
-        ({"device_mesh": mesh_groups([2, 2], [{"index": 0}])}, [[0, 2], [1, 3]]),
-        ({"device_mesh": mesh_groups([2, 2], [{"index": 1}])}, [[0, 1], [2, 3]]),
-        (  # the second half of an axis of four, which has neighbours
-            {
-                "device_mesh": mesh_groups(
-                    [4], [{"index": 0, "part": {"pre_size": 2, "size": 2}}]
-                )
-            },
-            [[0, 1], [2, 3]],
-        ),
-        (
-            {
-                "device_mesh": mesh_groups(
-                    [4], [{"index": 0, "part": {"pre_size": 1, "size": 2}}]
-                )
-            },
-            [[0, 2], [1, 3]],
-        ),
+        ({"device_list": {"groups": [{"ids": [0, 2, 4]}, {"ids": [1, 3, 5]}]}}, 3),
+        ({"replica_groups": [{"ids": [0, 1]}]}, 2),
+        ({"device_list": {"iota": {"devices": 4}}}, 4),
+        ({"device_mesh": mesh_groups([2, 4], [{"index": 0}])}, 2),
+        ({"device_mesh": mesh_groups([2, 4], [{"index": 0}, {"index": 1}])}, 8),
+        ({"device_mesh": mesh_groups([2, 4], [{"index": 1, "part": {"size": 2}}])}, 2),
     ],
 )
-def test_groups_of_collectives(fields: dict[str, Any], groups: list[list[int]]) -> None:
+def test_groups_of_collectives(fields: dict[str, Any], size: int) -> None:
     made = Builder()
     entry = made.computation()
-    made.line(entry, "all-reduce", ("f32", 4), **fields)
-    root = made.program(entry).computations[entry].root
-    np.testing.assert_array_equal(hlo.groups(root), groups)
+    x = made.line(entry, "parameter", ("f32", 128))
+    made.line(entry, "all-gather", ("f32", 128 * size), x, **fields)
+    received = Traffic(1, 128 * 4 * (size - 1))
+    assert collectives(made.program(entry), ()) == {"all-gather": received}
+
+
+def test_traffic_between_slices() -> None:
+    made = Builder()
+    entry = made.computation()
+    runtime = {
+        "key": "_xla_host_transfer_handler_name",
+        "value": "xla_megascale_runtime",
+    }
+    shape = [("bf16", 32, 8), ("u32",)]
+    made.line(entry, "recv", shape, attributes={"map": [runtime]})
+    made.line(entry, "recv", shape)  # from the host
+    assert collectives(made.program(entry), ()) == {BETWEEN_SLICES: Traffic(1, 512)}
 
 
 def test_unknown_groups_are_an_error() -> None:
@@ -246,8 +234,6 @@ def test_fusions_with_collectives() -> None:
         "all-gather": Traffic(2, 2 * 128 * 64 * 2 * 3),
         "reduce-scatter": Traffic(1, 64 * 32 * 4 * 7 / 8),
     }
-    # Of two slices of four devices only the sum connects both.
-    assert [*collectives(program, (), (0, 0, 0, 0, 1, 1, 1, 1))] == ["reduce-scatter"]
     # Three gathers read a, and what they make stays on the chip. Of the rest: b and the
     # index, and the slice that is kept.
     assert hbm_bytes(program, ()) == 3 * 128 * 64 * 2 + 64 * 32 * 4 + 4 + 8 * 32 * 4

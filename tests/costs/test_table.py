@@ -25,6 +25,7 @@ def program(name: str, **changes: Any) -> dict[str, Any]:
             "compute_seconds": 0.05,
             "memory_seconds": 0.0625,
             "interconnect_seconds": 2,
+            "network_seconds": 0,
         },
         "runs_per_step": 8,
     } | changes
@@ -57,7 +58,7 @@ def test_numbers_stand_under_their_names() -> None:
     (costs,) = (line for line in lines if "24.7" in line)
     assert costs.split() == [
         *("update", "8", "12.3", "TFLOP", "24.7", "TFLOP", "50%"),
-        *("50", "ms", "62.5", "ms", "2", "s"),
+        *("50", "ms", "62.5", "ms", "2", "s", "0", "ms"),
     ]
     assert "3.2 GB" in text
     assert "rlt_7b: 31.2 h, 2,000 chip-hours at 40% of the speed above" in lines
@@ -83,5 +84,5 @@ def test_a_program_that_was_not_compiled_has_dashes() -> None:
     rows = [line for line in render(plan).splitlines() if line.startswith("rollout")]
     assert [row.split() for row in rows] == [
         ["rollout", "NO", *"---", "1.00", "9.00", "8.00", "-12%"],
-        ["rollout", "8", "12.3", "TFLOP", *"-----"],
+        ["rollout", "8", "12.3", "TFLOP", *"------"],
     ]

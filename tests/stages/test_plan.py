@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rlt_jax.stages.plan import (
 )
 from rlt_jax.stages.plan_programs import PROGRAMS
 from rlt_jax.stages.plan_shapes import Lengths, dispatches
+from rlt_jax.training.sharding import device_bytes
 
 ROOT = Path(__file__).parents[2]
 if not importlib.util.find_spec("libtpu"):
@@ -111,9 +112,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiled(recipe: Path) -> Callable[[str], Any]:
+def compiled(recipe: Path) -> Iterator[Callable[[str], Any]]:
     """Compiles a program of warm-up or RL, by name, for four chips."""
-    c = PlanConfig(str(recipe), "v5e:2x2", stages=("warmup", "rl"))
+    yield from compiler(PlanConfig(str(recipe), "v5e:2x2", stages=("warmup", "rl")))
+
+
+@pytest.fixture(scope="module")
+def in_slices(recipe: Path) -> Iterator[Callable[[str], Any]]:
+    """Compiles a program of RL, by name, for two slices of four chips."""
+    changes = ("rl.mesh.data=2", "rl.rows.micro_batch_size=4")
+    yield from compiler(PlanConfig(str(recipe), "2x v5e:2x2", ("rl",), changes))
+
+
+def compiler(c: PlanConfig) -> Iterator[Callable[[str], Any]]:
     sections, programs = read_recipe(c, c.topology), {}
     # So few logits at a time that rows have several chunks.
     with pytest.MonkeyPatch.context() as patch:
@@ -129,6 +140,7 @@ def compiled(recipe: Path) -> Callable[[str], Any]:
         def compile_one(name: str) -> Any:
             return compile_program(programs[name])
 
+        compile_one.programs = programs
         yield compile_one
 
 
@@ -418,6 +430,35 @@ def test_updates_hold_no_float32_tree_but_a_device_s_own(
     stacked = [a for a in found if a.dtype == "f32" and a.shape[:1] == (L,)]
     assert stacked
     assert max(map(elements, stacked)) <= L * part
+
+
+@pytest.mark.parametrize("name", ["rl/prefill", "rl/decode"])
+def test_rollouts_need_no_traffic_between_slices(
+    name: str, in_slices: Callable[[str], Any]
+) -> None:
+    traffic = costs.collectives(hlo.read(in_slices(name)), ())
+    assert "all-reduce" in traffic  # over `tensor`, inside a slice
+    assert costs.BETWEEN_SLICES not in traffic
+
+
+@pytest.mark.slow
+def test_only_gradients_cross_between_slices(in_slices: Callable[[str], Any]) -> None:
+    """A device sums its part of the gradients with one device of the other slice."""
+    program, name = hlo.read(in_slices("rl/update")), costs.BETWEEN_SLICES
+    state = in_slices.programs["rl/update"].args[0]
+    part = device_bytes(state.params)
+    assert part / 2 <= costs.collectives(program, ())[name].bytes <= 1.1 * part
+
+
+def test_slices_are_the_outer_part_of_data(recipe: Path) -> None:
+    mesh = slice_mesh("2x v5e:2x2", {"data": 4, "fsdp": -1, "tensor": 1})
+    found = [[x.slice_index for x in part.flat] for part in mesh.devices]
+    assert found == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match=r"mesh.data=1 on 2 slices.*set mesh.data=2"):
+        slice_mesh("2x v5e:2x2", {"data": 1, "fsdp": -1, "tensor": 1})
+    config = f"{ROOT}/configs/rlt_7b.py"
+    c = PlanConfig(config, "2x v5e:8x8")
+    assert read_recipe(c, c.topology)["rl"]["mesh"]["data"] == 2
 
 
 @pytest.mark.parametrize("name", ["rl/prefill", "rl/decode"])
