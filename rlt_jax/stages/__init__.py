@@ -122,18 +122,12 @@ def _checked_stage(section: Any, where: str) -> str:
     stage = values.pop("stage", None)
     check_value(f"{where}.seed", NonNegativeInt, values.pop("seed", 0))
     check_value(f"{where}.stage", Annotated[str, OneOf(STAGES)], stage)
-    if renamed := folders.renamed_key(values):
-        raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
     settings.check(preflight.module_of(stage).SECTIONS, values, where)
     return stage
 
 
 def explain_override(arguments: Sequence[str], error: Exception) -> str:
     """Why a setting on the command line does not fit the config."""
-    for old, new in folders.RENAMED.items():
-        pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
-        if any(re.match(pattern, argument) for argument in arguments):
-            return f"has an old name: {old} is now called {new}."
     is_setting = re.compile(r"--?(?:no)?config\.([^=]+)")
     others = [x for x in arguments if not is_setting.match(x)]
     parsed = flags.FlagValues()
