@@ -276,11 +276,7 @@ def _newest(
 ) -> tuple[int, T]:
     """Step and content of the newest checkpoint that can be read.
 
-    Args:
-      folder: of the checkpoints.
-      steps: of those that are complete.
-      restore: reads one.
-      item: the only one that it reads, "" for all.
+    Of the complete `steps` `restore` reads one, or, if it is not "", one `item` of it.
 
     Raises:
       UserError: none can be read; or, with several processes, the newest cannot though its
