@@ -14,10 +14,12 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 from absl import flags, logging
@@ -30,11 +32,11 @@ from rlt_jax.files import read_json
 from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.inference.sampling import SamplingConfig
 from rlt_jax.models.config import DTYPES
-from rlt_jax.ranges import NonNegativeInt, check_value
+from rlt_jax.ranges import NonNegativeInt, OneOf, check_value
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.explanations import MAX_NATS
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build, check
 from rlt_jax.stages import setup
 from rlt_jax.training import checkpoint, hosts
 from rlt_jax.training.sharding import MeshConfig, make_mesh, num_groups
@@ -56,6 +58,8 @@ SAMPLING = {"temperature": 0.7, "max_new_tokens": 1024}
 KEPT = ("dtype", "param_dtype", "date")  # of a stage's section of the model
 # Of the 256 colors of terminals, pale to deep; text on them is black.
 REDS, BLUES = (224, 217, 210, 203, 196), (189, 147, 111, 69, 33)
+# What the settings of a stage have to be.
+OWNERS = setup.SECTIONS | dict.fromkeys(("policy", "model", "loop", "sft"), Section)
 
 
 class Chat:
@@ -75,6 +79,11 @@ class Chat:
         if own_role and options.role not in (None, own_role):
             raise UserError(f"--role={options.role}: {path} is a {own_role}'s stage.")
         role = options.role or own_role or "student"
+        check_value(f"{path}: role", Annotated[str, OneOf(ROLES)], role)
+        if options.students is not None and role != "teacher":
+            raise UserError(f"--students has no effect: {path} is a {role}.")
+        if options.students is not None and not all(options.students or [""]):
+            raise UserError("--students: name one or more models, with commas between.")
         name = "tiny" if path in checkpoint.SHIPPED else stage.get("template", "rlt")
         template = load_template(options.template or name)
         asked = {k: x for k in SAMPLING if (x := getattr(options, k)) is not None}
@@ -140,9 +149,9 @@ class Chat:
             (tokens,), (text,) = rollout.tokens, rollout.texts
             at_worst = tokenizer.decode([*tokens, *byte])
             settled = os.path.commonprefix([text, at_worst]).rstrip("\ufffd")
-            print(settled[shown:], end="", flush=True)
+            print(escaped(settled[shown:]), end="", flush=True)
             shown = len(settled)
-        print(text[shown:])
+        print(escaped(text[shown:]))
         # The first token has waited for the compiler.
         rate = (len(times) - 1) / max(times[-1] - times[0], 1e-9)
         cut_off = "" if rollout.finished[0] else ", cut off"
@@ -168,8 +177,14 @@ class Chat:
             print("".join(map(colored, record["solution_tokens"], surprise)))
 
 
+def escaped(text: str) -> str:
+    """Text with escapes for control characters, but for tabs and the ends of lines."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda x: repr(x[0])[1:-1], text)
+
+
 def colored(text: str, nats: float) -> str:
     """Text on red for a positive and on blue for a negative value, by its square root."""
+    text = escaped(text)
     level = round(len(REDS) * min(abs(nats) / MAX_NATS, 1) ** 0.5)
     if not level:
         return text
@@ -177,15 +192,16 @@ def colored(text: str, nats: float) -> str:
     return re.sub("[^\n]+", f"\x1b[48;5;{color};38;5;16m\\g<0>\x1b[0m", text)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], handlers: Mapping[int, Any] | None = None) -> None:
     """Runs the command; bad input ends in one message and exit status 1.
 
     Args:
       arguments: the name of the command, and its flags.
+      handlers: of signals, from when the model is loaded.
     """
     logging.set_verbosity(logging.WARNING)
     try:
-        hosts.guard(lambda: _run(_parse(arguments)))
+        hosts.guard(lambda: _run(_parse(arguments), handlers or {}))
     except KeyboardInterrupt:
         print()
         sys.exit(130)  # what shells report of SIGINT
@@ -203,11 +219,12 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
     return options
 
 
-def _run(options: flags.FlagValues) -> None:
-    if options.help:
-        print(__doc__, options.get_help(), sep="\n")
-        return
-    chat = Chat(options)
+def _run(options: flags.FlagValues, handlers: Mapping[int, Any]) -> None:
+    chat = None if options.help else Chat(options)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if chat is None:
+        return print(__doc__, options.get_help(), sep="\n")
     role, at_terminal = chat.renderer.role, sys.stdin.isatty()
     if at_terminal:
         import readline  # noqa: F401 (`input` edits lines with it)
@@ -260,4 +277,8 @@ def _stage(model: str, workdir: str | None) -> tuple[str, Record]:
         stages = sorted(file.parent.name for file in Path(workdir).glob("*/model.json"))
         found = ", ".join(stages) or "no model"
         raise UserError(f"--model={model}: no such stage; {workdir} has {found}.")
-    return str(path), read_json(folder / "settings.json", {})
+    file = folder / "settings.json"
+    stage = {key: x for key, x in read_json(file, {}).items() if x is not None}
+    for key in OWNERS.keys() & stage.keys():
+        check(OWNERS[key], stage[key], f"{file}: {key}")
+    return str(path), stage

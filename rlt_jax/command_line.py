@@ -1,11 +1,13 @@
-"""Reads the command line: a config that is missing or lacks a key is one message."""
+"""Reads the command line: whatever is wrong with it or the config file is one message."""
 
-import re
+import runpy
 import sys
 import traceback
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from rlt_jax.errors import UserError
 
 config = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(); `file.py:arg` passes it an arg."
@@ -52,23 +54,50 @@ heartbeat_timeout = flags.DEFINE_integer(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+class _ConfigFile(flags.ArgumentParser):
+    """Loads a config file and calls its `get_config`.
+
+    Attributes:
+      config: the last one, also where a setting on the command line does not fit it.
+    """
+
+    def parse(self, path: str) -> ConfigDict:
+        """The config, locked.
+
+        Raises:
+          UserError: the file raises an error, or makes no config.
+        """
+        file, *argument = path.split(":", 1)
+        try:
+            get_config = runpy.run_path(file).get("get_config")
+            if not callable(get_config):
+                raise UserError("the file has no function get_config()")
+            config = get_config(*argument)
+            if not isinstance(config, ConfigDict):
+                raise UserError(f"get_config() returns {config!r:.50}, no ConfigDict")
+            # Fails if the config contains itself, or has keys of several types.
+            config.to_json_best_effort(sort_keys=True)
+            self.config = config.lock()
+            return self.config
+        except Exception as error:  # it is the user's code
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f"({file}:{x.lineno})" for x in frames if x.filename == file]
+            told = f"{kind}{error}".split() + lines[-1:]
+            raise UserError(" ".join(told)) from error
+
+
+flags.FLAGS["config"].parser = _FILE = _ConfigFile()
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; a config that is missing or lacks a key is one message, too."""
+    """absl's parser; an error is one message, and ends the process with status 1."""
     try:
-        arguments = flags.FLAGS(argv)
-        config.value.lock()  # a file that could not be read shows on its first use
-        return arguments
+        return flags.FLAGS(argv)
     except flags.Error as error:
-        # An error in the config file itself keeps its traceback.
-        ours = r"(?s).*\n *(rlt_jax\S+UserError: |TypeError: (?=get_config\(\)))"
-        sys.exit(f"rlt_jax: {re.sub(ours, '--config: ', str(error).strip())}")
-    except OSError as error:
-        sys.exit(f"rlt_jax: --config: {str(error).splitlines()[-1].strip()}")
+        sys.exit(f"rlt_jax: {str(error).strip().removeprefix('flag ')}")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if all(frame.filename != config_flags.config_path.__file__ for frame in frames):
-            raise  # an error in the config file itself keeps its traceback
         from rlt_jax.stages import explain_override
 
-        named = [x for x in argv if "config.=" not in x]
-        sys.exit(f"rlt_jax: a --config.KEY=VALUE {explain_override(named, error)}")
+        why = explain_override(_FILE.config, argv, error)
+        sys.exit(f"rlt_jax: a --config.KEY=VALUE {why}")

@@ -33,8 +33,17 @@ class _Unfailing(io.FileIO):
 
 
 def keep_telling() -> None:
-    """Lets standard error drop what it cannot take: a full log must not end a run."""
-    raw, encoding = _Unfailing(2, "w", closefd=False), sys.__stderr__.encoding
+    """Lets standard error drop what it cannot take: a full log must not end a run.
+
+    A standard stream that is closed becomes /dev/null. Otherwise the next file that the run
+    opens would have its number, and get what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It gets the lowest free number, which is that of the closed stream.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
+    raw, encoding = _Unfailing(2, "w", closefd=False), sys.stderr.encoding
     sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", write_through=True)
 
 

@@ -5,14 +5,17 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short
+from types import MappingProxyType
 from typing import Any
 
 from rlt_jax.errors import StorageError, UserError, storage_errno
+from rlt_jax.ranges import check_value
 from rlt_jax.records import Record
 
+NO_KINDS: Mapping[str, Any] = MappingProxyType({})
 GO_ON = (
     "Everything up to the last checkpoint or whole batch is safe. Free space or repair the "
     "storage, then give the same command again: it continues from there."
@@ -114,17 +117,33 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(file: Path, missing: Record | None = None) -> Record:
+def check_regular(file: Path) -> bool:
+    """Whether a file is there.
+
+    Raises:
+      UserError: a folder, a pipe or the like is there; opening a pipe would wait for ever.
+    """
+    if file.is_file():
+        return True
+    if file.exists() or file.is_symlink():
+        raise UserError(f"{file} is no regular file: remove it, or use another folder.")
+    return False
+
+
+def read_json(
+    file: Path, missing: Record | None = None, kinds: Mapping[str, Any] = NO_KINDS
+) -> Record:
     """The keys and values in a JSON file.
 
     Args:
       file: the file.
       missing: what is returned if it does not exist; None makes that an error.
+      kinds: key -> type of its value, see `ranges.check_value`; keys may be missing.
 
     Raises:
       UserError: it is missing or damaged.
     """
-    if not file.exists():
+    if not check_regular(file):
         if missing is None:
             stage = f"run the stage {file.parent.name!r} if that writes it"
             raise UserError(f"{file} is missing; {stage}, or check the path.")
@@ -138,28 +157,56 @@ def read_json(file: Path, missing: Record | None = None) -> Record:
         raise UserError(
             f"{file} is damaged: {size} and is not JSON: {error}."
         ) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is damaged: it is {short(found)}, no keys and values.")
+    if wrong := _misfit(found, kinds, found if isinstance(found, dict) else ()):
+        raise UserError(f"{file} is damaged: {wrong}.")
     return found
 
 
-def stream_jsonl(file: Path) -> Iterator[Record]:
+def _misfit(record: Any, kinds: Mapping[str, Any], keys: Collection[str]) -> str:
+    """What of a record is not as it has to be, "" for nothing; `keys` are checked."""
+    if not isinstance(record, dict):
+        return f"it is {short(record)}, no keys and values"
+    try:
+        for key in kinds.keys() & keys:
+            check_value(key, kinds[key], record.get(key))
+    except UserError as error:
+        return f"its {str(error).rstrip('.')}"
+    return ""
+
+
+def stream_jsonl(
+    file: Path, kinds: Mapping[str, Any] = NO_KINDS, is_whole: bool = False
+) -> Iterator[Record]:
     """Yields the records of a JSON Lines file, without an incomplete last line.
 
+    Args:
+      file: the file.
+      kinds: key -> type of its value in every record.
+      is_whole: whether an incomplete last line is an error.
+
     Raises:
-      UserError: another line is damaged; it names file and line.
+      UserError: a line is damaged; it names file and line.
     """
+    only = f"--only={file.parent.name}"
     with file.open("rb") as lines:  # bytes: texts may contain other line separators
         for number, line in enumerate(lines, 1):
-            if line.endswith(b"\n"):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    record = None
-                if not isinstance(record, dict):
-                    raise UserError(
-                        f"{file}:{number} is damaged: it is not a JSON object. Mend or "
-                        "restore the file, or run the stage afresh with "
-                        f"--only={file.parent.name}."
-                    )
-                yield record
+            is_cut = not line.endswith(b"\n")
+            if is_cut and not (is_whole and line.strip()):
+                return
+            try:
+                record = json.loads(line)
+                wrong = _misfit(record, kinds, kinds.keys())
+            except (ValueError, RecursionError):
+                wrong = "it is not valid JSON"
+            # Another program may write the last line without its end.
+            if wrong and is_cut:
+                raise UserError(
+                    f"{file}: the last line is cut off. If the stage was interrupted, run "
+                    f"the same command again; otherwise run it afresh with {only}."
+                )
+            if wrong:
+                raise UserError(
+                    f"{file}:{number} is damaged: {wrong}. Mend or restore the file, or "
+                    f"run the stage afresh with {only}."
+                )
+            yield record

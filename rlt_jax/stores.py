@@ -43,7 +43,7 @@ SILENCE = 20.0  # seconds without a byte after which a request to gs:// has fail
 THREADS = 8
 GO_ON = "and the same command goes on from there, on this host."
 _PARTIAL = re.compile(r"\..*|.*\.partial|.*\.orbax-checkpoint-tmp.*")
-_REFUSED = re.compile("(?i)forbidden|denied|permission|credentials|anonymous")
+_REFUSED = re.compile("(?i)forbidden|denied|permission|credentials|anonymous|NotImpl")
 _mirrors: list["Mirror"] = []  # that of this run
 
 
@@ -253,6 +253,8 @@ class Mirror:
 def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     options: Record = {"use_listings_cache": False}
+    if re.fullmatch(r"\w+:/*", url):  # some libraries look for credentials first
+        raise UserError(f"{url}: it names no bucket.")
     fix = "pip install 'rlt_jax[gcs,s3]', or check the scheme"
     with as_user_error(url, ImportError, ValueError, end=f": {fix}."):
         if url.startswith(("gs:", "gcs:")):
@@ -261,8 +263,6 @@ def _open(url: str) -> tuple[Any, str]:
             limit = aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
             options["requests_timeout"] = limit
         fs, base = fsspec.core.url_to_fs(re.sub(":/(?!/)", "://", url), **options)
-        if not base.strip("/"):
-            raise ValueError("it names no bucket")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # we tell
     return fs, base.rstrip("/")
 

@@ -12,10 +12,14 @@ import numpy as np
 import tqdm
 
 from rlt_jax.data.tokenizer import Tokenizer
-from rlt_jax.errors import UserError
+from rlt_jax.errors import UserError, as_user_error
 from rlt_jax.inference.sampler import Part, Sampler, decode
 from rlt_jax.training import hosts, metrics
 from rlt_jax.types import Array, Params, Request, Requests, Rollout
+
+# Types in a record; the numbers in its lists are looked at when they are arrays.
+KINDS = {"request": int, "prompt": int, "tokens": list, "log_probs": list}
+KINDS |= {"finished": bool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +34,21 @@ class StoredSampler(Sampler):
       file: of the completions; its folder is made.
       tokenizer: decodes the completions of the file.
       bar: progress bar that shows the tokens sampled per second.
+      vocab_size: of the model; token ids of the file are smaller.
     """
 
     sampler: Sampler
     file: Path
     tokenizer: Tokenizer | None = None
     bar: tqdm.tqdm | None = None
+    vocab_size: int = 2**31
 
     def stream(self, params: Params, requests: Requests, key: Array) -> Iterator[Part]:
         """First the completions that the file holds, then the others as they end.
 
         Raises:
-          UserError: the file holds a completion of another prompt under a request's id.
+          UserError: the file is damaged, or holds a completion of another prompt under a
+            request's id.
         """
         stored, rollout = self._read(requests)
         if stored:
@@ -65,7 +72,7 @@ class StoredSampler(Sampler):
     def _read(self, requests: Requests) -> Part:
         """The completions of these requests that the file holds."""
         numbers = {request.request_id: n for n, request in enumerate(requests)}
-        found: dict[int, dict[str, Any]] = {}
+        found, tokens, log_probs = {}, [], []
         for record in self._records_now():
             n = numbers.get(record["request"])
             if n is None or n in found:
@@ -75,21 +82,33 @@ class StoredSampler(Sampler):
                     f"{self.file}: request {record['request']} has another prompt than "
                     "this run, so the settings differ. Remove the file or name another."
                 )
-            found[n] = record
-        rollout = Rollout(
-            requests=[requests[n] for n in found],
-            tokens=[np.array(x["tokens"], np.int32) for x in found.values()],
-            log_probs=[np.array(x["log_probs"], np.float32) for x in found.values()],
-            finished=np.array([x["finished"] for x in found.values()], bool),
-        )
+            ids, values = self._arrays(record)
+            tokens.append(ids)
+            log_probs.append(values)
+            found[n] = record["finished"]
+        finished = np.array(list(found.values()), bool)
+        rollout = Rollout([requests[n] for n in found], tokens, log_probs, finished)
         return list(found), decode(rollout, self.tokenizer)
+
+    def _arrays(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log-probs of a record, as many of one as of the other."""
+        where = f"{self.file}: the completion of request {record['request']} is damaged"
+        with as_user_error(f"{where}, remove its line", TypeError, ValueError):
+            ids, values = np.array(record["tokens"]), np.array(record["log_probs"])
+            if ids.ndim != 1 or ids.shape != values.shape:
+                raise ValueError("it needs as many tokens as log-probs")
+            if ids.size and not (ids.dtype.kind == "i" and values.dtype.kind in "if"):
+                raise TypeError("tokens are integers, log-probs are numbers")
+            if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                raise ValueError(f"the model has the tokens 0 to {self.vocab_size - 1}")
+        return ids.astype(np.int32), values.astype(np.float32)
 
     def _records_now(self) -> list[dict[str, Any]]:
         """What the file holds, in every process; process 0 is about to append to it."""
         number = hosts.from_first(
             lambda: self.file.read_bytes().count(b"\n") if self.file.is_file() else 0
         )
-        stream = metrics.stream_jsonl(self.file) if number else ()
+        stream = metrics.stream_jsonl(self.file, KINDS) if number else ()
         records = list(itertools.islice(stream, number))
         hosts.agree_on_items(f"the records of {self.file}", records)
         return records

@@ -1,36 +1,31 @@
 """Reads the files of other stages for reports, and writes HTML pages."""
 
 import base64
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from rlt_jax import files
 from rlt_jax.errors import UserError, as_user_error
-from rlt_jax.files import read_json, write_whole
-from rlt_jax.ranges import check_value
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
 
+# Types in the rows of `samples.jsonl` of an evaluate stage.
+ANSWER = {"question": str, "correct": bool | None, "error": str | None}
 
-def read_lines(path: Path) -> list[Record]:
-    """Reads the records of a JSON Lines file of a stage.
+
+def read_lines(path: Path, kinds: Mapping[str, Any] = files.NO_KINDS) -> list[Record]:
+    """Reads the records of a JSON Lines file of a stage; see `files.stream_jsonl`.
 
     Raises:
-      UserError: the file is missing, invalid or incomplete.
+      UserError: the file is missing, damaged or incomplete.
     """
-    what = f"{path} is missing; run the stage {path.parent.name!r}, which writes it"
-    with as_user_error(what, FileNotFoundError, NotADirectoryError):
-        *lines, last = path.read_bytes().split(b"\n")
-    # The last is valid if another program wrote it without the last line end.
-    cut_off = (
-        "the last line is cut off. If the stage was interrupted, run the same command "
-        f"again; otherwise run it anew with --only={path.parent.name}"
-    )
-    read = [(line, "not valid JSON") for line in lines] + [(last, cut_off)]
-    return [_parse(line, path, message) for line, message in read if line.strip()]
+    if not files.check_regular(path):
+        stage = f"run the stage {path.parent.name!r}, which writes it"
+        raise UserError(f"{path} is missing; {stage}.")
+    return list(files.stream_jsonl(path, kinds, is_whole=True))
 
 
 def read_evaluation(folder: Path) -> list[Record]:
@@ -39,9 +34,9 @@ def read_evaluation(folder: Path) -> list[Record]:
     Raises:
       UserError: the stage is not finished, or its files are invalid or do not match.
     """
-    read_json(folder / "done.json")
-    results = read_json(folder / "results.json")
-    samples = read_lines(folder / "samples.jsonl")
+    files.read_json(folder / "done.json")
+    results = files.read_json(folder / "results.json")
+    samples = read_lines(folder / "samples.jsonl", ANSWER)
     with as_user_error(f"{folder / 'results.json'} has no", KeyError, TypeError):
         expected = results["num_questions"] * results["samples_per_question"]
     if len(samples) != expected:
@@ -61,7 +56,7 @@ def check_stages(values: Section, workdir: Path, to_come: Section) -> None:
     wanted = [("rl", values["rl"]), *(("collect", x) for _, x in values["traces"])]
     wanted += [("evaluate", x) for _, x in values["evaluations"]]
     for kind, name in wanted:
-        done = to_come.get(name) or read_json(workdir / name / "done.json")
+        done = to_come.get(name) or files.read_json(workdir / name / "done.json")
         if (made := done.get("stage")) != kind:
             raise UserError(f"report: {name!r} is a stage {made!r}; name one {kind!r}.")
 
@@ -87,22 +82,15 @@ def write_page(
     environment.filters |= {"words": lambda x: x.replace("_", " "), "number": _number}
     embedded = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
     page = environment.get_template(template).render(values, pictures=embedded)
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
-        write_whole(folder / f"{name}.png", png)
+        files.write_whole(folder / f"{name}.png", png)
     # Completions can contain lone surrogates, which UTF-8 cannot encode.
-    write_whole(folder / "index.html", page.encode("utf-8", "replace"))
+    files.write_whole(folder / "index.html", page.encode("utf-8", "replace"))
 
 
 def _number(value: float | None, digits: int = 5) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
-
-
-def _parse(text: bytes, path: Path, message: str) -> Record:
-    # Invalid JSON or UTF-8.
-    with as_user_error(f"{path}: {message}", ValueError, RecursionError):
-        record = json.loads(text)
-    check_value(f"{path}: a record", Section, record)
-    return record

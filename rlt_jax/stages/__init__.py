@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from rlt_jax import settings, stores, watchdog
 from rlt_jax.errors import LOG, UserError, as_user_error
@@ -29,7 +28,10 @@ from rlt_jax.stages import lock, preflight
 from rlt_jax.training import hosts, private_jax
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
+# Of a stage, as it is the name of a folder, too.
+NAME = Condition("1-60 letters, digits, _-.", re.compile(r"\w[\w.-]{,59}").fullmatch)
 DIFFERENT = Condition("one or more different names", lambda x: len({*x}) == len(x) > 0)
+PIPELINE = Annotated[Sequence[Annotated[str, NAME]], DIFFERENT]
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 
 
@@ -104,7 +106,7 @@ def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
         return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
         raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
-    check_value("config.pipeline", Annotated[Sequence[str], DIFFERENT], config.pipeline)
+    check_value("config.pipeline", PIPELINE, config.pipeline)
     for name in config.pipeline:
         if name not in config:
             raise UserError(
@@ -122,32 +124,26 @@ def _checked_stage(section: Any, where: str) -> str:
     stage = values.pop("stage", None)
     check_value(f"{where}.seed", NonNegativeInt, values.pop("seed", 0))
     check_value(f"{where}.stage", Annotated[str, OneOf(STAGES)], stage)
-    if renamed := folders.renamed_key(values):
-        raise UserError(f"{where}.{renamed[0]} is now called {renamed[1]}.")
     settings.check(preflight.module_of(stage).SECTIONS, values, where)
     return stage
 
 
-def explain_override(arguments: Sequence[str], error: Exception) -> str:
+def explain_override(config: ConfigDict, given: Sequence[str], error: Exception) -> str:
     """Why a setting on the command line does not fit the config."""
-    for old, new in folders.RENAMED.items():
-        pattern = rf"--config\.(\w+\.)?{re.escape(old)}[.=\[]"
-        if any(re.match(pattern, argument) for argument in arguments):
-            return f"has an old name: {old} is now called {new}."
-    is_setting = re.compile(r"--?(?:no)?config\.([^=]+)")
-    others = [x for x in arguments if not is_setting.match(x)]
-    parsed = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=others)
-    parsed(others, known_only=True)
-    known = folders.flat(parsed.config.to_dict())
-    for key in (found[1] for found in map(is_setting.match, arguments) if found):
-        if not any(f"{one}.".startswith(f"{key.partition('[')[0]}.") for one in known):
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", one) for one in given)
+    keys, known = [x[1] for x in matches if x], folders.flat(config.to_dict())
+    for key in keys:
+        where, *index = re.split(r"\[(.*?)\]", key)[:2]
+        if not any(f"{one}.".startswith(f"{where}.") for one in known):
             same = [one for one in known if one.split(".")[-1] == key.split(".")[-1]]
             near = difflib.get_close_matches(key, same or known, 1, 0 if same else 0.6)
-            meant = f" (did you mean --config.{near[0]}?)" if near else ""
-            return f"has a key the config lacks: --config.{key}{meant}"
-    reason = error.args[0] if isinstance(error.args[0], LookupError) else error
-    return f"does not fit the config: {' '.join(str(reason.args[0]).split())}"
+            meant = f"did you mean --config.{near[0]}?" if near else ", ".join(config)
+            return f"has a key the config lacks: --config.{key} ({meant})"
+        count = len(known[where]) if isinstance(known.get(where), list | tuple) else 0
+        if index and index[0] not in map(str, range(-count, count)):
+            return f"has a wrong index: --config.{key} (entries of {where}: {count})"
+    told = " ".join(str(error).replace("\\n", " ").split())
+    return f"does not fit the config: --config.{', --config.'.join(keys)} ({told})"
 
 
 def _run_stage(
@@ -201,11 +197,11 @@ def _check_workdir(workdir: str | Path) -> None:
       UserError: it is no place for a run.
     """
     several = (private_jax.num_processes() or 1) > 1
-    if stores.is_url(workdir) and (several or str(workdir).startswith("hf:")):
+    if stores.is_url(workdir) and (several or re.match("hf:|http|file:", f"{workdir}")):
         raise UserError(
-            f"--workdir={workdir}: a run of one process can work at gs://, s3:// and the "
-            "like; this one needs a file system that its hosts share. Mount the bucket "
-            "with gcsfuse and name the folder: docs/pods.md, Workdir."
+            f"--workdir={workdir}: this run cannot work there. Name a folder by its path, "
+            "or gs://, s3:// and the like in a run of one process. For several hosts mount "
+            "the bucket with gcsfuse and name the folder: docs/pods.md, Workdir."
         )
     with as_user_error(f"--workdir={str(workdir)[:99]}", OSError, ValueError):
         there = next(filter(Path.exists, (Path(workdir), *Path(workdir).parents)))

@@ -41,6 +41,7 @@ class CollectConfig(Checked):
     classify: str = ""
 
 
+TRACE = {"reward": float | None, "closed": bool}  # types in a row of `traces.jsonl`
 SECTIONS = setup.SECTIONS | {
     "teacher": checkpoint.ModelSource,
     "data": pipeline.check_problems,
@@ -70,7 +71,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
     file = workdir / "traces.jsonl"
-    first = metrics.keep_whole_batches(file, c.batch_size)
+    questions = [problem.question for problem in asked]
+    first = metrics.keep_whole_batches(file, c.batch_size, questions)
     requests, key = run.requests(asked[first:], first), jax.random.key(seed)
     params = [student.params for student in students]
     with metrics.progress(first, len(asked), workdir.name, unit="trace") as bar:
@@ -91,7 +93,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             metrics.append_jsonl(file, records)
             bar.update(len(records))
             hosts.stop_if_asked()
-    return hosts.from_first(lambda: _summary(metrics.read_jsonl(file)))
+    return hosts.from_first(lambda: _summary(metrics.read_jsonl(file, TRACE)))
 
 
 def prepare(

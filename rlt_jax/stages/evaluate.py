@@ -27,7 +27,7 @@ from rlt_jax.inference.engine import Engine, EngineConfig
 from rlt_jax.ranges import Checked, Count, OneOf
 from rlt_jax.records import Problem, Record, problem_record
 from rlt_jax.report import statistics
-from rlt_jax.report.files import read_evaluation
+from rlt_jax.report.files import ANSWER, read_evaluation
 from rlt_jax.rl.grading import check_gradable, grade
 from rlt_jax.rl.math_answers import Verdict
 from rlt_jax.scoring import make_solution_scorer
@@ -97,7 +97,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     opened, scorer = "", None
     asked = [problem for problem in problems for _ in range(k)]
     file = workdir / "samples.jsonl"
-    first, size = metrics.keep_whole_batches(file, c.batch_size), c.batch_size
+    questions, size = [problem.question for problem in asked], c.batch_size
+    first = metrics.keep_whole_batches(file, size, questions)
     with metrics.progress(first, len(asked), workdir.name, unit="sample") as bar:
         if texts:
             # Of predictions only the texts are known.
@@ -117,7 +118,9 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             limit = config.sampling.max_new_tokens
             requests = setup.requests_of(renderer, asked, limit)[first:]
             completions = workdir / "completions.jsonl"
-            kept = stored.StoredSampler(engine, completions, loaded.tokenizer, bar)
+            vocabulary = loaded.model.config.vocab_size
+            args = engine, completions, loaded.tokenizer, bar, vocabulary
+            kept = stored.StoredSampler(*args)
             batches = sampler.in_order(kept.stream(params, requests, key), size)
         for rollout in batches:
             part = asked[first : first + len(rollout.texts)]
@@ -130,7 +133,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
             hosts.stop_if_asked()
 
     def write_results() -> Record:
-        rows = metrics.read_jsonl(file)
+        rows = metrics.read_jsonl(file, ANSWER)
         results = summarise(rows, len(problems))
         if c.keep_right:
             traces = workdir / "traces.jsonl"

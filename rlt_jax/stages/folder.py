@@ -16,21 +16,15 @@ from typing import Any
 from rlt_jax import files, stores
 from rlt_jax.errors import LOG, UserError
 from rlt_jax.records import Record
-from rlt_jax.settings import Section
 from rlt_jax.stages import preflight
 from rlt_jax.training.metrics import append_jsonl
 
 SETTINGS, SESSIONS, DONE = "settings.json", "sessions.json", "done.json"
 CHANGES = "changes.jsonl"
+# Types of what sessions.json, done.json and run.json may have.
+KINDS = {"sessions": int, "inputs": dict, "workdir": str, "files": dict, "date": str}
+KINDS |= {"stage": str, "finished": str, "seconds": float, "summary": dict}
 RUN = "run.json"  # in the workdir
-# Keys of earlier versions -> their names now.
-RENAMED = {
-    "student": "students, a tuple of models",
-    "reward": "rlt_reward",
-    "terms": "reward_terms",
-    "sft.format": "sft.role",
-    "loop.format": "loop.role",
-}
 # What --resume_with_changes may change; with more of the first, a complete stage goes on.
 LENGTHS = ("sft.steps", "sft.epochs", "loop.steps")
 CHANGEABLE = re.compile(
@@ -60,12 +54,7 @@ def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
     Raises:
       UserError: the folder was made with other settings.
     """
-    old = _settings(name, folder)
-    if renamed := renamed_key(old):
-        change = "{} is now called {}".format(*renamed)
-        how = f"by an earlier version of rlt_jax ({change}). Its models still load"
-        raise _made(name, folder, how)
-    found = differences(old, values)
+    found = _changed_settings(name, folder, values)
     if found and not (with_changes and _may_change(folder, found)):
         key, (before, now) = next(iter(found.items()))
         how = f"with other settings ({key} was {before!r}, is {now!r})"
@@ -76,14 +65,17 @@ def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
         keep_aside(folder)
     if is_done(folder) and not found:
         return False
+    check_inputs(folder, values)
     begun, inputs = _read(folder / SESSIONS), _inputs(folder, values)
     # One that died told nobody how long it was.
     sessions = begun.get("sessions", int((folder / SETTINGS).is_file())) + 1
     with files.storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    (folder / DONE).unlink(missing_ok=True)
+    with files.storing(folder / DONE):
+        (folder / DONE).unlink(missing_ok=True)
     stores.push()  # before the new settings: a store has no more of what was done with others
-    files.write_json(folder / SESSIONS, {"sessions": sessions, "inputs": inputs})
+    begun = {"sessions": sessions, "inputs": inputs, "workdir": str(folder.parent)}
+    files.write_json(folder / SESSIONS, begun)
     if found and not changed:
         _record_changes(name, folder, found)
     files.write_json(folder / SETTINGS, values)
@@ -92,7 +84,10 @@ def begin(name: str, folder: Path, values: Record, with_changes: bool) -> bool:
 
 def complete(folder: Path, done: Record) -> None:
     """Writes `done.json`; its seconds are those of the last of `sessions`."""
-    files.write_json(folder / DONE, files.finite(done) | _read(folder / SESSIONS))
+    outputs = [*folder.glob("*.jsonl"), *folder.glob("results.json")]
+    sizes = {"files": {file.name: file.stat().st_size for file in sorted(outputs)}}
+    begun = _read(folder / SESSIONS)
+    files.write_json(folder / DONE, files.finite(done) | sizes | begun)
     (folder / SESSIONS).unlink(missing_ok=True)
 
 
@@ -101,7 +96,27 @@ def changed_inputs(folder: Path, values: Record) -> list[str]:
     inputs = _inputs(folder, values)
     begun = _read(folder / (DONE if is_done(folder) else SESSIONS))
     known = begun.get("inputs", inputs)  # earlier versions did not keep them
-    return sorted(dict(known.items() ^ inputs.items()))
+    names = known.keys() | inputs.keys()
+    return sorted(name for name in names if known.get(name) != inputs.get(name))
+
+
+def check_inputs(folder: Path, values: Record) -> None:
+    """Checks that the stages that are read have the files that they were completed with.
+
+    Raises:
+      UserError: a file has another size, as when its end was lost.
+    """
+    for name in _inputs(folder, values):
+        sizes = _read(folder.with_name(name) / DONE).get("files", {})
+        for output, size in sizes.items():
+            file = folder.with_name(name) / output
+            now = file.stat().st_size if file.is_file() else 0
+            if now != size:
+                raise UserError(
+                    f"{file} has {now:,} bytes, but {size:,} when its stage was complete. "
+                    f"Restore it, or run the stage afresh with --only={name}; to read a "
+                    "changed copy, name it in the config."
+                )
 
 
 def set_aside(name: str, folder: Path, values: Record, with_changes: bool) -> None:
@@ -114,7 +129,7 @@ def set_aside(name: str, folder: Path, values: Record, with_changes: bool) -> No
       with_changes: whether it may continue with other settings, where these allow it.
     """
     try:
-        found = differences(_settings(name, folder), values)
+        found = _changed_settings(name, folder, values)
     except UserError:  # damaged
         return keep_aside(folder)
     goes_on = with_changes and found and _may_change(folder, found)
@@ -144,6 +159,7 @@ def remove_untouched(folder: Path) -> None:
 def date_of_run(root: Path) -> str:
     """Date and time of the run's first start: chat templates may have them in prompts."""
     file = root / f".{RUN}.lock"
+    files.check_regular(file)
     with files.storing(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = file.open("w")
@@ -151,28 +167,25 @@ def date_of_run(root: Path) -> str:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not (date := _read(root / RUN).get("date")):
-            date = now()
+            date = _date_of_stages(root) or now()
             files.write_json(root / RUN, {"date": date})
         file.unlink(missing_ok=True)  # who waits for it finds the date
     return date
 
 
+def _date_of_stages(root: Path) -> str:
+    """The date that the stages of a run were made with, where run.json is lost; or ""."""
+    dates: list[str] = []
+    for file in sorted(root.glob(f"*/{SETTINGS}")):
+        with contextlib.suppress(UserError):  # damaged, which its own stage says
+            found = flat(files.read_json(file))
+            dates += [x for key, x in found.items() if key.endswith(".date") and x]
+    return min(dates, key=lambda date: -dates.count(date), default="")
+
+
 def now() -> str:
     """Date and time as ISO 8601 has them."""
     return datetime.datetime.now().astimezone().isoformat()
-
-
-def renamed_key(values: Section) -> tuple[str, str] | None:
-    """The first key that an earlier version named otherwise, and its name now."""
-    students = values.get("students")
-    if isinstance(students, dict) and "path" not in students:
-        return "students", "ensemble, and `student` is now `students`"
-    for old, new in RENAMED.items():
-        part, _, key = old.rpartition(".")
-        section = values.get(part) if part else values
-        if isinstance(section, dict) and key in section:
-            return old, new
-    return None
 
 
 def flat(values: Any, prefix: str = "") -> Record:
@@ -194,6 +207,24 @@ def differences(old: Record, new: Record) -> dict[str, tuple[Any, Any]]:
         for key in sorted(before.keys() | after.keys() if old else ())
         if before.get(key) != after.get(key)
     }
+
+
+def _changed_settings(
+    name: str, folder: Path, values: Record
+) -> dict[str, tuple[Any, Any]]:
+    """`differences` to the settings that a folder was made with.
+
+    Paths in the workdir are the same if it was called otherwise, as when it has moved.
+    """
+    begun, root = _read(folder / (DONE if is_done(folder) else SESSIONS)), folder.parent
+
+    def relative(settings: Record, root: str) -> Record:
+        beginning = json.dumps(f"{root}/")[:-1]
+        text = json.dumps(settings).replace(beginning, '"{workdir}/')
+        return json.loads(text)
+
+    old = relative(_settings(name, folder), begun.get("workdir", str(root)))
+    return differences(old, relative(values, str(root)))
 
 
 def _may_change(folder: Path, found: dict[str, tuple[Any, Any]]) -> bool:
@@ -221,7 +252,10 @@ def _made(name: str, folder: Path, how: str, go_on: bool = False) -> UserError:
 def _settings(name: str, folder: Path) -> Record:
     """The settings that a folder was made with; {} for a new one."""
     try:
-        return files.read_json(folder / SETTINGS, {})
+        found = files.read_json(folder / SETTINGS, {})
+        if not found and (folder / SETTINGS).is_file():
+            raise UserError(f"{folder / SETTINGS} is damaged: it has no settings.")
+        return found
     except UserError as error:
         raise UserError(
             f"{error} If the config is the one that the stage was made with, remove that "
@@ -242,7 +276,7 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
 def _read(file: Path) -> Record:
     """The values in a file; {} where there is none or, with a warning, a damaged one."""
     try:
-        return files.read_json(file, {})
+        return files.read_json(file, {}, KINDS)
     except UserError as error:
         LOG.warning("%s It is not used; the stage continues without it.", error)
         return {}

@@ -62,6 +62,7 @@ def _wait(file: Path, name: str, folder: Path) -> IO[bytes]:
     """Opens the lock when nobody holds it; raises UserError when another run does."""
     start, first = time.monotonic(), None
     while True:
+        files.check_regular(file)
         with files.storing(file):
             number = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         opened = os.fdopen(number, "r+b", 0)

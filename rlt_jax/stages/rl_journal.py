@@ -3,19 +3,22 @@
 import contextlib
 import dataclasses
 import itertools
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 
 from rlt_jax import watchdog
 from rlt_jax.data import rows
 from rlt_jax.errors import LOG
 from rlt_jax.inference import log_probs
+from rlt_jax.ranges import NonNegativeInt, OneOf
 from rlt_jax.records import Problem, Record
 from rlt_jax.report.statistics import means_with_errors
 from rlt_jax.rl import rewards, rlt_reward
@@ -26,6 +29,7 @@ from rlt_jax.training import checkpoint, hosts, lora, metrics, sharding
 from rlt_jax.training.state import check_updates, from_items, to_items
 from rlt_jax.types import Array, Batch, Metrics, Params, Reward, Rollout, TrainState
 
+_RESULTS = ("first", "last", "best", "kl_coef")
 _HELD_OUT_KEY = 2**31 - 1  # folded into the key: no step has this number
 
 
@@ -206,16 +210,21 @@ class Journal:
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
         self._first = 0
-        restored = checkpoint.restore_latest(self._manager, self._items())
+        args = self._manager, self._items(), self._use
+        restored = checkpoint.restore_latest(*args)
         if restored is not None:
-            self._first, items, data = restored
-            self.prompts.set_state(data["prompts"])
-            self._results = data["results"]
+            self._first, items = restored
             optional = (items.get(name, {}) for name in Weights._fields[1:])
             self.weights = Weights(from_items(items, self.tuning.item), *optional)
+        hosts.from_first(lambda: forget_later(self.workdir, self.c, self._first))
         # Held-out records of a step belong to the checkpoint that it ends with.
         first = {"train": self._first, "held_out": self._first + (self._first > 0)}
-        metrics.keep_records(self._samples, lambda x: x["step"] < first[x["split"]])
+        kinds = {"step": NonNegativeInt, "split": Annotated[str, OneOf(tuple(first))]}
+        if hosts.is_first() and self._first and not self._samples.is_file():
+            LOG.warning(f"{self._samples} is missing: the samples before are lost")
+        metrics.keep_records(
+            self._samples, lambda row: row["step"] < first[row["split"]], kinds
+        )
         if restored is None:
             self.kl_coef = self.run.rlt_reward.explanation_kl_coef
             result = self._evaluate(0)
@@ -223,11 +232,36 @@ class Journal:
             self._results["kl_coef"] = float(self.kl_coef)
         self.kl_coef = self._results["kl_coef"]
 
+    def _use(self, data: Record) -> None:
+        """Takes over what a checkpoint has beside arrays."""
+        self.prompts.set_state(data["prompts"])
+        self._results = {name: data["results"][name] for name in _RESULTS}
+
     def _items(self) -> Record:
         """The weights as items of a checkpoint."""
         copies = self.weights._asdict()
         items = to_items(copies.pop("state"), self.tuning.item)
         return items | {name: tree for name, tree in copies.items() if tree}
+
+
+def forget_later(workdir: Path, c: RLConfig, first: int) -> None:
+    """Drops what a run that goes on from a checkpoint may make otherwise this time.
+
+    Args:
+      workdir: folder of the stage.
+      c: settings of the loop.
+      first: step of the checkpoint, or 0.
+    """
+    best = workdir / "best"
+    steps = ocp.utils.checkpoint_steps(best / "checkpoints") if best.is_dir() else []
+    if any(step > first for step in steps):
+        shutil.rmtree(best)
+    changes = workdir / "changes.jsonl"
+    changed = changes.stat().st_mtime if changes.is_file() else 0.0
+    for file in Path(c.rollouts).glob("*.jsonl") if c.rollouts else ():
+        # Other settings have made another policy, which others are sampled from.
+        if int(file.stem) >= first and file.stat().st_mtime < changed:
+            file.unlink()
 
 
 def _overlong(batch: Batch) -> Metrics:

@@ -161,7 +161,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     scorer, source, total = prepare(config, seed)
     c, selection = scorer.c, build(SelectionConfig, config.select, "select")
     file = workdir / "scores.jsonl"
-    first = metrics.keep_whole_batches(file, c.batch_size)
+    asked = (one.trace.problem.question for one in _completions(source, scorer))
+    first = metrics.keep_whole_batches(file, c.batch_size, asked)
     if first and scorer.kl_coef == "auto":
         begun = hosts.from_first(lambda: next(metrics.stream_jsonl(file)))
         scorer.kl_coef = begun["provenance"]["explanation_kl_coef"]

@@ -114,6 +114,7 @@ class Run:
         """The sampler, which keeps its completions in a file if there is one."""
         if file is None:
             return self.sampler
+        options["vocab_size"] = self.policy.model.config.vocab_size
         return StoredSampler(self.sampler, file, self.policy.tokenizer, **options)
 
 

@@ -126,10 +126,14 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     del loaded, params
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         first = 0
-        if restored := checkpoint.restore_latest(manager, to_items(state, tuning.item)):
-            first, items, data = restored
-            state = from_items(items, tuning.item)
+        items = to_items(state, tuning.item)
+
+        def use(data: Record) -> None:
             batches.set_state(data["batches"])
+
+        if restored := checkpoint.restore_latest(manager, items, use):
+            first, items = restored
+            state = from_items(items, tuning.item)
         with MetricWriter(workdir, first) as writer:
             began = time.monotonic()
             for step in steps(first, c.steps, workdir, c.profile_steps):

@@ -31,6 +31,7 @@ from rlt_jax.models import convert, peft
 from rlt_jax.models.config import DTYPES, REMAT_POLICIES, ModelConfig
 from rlt_jax.models.transformer import Transformer, init_params
 from rlt_jax.ranges import Checked, OneOf, check_ranges
+from rlt_jax.records import Record
 from rlt_jax.settings import build
 from rlt_jax.training import checksums, hosts
 from rlt_jax.training.sharding import abstract, check_model, param_shardings
@@ -275,11 +276,7 @@ def _newest(
 ) -> tuple[int, T]:
     """Step and content of the newest checkpoint that can be read.
 
-    Args:
-      folder: of the checkpoints.
-      steps: of those that are complete.
-      restore: reads one.
-      item: the only one that it reads, "" for all.
+    Of the complete `steps` `restore` reads one, or, if it is not "", one `item` of it.
 
     Raises:
       UserError: none can be read; or, with several processes, the newest cannot though its
@@ -300,10 +297,11 @@ def _newest(
         damaged = f"checkpoint {folder / str(step)} cannot be read ({reason})"
         # The other processes may have read theirs.
         if step == min(steps) or not is_alone:
-            raise UserError(
-                f"{damaged}. Remove its folder to use an older one, if there is one, "
-                "or run the stage afresh with --only."
-            ) from cause
+            advice = "remove its folder to use an older one, if there is one"
+            if cause and checksums.known(folder, step):
+                advice = "it is as it was saved, so restore model.json or the settings"
+            afresh = "or run the stage afresh with --only"
+            raise UserError(f"{damaged}; {advice}, {afresh}.") from cause
         LOG.warning("%s; an older one is used", damaged)
     raise AssertionError
 
@@ -363,16 +361,17 @@ def save_model(folder: Path, step: int, model: LoadedModel, params: Params) -> N
 
 
 def restore_latest(
-    manager: ocp.CheckpointManager, trees: Named
-) -> tuple[int, Named, Named] | None:
+    manager: ocp.CheckpointManager, trees: Named, use: Callable[[Record], None]
+) -> tuple[int, Named] | None:
     """Restores the latest checkpoint of this run; None if there is none.
 
     Args:
       manager: checkpoint manager of the stage.
       trees: name -> tree of arrays with the shapes, dtypes and shardings to restore.
+      use: takes the JSON values over; where it fails, they are damaged.
 
     Returns:
-      The number of completed steps, the trees, and the JSON values.
+      The number of completed steps, and the trees.
     """
     steps = hosts.from_first(lambda: list(manager.all_steps()))
     if not steps:
@@ -380,13 +379,17 @@ def restore_latest(
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(trees))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
     args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
-    step, restored = _newest(
-        Path(manager.directory), steps, lambda step: manager.restore(step, args=args)
-    )
+
+    def restore(step: int) -> Named:
+        restored = manager.restore(step, args=args)
+        use(restored["data"])
+        return restored
+
+    step, restored = _newest(Path(manager.directory), steps, restore)
     # The run saves the later steps again; what cannot be read now may be later.
     hosts.from_first(lambda: [_set_aside(manager, s) for s in steps if s > step])
     manager.reload()
-    return step, {name: restored[name] for name in trees}, restored["data"]
+    return step, {name: restored[name] for name in trees}
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:

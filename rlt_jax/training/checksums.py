@@ -12,16 +12,20 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import orbax.checkpoint as ocp
 
 from rlt_jax import files, stores
 from rlt_jax.errors import LOG, StorageError, UserError
+from rlt_jax.ranges import Condition, check_value
 from rlt_jax.records import Record
 from rlt_jax.training import hosts
 
 NAME = "checksums.json"  # beside the folder of checkpoints
+# Path in a checkpoint -> size in bytes and CRC-32 of the file.
+_INSIDE = Condition("a path in the checkpoint", lambda x: ".." not in Path(x).parts)
+SUMS = dict[Annotated[str, _INSIDE], tuple[int, int]]
 THREADS = 8
 POLL_SECONDS = 0.2
 
@@ -146,6 +150,11 @@ def prune(folder: Path) -> None:
         files.write_json(folder.with_name(NAME), kept)
 
 
+def known(folder: Path, step: int) -> bool:
+    """Whether there are checksums of a checkpoint."""
+    return bool(_read(folder).get(str(step)))
+
+
 def damage(folder: Path, step: int, item: str = "") -> str | None:
     """What is wrong with a checkpoint, or with one item; None for nothing known."""
     inside = f"{item}/" if item else ""
@@ -178,7 +187,11 @@ def _checksum(file: Path) -> list[int]:
 
 def _read(folder: Path) -> Record:
     try:
-        return files.read_json(folder.with_name(NAME), {})
+        file = folder.with_name(NAME)
+        sums = files.read_json(file, {})
+        for step, of_files in sums.items():
+            check_value(f"{file} is damaged: {step}", SUMS, of_files)
+        return sums
     except UserError as error:
         LOG.warning(f"{error} Checkpoints are used without checksums.")
         return {}

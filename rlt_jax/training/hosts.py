@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -30,7 +31,7 @@ from rlt_jax.training import private_jax
 T = TypeVar("T")
 
 # Stop signal -> exit status. A scheduler gives the command again after all but 1 and 130.
-STOP_SIGNALS = {number: 128 + number for number in (signal.SIGTERM, signal.SIGINT)}
+STOP_SIGNALS = {n: 128 + n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 USER_ERROR = 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a disk, a network or another process failed
 POLL_SECONDS = 1.0  # between two checks for failures of other processes
@@ -97,22 +98,28 @@ def connect(
     jax.config.update("jax_enable_preemption_service", True)  # for `stopping`
     address = coordinator_address or "the coordinator that the cluster names"
     who = "this process" if missing else f"process {process_id} of {num_processes}"
-    # JAX's own timeout aborts the process with a stack trace, so the timer ends first.
-    timer = threading.Timer(timeout, _time_out, [who, address, timeout])
-    timer.daemon = True
-    timer.start()
+    # In a thread, as signals reach Python only while the main thread does not wait in C++.
+    # JAX's own timeout, which aborts the process with a stack trace, is later than ours.
+    connected = ThreadPoolExecutor(1).submit(
+        jax.distributed.initialize,
+        *flags.values(),
+        cluster_detection_method=None if missing else "deactivate",
+        initialization_timeout=timeout + 60,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+    )
     try:
-        jax.distributed.initialize(
-            *flags.values(),
-            cluster_detection_method=None if missing else "deactivate",
-            initialization_timeout=timeout + 60,
-            heartbeat_timeout_seconds=heartbeat_timeout,
+        connected.result(timeout)
+    except TimeoutError:
+        tell(
+            f"{who} timed out waiting for the other processes at {address} after "
+            f"{timeout} s. Check that all were started with this address and the same "
+            "number of processes, and that no firewall blocks the port. "
+            "--init_timeout=SECONDS waits longer."
         )
+        os._exit(USER_ERROR)  # sys.exit would wait for the thread
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot connect {who} at {address}: {reason}") from error
-    finally:
-        timer.cancel()
     args = [heartbeat_timeout]
     threading.Thread(target=_watch_others, args=args, daemon=True).start()
 
@@ -128,17 +135,10 @@ def _in_cluster() -> bool:
         ) from error
 
 
-def _time_out(who: str, address: str, timeout: int) -> NoReturn:
-    tell(
-        f"{who} timed out waiting for the other processes at {address} after {timeout} s. "
-        "Check that all were started with this address and the same number of processes, "
-        "and that no firewall blocks the port. --init_timeout=SECONDS waits longer."
-    )
-    os._exit(1)
-
-
 def listen() -> None:
-    """Makes the first SIGTERM or Ctrl-C ask the run to stop, the second end it at once.
+    """Makes the first stop signal ask the run to stop, a second end it at once.
+
+    A second SIGHUP changes nothing.
 
     Call it after `connect`, as it replaces the handler of JAX's preemption service, which
     ignores a second SIGTERM and does not exist in a run of one process.
@@ -149,7 +149,7 @@ def listen() -> None:
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
-        # Shells let background jobs ignore Ctrl-C.
+        # Shells let background jobs ignore Ctrl-C, `nohup` lets a command ignore SIGHUP.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_handle_signals, args=[read_fd], daemon=True).start()
@@ -157,10 +157,12 @@ def listen() -> None:
 
 def _handle_signals(read_fd: int) -> None:
     while number := os.read(read_fd, 1):
-        if number[0] not in STOP_SIGNALS:
+        again = _stop_requested.is_set()
+        # A terminal that closes can send more than one SIGHUP.
+        if number[0] not in STOP_SIGNALS or (again and number[0] == signal.SIGHUP):
             continue
         _stop_status[0] = STOP_SIGNALS[signal.Signals(number[0])]
-        if _stop_requested.is_set():
+        if again:
             os._exit(_stop_status[0])
         _stop_requested.set()
         print(file=sys.stderr)  # after the progress bar
@@ -259,7 +261,7 @@ def guard(work: Callable[[], None]) -> None:
     """Calls `work`; if it fails in one process, all processes exit with the reason.
 
     A UserError exits with its message and status 1, a failure of the storage with status
-    75, Stopped with that of the signal, 143 or 130.
+    75, Stopped with that of the signal, see `STOP_SIGNALS`.
     """
     try:
         work()

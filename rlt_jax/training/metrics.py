@@ -4,10 +4,11 @@ With several processes, only process 0 writes files and shows progress.
 """
 
 import contextlib
+import itertools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +16,9 @@ import jax
 import tqdm
 
 from rlt_jax import files, watchdog
-from rlt_jax.errors import LOG
+from rlt_jax.errors import LOG, UserError
 from rlt_jax.files import stream_jsonl
+from rlt_jax.ranges import NonNegativeInt
 from rlt_jax.records import Record
 from rlt_jax.training import hosts
 
@@ -34,7 +36,8 @@ class MetricWriter:
     def __init__(self, workdir: Path, first_step: int) -> None:
         self._file = workdir / "metrics.jsonl"
         # Resuming writes the later steps again.
-        kept = keep_records(self._file, lambda record: record["step"] < first_step)
+        kinds = {"step": NonNegativeInt}
+        kept = keep_records(self._file, lambda row: row["step"] < first_step, kinds)
         if hosts.is_first() and len(kept) < first_step:
             LOG.warning(
                 f"{self._file} has {len(kept)} of the {first_step} steps before the "
@@ -158,34 +161,54 @@ def append_jsonl(file: Path, records: list[Record]) -> None:
         files.append_jsonl(file, records)
 
 
-def read_jsonl(file: Path) -> list[Record]:
+def read_jsonl(file: Path, kinds: Mapping[str, Any] = files.NO_KINDS) -> list[Record]:
     """Reads the records of a JSON Lines file, without an incomplete last line."""
-    return list(stream_jsonl(file))
+    return list(stream_jsonl(file, kinds))
 
 
-def keep_records(file: Path, keep: Callable[[Record], bool]) -> list[Record]:
+def keep_records(
+    file: Path,
+    keep: Callable[[Record], bool],
+    kinds: Mapping[str, Any] = files.NO_KINDS,
+) -> list[Record]:
     """Drops the records of a JSONL file that are not to be kept; process 0 gets the rest."""
-    if not hosts.is_first() or not file.is_file():
+    if not hosts.is_first() or not files.check_regular(file):
         return []
-    kept = [record for record in stream_jsonl(file) if keep(record)]
+    kept = [record for record in stream_jsonl(file, kinds) if keep(record)]
     _rewrite(file, kept)
     return kept
 
 
-def keep_whole_batches(file: Path, batch_size: int) -> int:
+def keep_whole_batches(file: Path, batch_size: int, questions: Iterable[str]) -> int:
     """Drops the records of an incomplete batch, which a resumed run writes again.
 
     Results depend, in their last bits, on the other sequences of the batch, so a resumed
     run equals an uninterrupted one only from the start of a batch.
 
+    Args:
+      file: of the records.
+      batch_size: records of a batch.
+      questions: what the records of a complete file are about, in this order.
+
     Returns:
       The number of remaining records; 0 if there is no file.
+
+    Raises:
+      UserError: a line is damaged, missing, or there twice.
     """
 
     def keep() -> int:
-        if not file.is_file():
+        if not files.check_regular(file):
             return 0
-        records = read_jsonl(file)
+        records = read_jsonl(file, {"question": str})
+        asked = itertools.chain(questions, itertools.repeat(None))
+        for number, (record, question) in enumerate(zip(records, asked), 1):
+            if record["question"] != question:
+                raise UserError(
+                    f"{file}:{number} is about another question than expected: a line "
+                    "before it is missing or there twice. Restore the file, or run the "
+                    f"stage afresh with --only={file.parent.name}."
+                )
         count = len(records) // batch_size * batch_size
         _rewrite(file, records[:count])
         return count
@@ -196,7 +219,8 @@ def keep_whole_batches(file: Path, batch_size: int) -> int:
 def _rewrite(file: Path, records: list[Record]) -> None:
     """Replaces the records of a file, whole."""
     partial = file.with_name(f"{file.name}.kept")
-    partial.unlink(missing_ok=True)
+    with files.storing(partial):
+        partial.unlink(missing_ok=True)
     append_jsonl(partial, records)
     with files.storing(file):
         partial.replace(file)
@@ -214,7 +238,15 @@ def steps(
       workdir: folder of the stage.
       profile: (start, end) of the steps to profile, end exclusive; the trace is written
         to `profile/` for TensorBoard or xprof. () profiles none.
+
+    Raises:
+      UserError: there are more steps already.
     """
+    if first > total:
+        raise UserError(
+            f"{workdir} has a checkpoint of step {first}, the config has steps={total}: "
+            f"a training cannot be made shorter. Set steps={first}, or use another workdir."
+        )
     begin, end = profile or (-1, -1)
     with progress(first, total, workdir.name) as bar, contextlib.ExitStack() as tracing:
         for step in range(first, total):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -168,3 +169,35 @@ def test_completions_of_the_file_are_decoded(
     assert len(rollout.texts) == 6
     empty = StoredSampler(sampler, tmp_path / "other.jsonl", tokenizer)
     assert_same(empty.generate(None, [], KEY), take(rollout, []))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", "abc"),
+        ("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("tokens", [[1], [2]]),
+        ("tokens", [[1], 2]),
+        ("tokens", [-1]),
+        ("tokens", [99_999]),
+        ("tokens", [10**30]),
+        ("tokens", [1.5]),
+        ("log_probs", []),
+        ("log_probs", ["x"]),
+        ("log_probs", None),
+        ("finished", 1),
+        ("request", [1]),
+        ("prompt", "x"),
+    ],
+)
+def test_damaged_completions_are_refused(
+    field: str, value: Any, tmp_path: Path, sampler: CountingSampler
+) -> None:
+    file = tmp_path / "completions.jsonl"
+    list(stored(sampler, file))
+    record = json.loads(file.read_text().splitlines()[0])
+    record |= {"tokens": [1], "log_probs": [-1.0]} | {field: value}
+    file.write_text(json.dumps(record) + "\n")
+    again = StoredSampler(sampler, file, vocab_size=512)
+    with pytest.raises(UserError, match=r"completions.jsonl.* is damaged"):
+        list(again.stream(None, REQUESTS, KEY))

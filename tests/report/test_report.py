@@ -327,7 +327,9 @@ def test_a_missing_file_is_named(workdir: Path, name: str) -> None:
 def test_a_broken_file_is_named(workdir: Path) -> None:
     file = workdir / "rl" / "metrics.jsonl"
     file.write_text('{"step\n{"step": 0}\n')
-    with pytest.raises(UserError, match="metrics.jsonl: not valid JSON"):
+    with pytest.raises(
+        UserError, match="metrics.jsonl:1 is damaged: it is not valid JSON"
+    ):
         write_report(workdir, CONFIG, seed=0)
     # Cut off inside of a character.
     file.write_bytes('{"step": 0}\n{"step": "é'.encode()[:-1])

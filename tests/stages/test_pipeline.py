@@ -6,16 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from rlt_jax.errors import UserError
 from rlt_jax.stages import preflight, report, run_pipeline, sft, stage_sections
-from rlt_jax.stages.folder import RENAMED
-from rlt_jax.training import checkpoint, private_jax
+from rlt_jax.training import private_jax
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
 
@@ -402,98 +399,6 @@ def test_unknown_keys_are_found_in_every_depth(path: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         stage_sections(config)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("stage_name", "renamed", "message"),
-    [
-        ("rl", {"student": {}}, "student is now called students, a tuple of models"),
-        ("collect", {"student": {}}, "student is now called students, a tuple"),
-        ("rl", {"students": {}}, "students is now called ensemble, and `student` is"),
-        ("rl", {"reward": {}}, "reward is now called rlt_reward"),
-        ("rl", {"terms": {}}, "terms is now called reward_terms"),
-        ("rl", {"loop": {"format": "x"}}, "loop.format is now called loop.role"),
-        ("sft", {"sft": {"format": "x"}}, "sft.format is now called sft.role"),
-    ],
-)
-def test_the_new_names_of_renamed_keys_are_named(
-    stage_name: str,
-    renamed: dict[str, Any],
-    message: str,
-    section: Callable[[str], dict[str, Any]],
-    tmp_path: Path,
-) -> None:
-    config = config_of(part=section(stage_name) | renamed)
-    with pytest.raises(UserError) as error:
-        run_pipeline(config, tmp_path / "run")
-    assert str(error.value).startswith(f"config.part.{message}")
-    assert str(error.value).count("\n") == 0
-    assert not (tmp_path / "run").exists()
-
-
-def test_every_renamed_key_has_a_test() -> None:
-    tested = {"student", "reward", "terms", "loop.format", "sft.format"}
-    assert set(RENAMED) == tested
-
-
-@pytest.mark.parametrize(
-    ("renamed", "message"),
-    [
-        ({"sft": {"format": "student"}}, "sft.format is now called sft.role"),
-        ({"terms": {"rlt": {}}}, "terms is now called reward_terms"),
-        ({"student": {}, "students": {}}, "students is now called ensemble, and"),
-    ],
-)
-def test_the_folder_of_an_earlier_version_is_refused(
-    renamed: dict[str, Any],
-    message: str,
-    stage: Stage,
-    config: ml_collections.ConfigDict,
-    tmp_path: Path,
-) -> None:
-    run_pipeline(config, tmp_path)
-    rename_settings(tmp_path / "b", renamed)
-    before = contents(tmp_path)
-    with pytest.raises(UserError) as error:
-        run_pipeline(config, tmp_path)
-    text = str(error.value)
-    for part in (
-        f"stage b: {tmp_path / 'b'} was made by an earlier version of rlt_jax",
-        message,
-        "Its models still load",
-        "--only=b to run this stage afresh",
-    ):
-        assert part in text
-    assert contents(tmp_path) == before
-    run_pipeline(config, tmp_path, only="b")
-    assert stage.ran == ["a", "b", "b"]
-    assert (tmp_path / "b.1" / "done.json").is_file()
-
-
-def test_a_model_of_an_earlier_version_loads(
-    section: Callable[[str], dict[str, Any]], tmp_path: Path, mesh: Mesh
-) -> None:
-    first, second = section("sft"), section("sft")
-    first["sft"]["steps"] = second["sft"]["steps"] = 1
-    run_pipeline(config_of(first=first), tmp_path / "old")
-    model = tmp_path / "old" / "first"
-    source, key = checkpoint.ModelSource(str(model)), jax.random.key(0)
-    before = checkpoint.load(source, mesh, key).params
-    rename_settings(model, {"sft": {"format": "student"}})
-    after = checkpoint.load(source, mesh, key).params
-    jax.tree.map(np.testing.assert_array_equal, after, before)
-    with pytest.raises(UserError, match="Its models still load"):
-        run_pipeline(config_of(first=first), tmp_path / "old")
-    second["model"] = {"path": str(model)}
-    run_pipeline(config_of(second=second), tmp_path / "new")
-    assert (tmp_path / "new" / "second" / "done.json").is_file()
-
-
-def rename_settings(folder: Path, renamed: dict[str, Any]) -> None:
-    """Gives the settings of a stage's folder names of an earlier version."""
-    file = folder / "settings.json"
-    values = json.loads(file.read_text(encoding="utf-8")) | renamed
-    file.write_text(json.dumps(values), encoding="utf-8")
 
 
 def test_several_processes_need_a_file_system(

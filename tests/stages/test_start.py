@@ -291,7 +291,9 @@ def test_the_newest_whole_checkpoint_is_used(
     jax.tree.map(np.testing.assert_array_equal, loaded.params, teacher_params)
     assert caplog.text.count("an older one is used") == 2
     with checkpoint.open_manager(tmp_path, keep=3) as manager:
-        step, trees, data = checkpoint.restore_latest(manager, {"params": other})
+        data: dict[str, int] = {}
+        items = manager, {"params": other}, data.update
+        step, trees = checkpoint.restore_latest(*items)
         assert (step, data) == (1, {"step": 1})
         jax.tree.map(np.testing.assert_array_equal, trees["params"], teacher_params)
         # The run gets to the damaged steps again.
@@ -302,7 +304,7 @@ def test_the_newest_whole_checkpoint_is_used(
         assert sorted(folder.name for folder in kept) == ["2", "3"]
     damage(tmp_path / "checkpoints" / "1", how)
     damage(tmp_path / "checkpoints" / "2", how)
-    with pytest.raises(UserError, match="checkpoints/1 cannot be read .* Remove its"):
+    with pytest.raises(UserError, match="checkpoints/1 cannot be read .*; remove its"):
         checkpoint.load(source, mesh, jax.random.key(0))
     gc.collect()
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -73,7 +74,7 @@ def test_state_and_data_come_back(
     next(batches)
     trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
-        assert checkpoint.restore_latest(manager, trees) is None
+        assert checkpoint.restore_latest(manager, trees, print) is None
         for step in (5, 6, 7):
             data = {"batches": batches.get_state(), "start": {"loss": 0.5 + step}}
             checkpoint.save(manager, step, trees, data)
@@ -85,8 +86,9 @@ def test_state_and_data_come_back(
 
     blank = jax.tree.map(jnp.zeros_like, trees)
     again = pipeline.problem_batches([Problem("", "")] * 9, 4, seed=0)
+    data: dict[str, Any] = {}
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
-        step, restored, data = checkpoint.restore_latest(manager, blank)
+        step, restored = checkpoint.restore_latest(manager, blank, data.update)
     assert step == 7
     assert_equal(restored["params"], state.params)
     assert_equal(tuple(restored["optimizer"]), (state.step, state.opt_state))
@@ -343,3 +345,56 @@ def test_model_json_says_what_the_model_is(
     fields = json.loads((stage / "model.json").read_text())
     assert fields["embed_dim"] == text_model.config.embed_dim
     assert fields["num_layers"] == text_model.config.num_layers
+
+
+def saved(folder: Path, steps: Iterable[int], params: Params) -> None:
+    with checkpoint.open_manager(folder, keep=9) as manager:
+        for step in steps:
+            checkpoint.save(manager, step, {"params": params}, {"next": step})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"2": []}',
+        '{"2": 7}',
+        '{"2": {"a": 1}}',
+        '{"2": {"params/x": [1]}}',
+        '{"2": {"../../x": [1, 2]}}',
+        "[",
+    ],
+)
+def test_damaged_checksums_are_not_used(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = {"x": jnp.ones(3)}
+    saved(tmp_path, (1, 2), params)
+    (tmp_path / "checksums.json").write_text(content)
+    data: dict[str, Any] = {}
+    with checkpoint.open_manager(tmp_path, keep=9) as manager:
+        found = checkpoint.restore_latest(manager, {"params": params}, data.update)
+    assert found is not None and found[0] == data["next"] == 2
+    assert "checksums.json is damaged" in caplog.text
+
+
+def test_data_that_cannot_be_used_are_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = {"x": jnp.ones(3)}
+    saved(tmp_path, (1, 2), params)
+    (tmp_path / "checksums.json").unlink()
+    for file in (tmp_path / "checkpoints/2/data").rglob("metadata"):
+        file.write_text("{}")
+    used: list[int] = []
+    with checkpoint.open_manager(tmp_path, keep=9) as manager:
+        found = checkpoint.restore_latest(
+            manager, {"params": params}, lambda data: used.append(data["next"])
+        )
+    assert found is not None and found[0] == used[0] == 1
+    assert "checkpoints/2 cannot be read (KeyError: 'next')" in caplog.text
+
+
+def test_a_checkpoint_of_other_shapes_is_as_it_was_saved(tmp_path: Path) -> None:
+    saved(tmp_path, (1,), {"x": jnp.ones(3)})
+    with pytest.raises(UserError, match="it is as it was saved, so restore model.json"):
+        checkpoint.read_item(tmp_path, "params", {"x": jnp.ones((4, 4))})

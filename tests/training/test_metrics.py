@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlt_jax.errors import UserError
 from rlt_jax.training.metrics import (
     RESET,
     MetricWriter,
@@ -143,12 +144,45 @@ def test_keep_records(file: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "kept"), [(0, 0), (3, 0), (4, 4), (9, 8)])
 def test_only_whole_batches_are_kept(file: Path, rows: int, kept: int) -> None:
-    assert keep_whole_batches(file, 4) == 0
-    append_jsonl(file, [{"step": step} for step in range(rows)])
+    questions = [f"question {step}" for step in range(10)]
+    assert keep_whole_batches(file, 4, questions) == 0
+    made = [{"step": n, "question": text} for n, text in enumerate(questions)]
+    append_jsonl(file, made[:rows])
     with file.open("a") as lines:
-        lines.write(json.dumps({"step": rows})[:-1])
-    assert keep_whole_batches(file, 4) == kept
+        lines.write(json.dumps(made[rows])[:-1])
+    assert keep_whole_batches(file, 4, questions) == kept
     assert steps_of(file) == list(range(kept))
+
+
+@pytest.mark.parametrize(
+    ("order", "line"),
+    [((0, 2, 3), 2), ((0, 0, 1, 2), 2), ((0, 1, 2, 3, 3), 5)],
+    ids=["missing", "twice", "too many"],
+)
+def test_rows_about_other_questions_are_refused(
+    file: Path, order: tuple[int, ...], line: int
+) -> None:
+    append_jsonl(file, [{"question": f"question {n}"} for n in order])
+    before, questions = file.read_bytes(), [f"question {n}" for n in range(4)]
+    with pytest.raises(UserError, match=f"jsonl:{line} is about another question"):
+        keep_whole_batches(file, 2, questions)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("row", [{}, {"step": "1"}, {"step": None}, {"step": -1}])
+def test_rows_without_their_step_are_refused(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_jsonl(file, [{"step": 0}, row])
+    with pytest.raises(UserError, match="metrics.jsonl:2 is damaged: its step="):
+        MetricWriter(tmp_path, 1)
+
+
+def test_a_training_cannot_be_made_shorter(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 5, the config has steps=3"):
+        next(steps(5, 3, tmp_path))
+    assert list(steps(5, 5, tmp_path)) == []
 
 
 def test_chosen_steps_are_traced(tmp_path: Path) -> None:
