@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     from rlt_jax import watchdog
     from rlt_jax.errors import LOG
     from rlt_jax.stages import run_pipeline
-    from rlt_jax.training import hosts
+    from rlt_jax.training import accelerators, hosts
     from rlt_jax.training.compilation import keep_programs
 
     given = flags.FLAGS
@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
         keep_programs(given.compilation_cache)
         if hosts.is_first():
             LOG.setLevel("INFO")
+            if told := accelerators.unused():
+                LOG.warning(told)
         run_pipeline(given.config, given.workdir, given.only, given.resume_with_changes)
 
     hosts.guard(run)
