@@ -79,7 +79,7 @@ class Chat:
         if own_role and options.role not in (None, own_role):
             raise UserError(f"--role={options.role}: {path} is a {own_role}'s stage.")
         role = options.role or own_role or "student"
-        check_value(f"{path}: role", Annotated[str, OneOf(ROLES)], role)
+        check_value(f"settings of {path}: role", Annotated[str, OneOf(ROLES)], role)
         if options.students is not None and role != "teacher":
             raise UserError(f"--students has no effect: {path} is a {role}.")
         if options.students is not None and not all(options.students or [""]):

@@ -41,7 +41,8 @@ def keep_telling() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # It gets the lowest free number, which is that of the closed stream.
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            opened = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(opened, mode, closefd=False))
     sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
     raw, encoding = _Unfailing(2, "w", closefd=False), sys.stderr.encoding
     sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", write_through=True)

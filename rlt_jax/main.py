@@ -37,8 +37,7 @@ def main(argv: list[str]) -> None:
     # The libraries' own progress messages stay out of sight, ours are shown.
     logging.set_verbosity(logging.WARNING)
     # Imported late, so that --help and bad flags answer at once.
-    from rlt_jax import watchdog
-    from rlt_jax.errors import LOG
+    from rlt_jax import errors, watchdog
     from rlt_jax.stages import run_pipeline
     from rlt_jax.training import accelerators, hosts
     from rlt_jax.training.compilation import keep_programs
@@ -55,9 +54,8 @@ def main(argv: list[str]) -> None:
             watchdog.start(given.stall_timeout, given.stall_exit)
         keep_programs(given.compilation_cache)
         if hosts.is_first():
-            LOG.setLevel("INFO")
-            if told := accelerators.unused():
-                LOG.warning(told)
+            errors.LOG.setLevel("INFO")
+            accelerators.warn_of_unused()
         run_pipeline(given.config, given.workdir, given.only, given.resume_with_changes)
 
     hosts.guard(run)

@@ -346,6 +346,20 @@ def test_a_stage_of_a_run_in_an_object_store(
         (["--workdir={}", "--model=distil"], "has no checkpoint yet"),
         (["--workdir={}", "--model=rl", "--role=student"], "rl is a teacher's stage"),
         (["--model={}/distil", "--role=teacher"], "distil is a student's stage"),
+        (["--model=embedded", "--students=nope"], "--students has no effect: embedded"),
+        (
+            ["--model=embedded", "--students=,"],
+            "--students has no effect: embedded is a",
+        ),
+        (["--model={}/distil", "--students=embedded"], "distil is a student."),
+        (
+            ["--model=embedded", "--role=teacher", "--students=,"],
+            "--students: name one or more models",
+        ),
+        (
+            ["--model=embedded", "--role=teacher", "--students="],
+            "--students: name one or more models",
+        ),
     ],
 )
 def test_bad_flags_are_one_message(
@@ -353,6 +367,84 @@ def test_bad_flags_are_one_message(
 ) -> None:
     arguments = [argument.format(workdir) for argument in arguments]
     assert expected.format(workdir) in refused(*arguments, typed="1+1?\n")
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "expected"),
+    [
+        ("distil", "model", [1], "settings.json: model=[1]: keys and values."),
+        ("distil", "sft", "x", "settings.json: sft='x': keys and values."),
+        (
+            "distil",
+            "sft",
+            {"role": 5},
+            "distil: role=5: a text, one of teacher, student.",
+        ),
+        ("rl", "policy", "x", "settings.json: policy='x': keys and values."),
+        ("rl", "loop", 3, "settings.json: loop=3: keys and values."),
+        ("rl", "sampling", [1], "settings.json: sampling=[1]: keys and values."),
+        (
+            "rl",
+            "sampling",
+            {"temperature": "x", "max_new_tokens": 3},
+            "settings.json: sampling: temperature='x': a number",
+        ),
+        ("rl", "rlt_reward", [1], "settings.json: rlt_reward=[1]: keys and values."),
+        ("rl", "ensemble", "min", "settings.json: ensemble='min': keys and values."),
+        (
+            "rl",
+            "students",
+            [1],
+            "settings.json: students=[1]: a list, each keys and val",
+        ),
+        (
+            "rl",
+            "students",
+            "ab",
+            "settings.json: students='ab': a list.",
+        ),
+        ("rl", "template", 5, "settings.json: template=5: a text."),
+    ],
+)
+def test_damaged_settings_of_a_stage_are_one_message(
+    stage: str,
+    key: str,
+    value: Any,
+    expected: str,
+    workdir: Path,
+    refused: Callable[..., str],
+) -> None:
+    file = workdir / stage / "settings.json"
+    values = json.loads(file.read_text(encoding="utf-8")) | {key: value}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    message = refused(f"--workdir={workdir}", f"--model={stage}", typed="1+1?\n2\n")
+    assert message.count("\n") == 1
+    assert expected in message and str(workdir / stage) in message
+
+
+def test_control_characters_are_escaped(
+    teacher: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harmful = "a\x1b]0;title\x07\r\x9b2J\tb\nc\x7f é"
+    shown = "a\\x1b]0;title\\x07\\r\\x9b2J\tb\nc\\x7f é"
+    texts = [harmful[:n] for n in range(1, len(harmful) + 1)]
+
+    def follow(*_: Any) -> Iterator[Rollout]:
+        for text in texts:
+            yield Rollout([], [np.arange(len(text))], [], np.array([True]), [text])
+
+    def decode(tokens: Any) -> str:
+        return harmful[: len(tokens)]
+
+    tokenizer = SimpleNamespace(pieces=[], decode=decode)
+    loaded = teacher.loaded._replace(tokenizer=tokenizer)
+    monkeypatch.setattr(teacher, "loaded", loaded)
+    engine = SimpleNamespace(follow=follow)
+    monkeypatch.setattr(teacher, "engine", lambda _: engine)
+    assert teacher.answer(PROBLEM, 0) == harmful
+    assert capsys.readouterr().out.startswith(f"{shown}\n[")
+    assert chat.colored("\x1b[2J", 0.0) == "\\x1b[2J"
+    assert "38;5;16m\\x1b[2J\x1b[0m" in chat.colored("\x1b[2J", 4.0)
 
 
 def test_a_teacher_needs_a_solution(refused: Callable[..., str]) -> None:

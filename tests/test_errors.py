@@ -25,7 +25,7 @@ def work():
     print("worked")
     raise errors.StorageError("the disk is full")
 
-with mock.patch.object(main.app, "run", lambda *_, **__: hosts.guard(work)):
+with mock.patch("absl.app.run", lambda *_, **__: hosts.guard(work)):
     main.cli()
 """
 
@@ -36,6 +36,16 @@ def test_a_log_that_cannot_be_written_changes_nothing(log: str) -> None:
         streams = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
         done = subprocess.run([sys.executable, "-c", TELLS], check=False, **streams)
     assert (done.returncode, done.stdout) == (75, "worked\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_change_nothing(closed: str, tmp_path: Path) -> None:
+    # The file would become standard error, and get its messages.
+    opens = f"opened = open({str(tmp_path / 'file')!r}, 'w')\n    with metrics"
+    script = TELLS.replace("with metrics", opens)
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, script]
+    assert subprocess.run(command, check=False).returncode == 75
+    assert (tmp_path / "file").read_text() == ""
 
 
 @pytest.mark.parametrize(

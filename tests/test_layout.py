@@ -44,7 +44,7 @@ LINES_PER_FILE = 400
 LINES_PER_FUNCTION = 60
 LINES_PER_LOOP = 80  # `run` and `train` of a stage, which read top to bottom
 PARAMETERS = 7
-CODE_LINES = 11_700
+CODE_LINES = 12_200
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 

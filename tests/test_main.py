@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from rlt_jax import command_line, stages
+from rlt_jax.errors import UserError
+from tests.conftest import heeding_ctrl_c
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.py"
@@ -137,9 +145,18 @@ def test_help_explains_itself(
         (["--config.rl.loop.stepz=1"], ["did you mean --config.rl.loop.steps?"]),
         (["--config.rl.loop.steps.x=1"], ["KEY=VALUE", "rl.loop.steps.x"]),
         (["--config=nowhere/config.py", "--config.seed=1"], ["No such file"]),
-        (["--config=configs/rlt.py:nope"], ["--config: ", "'nope': one of own"]),
-        ([f"--config={QUICKSTART}:nope"], ["--config: get_config() takes 0"]),
-        (["--config.=1"], ["KEY=VALUE", "Could not parse ''"]),
+        (
+            ["--config=configs/rlt.py:nope"],
+            ["--config=configs/rlt.py:nope: ", "one of own"],
+        ),
+        (
+            [f"--config={QUICKSTART}:nope"],
+            [f"{QUICKSTART}:nope: TypeError: get_config() t"],
+        ),
+        (
+            ["--config.rl.students[9].path=x"],
+            ["--config.rl.students[9].path (entries of"],
+        ),
         (["--stall_timeout=nan"], ["--stall_timeout=nan: give 0 or more"]),
         (["--workdir=README.md/x"], ["--workdir=README.md/x: name a folder"]),
     ],
@@ -174,14 +191,186 @@ def test_flags_that_are_missing(
     assert expected in result.stderr
 
 
-def test_an_error_in_the_config_file_keeps_its_traceback(
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("", "lacks: --config. (part, seed)"),
+        ("x", "lacks: --config.x (part, seed)"),
+        (
+            "part.students[2].path",
+            "--config.part.students[2].path (entries of part.stude",
+        ),
+        (
+            "part.students[-3].path",
+            "--config.part.students[-3].path (entries of part.st",
+        ),
+        (
+            "part.students[x].path",
+            "part.students[x].path (entries of part.students: 2)",
+        ),
+        ("part.students[].path", "part.students[].path (entries of part.students: 2)"),
+        (
+            "part.students[-1].pathh",
+            "students[-1].pathh ('\\'pathh\\' Did you mean \"path\"",
+        ),
+        ("part.students.path", "lacks: --config.part.students.path"),
+        ("part.steps[0]", "--config.part.steps[0] (entries of part.steps: 0)"),
+        ("part.steps.x", "lacks: --config.part.steps.x"),
+        (
+            "part.pair[0]",
+            "does not fit the config: --config.part.pair[0] (0 is not a valid",
+        ),
+        ("a b", "lacks: --config.a b (part, seed)"),
+    ],
+)
+def test_overrides_that_do_not_fit(key: str, expected: str) -> None:
+    students = tuple(ml_collections.ConfigDict({"path": name}) for name in "ab")
+    part = {"students": students, "steps": 1, "pair": (1, 2)}
+    config = ml_collections.ConfigDict({"seed": 0, "part": part}).lock()
+    given, values = ["main", f"--config.{key}=1"], flags.FlagValues()
+    with pytest.raises((AttributeError, LookupError, TypeError, ValueError)) as error:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=given
+        )
+        values(given)
+    assert expected in stages.explain_override(config, given, error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("", "the file has no function get_config()"),
+        ("get_config = 3", "the file has no function get_config()"),
+        ("def get_config(): pass", "get_config() returns None, no ConfigDict"),
+        (
+            "def get_config(): return {'a': 1}",
+            "get_config() returns {'a': 1}, no Config",
+        ),
+        (
+            "def get_config():\n  c = ConfigDict()\n  c.me = c\n  return c",
+            "ValueError: Circular reference detected",
+        ),
+        (
+            "def get_config(): return ConfigDict({'a': 1, 2: 3})",
+            "TypeError: '<' not supported",
+        ),
+        (
+            "def get_config():\n  return {}.nothing",
+            "AttributeError: 'dict' object has no attribute 'nothing' ({file}:3)",
+        ),
+        (
+            "import json\ndef get_config(): json.loads('{')",
+            "JSONDecodeError: Expecting property name enclosed in double quotes",
+        ),
+        ("def get_config(): open('/nowhere/x')", "'/nowhere/x' ({file}:2)"),
+        ("def get_config(): get_config()", "RecursionError: maximum recursion depth"),
+        ("import nowhere", "ModuleNotFoundError: No module named 'nowhere' ({file}:2)"),
+        ("def get_config(:", "SyntaxError: invalid syntax (config.py, line 2)"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines ({file}:2)"),
+    ],
+)
+def test_a_config_file_with_a_fault_is_one_message(
+    body: str, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(f"from ml_collections import ConfigDict\n{body}\n")
+    with pytest.raises(UserError) as error:
+        command_line._ConfigFile().parse(str(file))
+    assert expected.replace("{file}", str(file)) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_of_a_config_file_from_the_command_line(
     command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     config = tmp_path / "config.py"
     config.write_text("def get_config():\n    return {}.nothing\n", encoding="utf-8")
     result = command(f"--config={config}", f"--workdir={tmp_path / 'run'}")
-    assert result.returncode == 1
-    assert "return {}.nothing" in result.stderr
+    what = "AttributeError: 'dict' object has no attribute 'nothing'"
+    assert_one_message(result, f"rlt_jax: --config={config}: {what} ({config}:2)")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0", "", ".hidden", "a/b"])
+def test_the_name_of_a_stage_is_one_of_a_folder(name: str) -> None:
+    config = ml_collections.ConfigDict({"seed": 0, "pipeline": (name,)})
+    with pytest.raises(UserError, match="^a name in config.pipeline=.*: 1-60 letters"):
+        stages.stage_sections(config)
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/x", "https://host/x", "hf://me/x"])
+def test_a_url_where_no_run_can_work(url: str) -> None:
+    with pytest.raises(
+        UserError, match=f"^--workdir={url}: this run cannot work there"
+    ):
+        stages._check_workdir(url)
+
+
+# A signal comes while JAX is imported, or to one that ignores it.
+STARTS = """
+import importlib.abc, os, signal, sys
+class Signals(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), int(number))
+_, number, ignores, *arguments = sys.argv
+if ignores:
+    signal.signal(int(number), signal.SIG_IGN)
+sys.meta_path.insert(0, Signals())
+sys.argv = ["rlt_jax", *arguments]
+from rlt_jax.main import cli
+cli()
+"""
+
+
+def started(number: int, ignores: str, *arguments: str) -> tuple[int, str]:
+    """Exit status and messages."""
+    with heeding_ctrl_c():
+        done = subprocess.run(
+            [sys.executable, "-c", STARTS, str(number), ignores, *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "arguments",
+    [["chat", "--model=embedded"], [f"--config={QUICKSTART}", "--workdir=nowhere"]],
+)
+def test_a_signal_during_the_imports(number: int, arguments: list[str]) -> None:
+    stopped = "rlt_jax: stopped before anything began.\n"
+    assert started(number, "", *arguments) == (128 + number, stopped)
+
+
+def test_a_signal_that_is_ignored_changes_nothing() -> None:
+    assert started(signal.SIGHUP, "ignores", "chat", "--model=embedded") == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]])
+def test_help_for_a_reader_that_has_gone(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "rlt_jax.main", *arguments]
+    with os.fdopen(write, "w") as stdout:
+        streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, cwd=ROOT, check=False, **streams)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_help_of_the_console_script() -> None:
+    script = (
+        "import sys; from rlt_jax.main import cli; sys.argv = ['x', '--help']; cli()"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert "Trains reinforcement-learned teachers" in done.stdout
+    assert "--workdir:" in done.stdout
 
 
 def test_bad_data_from_the_command_line(

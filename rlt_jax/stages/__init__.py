@@ -31,7 +31,6 @@ from rlt_jax.training.metrics import peak_gib, reset_peak
 # Of a stage, as it is the name of a folder, too.
 NAME = Condition("1-60 letters, digits, _-.", re.compile(r"\w[\w.-]{,59}").fullmatch)
 DIFFERENT = Condition("one or more different names", lambda x: len({*x}) == len(x) > 0)
-PIPELINE = Annotated[Sequence[Annotated[str, NAME]], DIFFERENT]
 STAGES = ("sft", "rl", "collect", "score", "evaluate", "plan", "export", "report")
 
 
@@ -106,8 +105,9 @@ def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
         return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
         raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
-    check_value("config.pipeline", PIPELINE, config.pipeline)
+    check_value("config.pipeline", Annotated[Sequence[str], DIFFERENT], config.pipeline)
     for name in config.pipeline:
+        check_value("a name in config.pipeline", Annotated[str, NAME], name)
         if name not in config:
             raise UserError(
                 f"config.pipeline names {name!r}, config.{name} is missing."

@@ -7,12 +7,20 @@ from pathlib import Path
 
 import jax
 
+from rlt_jax.errors import LOG
+
 CUDA_13_DRIVER = (
     580  # the first driver for CUDA 13; docs.nvidia.com/deploy/cuda-compatibility
 )
 # Set on Cloud TPU, GKE and Colab.
 TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "COLAB_TPU_ADDR")
 _QUERY = ["--query-gpu=name,driver_version", "--format=csv,noheader"]
+
+
+def warn_of_unused() -> None:
+    """Logs what `unused` finds."""
+    if told := unused():
+        LOG.warning(told)
 
 
 def unused(devices: Path = Path("/dev")) -> str:

@@ -188,6 +188,7 @@ def test_a_process_that_is_killed_ends_the_other(
     ("stage", "count", "number", "flags"),
     [
         ("sft", 1, signal.SIGINT, []),
+        pytest.param("sft", 1, signal.SIGHUP, [], marks=pytest.mark.slow),
         pytest.param(
             *("rl", 2, signal.SIGTERM, ["--config.it.loop.checkpoint_every=1"]),
             marks=pytest.mark.slow,

@@ -329,6 +329,7 @@ def test_the_tries_are_bounded(
         PermissionError(13, "Permission denied"),
         OSError("Forbidden: b/bucket"),
         RuntimeError("Unable to locate credentials"),
+        NotImplementedError(),
         RuntimeError("Anonymous caller does not have storage.objects.create access"),
     ],
     ids=str,
@@ -350,7 +351,9 @@ def test_a_refusal_ends_before_any_work(
     ("url", "message"),
     [
         ("nosuch://bucket/run", "nosuch://bucket/run: Protocol not known"),
-        ("memory://", "names no bucket"),
+        ("memory://", r"^memory://: it names no bucket\.$"),
+        ("gs://", r"^gs://: it names no bucket\.$"),
+        ("s3:/", r"^s3:/: it names no bucket\.$"),
         ("adl://container/run", "pip install"),
     ],
 )

@@ -62,6 +62,17 @@ def test_a_tpu_by_its_device_or_its_environment(
     assert "'rlt_jax[tpu]'" in accelerators.unused(machine)
 
 
+def test_it_is_told_in_one_line(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerators.warn_of_unused()
+    assert not caplog.records
+    monkeypatch.setenv("COLAB_TPU_ADDR", "10.0.0.2:8470")
+    accelerators.warn_of_unused()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "\n" not in caplog.text.strip()
+
+
 def test_what_was_asked_for_is_no_fault(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
