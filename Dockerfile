@@ -4,13 +4,13 @@
 #   docker build --tag=rlt_jax:cuda --build-arg EXTRA=cuda13 .    # an extra of setup.py
 #   docker run --rm rlt_jax                                       # the quickstart
 #
-# The slim image is enough: all dependencies are wheels, so nothing is compiled. The CUDA
-# libraries come with JAX's wheels, libtpu with the extra `tpu`; drivers are the host's.
-FROM python:3.13-slim-bookworm
+# The slim image of the current Debian is enough: all dependencies are wheels, so nothing is
+# compiled. CUDA's libraries and libtpu come with JAX's wheels; drivers are the host's.
+FROM python:3.13-slim-trixie
 
 # cpu, or an extra of setup.py: cuda13, cuda12, tpu, or dev for the tests.
 ARG EXTRA=cpu
-# RUN_AS=root where devices or mounted storage are accessible to root only.
+# RUN_AS=root where only root can use the devices or the mounted storage.
 ARG RUN_AS=rlt
 
 # Without NVIDIA_VISIBLE_DEVICES, enroot does not mount the driver into the container.

@@ -387,10 +387,12 @@ def test_cost_of_several_slices_and_of_an_unknown_type(stubs) -> None:
 
 
 def test_workers_end_the_run_after_max_hours(stubs) -> None:
-    words = [*MAKE, LOCAL, "--install=none", "--max_hours=0.0006"]
     stubs.set("state.tpu-vm", "READY")
-    stubs.launch("tpu_pod", *words)
+    stubs.launch("tpu_pod", *FLAGS, LOCAL, "--install=none", "--max_hours=12")
+    limit = r" timeout --foreground --preserve-status --kill-after=600s (\d+)s env "
     command = commands(stubs)[-1]
+    assert 43190 < int(re.search(limit, command)[1]) <= 43200
+    command = re.sub(r" \d+s env ", " 1s env ", command)
     worker = stubs.folder / "home"
     stubs.write(
         worker / "rlt_jax_launch/.venv/bin/python",
@@ -423,9 +425,9 @@ def test_max_hours_leaves_a_slice_that_was_there(stubs) -> None:
 
 def test_a_run_that_does_not_end_after_max_hours_is_left(stubs) -> None:
     stubs.set("runs", "hang")
-    words = ["--max_hours=0.0006", "--grace_seconds=1"]
+    words = ["--max_hours=0.0014", "--grace_seconds=1"]
     result = stubs.launch("tpu_pod", *MAKE, BUCKET, *words)
     assert result.returncode == 143
-    assert "the run did not end after --max_hours=0.0006" in result.stderr
+    assert "the run did not end after --max_hours=0.0014" in result.stderr
     assert not stubs.still_hanging()
     assert steps(stubs) == ["create", "send", "install", "run", "delete"]
