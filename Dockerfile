@@ -4,8 +4,8 @@
 #   docker build --tag=rlt_jax:cuda --build-arg EXTRA=cuda13 .    # an extra of setup.py
 #   docker run --rm rlt_jax                                       # the quickstart
 #
-# The slim image of the current Debian is enough: all dependencies are wheels, so nothing is
-# compiled. CUDA's libraries and libtpu come with JAX's wheels; drivers are the host's.
+# The slim image of the current Debian is enough, because no dependency has to be compiled.
+# CUDA's libraries and libtpu come with JAX's wheels; drivers are the host's.
 FROM python:3.13-slim-trixie
 
 # cpu, or an extra of setup.py: cuda13, cuda12, tpu, or dev for the tests.

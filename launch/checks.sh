@@ -13,7 +13,8 @@ unchecked_config() {
 
 # For launchers that run on this machine, in the current directory.
 require_config_here() {
-  [[ -f $(config_file) ]] || die "--config=${flag[config]}: there is no file $(config_file) in $PWD"
+  [[ -f $(config_file) ]] ||
+    die "--config=${flag[config]}: there is no file $(config_file); this is $PWD"
 }
 
 # For launchers that run on machines with no access to the disk of this one.

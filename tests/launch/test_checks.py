@@ -110,7 +110,7 @@ def test_configs_of_this_machine(stubs, script, words) -> None:
     assert refused.returncode == 2
     assert refused.stderr == (
         f"{script}.sh: --config=configs/none.py:a: "
-        f"there is no file configs/none.py in {stubs.cwd}\n"
+        f"there is no file configs/none.py; this is {stubs.cwd}\n"
     )
     assert not stubs.calls()
     assert stubs.launch(script, *words, "--config=configs/x.py:a").returncode == 0
