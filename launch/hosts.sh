@@ -43,6 +43,7 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"
+. "$here/checks.sh"
 . "$here/processes.sh"
 . "$here/workers.sh"
 
@@ -57,6 +58,11 @@ repeatable=(env ssh_flag)
 parse_flags "$@"
 require hosts config workdir
 require_number attempts grace_seconds
+if [[ ${flag[install]} == checkout ]]; then
+  require_committed_config
+else
+  unchecked_config "on the hosts"
+fi
 
 IFS=, read -ra hosts <<<"${flag[hosts]}"
 for host in "${hosts[@]}"; do

@@ -21,6 +21,7 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"
+. "$here/checks.sh"
 . "$here/processes.sh"
 
 declare -A flag=(
@@ -31,6 +32,7 @@ declare -A flag=(
 parse_flags "$@"
 require processes config workdir
 require_number processes devices grace_seconds
+require_config_here
 
 free_port() {
   local port

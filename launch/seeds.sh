@@ -23,6 +23,7 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/flags.sh"
+. "$here/checks.sh"
 . "$here/processes.sh"
 
 declare -A flag=(
@@ -32,6 +33,7 @@ declare -A flag=(
 parse_flags "$@"
 require config workdir
 require_number grace_seconds
+require_config_here
 : "${flag[seeds]:=0,1,2}"
 : "${flag[compilation_cache]:=${flag[workdir]}/programs}"
 [[ ${flag[seeds]} =~ ^[0-9]+(,[0-9]+)*$ ]] ||

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154  # the launcher defines `flag` and `main_args`
-# Commands that run on remote machines; sourced after flags.sh.
+# Commands that run on remote machines; sourced after flags.sh and checks.sh.
 
 # The system's Python may be too old for rlt_jax, so uv, installed for this user only,
 # downloads the requested version.
@@ -26,6 +26,8 @@ install_command() { # install_command EXTRA: prints the command that installs rl
   join ' && ' "${steps[@]}"
 }
 
+wrapper=() # words before the command of the run
+
 run_command() { # run_command FLAG...: prints the command that runs rlt_jax.main
   local variables workdir=${flag[workdir]} steps=()
   mapfile -t variables < <(values env)
@@ -35,7 +37,7 @@ run_command() { # run_command FLAG...: prints the command that runs rlt_jax.main
     steps+=("$(mount_command)")
   fi
   steps+=("mkdir -p $(quote "$workdir")")
-  steps+=("exec $(quote env "${variables[@]}" .venv/bin/python -m rlt_jax.main \
+  steps+=("exec $(quote "${wrapper[@]}" env "${variables[@]}" .venv/bin/python -m rlt_jax.main \
     "--config=${flag[config]}" "--workdir=$workdir" "$@" "${main_args[@]}")")
   join ' && ' "${steps[@]}"
 }
@@ -66,8 +68,6 @@ remote_workdir() {
 
 # Archives the last commit of the checkout of this launcher.
 pack_checkout() { # pack_checkout ARCHIVE
-  local checkout
-  checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   if ! dry_run && [[ -n $(git -C "$checkout" status --porcelain) ]]; then
     say "warning: uncommitted changes are not included"
   fi

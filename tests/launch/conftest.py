@@ -16,9 +16,10 @@ printf '%s\x1e' "$(printf '%s\x1f' "${0##*/}" "$@")" >>"$STUBS/calls"
 """
 
 # The next outcome of a run is the first line of `runs`; states are lines of a file for
-# each kind of resource, of which the last one stays.
+# each kind of resource, or one of them, of which the last one stays.
 GCLOUD = r"""
 state=$STUBS/state.$3
+[[ ! -e $state.$5 ]] || state=$state.$5
 next() {
   head -n 1 "$1"
   if (($(wc -l <"$1") > 1)) || [[ ${2-} == all ]]; then sed -i 1d "$1"; fi
@@ -34,6 +35,8 @@ case "$*" in
           echo SUSPENDED >"$STUBS/state.queued-resources"
         exit 255
         ;;
+      one_gone) sleep 1.1; echo PREEMPTED >"$STUBS/state.tpu-vm.pod-1"; exit 255 ;;
+      slow) sleep 2.1; exit 143 ;;
       *) echo "the run says hello"; exit "${outcome:-0}" ;;
     esac
     ;;
@@ -62,6 +65,7 @@ esac
 
 GIT = r"""
 case "$*" in
+  *" cat-file "*) echo blob ;;
   *" status "*) [[ ! -e $STUBS/dirty ]] || echo " M file" ;;
   *" archive "*)
     for word; do [[ $word != --output=* ]] || tar -czf "${word#*=}" -T /dev/null; done
@@ -86,8 +90,10 @@ class Stubs:
         self.folder = folder
         self.cwd = folder / "cwd"
         self.bin = folder / "bin"
-        self.cwd.mkdir()
+        self.scripts = LAUNCH
         self.bin.mkdir()
+        (self.cwd / "configs").mkdir(parents=True)
+        (self.cwd / "configs/x.py").touch()
         for name in ("ssh", "scp", "xpk", "srun", "python", "gcsfuse"):
             self.write(self.bin / name, OUTCOMES)
             self.outcomes(name)
@@ -115,7 +121,7 @@ class Stubs:
         self, script: str, *words: str, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(LAUNCH / f"{script}.sh"), *words],
+            [str(self.scripts / f"{script}.sh"), *words],
             capture_output=True,
             input="y\n",  # for whoever dares to ask
             text=True,
@@ -130,7 +136,7 @@ class Stubs:
         with (
             (self.folder / "messages").open("w") as messages,
             subprocess.Popen(
-                [str(LAUNCH / f"{script}.sh"), *words],
+                [str(self.scripts / f"{script}.sh"), *words],
                 stdout=subprocess.DEVNULL,
                 stderr=messages,
                 cwd=self.cwd,
@@ -160,11 +166,12 @@ class Stubs:
         )
 
     def calls(self, *programs: str) -> list[list[str]]:
-        """What was called since the last look, in order."""
+        """What was called since the last look, in order; not what only reads commits."""
         file = self.folder / "calls"
         text = file.read_text() if file.exists() else ""
         file.unlink(missing_ok=True)
         calls = [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
+        calls = [call for call in calls if "cat-file" not in call]
         return [call for call in calls if not programs or call[0] in programs]
 
     def on_worker(self, command: str) -> list[str]:

@@ -105,7 +105,7 @@ def test_dry_run_prints_what_a_run_calls(stubs, script, hard_words) -> None:
     dry = stubs.launch(script, *words, "--dry_run", "--", *hard_words)
     assert dry.returncode == 0, dry.stderr
     assert not stubs.calls()
-    assert not list(stubs.cwd.iterdir())
+    assert [file.name for file in stubs.cwd.rglob("*")] == ["configs", "x.py"]
 
     def normalised(calls: list[list[str]]) -> list[list[str]]:
         """Without temporary folders; hosts and processes come in any order."""

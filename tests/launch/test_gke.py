@@ -19,16 +19,16 @@ def test_adds_the_checkout_to_an_image_and_waits(stubs, hard_words) -> None:
         *["workload", "create", "--cluster=k", "--zone=z", "--project=p"],
         *["--workload=w", "--tpu-type=tpu7x-16", "--num-slices=1"],
     ]
-    assert create[9] == "--max-restarts=10"
-    assert create[10] == "--base-docker-image=python:3.12"
-    assert create[11].startswith("--script-dir=")
-    assert create[12:14] == ["--spot", "--storage=s"]
-    assert create[14:17] == ["--storage=t", "--env=A=b c", "--env=D=e"]
+    assert create[9:11] == ["--max-restarts=10", "--restart-on-exit-codes=75"]
+    assert create[11] == "--base-docker-image=python:3.12"
+    assert create[12].startswith("--script-dir=")
+    assert create[13:15] == ["--spot", "--storage=s"]
+    assert create[15:18] == ["--storage=t", "--env=A=b c", "--env=D=e"]
     assert wait[1:] == [
         *["workload", "list", "--cluster=k", "--zone=z", "--project=p"],
         "--wait-for-job-completion=w",
     ]
-    stubs.shell(create[17].removeprefix("--command="))
+    stubs.shell(create[18].removeprefix("--command="))
     install, run = stubs.calls("python")
     assert install[1:] == ["-m", "pip", "install", "--quiet", "-e", ".[tpu]"]
     config, workdir = FLAGS[-2:]
@@ -40,6 +40,14 @@ def test_runs_an_image_as_it_is(stubs) -> None:
     (call,) = stubs.calls()
     assert "--docker-image=mine" in call
     assert call[-1].startswith("--command=exec python -m rlt_jax.main ")
+
+
+def test_several_slices_and_what_they_cost(stubs) -> None:
+    result = stubs.launch("gke", *FLAGS, "--num_slices=3")
+    create, _ = stubs.calls("xpk")
+    assert "--num-slices=3" in create
+    first, *_ = result.stderr.splitlines()
+    assert first == ("gke.sh: 3 x tpu7x-16: 24 chips, 24 chip-hours for every hour")
 
 
 def test_nothing_can_be_asked(stubs) -> None:

@@ -1,3 +1,5 @@
+import pytest
+
 FLAGS = ["--gpus_per_node=8", "--config=configs/x.py", "--workdir=/shared/x y"]
 
 
@@ -19,3 +21,23 @@ def test_one_task_a_gpu_and_all_tasks_see_all(stubs, hard_words) -> None:
 def test_status_is_passed_on(stubs) -> None:
     stubs.outcomes("srun", ("main", "3"))
     assert stubs.launch("slurm", *FLAGS).returncode == 3
+
+
+def test_a_container(stubs) -> None:
+    words = ["--container_image=docker://r#rlt_jax:cuda", "--container_mounts=/a:/b"]
+    result = stubs.launch("slurm", *FLAGS, "--config=configs/inside.py", *words)
+    assert result.returncode == 0, result.stderr
+    (call,) = stubs.calls()
+    assert call[4:7] == [
+        "--container-image=docker://r#rlt_jax:cuda",
+        "--container-workdir=/app",
+        "--container-mounts=/a:/b",
+    ]
+    assert "in the container cannot be checked from here" in result.stderr
+
+
+@pytest.mark.parametrize(("words", "cpus"), [([], "6"), (["--cpus_per_task=2"], "2")])
+def test_cores_of_the_allocation(stubs, words, cpus) -> None:
+    stubs.launch("slurm", *FLAGS, *words, SLURM_CPUS_PER_TASK="6")
+    (call,) = stubs.calls()
+    assert f"--cpus-per-task={cpus}" in call

@@ -1,3 +1,6 @@
+import re
+import subprocess
+
 import pytest
 
 FLAGS = ["--name=pod", "--zone=z", "--config=configs/x.py", "--poll_seconds=0"]
@@ -265,3 +268,166 @@ def test_a_signal_while_it_is_made(stubs) -> None:
         "pod is kept (its creation was interrupted); to delete it: gcloud" in messages
     )
     assert steps(stubs) == ["create"]
+
+
+SLICES = [*MAKE, "--node_count=2"]
+
+
+def test_several_slices_are_one_queued_resource(stubs) -> None:
+    result = stubs.launch("tpu_pod", *SLICES, LOCAL)
+    assert result.returncode == 0, result.stderr
+    calls = stubs.calls("gcloud")
+    (create,) = [call for call in calls if call[4] == "create"]
+    assert create[3:9] == [
+        *["queued-resources", "create", "pod", "--zone=z"],
+        *["--node-count=2", "--node-prefix=pod"],
+    ]
+    assert not [word for word in create if word.startswith("--node-id")]
+    on_all = ["--node=all", "--worker=all", "--batch-size=all"]
+    for call in calls:
+        if call[4] == "ssh":
+            assert call[3:6] == ["queued-resources", "ssh", "pod"]
+            assert set(on_all) <= set(call)
+    send, fetch = [call for call in calls if call[4] == "scp"]
+    assert send[3] == fetch[3] == "queued-resources"
+    assert set(on_all) <= set(send)
+    assert fetch[5] == "pod:rlt_jax_launch/runs/x"
+    assert {"--node=0", "--worker=0", "--recurse"} <= set(fetch)
+    described = [call[3:6:2] for call in calls if call[4] == "describe"]
+    assert described[-2:] == [["tpu-vm", "pod-0"], ["tpu-vm", "pod-1"]]
+    assert calls[-1][3:6] == ["queued-resources", "delete", "pod"]
+    assert "--force" in calls[-1]
+
+
+def test_all_slices_are_created_again_when_one_is_lost(stubs) -> None:
+    stubs.set("runs", "one_gone", "0")
+    result = stubs.launch("tpu_pod", *SLICES, BUCKET, "--max_hours=1")
+    assert result.returncode == 0, result.stderr
+    assert "pod-1 is PREEMPTED; starting attempt 2 of 10" in result.stderr
+    calls = stubs.calls("gcloud")
+    managed = [call[3:6] for call in calls if call[4] in ("create", "delete")]
+    both = [["queued-resources", word, "pod"] for word in ("create", "delete")]
+    assert managed == both * 2
+    runs = [call[-1] for call in calls if "rlt_jax.main" in call[-1]]
+    first, second = [int(re.search(r" (\d+)s env ", run)[1]) for run in runs]
+    assert 3590 < first <= 3600 and second < first  # the hour is for both together
+
+
+def test_waits_for_a_slice_that_is_repaired_and_leaves_slices_that_were_there(
+    stubs,
+) -> None:
+    stubs.set("state.queued-resources", "ACTIVE")
+    stubs.set("state.tpu-vm", "READY")
+    stubs.set("state.tpu-vm.pod-1", "REPAIRING", "READY")
+    result = stubs.launch("tpu_pod", *FLAGS, "--node_count=2", BUCKET)
+    assert result.returncode == 0, result.stderr
+    assert "pod-1 is REPAIRING; waiting" in result.stderr
+    assert steps(stubs) == ["send", "install", "run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--node_count=0"], "--node_count must be a positive integer, not '0'"),
+        (
+            ["--node_count=2", "--accelerator_type=v3-8"],
+            "--node_count=2: several slices require TPU v4 or later",
+        ),
+        (["--max_hours=0"], "a positive number of hours, not '0'"),
+        (["--max_hours=12h"], "a positive number of hours, not '12h'"),
+        (["--max_hours=-1"], "a positive number of hours, not '-1'"),
+        (
+            ["--max_hours=1", "--keep"],
+            "--max_hours limits the cost and --keep does not",
+        ),
+        (["--grace_seconds=0"], "--grace_seconds must be a positive integer"),
+    ],
+)
+def test_flags_that_are_refused(stubs, words, message) -> None:
+    result = stubs.launch("tpu_pod", *MAKE, BUCKET, *words)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert message in line
+    assert not stubs.calls()
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "chips"),
+    [
+        ("v2-8", 4),
+        ("v4-8", 4),
+        ("v4-32", 16),
+        ("v5p-8", 4),
+        ("v5litepod-16", 16),
+        ("v6e-1", 1),
+        ("v6e-16", 16),
+    ],
+)
+def test_cost_is_printed_first(stubs, accelerator_type, chips) -> None:
+    words = [*FLAGS, BUCKET, f"--accelerator_type={accelerator_type}", "--dry_run"]
+    s = "" if chips == 1 else "s"
+    first, *_ = stubs.launch("tpu_pod", *words).stderr.splitlines()
+    assert first == (
+        f"tpu_pod.sh: {accelerator_type}: {chips} chip{s}, "
+        f"{chips} chip-hour{s} for every hour"
+    )
+    first, *_ = stubs.launch("tpu_pod", *words, "--max_hours=1.5").stderr.splitlines()
+    assert first.endswith(
+        f"{chips} chip{s}, at most {chips * 1.5:g} chip-hours with --max_hours=1.5"
+    )
+
+
+def test_cost_of_several_slices_and_of_an_unknown_type(stubs) -> None:
+    words = [*FLAGS, BUCKET, "--version=mine", "--dry_run"]
+    slices = ["--accelerator_type=v4-32", "--node_count=3"]
+    result = stubs.launch("tpu_pod", *words, *slices)
+    assert "3 x v4-32: 48 chips, 48 chip-hours for every hour" in result.stderr
+    result = stubs.launch("tpu_pod", *words, "--accelerator_type=v9-8")
+    assert "v9-8: unknown number of chips, so the cost is unknown" in result.stderr
+
+
+def test_workers_end_the_run_after_max_hours(stubs) -> None:
+    stubs.set("state.tpu-vm", "READY")
+    stubs.launch("tpu_pod", *FLAGS, LOCAL, "--install=none", "--max_hours=12")
+    limit = r" timeout --foreground --preserve-status --kill-after=600s (\d+)s env "
+    command = commands(stubs)[-1]
+    assert 43190 < int(re.search(limit, command)[1]) <= 43200
+    command = re.sub(r" \d+s env ", " 1s env ", command)
+    worker = stubs.folder / "home"
+    stubs.write(
+        worker / "rlt_jax_launch/.venv/bin/python",
+        "trap 'echo saved >saved; exit 143' TERM\nfor i in {1..300}; do sleep 0.1; done\n",
+    )
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        stubs.shell(command, cwd=worker)
+    assert ended.value.returncode == 143
+    assert (worker / "rlt_jax_launch/saved").exists()
+
+
+def test_max_hours_ends_the_launch_and_deletes_what_it_made(stubs) -> None:
+    stubs.set("runs", "slow")
+    result = stubs.launch("tpu_pod", *MAKE, BUCKET, "--max_hours=0.0006")
+    assert result.returncode == 143
+    assert (
+        "the run was ended after --max_hours=0.0006, with status 143; the same command"
+        in result.stderr
+    )
+    assert steps(stubs)[-1] == "delete"
+
+
+def test_max_hours_leaves_a_slice_that_was_there(stubs) -> None:
+    stubs.set("state.tpu-vm", "READY")
+    stubs.set("runs", "slow")
+    result = stubs.launch("tpu_pod", *FLAGS, BUCKET, "--max_hours=0.0006")
+    assert result.returncode == 143
+    assert "delete" not in steps(stubs)
+
+
+def test_a_run_that_does_not_end_after_max_hours_is_left(stubs) -> None:
+    stubs.set("runs", "hang")
+    words = ["--max_hours=0.0014", "--grace_seconds=1"]
+    result = stubs.launch("tpu_pod", *MAKE, BUCKET, *words)
+    assert result.returncode == 143
+    assert "the run did not end after --max_hours=0.0014" in result.stderr
+    assert not stubs.still_hanging()
+    assert steps(stubs) == ["create", "send", "install", "run", "delete"]
