@@ -66,8 +66,9 @@ def write(
     """
     C = cache.keys.shape[3]
     # Positions after the last page of the table are padding.
-    column = positions // C
-    page = jnp.take_along_axis(cache.table, column, axis=1, mode="fill", fill_value=0)
+    inside = positions < cache.table.shape[1] * C
+    column = jnp.where(inside, positions // C, 0)
+    page = jnp.where(inside, jnp.take_along_axis(cache.table, column, axis=1), 0)
 
     specs = (Spec("tensor"), Spec(None, None, "tensor"), Spec(), Spec(), Spec())
     scatter = split_by_hand(_write_scatter, specs, Spec("tensor"))
