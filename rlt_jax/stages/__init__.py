@@ -101,7 +101,7 @@ def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
         return {_checked_stage(section, "config"): section}
     if "pipeline" not in config:
         raise UserError("config: needs a 'stage', or a 'pipeline' of section names.")
-    check_value("config.pipeline", PIPELINE, config.pipeline)
+    check_value("config.pipeline", Annotated[Sequence[str], DIFFERENT], config.pipeline)
     for name in config.pipeline:
         check_value("a name in config.pipeline", Annotated[str, NAME], name)
         if name not in config:
