@@ -25,6 +25,7 @@ from rlt_jax.types import Array, Batch, Reward
 
 Models = Sequence[checkpoint.LoadedModel]  # the teacher, then the students
 Means = list[dict[str, float | None]]  # of each completion, by `SOLUTION_LOG_PROBS`
+Masked = tuple[Array, Array]  # values, and whether they count
 BUCKETS = [2**n for n in range(7, 18)]
 TOKENS_PER_MICRO_BATCH = 4096
 
@@ -152,8 +153,7 @@ def make_scorer(
             if per_token:
                 _, mask = values["explanation_kl_tokens"]
                 record |= _texts_of_tokens(example, one.trace, segments[n], mask[n])
-                for name, (x, mask) in values.items():
-                    record[name] = x[n][mask[n]].tolist()
+            record |= {name: x[n][m[n]].tolist() for name, (x, m) in values.items()}
             records.append(record)
         return records
 
@@ -196,8 +196,7 @@ def check_finite(reward: Reward, questions: Sequence[str]) -> None:
     The message names the first such completion and the quantity.
     """
     for name, values in reward.items():
-        bad = ~np.isfinite(values)
-        if bad.any():
+        if (bad := ~np.isfinite(values)).any():
             n = int(bad.argmax())
             raise UserError(
                 f"completion {n} (question {questions[n][:80]!r}): {name} is not finite; "
@@ -283,9 +282,7 @@ def _replicated(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return sharding.jit(program, mesh, out_shardings=sharding.replicated(mesh))
 
 
-def _values_of_tokens(
-    config: RLTRewardConfig, batch: Batch
-) -> dict[str, tuple[Array, Array]]:
+def _values_of_tokens(config: RLTRewardConfig, batch: Batch) -> dict[str, Masked]:
     """Values [E, S] of the first student's tokens and segments, with their masks."""
     student = batch.students[0]
     in_teacher, in_student, segments = rlt_reward.explanation_log_probs(batch, student)

@@ -202,13 +202,12 @@ class Mirror:
         kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
         with as_user_error(f"{here} is damaged", *kinds):
             own = files.read_json(here, {})
-            ids = own.get("id"), own.get("before")
         if text is None:
             return {}, False
         with as_user_error(f"{self.url}/{LIST} is damaged", *kinds):
             there = json.loads(text)
             there |= {"files": {**there["files"]}, "removed": [*there["removed"]]}
-            return there, there["id"] in ids
+            return there, there["id"] in (own.get("id"), own.get("before"))
 
     def _put(self, names: Record, removed: list[str]) -> None:
         """Puts the list, after the mirror's own."""

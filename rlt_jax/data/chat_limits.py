@@ -83,14 +83,10 @@ class _Generation(jinja2.ext.Extension):
     tags = frozenset(["generation"])
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """A call with what stands between the tags, where variables have their own scope."""
+        """What stands between the tags, where variables have their own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_text")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _text(self, caller: Any) -> str:
-        return caller()
+        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 @functools.cache

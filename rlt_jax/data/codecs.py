@@ -64,13 +64,10 @@ class SentencePieceCodec:
         encoded = iter(self._model.encode(between, return_type="offset_mapping"))
         return [self._join(parts, encoded) for parts in split]
 
-    def _join(self, parts: list[str], encoded: Iterator[dict]) -> Encoding:
+    def _join(self, parts: list[str], others: Iterator[dict]) -> Encoding:
         """Encoding of the text that the parts make; every other part is a control."""
-        encodings = [
-            self._to_encoding(part, self._added(part) if n % 2 else next(encoded))
-            for n, part in enumerate(parts)
-        ]
-        return concatenate(encodings, map(len, parts))
+        found = [self._added(x) if n % 2 else next(others) for n, x in enumerate(parts)]
+        return concatenate(list(map(self._to_encoding, parts, found)), map(len, parts))
 
     def _added(self, piece: str) -> dict:
         return {"ids": [self._added_ids[piece]], "offsets": [(0, len(piece))]}
@@ -181,11 +178,9 @@ class FastCodec:
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Ids and character offsets of texts; no special tokens are added."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return list(map(self._to_encoding, texts, encoded))
-
-    def _to_encoding(self, text: str, encoding: tokenizers.Encoding) -> Encoding:
-        ids = np.array(encoding.ids, np.int32)
-        return self.bytes.encoding(text, ids, _to_offsets(encoding.offsets))
+        ids = [np.array(one.ids, np.int32) for one in encoded]
+        offsets = [_to_offsets(one.offsets) for one in encoded]
+        return list(map(self.bytes.encoding, texts, ids, offsets))
 
     def token_id(self, token: str) -> int | None:
         """Id of a token's text; None if it is not in the vocabulary."""

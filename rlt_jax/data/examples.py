@@ -22,6 +22,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.records import Problem, Trace
 
 ROLES = ("teacher", "student")
+Prompt = tuple[str, Encoding]  # its text, and the encoding of it or of a longer text
 THINK = "<think>"  # ends the prompts of many reasoning models
 
 
@@ -91,7 +92,7 @@ class Renderer:
         # A group of completions shares its prompt, and so do all students of a tokenizer.
         cache = functools.lru_cache(maxsize=4096)
         self.prompt_text: Callable[[Problem], str] = cache(self._prompt_text)
-        self.prompt: Callable[[Problem], tuple[str, Encoding]] = cache(self._prompt)
+        self.prompt: Callable[[Problem], Prompt] = cache(self._prompt)
 
     def _chat(self, problem: Problem) -> str:
         messages = self.template.messages(self.role, problem, self._as_system)
@@ -104,14 +105,12 @@ class Renderer:
             text += self.template.teacher_prefix(problem)
         return text
 
-    def _prompt(self, problem: Problem) -> tuple[str, Encoding]:
+    def _prompt(self, problem: Problem) -> Prompt:
         """The text of the prompt, its ids and offsets."""
         text = self.prompt_text(problem)
         return text, self.tokenizer.encode(text)
 
-    def encode(
-        self, problems: Sequence[Problem], turns: Sequence[str]
-    ) -> list[tuple[str, Encoding]]:
+    def encode(self, problems: Sequence[Problem], turns: Sequence[str]) -> list[Prompt]:
         """For each problem the text of its prompt, and the encoding of prompt and turn.
 
         Prompt and turn are encoded as one text; the part of the prompt that does not
@@ -160,9 +159,7 @@ def find_span(offsets: np.ndarray, start: int, end: int) -> Span:
     return Span(first, last, offsets[first:last] - start)
 
 
-def align(
-    left: Span, right: Span, same_ids: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def align(left: Span, right: Span, same_ids: bool = False) -> tuple[np.ndarray, ...]:
     """Finest common segmentation of two tokenisations of one text.
 
     Args:
@@ -181,12 +178,9 @@ def align(
     if same_ids and len(left.offsets) == len(right.offsets):
         same = np.arange(len(left.offsets), dtype=np.int32)
         return same, same
-    cuts = np.intersect1d(_cuts(left.offsets), _cuts(right.offsets))
-    return _segments(left.offsets, cuts), _segments(right.offsets, cuts)
-
-
-def _cuts(offsets: np.ndarray) -> np.ndarray:
-    return np.append(offsets[:, 0], offsets[-1:, 1])
+    both = left.offsets, right.offsets
+    cuts = np.intersect1d(*(np.append(x[:, 0], x[-1:, 1]) for x in both))
+    return tuple(_segments(offsets, cuts) for offsets in both)
 
 
 def _segments(offsets: np.ndarray, cuts: np.ndarray) -> np.ndarray:
@@ -203,8 +197,7 @@ def student_examples(renderer: Renderer, traces: Sequence[Trace]) -> list[Exampl
     template = renderer.template
     turns = [template.student_turn(trace, renderer.opened) for trace in traces]
     ended = [turn + renderer.tokenizer.end_of_turn for turn in turns]
-    encoded = renderer.encode([trace.problem for trace in traces], ended)
-    examples = []
+    encoded, examples = renderer.encode([trace.problem for trace in traces], ended), []
     for trace, turn, one in zip(traces, turns, encoded, strict=True):
         prompt, (tokens, offsets) = one
         # From the end: the prompt may hold the opening tag.
@@ -274,10 +267,8 @@ def text_examples(
     template = renderer.template
     parsed = [template.parse_completion(text) for text in completions]
     closing, end = template.explanation_tags[1], renderer.tokenizer.end_of_turn
-    turns = [
-        (text if closed else text + closing) + end
-        for text, (_, closed) in zip(completions, parsed, strict=True)
-    ]
+    pairs = zip(completions, parsed, strict=True)
+    turns = [text + closing * (not closed) + end for text, (_, closed) in pairs]
     encoded, examples = renderer.encode(problems, turns), []
     for (body, _), (prompt, (tokens, offsets)) in zip(parsed, encoded, strict=True):
         start = len(prompt) - len(template.pad)

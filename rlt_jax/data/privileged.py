@@ -48,11 +48,8 @@ def seen_texts(
         return controls.other_solutions(problems)
     if sees == "explanation":
         joined = template.delimiter or "\n\n"
-        told = [explanations.get(problem.asked) for problem in problems]
-        return [
-            None if z is None else z.strip() + joined + problem.solution
-            for z, problem in zip(told, problems, strict=True)
-        ]
+        told = ((explanations.get(one.asked), one.solution) for one in problems)
+        return [None if z is None else z.strip() + joined + s for z, s in told]
     if sees == "attempt":
         attempts = [(m, text) for m, text in enumerate(right) if text is not None]
         return [
@@ -114,8 +111,7 @@ def closing_ids(tokenizer: Tokenizer, template: templates.Template) -> tuple[int
     """Ids with which the closing tags of an explanation and of a thought begin."""
     tags = template.explanation_tags[1], template.thought_tags[1]
     encoded = [tokenizer.encode(f"0{tag}") for tag in tags]
-    told, closing = (int(ids[offsets[:, 1] > 1][0]) for ids, offsets in encoded)
-    return told, closing
+    return tuple(int(ids[offsets[:, 1] > 1][0]) for ids, offsets in encoded)
 
 
 def _as_student(

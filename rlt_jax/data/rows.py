@@ -29,6 +29,7 @@ class RowShape(Checked):
 
 
 Examples = Sequence[Example]
+Arrays = Sequence[np.ndarray]
 
 # Fills up a batch.
 ABSENT = Example(np.zeros(0, np.int32), np.zeros(0, bool), EMPTY, EMPTY)
@@ -70,7 +71,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
 
 
 def pack_sequences(
-    sequences: Sequence[np.ndarray],
+    sequences: Arrays,
     shape: RowShape,
     num_rows: int | None = None,
     places: Sequence[tuple[int, int]] | None = None,
@@ -138,19 +139,16 @@ def pack(rollout: Rollout, run: Renderers, count: int | None = None) -> Batch:
     parsed = [run.renderer.template.parse_completion(x) for x in rollout.texts]
     traces = [Trace(p, body) for p, (body, _) in zip(problems, parsed, strict=True)]
     absent = (0, (count or len(problems)) - len(problems))
-    of_renderer = {}
-    for renderer in dict.fromkeys(run.student_renderers):
-        made, overlong = fitting_examples(renderer, traces, run.student_limit)
-        of_renderer[renderer] = made, np.pad(overlong, absent)
-    students = [of_renderer[renderer] for renderer in run.student_renderers]
+    renderers, limit = run.student_renderers, run.student_limit
+    fitted = {r: fitting_examples(r, traces, limit) for r in dict.fromkeys(renderers)}
+    overlong = {r: np.pad(too_long, absent) for r, (_, too_long) in fitted.items()}
     closed = np.array([closed for _, closed in parsed])
-    made = [one for one, _ in students]
+    made = [fitted[renderer][0] for renderer in renderers]
     batch = pack_examples(run.row_shape, policy, made, closed, count)
-    pairs = zip(batch.students, students, strict=True)
-    filled = [one._replace(overlong=overlong) for one, (_, overlong) in pairs]
+    pairs = zip(batch.students, renderers, strict=True)
     starts = batch.completion.start[: len(closed)]
     return batch._replace(
-        students=tuple(filled),
+        students=tuple(one._replace(overlong=overlong[r]) for one, r in pairs),
         finished=np.pad(np.asarray(rollout.finished, bool), absent),
         sampler_log_probs=_lay_out(rollout.log_probs, starts, batch.tokens.shape),
     )
@@ -179,10 +177,8 @@ def pack_examples(
     batch, starts = pack_sequences([one.tokens for one in policy], shape)
     first = [np.append(one.loss_mask, True).argmax() for one in policy]
     sampled = [np.arange(one.loss_mask.sum()) for one in policy]
-    packed = {
-        key: pack_student(shape, [*one, *absent], policy, starts)
-        for key, one in {id(one): one for one in students}.items()
-    }
+    distinct = {id(one): [*one, *absent] for one in students}.items()
+    packed = {key: pack_student(shape, one, policy, starts) for key, one in distinct}
     return batch._replace(
         completion=make_spans(starts + first, sampled, shape.row_length),
         closed=np.pad(closed, (0, len(absent))),
@@ -230,7 +226,7 @@ def fitting_examples(
     return made, overlong
 
 
-def make_spans(starts: np.ndarray, segments: Sequence[np.ndarray], width: int) -> Spans:
+def make_spans(starts: np.ndarray, segments: Arrays, width: int) -> Spans:
     """Spans from the place of each and the segments of its tokens.
 
     Args:
@@ -251,9 +247,7 @@ def make_spans(starts: np.ndarray, segments: Sequence[np.ndarray], width: int) -
     return Spans(np.asarray(starts, np.int32), segment)
 
 
-def _lay_out(
-    values: Sequence[np.ndarray], starts: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
+def _lay_out(values: Arrays, starts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Values [t] of each example from its start on: float32, elsewhere 0."""
     flat = np.zeros(np.prod(shape), np.float32)
     for start, of_example in zip(starts, values, strict=True):
@@ -308,9 +302,7 @@ class PackedBatches(Iterator[Batch]):
     def _take(self) -> tuple[list[Mapping[str, np.ndarray]], list[tuple[int, int]]]:
         """The records of the next batch and their places; moves the position."""
         T = self._shape.row_length
-        taken: list[Mapping[str, np.ndarray]] = []
-        places: list[tuple[int, int]] = []
-        filled = [0] * self._num_rows
+        taken, places, filled = [], [], [0] * self._num_rows
         while self._next < len(self._stream):
             one = self._stream[self._next]
             length = len(one["tokens"])

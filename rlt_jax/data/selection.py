@@ -91,12 +91,11 @@ def choose(
         places = group[: per_question or None]
         fitting = [i for i in group if fits[i]]
         if refill and fitting:
-            taken = list(itertools.islice(itertools.cycle(fitting), len(places)))
+            chosen += itertools.islice(itertools.cycle(fitting), len(places))
             counts["replaced"] += sum(not fits[i] for i in places)
         else:
-            taken = fitting[: per_question or None]
+            chosen += fitting[: per_question or None]
             counts["dropped"] += len(group) - len(fitting)
-        chosen += taken
     counts["surplus"] = len(questions) - len(chosen) - counts["dropped"]
     return sorted(chosen), counts
 

@@ -163,10 +163,9 @@ def _download(path: str) -> tuple[str, str]:
     depth = (wanted[0] if inside == literal else inside).count("/")
     deeper = None if "**" in inside else "*/" * (depth + 1) + "*"
     try:
-        patterns = {"allow_patterns": wanted, "ignore_patterns": deeper}
-        root = huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, **patterns
-        )
+        options = {"repo_type": "dataset", "revision": revision}
+        options |= {"allow_patterns": wanted, "ignore_patterns": deeper}
+        root = huggingface_hub.snapshot_download(name, **options)
     except Exception as error:  # the HTTP library has its own
         raise UserError(
             f"{path!r} cannot be read: {' '.join(str(error).split())} Check the name and "

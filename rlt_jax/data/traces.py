@@ -36,10 +36,8 @@ from rlt_jax.ranges import Checked, Limit, OneOf
 from rlt_jax.records import Problem, Record, Trace
 
 CONVERSATIONS = ("messages", "conversations", "prompt")
-COLUMNS = (
-    *("question", "solution", "reasoning_trace", "answer", "reward_model"),
-    *("completions", "closed", *CONVERSATIONS),
-)
+TEXTS = ("question", "solution", "reasoning_trace", "answer")
+COLUMNS = (*TEXTS, "reward_model", "completions", "closed", *CONVERSATIONS)
 CLOSED = {True: True, False: False, "true": True, "false": False, "": True, None: True}
 USER = ("user", "human")
 ASSISTANT = ("assistant", "gpt")

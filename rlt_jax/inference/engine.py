@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as Spec
 
 from rlt_jax import watchdog
 from rlt_jax.data.stop_texts import StopFinder, stop_finder
@@ -126,8 +125,8 @@ def make_engine(
     reader, to_decode, axes = decode_weights(model, config.weights)
     static = DecodeConfig(reader, sampling, stop_ids, config.steps, layout.tile)
 
-    whole, rows, tokens = Spec(), Spec(ROW_AXES), Spec(None, ROW_AXES)
-    pools = PagedCache(*[Spec(None, None, ROW_AXES)] * 2, whole)
+    whole, rows, tokens = jax.P(), jax.P(ROW_AXES), jax.P(None, ROW_AXES)
+    pools = PagedCache(*[jax.P(None, None, ROW_AXES)] * 2, whole)
     cache = cache_shardings(mesh)
     # Each part of slots and pages by itself; tensor is left to the compiler.
     axes_by_hand = set(ROW_AXES) if mesh.size > 1 else set()
@@ -155,7 +154,7 @@ def make_engine(
 
 def cache_shardings(mesh: Mesh) -> PagedCache:
     """Pages are split over data and fsdp, heads over tensor."""
-    pool = NamedSharding(mesh, Spec("tensor", None, ROW_AXES))
+    pool = NamedSharding(mesh, jax.P("tensor", None, ROW_AXES))
     return PagedCache(pool, pool, sharding.replicated(mesh))
 
 
@@ -167,8 +166,7 @@ def _chunked(
     waiting = {size: [[] for _ in range(layout.shards)] for size in chunks}
     for one in prefills:
         for start in range(0, len(one.tokens), chunks[-1]):
-            rest = len(one.tokens) - start
-            size = next((c for c in chunks if c >= rest), chunks[-1])
+            size = next((c for c in chunks if c >= len(one.tokens) - start), chunks[-1])
             waiting[size][one.shard].append((one, start))
     for size in reversed(chunks):  # a prompt's last part is its smallest
         for parts in itertools.zip_longest(*waiting[size]):

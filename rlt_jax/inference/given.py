@@ -60,9 +60,8 @@ def given_completions(
     Raises:
       UserError: a problem has no trace of at most `limit` tokens.
     """
-    made = student_examples(renderer, traces)
     given: dict[Any, list[np.ndarray]] = {}
-    for trace, one in zip(traces, made, strict=True):
+    for trace, one in zip(traces, student_examples(renderer, traces), strict=True):
         tokens = one.tokens[one.loss_mask]
         if len(tokens) <= limit:
             given.setdefault(trace.problem.asked, []).append(tokens)

@@ -90,13 +90,10 @@ def make_layout(
             f"prompt and completion may have {max_length} tokens, the model's context is "
             f"{model.config.max_length}: shorten sampling.max_new_tokens or the prompts."
         )
-    shards = num_groups(mesh)
-    if config.slots % shards:
-        raise UserError(
-            f"slots={config.slots} is no multiple of data * fsdp = {shards}."
-        )
-    C, slots = config.page_size, config.slots // shards
-    tile = slots
+    shards, C, slots = num_groups(mesh), config.page_size, config.slots
+    if slots % shards:
+        raise UserError(f"slots={slots} is no multiple of data * fsdp = {shards}.")
+    tile = slots = slots // shards
     if on_cpu(mesh):  # see CPU_TILES
         tile = CPU_TILES[0] if slots <= CPU_TILES[0] else CPU_TILES[1]
         slots = -(-slots // tile) * tile
@@ -146,8 +143,7 @@ def check_requests(layout: Layout, requests: Requests) -> None:
         if new < 1:
             raise UserError(f"prompt {n}: max_new_tokens={new}: at least 1.")
         what = f"prompt {n} has {T} tokens, with its completion up to {T + new}"
-        limit = layout.columns * C
-        if T + new > limit:
+        if T + new > (limit := layout.columns * C):
             raise UserError(f"{what}; the engine was made for rows of {limit}.")
         stored, limit = T - 1, layout.pages - 1
         need = -(-stored // C) - stored // C + -(-(stored + new) // C)

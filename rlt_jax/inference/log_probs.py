@@ -115,10 +115,9 @@ def packed_log_probs(
     """
     shape = batch.tokens.shape
     others = [student.policy_explanation for student in batch.students]
-    wanted_spans = [batch.completion, batch.explanation, batch.solution, *others]
-    wanted = jnp.ones(shape, bool)
-    if any(one is not None for one in wanted_spans):
-        wanted = spans.on_tokens(shape, *wanted_spans)
+    several = [batch.completion, batch.explanation, batch.solution, *others]
+    has_any = any(one is not None for one in several)
+    wanted = spans.on_tokens(shape, *several) if has_any else jnp.ones(shape, bool)
 
     def one(m: Array, log_probs: Array) -> Array:
         part = batch.micro_batch(m)

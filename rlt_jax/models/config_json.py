@@ -5,7 +5,6 @@ Reads both formats of RoPE settings: `rope_theta` with `rope_scaling`, and the n
 """
 
 import dataclasses
-from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.models.config import ModelConfig, RopeScaling, Theta
 from rlt_jax.models.families import Family, family
 from rlt_jax.ranges import NonNegativeInt, OneOf, PositiveInt, check_value, hints_of
-from rlt_jax.settings import build
+from rlt_jax.settings import Section, build
 
 # Names in config.json -> names in ModelConfig.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -37,7 +36,7 @@ _TYPES |= {"layer_types": list[Annotated[str, OneOf(LAYER_TYPES)]]}
 _SCALING_TYPES = hints_of(RopeScaling) | {_LENGTH: PositiveInt, "rope_theta": Theta}
 
 
-def config_from_json(content: Mapping[str, Any]) -> ModelConfig:
+def config_from_json(content: Section) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes.
 
     Raises:
@@ -98,18 +97,18 @@ def config_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
     return content
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _given(settings: Section) -> dict[str, Any]:
     """The settings that are not null."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _check_values(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+def _check_values(values: Section, types: Section) -> None:
     """Raises UserError for a value that does not fit the type of its name, if it has one."""
     for name in values.keys() & types.keys():
         check_value(name, types[name], values[name])
 
 
-def _read_rope(content: Mapping[str, Any]) -> tuple[RopeScaling | None, dict]:
+def _read_rope(content: Section) -> tuple[RopeScaling | None, dict]:
     """The scaling, and the thetas in `rope_parameters` under their old keys."""
     parameters = _given(content.get("rope_parameters") or {})
     _check_values(parameters, _TYPES)
@@ -123,9 +122,7 @@ def _read_rope(content: Mapping[str, Any]) -> tuple[RopeScaling | None, dict]:
     return _read_scaling(full, content), _given(thetas)
 
 
-def _read_scaling(
-    scaling: Mapping[str, Any], content: Mapping[str, Any]
-) -> RopeScaling | None:
+def _read_scaling(scaling: Section, content: Section) -> RopeScaling | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     check_value("rope_type", Annotated[str, OneOf(SCALING_KEYS)], kind)
     keys = SCALING_KEYS[kind]
@@ -150,7 +147,7 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {"rope_type": scaling.kind, **given}
 
 
-def _read_windows(content: Mapping[str, Any], kind: Family) -> dict[str, Any]:
+def _read_windows(content: Section, kind: Family) -> dict[str, Any]:
     if kind.windowed is None:
         return {}
     types = content.get("layer_types")

@@ -33,6 +33,7 @@ from rlt_jax.models.transformer import init_params
 from rlt_jax.models.weight_files import bare_name
 from rlt_jax.types import Params
 
+Place = tuple[str, int | None]  # a parameter, and the layer if it is stacked
 ReadFn = Callable[[Index], np.ndarray]  # reads a part of a stored array
 
 CONFIG = "config.json"
@@ -117,24 +118,19 @@ def read_params(
     head, embedding = (bare_name(kind.tensors[x].name) for x in ("output", "embedding"))
     if config.tie_embeddings and head in stored:
         stored.setdefault(embedding, stored.pop(head))
-    expected = {
-        bare_name(stored_name): stored_shape(kind.tensors[name], sizes)
-        for stored_name, (name, _) in _stored_names(config, kind).items()
-    }
+    names = _stored_names(config, kind).items()
+    shape_of = {leaf: stored_shape(kind.tensors[leaf], sizes) for leaf in shapes}
+    expected = {bare_name(name): shape_of[leaf] for name, (leaf, _) in names}
     weight_files.check_tensors(path, stored, expected)
     if adapter is not None:
         stored = peft.adapt(adapter, stored)
     params = {}
     for leaf, shape in shapes.items():
         tensor = kind.tensors[leaf]
-        reads = [
-            partial(read_part, stored[bare_name(name)], tensor, sizes, dtype)
-            for name in tensor.names(config.num_layers)
-        ]
-        if tensor.stacked:
-            params[leaf] = _device_put_layers(shape, shardings[leaf], dtype, reads)
-        else:
-            params[leaf] = _device_put(shape, shardings[leaf], dtype, *reads)
+        tensors = (stored[bare_name(name)] for name in tensor.names(config.num_layers))
+        reads = [partial(read_part, one, tensor, sizes, dtype) for one in tensors]
+        put = _device_put_layers if tensor.stacked else _device_put
+        params[leaf] = put(shape, shardings[leaf], dtype, *reads)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -190,10 +186,8 @@ def write_model(
     multihost_utils.sync_global_devices(f"write_model {path}")
 
 
-def _stored_names(
-    config: ModelConfig, kind: Family
-) -> dict[str, tuple[str, int | None]]:
-    """Stored name -> parameter and its layer if stacked, in the order of the layers."""
+def _stored_names(config: ModelConfig, kind: Family) -> dict[str, Place]:
+    """Stored name -> its place, in the order of the layers."""
     stored = {}
     for leaf in _shapes(config):
         tensor = kind.tensors[leaf]
@@ -224,7 +218,7 @@ def _device_put(
 
 
 def _device_put_layers(
-    shape: tuple[int, ...], sharding: Sharding, dtype: Any, reads: list[ReadFn]
+    shape: tuple[int, ...], sharding: Sharding, dtype: Any, *reads: ReadFn
 ) -> jax.Array:
     """Fills a stacked array layer by layer, so the host holds one layer at a time."""
     layer_sharding = sharding
@@ -248,14 +242,11 @@ def _write_tensors(
     stored, sizes = _stored_names(config, kind), axis_sizes(config)
     leaves = traverse_util.flatten_dict(params, sep="/")
     itemsize = jnp.dtype(dtype).itemsize
-    num_bytes = {
-        name: math.prod(stored_shape(kind.tensors[leaf], sizes)) * itemsize
-        for name, (leaf, _) in stored.items()
-    }
-    limits = {"get_storage_size": int, "max_shard_size": MAX_SHARD_BYTES}
-    plan = split_state_dict_into_shards_factory(
-        num_bytes, filename_pattern="model{suffix}.safetensors", **limits
-    )
+    shapes = {k: stored_shape(kind.tensors[x], sizes) for k, (x, _) in stored.items()}
+    num_bytes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+    options = {"get_storage_size": int, "max_shard_size": MAX_SHARD_BYTES}
+    options["filename_pattern"] = "model{suffix}.safetensors"
+    plan = split_state_dict_into_shards_factory(num_bytes, **options)
     is_writer = jax.process_index() == 0
     for file, names in plan.filename_to_tensors.items():
         tensors = {}

@@ -16,8 +16,8 @@ class Family(NamedTuple):
       settings: field of ModelConfig -> key of config.json.
       fixed: fields of ModelConfig that are the same for the whole family.
       defaults: values of keys that a config.json may omit.
-      windowed: whether a layer is windowed when config.json has no `layer_types`; None
-        if the family has no windowed layers.
+      windowed: from config.json and the index of a layer, whether the layer is windowed
+        where there are no `layer_types`; None if the family has no windowed layers.
       skipped: beginnings of bare names of tensors that are not read; of multimodal models
         only the language model is.
     """
@@ -96,7 +96,7 @@ _DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-
+_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 _LLAMA = Family(
     architecture="LlamaForCausalLM",
@@ -109,15 +109,8 @@ _QWEN2 = _LLAMA._replace(
     architecture="Qwen2ForCausalLM",
     settings=_SETTINGS,
     fixed={"qkv_bias": True},
-    defaults={
-        **_DEFAULTS,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    windowed=lambda content, layer: (
-        content["use_sliding_window"] and layer >= content["max_window_layers"]
-    ),
+    defaults=_DEFAULTS | _WINDOW,
+    windowed=lambda c, i: c["use_sliding_window"] and i >= c["max_window_layers"],
 )
 _QWEN3 = _QWEN2._replace(
     architecture="Qwen3ForCausalLM",
@@ -149,7 +142,7 @@ _GEMMA2 = Family(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    windowed=lambda content, layer: layer % 2 == 0,
+    windowed=lambda c, i: i % 2 == 0,
 )
 _GEMMA3 = _GEMMA2._replace(
     architecture="Gemma3ForCausalLM",
@@ -165,7 +158,7 @@ _GEMMA3 = _GEMMA2._replace(
         "final_logit_softcapping": None,
         "sliding_window_pattern": 6,
     },
-    windowed=lambda content, layer: (layer + 1) % content["sliding_window_pattern"] > 0,
+    windowed=lambda c, i: (i + 1) % c["sliding_window_pattern"] > 0,
 )
 FAMILIES = {
     "llama": _LLAMA,

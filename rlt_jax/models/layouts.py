@@ -40,14 +40,9 @@ class Tensor(NamedTuple):
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every axis, by its letter."""
-    return {
-        "V": config.vocab_size,
-        "D": config.embed_dim,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
-        "H": config.head_dim,
-        "F": config.mlp_dim,
-    }
+    c = config
+    sizes = {"V": c.vocab_size, "D": c.embed_dim, "F": c.mlp_dim}
+    return sizes | {"N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
 
 
 def stored_shape(tensor: Tensor, sizes: dict[str, int]) -> list[int]:

@@ -77,8 +77,7 @@ def write(
         args = (pool, x, layer, positions, page)
         return jax.lax.platform_dependent(*args, cpu=_write_slices, default=scatter)
 
-    keys, values = store(cache.keys, key), store(cache.values, value)
-    return cache._replace(keys=keys, values=values)
+    return PagedCache(store(cache.keys, key), store(cache.values, value), cache.table)
 
 
 def _write_slices(
@@ -152,12 +151,9 @@ def paged_attention(
     def kernel(tpu: bool) -> Callable[..., Array]:
         return split_by_hand(functools.partial(_by_kernel, tpu, softcap), specs, heads)
 
-    return jax.lax.platform_dependent(
-        *operands,
-        tpu=kernel(tpu=True) if on_tpu else xla,
-        cuda=kernel(tpu=False) if C.bit_count() == H.bit_count() == 1 else xla,
-        default=xla,
-    )
+    tpu = kernel(tpu=True) if on_tpu else xla
+    cuda = kernel(tpu=False) if C.bit_count() == H.bit_count() == 1 else xla
+    return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=cuda, default=xla)
 
 
 def _pagewise(
@@ -192,9 +188,8 @@ def _pagewise(
         scores = jnp.where(visible[:, None], scores, MASKED)
         return state.add(scores, value, "KBGTS,KBSH->KBGTH")
 
-    num_blocks = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
-    state = OnlineSoftmax.empty(query.shape)
-    state = jax.lax.fori_loop(0, num_blocks, page_block, state)
+    blocks = jnp.minimum(positions.max() // C + 1, table.shape[1] // block)
+    state = jax.lax.fori_loop(0, blocks, page_block, OnlineSoftmax.empty(query.shape))
     out = state.mean().astype(query.dtype)
     return out.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 

@@ -19,6 +19,7 @@ from rlt_jax.errors import UserError
 from rlt_jax.files import read_json, write_json, write_whole
 from rlt_jax.models.families import Family
 from rlt_jax.models.weight_files import FLOATS, StoredTensor, bare_name, open_tensors
+from rlt_jax.records import Record
 from rlt_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,6 +61,9 @@ class AdaptedTensor(NamedTuple):
         return W + np.float32(self.scale) * (B @ A)
 
 
+Readable = StoredTensor | AdaptedTensor
+
+
 def adapter_base(folder: Path) -> str:
     """Path or Hub id of the model that an adapter belongs to.
 
@@ -75,9 +79,7 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
-def adapt(
-    folder: Path, stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor | AdaptedTensor]:
+def adapt(folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Readable]:
     """Puts the adapters of a folder on stored tensors, by their bare names.
 
     Raises:
@@ -114,9 +116,7 @@ def adapt(
     return unadapted | adapted
 
 
-def _patterns(
-    folder: Path, config: Mapping[str, Any], key: str
-) -> dict[re.Pattern[str], Any]:
+def _patterns(folder: Path, config: Record, key: str) -> dict[re.Pattern[str], Any]:
     """Patterns for modules by the ends of their names, and their settings."""
     given = config.get(key) or {}
     if isinstance(given, dict) and all(len(_REPEATS.findall(x)) < 4 for x in given):

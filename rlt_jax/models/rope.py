@@ -78,9 +78,7 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: RopeScaling) -> Rope:
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), 2 * half - 1)
-    amplitude = scaling.attention_factor
-    if amplitude is None:
-        amplitude = 0.1 * math.log(scaling.factor) + 1.0
+    amplitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
     kept = 1 - np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
     return Rope(_interpolate(frequency, scaling.factor, kept), amplitude)
 

@@ -81,9 +81,7 @@ def _dot(x: Array, kernel: Array, contracted: int) -> Array:
 _product = jax.custom_vjp(_dot, nondiff_argnums=(2,))
 
 
-def _product_backward(
-    contracted: int, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
+def _product_backward(contracted: int, saved: tuple, dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - contracted))
     outs = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, kernel.ndim))

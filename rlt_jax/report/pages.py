@@ -74,8 +74,7 @@ def write_report(workdir: Path, config: ReportConfig, *, seed: int) -> Record:
     summary |= _accuracies(results, answers) | {"seed": seed} | _costs(workdir)
     groups = plots.metric_groups(metrics).items()
     pictures = {group: plots.metric_curves(metrics, names) for group, names in groups}
-    graded = {k: x for k, x in results.items() if x["accuracy"] is not None}
-    if graded:
+    if graded := {k: x for k, x in results.items() if x["accuracy"] is not None}:
         pictures["accuracy"] = plots.accuracy_bars(graded)
     write_page(
         workdir / OUT,

@@ -13,6 +13,7 @@ from rlt_jax.ranges import Weight, check_value
 from rlt_jax.records import Record
 from rlt_jax.settings import Section
 
+Shares = Mapping[str, float]  # question -> share of right samples
 # Columns of samples.jsonl: after the student's own thought, and after none.
 SOLUTION_LOG_PROBS = ("solution_log_prob", "solution_log_prob_without_thought")
 
@@ -159,10 +160,8 @@ def by_question(
     return {question: sum(some) / len(some) for question, some in values.items()}
 
 
-def compare(
-    a: Mapping[str, float], b: Mapping[str, float], names: Sequence[str]
-) -> PairedDifference:
-    """The paired difference of two evaluations, question -> share of right samples.
+def compare(a: Shares, b: Shares, names: Sequence[str]) -> PairedDifference:
+    """The paired difference of two evaluations.
 
     Raises:
       UserError: see `check_same_questions`.

@@ -38,16 +38,14 @@ def grade(problems: Sequence[Problem], texts: Sequence[str | None]) -> list[Verd
 def check_gradable(problems: Sequence[Problem]) -> None:
     """Refuses problems without an answer, or a blank one, or an unknown grader."""
     for problem in problems:
-        what, grader = f"the problem {problem.question[:60]!r} has", problem.grader
+        has, grader = f"the problem {problem.question[:60]!r} has", problem.grader
         if not (problem.answer or "").strip():
-            raise UserError(
-                f"{what} no `answer`: grading needs one for every question."
-            )
+            raise UserError(f"{has} no `answer`: grading needs one for every question.")
         if ":" in grader:
             load_function(grader.partition("?")[0], 2 + ("?" in grader))
         elif grader not in GRADERS:
             known = f'{", ".join(GRADERS)}, or a function, "module:function"'
-            raise UserError(f"{what} the unknown grader {grader!r}; known are {known}.")
+            raise UserError(f"{has} the unknown grader {grader!r}; known are {known}.")
 
 
 def _grade(pair: Pair | None) -> Verdict | None:
@@ -72,11 +70,9 @@ def _math(prediction: str, answer: str) -> Verdict | None:
 _MARKUP = re.compile(r"\\(?:boxed|text[a-z]*|math[a-z]+)\b|[{}$\\]")
 _IS = r"(?:is|was|would be|should be|must be|has to be)"
 _GOOD = r"(?:correct|right|best|true)\b"
+_GOES_ON = r"(?:because|since|as|is|which|due)"
 # "A" and "I" are words, too: after them the sentence or the clause has to end.
-_ENDS = (
-    r"\b(?!-\w)(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|"
-    r"[ \t]+(?:because|since|as|is|which|due)\b)"
-)
+_ENDS = rf"\b(?!-\w)(?=\W*\Z|[ \t]*(?:\n|[^\s\w'’])|[ \t]+{_GOES_ON}\b)"
 _LETTER = rf"\(?(?:\b([B-HJ])\b(?!-\w)|\b([AI]){_ENDS})"
 _ADVERB = r"(?:(?:\w+ly|therefore|thus|hence|then|indeed|in fact|of course)[\s,:*]+)?"
 _OPTION = r"(?i:(?:the\s+)?(?:option|choice)\b)"

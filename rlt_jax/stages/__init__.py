@@ -61,33 +61,29 @@ def run_pipeline(
     """
     _check_workdir(workdir)
     with stores.workdir(workdir) as root:
-        _run_stages(config, root, only, with_changes)
-
-
-def _run_stages(
-    config: ConfigDict, root: Path, only: str | None, with_changes: bool
-) -> None:
-    sections = stage_sections(config)
-    _check_hosts(config, root, only)
-    if only is not None:
-        if only not in sections:
-            raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
-        sections = {only: sections[only]}
-    left: dict[str, Record] = {}
-    for name, section in sections.items():
-        values, folder = _settings(section, root, "", config.seed), root / name
-        reads = {*preflight.stages_read(values, root)} & left.keys()
-        done = folders.is_done(folder) and not folders.changed_inputs(folder, values)
-        if only is not None or with_changes or reads or not done:
-            left[name] = values
-    # The first of several checks itself at once, but changes are checked before any is made.
-    first = 0 if only is not None or with_changes else 1
-    preflight.check([*left.values()][first:], {} if only is not None else left, root)
-    date = hosts.from_first(lambda: folders.date_of_run(root))
-    for name, section in sections.items():
-        hosts.stop_if_asked()
-        values = _settings(section, root, date, config.seed)
-        _run_stage(name, values, root, with_changes, afresh=only is not None)
+        sections = stage_sections(config)
+        _check_hosts(config, root, only)
+        if only is not None:
+            if only not in sections:
+                raise UserError(f"--only={only}: the config has {', '.join(sections)}.")
+            sections = {only: sections[only]}
+        left: dict[str, Record] = {}
+        for name, section in sections.items():
+            values, folder = _settings(section, root, "", config.seed), root / name
+            reads = {*preflight.stages_read(values, root)} & left.keys()
+            todo = not folders.is_done(folder) or folders.changed_inputs(folder, values)
+            if only is not None or with_changes or reads or todo:
+                left[name] = values
+        # The first of several checks itself at once, but changes are checked before any
+        # is made.
+        first = 0 if only is not None or with_changes else 1
+        to_make = {} if only is not None else left
+        preflight.check([*left.values()][first:], to_make, root)
+        date = hosts.from_first(lambda: folders.date_of_run(root))
+        for name, section in sections.items():
+            hosts.stop_if_asked()
+            values = _settings(section, root, date, config.seed)
+            _run_stage(name, values, root, with_changes, afresh=only is not None)
 
 
 def stage_sections(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -211,13 +207,12 @@ def _check_workdir(workdir: str | Path) -> None:
 
 def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     """Several processes have to do the same."""
-    values = folders.flat(config.to_dict(), "config")
     given = {"--workdir": str(root), "--only": only}
     package = Path(__file__).parents[1]
     sources = (file.read_bytes() for file in sorted(package.rglob("*.py")))
     hosts.agree_on_items("the code of rlt_jax", sources)
     hosts.agree("libraries", {"the version of jax": jax.__version__})
-    hosts.agree("config and flags", given | values)
+    hosts.agree("config and flags", given | folders.flat(config.to_dict(), "config"))
     # Later, as counting starts the devices.
     hosts.agree("the devices", {"their number": jax.local_device_count()})
 

@@ -71,8 +71,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     origin |= {"explanation_kl_coef": kl_coef, "seed": seed}
 
     file = workdir / "traces.jsonl"
-    questions = [problem.question for problem in asked]
-    first = metrics.keep_whole_batches(file, c.batch_size, questions)
+    first = metrics.keep_whole_batches(file, c.batch_size, [p.question for p in asked])
     requests, key = run.requests(asked[first:], first), jax.random.key(seed)
     params = [student.params for student in students]
     with metrics.progress(first, len(asked), workdir.name, unit="trace") as bar:
@@ -109,10 +108,8 @@ def prepare(
     opened = setup.open_models(config, "teacher")
     run = setup.load_run(config, "teacher", opened, [Term(RLT, 1.0, None)])
     if isinstance(kl_coef := run.rlt_reward.explanation_kl_coef, str):
-        raise UserError(
-            f"rlt_reward.explanation_kl_coef={kl_coef!r} is for rl and score; give the "
-            "number that they logged."
-        )
+        key = f"rlt_reward.explanation_kl_coef={kl_coef!r}"
+        raise UserError(f"{key} is for rl and score; give the number that they logged.")
     problems = setup.load_problems(config.data, run.template, seed)
     setup.check_fit(run, problems)
     return classify, run, opened, problems

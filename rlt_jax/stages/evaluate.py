@@ -5,7 +5,6 @@ for also `traces.jsonl`, the right completions for `sft` to learn from.
 """
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,17 +116,15 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
                 scorer = make_solution_scorer(loaded, renderer, size, mesh)
             limit = config.sampling.max_new_tokens
             requests = setup.requests_of(renderer, asked, limit)[first:]
-            completions = workdir / "completions.jsonl"
-            vocabulary = loaded.model.config.vocab_size
-            args = engine, completions, loaded.tokenizer, bar, vocabulary
-            kept = stored.StoredSampler(*args)
+            sampled = workdir / "completions.jsonl"
+            vocab = model.model.config.vocab_size
+            kept = stored.StoredSampler(engine, sampled, model.tokenizer, bar, vocab)
             batches = sampler.in_order(kept.stream(params, requests, key), size)
         for rollout in batches:
             part = asked[first : first + len(rollout.texts)]
             found = scorer(part, rollout.texts) if scorer else [{}] * len(part)
             args = template, c.untagged, part, rollout, found
-            graded = functools.partial(_graded, *args)
-            hosts.from_first(lambda graded=graded: metrics.append_jsonl(file, graded()))
+            hosts.from_first(lambda x=args: metrics.append_jsonl(file, _graded(*x)))
             first += len(part)
             bar.update(len(part))
             hosts.stop_if_asked()
@@ -257,17 +254,15 @@ def _graded(
     return records
 
 
-def _write_right(
-    file: Path, template: Template, opened: str, rows: Sequence[Section]
-) -> int:
+def _write_right(file: Path, template: Template, begun: str, rows: list[Record]) -> int:
     """Writes right completions that have a thought as traces; returns their number.
 
-    The thought may begin in the prompt, with the text `opened`.
+    The thought may begin in the prompt, with the text `begun`.
     """
     file.unlink(missing_ok=True)
     traces, names = [], ("question", "answer", "prompt")
     for row in (row for row in rows if row["correct"]):
-        thought = template.thought_of(opened + row["completion"])
+        thought = template.thought_of(begun + row["completion"])
         solution = template.solution_of(row["completion"])
         if thought is not None and solution is not None:
             kept = {key: row[key] for key in names if key in row}

@@ -78,9 +78,8 @@ def prepare(config: ConfigDict, seed: int) -> tuple[checkpoint.LoadedModel, str]
         kind = read_json(file, {}).get("model_type")
         # PEFT has other names for layers of multimodal models.
         if not kind or family(kind).skipped:
-            raise UserError(
-                f"adapter_base={base!r} is no text model in Hugging Face format; export it."
-            )
+            what = f"adapter_base={base!r} is no text model in Hugging Face format"
+            raise UserError(f"{what}; export it.")
     else:
         kind = config.model_type or convert.model_type_of(opened.model.config)
         config_to_json(opened.model.config, kind)  # raises UserError
@@ -120,8 +119,7 @@ def _lineage(folder: Path) -> list[tuple[Path, Record, str]]:
     stages = []
     while (folder / "settings.json").is_file():
         settings = read_json(folder / "settings.json")
-        sources = filter(None, map(settings.get, MODELS))
-        began = next(sources, {}).get("path") or ""
+        began = next(filter(None, map(settings.get, MODELS)), {}).get("path") or ""
         stages.append((folder, settings, began))
         folder = Path(began or "/none")
     return stages

@@ -64,8 +64,7 @@ def _wait(file: Path, name: str, folder: Path) -> IO[bytes]:
     while True:
         files.check_regular(file)
         with files.storing(file):
-            number = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        opened = os.fdopen(number, "r+b", 0)
+            opened = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b", 0)
         free, owner = _try_lock(opened), _owner(opened)
         here = owner.get("host") == socket.gethostname()
         if free is None and here:

@@ -81,7 +81,12 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
         ]
         run = dataclasses.replace(run, students=tuple(kept))
     checkpoint.describe(workdir, run.policy.model, run.policy.tokenizer)
-    _log_sizes(c, run)
+    groups, size = sharding.num_groups(run.mesh), run.row_shape.micro_batch_size
+    LOG.info(
+        f"a step: {c.batch_size} prompts x {c.group_size} completions = "
+        f"{c.batch_size * c.group_size}; {size} rows of {run.row_shape.row_length} tokens "
+        f"a micro-batch, {size // groups} a device group ({groups} groups)"
+    )
     key = jax.random.key(seed)
     journal = Journal(c, run, tuning, held_out[:completions], prompts, key, workdir)
     journal.weights = Weights(state, reference, student, copied)
@@ -226,16 +231,6 @@ def jit_advantages(
         return batch._replace(**new_fields(few, values))
 
     return fill_advantages
-
-
-def _log_sizes(c: RLConfig, run: setup.Run) -> None:
-    """Logs how a step is split over the devices."""
-    groups, size = sharding.num_groups(run.mesh), run.row_shape.micro_batch_size
-    LOG.info(
-        f"a step: {c.batch_size} prompts x {c.group_size} completions = "
-        f"{c.batch_size * c.group_size}; {size} rows of {run.row_shape.row_length} tokens "
-        f"a micro-batch, {size // groups} a device group ({groups} groups)"
-    )
 
 
 def _copy(params: Params, offloaded: bool, name: str) -> Params:

@@ -131,7 +131,9 @@ class Journal:
         c, done = self.c, step + 1
         numbers = reward_metrics(reward, self._advantage, c.group_size)
         numbers |= over_updates(updates) | rollout_metrics(rollout)
-        numbers |= _overlong(batch) | {"memory/peak_gib": metrics.peak_gib()}
+        if too_long := [student.overlong.sum() for student in batch.students]:
+            numbers["rollout/overlong"] = jnp.stack(too_long).max()
+        numbers["memory/peak_gib"] = metrics.peak_gib()
         numbers |= self._phases(rollout, len(updates))
         if is_due(done, c.evaluate_every, c.steps):
             result = self._evaluate(done)
@@ -210,8 +212,7 @@ class Journal:
     def _restore(self) -> None:
         """The latest checkpoint of the workdir; else the first held-out evaluation."""
         self._first = 0
-        args = self._manager, self._items(), self._use
-        restored = checkpoint.restore_latest(*args)
+        restored = checkpoint.restore_latest(self._manager, self._items(), self._use)
         if restored is not None:
             self._first, items = restored
             optional = (items.get(name, {}) for name in Weights._fields[1:])
@@ -262,9 +263,3 @@ def forget_later(workdir: Path, c: RLConfig, first: int) -> None:
         # Other settings have made another policy, which others are sampled from.
         if int(file.stem) >= first and file.stat().st_mtime < changed:
             file.unlink()
-
-
-def _overlong(batch: Batch) -> Metrics:
-    """Completions that were too long for a student."""
-    counts = [student.overlong.sum() for student in batch.students]
-    return {"rollout/overlong": jnp.stack(counts).max()} if counts else {}

@@ -52,6 +52,7 @@ class ScoreConfig(Checked):
     num_examples: NonNegativeInt = 10
 
 
+Completions = list[TextCompletion]  # of a batch
 PARTS = {
     "teacher": checkpoint.ModelSource,
     "students": setup.check_students,
@@ -107,14 +108,12 @@ class Scorer:
         temperatures = c.teacher_temperature, reward.student_temperature
         self._origin = setup.provenance_of(models, self.template, temperatures)
 
-    def score(
-        self, batch: list[TextCompletion], per_token: bool = False
-    ) -> list[Record]:
+    def score(self, batch: Completions, per_token: bool = False) -> list[Record]:
         """Scores of at most `batch_size` completions; see `make_scorer`."""
         kl_coef = 0.0 if self.kl_coef == "auto" else self.kl_coef
         return self._score(batch, kl_coef, per_token, self.c.batch_size)
 
-    def rows(self, batch: list[TextCompletion], first: int) -> list[Record]:
+    def rows(self, batch: Completions, first: int) -> list[Record]:
         """Rows for a batch whose first completion has the index `first`."""
         origin = self._origin | {"explanation_kl_coef": self.kl_coef}
         # Null where there is no control, as when all questions of a batch are the same.
@@ -132,9 +131,7 @@ class Scorer:
                 row[f"reward_{name}"] = scored["reward"]
         return rows
 
-    def _controls(
-        self, batch: list[TextCompletion], first: int
-    ) -> dict[str, list[TextCompletion]]:
+    def _controls(self, batch: Completions, first: int) -> dict[str, Completions]:
         """Control -> a completion for each of the batch; {} where none are asked for."""
         if not self.c.controls:
             return {}
@@ -258,11 +255,10 @@ def _sizes(rows: list[Record]) -> list[list[float]]:
 
 
 def _completions(source: CompletionsConfig, scorer: Scorer) -> Iterator[TextCompletion]:
-    rows = read_completions(source.path, scorer.template, source.on_bad_row)
-    for problem, completions in rows:
-        for text in completions:
-            closed = scorer.c.assume_closed
-            yield text_completion(scorer.template, problem, text, closed)
+    template, closed = scorer.template, scorer.c.assume_closed
+    for problem, texts in read_completions(source.path, template, source.on_bad_row):
+        for text in texts:
+            yield text_completion(template, problem, text, closed)
 
 
 def _write_examples(scorer: Scorer, file: Path, shown: list[int], folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from rlt_jax.data import examples, pipeline
@@ -26,24 +25,23 @@ from rlt_jax.ranges import check_value
 from rlt_jax.records import Problem, Record, Trace, problem_record
 from rlt_jax.rl.rewards import RLT, RewardFunction, Term
 from rlt_jax.rl.rlt_reward import EnsembleConfig, RLTRewardConfig
-from rlt_jax.scoring import check_tokenizers, compile_log_probs, jit_rlt_reward
+from rlt_jax.scoring import Models, check_tokenizers, compile_log_probs, jit_rlt_reward
 from rlt_jax.settings import Section, build
 from rlt_jax.training import checkpoint, hosts, lora, optimizer, sharding, state
-from rlt_jax.training.checkpoint import LoadedModel
+from rlt_jax.training.checkpoint import LoadedModel, ModelSource
 from rlt_jax.training.learner import Learner, LossFn, make_learner
 from rlt_jax.training.provenance import template_hash, tokenizer_hash, weights_hash
 from rlt_jax.types import Request, Reward, Rollout, TrainState
 
 
-def check_students(given: Any, where: str = "students") -> list[checkpoint.ModelSource]:
+def check_students(given: Any, where: str = "students") -> list[ModelSource]:
     """The models of the students.
 
     Raises:
       UserError: they are no tuple of models, or an invalid one.
     """
     check_value(where, Sequence[Section], given)
-    source = checkpoint.ModelSource
-    return [build(source, one, f"{where}[{n}]") for n, one in enumerate(given)]
+    return [build(ModelSource, one, f"{where}[{n}]") for n, one in enumerate(given)]
 
 
 # Sections that `load_run` reads, with the owners of their keys.
@@ -118,9 +116,7 @@ class Run:
         return StoredSampler(self.sampler, file, self.policy.tokenizer, **options)
 
 
-def load_run(
-    config: Section, role: str, models: Sequence[LoadedModel], terms: Sequence[Term]
-) -> Run:
+def load_run(config: Section, role: str, models: Models, terms: Sequence[Term]) -> Run:
     """The run of a stage with a policy, from the sections in `SECTIONS`.
 
     Args:
@@ -210,7 +206,7 @@ def load_learner(
     return learner, tuning, state.new_state(params, tx, shardings)
 
 
-def load_optimizer(config: Section, steps: int) -> optax.GradientTransformation:
+def load_optimizer(config: Section, steps: int) -> state.Optimizer:
     """The section `optimizer` for a number of steps."""
     c = build(optimizer.OptimizerConfig, config["optimizer"], "optimizer")
     return optimizer.make_optimizer(c, steps)
@@ -224,9 +220,9 @@ def load_row_shape(config: Section, mesh: Mesh) -> RowShape:
     return rows
 
 
-def model_sources(config: Section, name: str) -> list[checkpoint.ModelSource]:
+def model_sources(config: Section, name: str) -> list[ModelSource]:
     """The model of the section `name`, then those of `students`."""
-    own = build(checkpoint.ModelSource, config[name], name)
+    own = build(ModelSource, config[name], name)
     return [own, *check_students(config["students"])]
 
 
@@ -236,7 +232,7 @@ def open_models(config: Section, name: str) -> list[LoadedModel]:
 
 
 def load_weights(
-    config: Section, name: str, models: Sequence[LoadedModel], mesh: Mesh, seed: int
+    config: Section, name: str, models: Models, mesh: Mesh, seed: int
 ) -> list[LoadedModel]:
     """Models from `open_models` with their weights."""
     sources, key = model_sources(config, name), jax.random.key(seed)
@@ -328,7 +324,7 @@ def is_due(done: int, every: int, total: int) -> bool:
 
 
 def provenance_of(
-    models: Sequence[LoadedModel], template: Template, temperatures: tuple[float, float]
+    models: Models, template: Template, temperatures: tuple[float, float]
 ) -> Record:
     """What a reward depends on: fingerprints of weights, tokenizers and template.
 

@@ -85,10 +85,8 @@ class SFTConfig(ranges.Checked):
             given = f"sft.steps={self.steps}, sft.epochs={self.epochs}"
             raise UserError(f"{given}: set one of the two, and the other to 0.")
         if self.batch_size % self.shape.micro_batch_size:
-            raise UserError(
-                f"sft.micro_batch_size={self.micro_batch_size} does not divide "
-                f"batch_size={self.batch_size}."
-            )
+            given = f"sft.micro_batch_size={self.micro_batch_size}"
+            raise UserError(f"{given} does not divide batch_size={self.batch_size}.")
 
 
 SECTIONS = {
@@ -125,8 +123,7 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
     checkpoint.describe(workdir, loaded.model, loaded.tokenizer)
     del loaded, params
     with checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        first = 0
-        items = to_items(state, tuning.item)
+        first, items = 0, to_items(state, tuning.item)
 
         def use(data: Record) -> None:
             batches.set_state(data["batches"])
@@ -146,9 +143,8 @@ def run(config: ConfigDict, workdir: Path, seed: int) -> Record:
                 state, metrics = learner.update(state, sharding.put_rows(batch, mesh))
                 fill = tokens / batch.tokens.size
                 metrics |= {"sft/tokens": tokens, "sft/fill": fill} | first_loss
-                now = time.monotonic()
-                metrics |= phase_metrics("step", tokens, now - began)
-                began = now
+                began, before = time.monotonic(), began
+                metrics |= phase_metrics("step", tokens, began - before)
                 if held_out and setup.is_due(done, c.evaluate_every, c.steps):
                     loss = held_out_loss(learner, state.params, held_out, mesh)
                     metrics["held_out/loss"] = loss

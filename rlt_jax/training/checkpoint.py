@@ -308,11 +308,8 @@ def _newest(
 
 @contextlib.contextmanager
 def open_manager(stage_dir: Path, keep: int) -> Iterator[checksums.Manager]:
-    """Opens the checkpoint manager of a stage, which keeps the last `keep` checkpoints.
-
-    On CPU it saves before it returns: the copies that are written would otherwise be in
-    memory beside the next step.
-    """
+    """Opens the checkpoint manager of a stage, which keeps the last `keep` checkpoints."""
+    # On CPU the copies would be in memory beside the next step.
     is_async = jax.default_backend() != "cpu"
     with checksums.without_traces():
         with storing(stage_dir):

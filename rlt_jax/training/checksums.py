@@ -77,8 +77,7 @@ class Manager(ocp.CheckpointManager):
                 return
             time.sleep(POLL_SECONDS)
         if add(self._folder, step):
-            steps = sorted(ocp.utils.checkpoint_steps(self._folder))
-            for old in steps[: -self._keep]:
+            for old in sorted(ocp.utils.checkpoint_steps(self._folder))[: -self._keep]:
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
             prune(self._folder)
         stores.push()
@@ -161,9 +160,8 @@ def damage(folder: Path, step: int, item: str = "") -> str | None:
     every = _read(folder).get(str(step), {})
     expected = {name: x for name, x in every.items() if name.startswith(inside)}
     checkpoint = folder / str(step)
-    for name in expected:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
+    if missing := [name for name in expected if not (checkpoint / name).is_file()]:
+        return f"{missing[0]} is missing"
     found = _checksums(checkpoint, [checkpoint / name for name in expected])
     wrong = [name for name, one in expected.items() if found[name] != one]
     return f"{wrong[0]} has changed since it was written" if wrong else None

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rlt_jax.models.transformer import Transformer
 from rlt_jax.training import lora, sharding
-from rlt_jax.training.state import apply_gradients
+from rlt_jax.training.state import Optimizer, apply_gradients
 from rlt_jax.types import Batch, Metrics, Params, TrainState
 
 # (model, params, micro-batch) -> loss and metrics. Both add up over the micro-batches of a
@@ -40,7 +40,7 @@ class Learner(NamedTuple):
 def make_learner(
     loss_fn: LossFn,
     tuning: lora.Tuning,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     mesh: Mesh,
     shardings: TrainState,
     max_norm: float | None = None,
@@ -68,7 +68,7 @@ def make_learner(
 def jit_update(
     loss_fn: LossFn,
     model: Transformer,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     mesh: Mesh,
     shardings: TrainState,
     max_norm: float | None = None,
@@ -84,7 +84,7 @@ def jit_update(
 def update(
     loss_fn: LossFn,
     model: Transformer,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     max_norm: float | None,
     state: TrainState,
     batch: Batch,
@@ -114,10 +114,11 @@ def update(
     else:
 
         def add(m: jax.Array, total: tuple) -> tuple:
-            (loss, metrics), grads = gradient(state.params, m)
-            (sum_loss, sums), sum_grads = total
-            added = jax.tree.map(jnp.add, sum_grads, grads)
-            return (sum_loss + loss, _added(sums, metrics)), added
+            new = gradient(state.params, m)
+            (loss, metrics), grads = jax.tree.map(jnp.add, total, new)
+            for name in lowest:
+                metrics[name] = jnp.maximum(total[0][1][name], new[0][1][name])
+            return (loss, metrics), grads
 
         shapes = jax.eval_shape(gradient, state.params, 0)
         (loss, metrics), grads = jax.tree.map(jnp.zeros_like, shapes)
@@ -127,13 +128,6 @@ def update(
         (loss, metrics), grads = total
     state, step_metrics = apply_gradients(state, grads, tx, loss, max_norm)
     return state, metrics | step_metrics
-
-
-def _added(sums: Metrics, metrics: Metrics) -> Metrics:
-    return {
-        name: (jnp.maximum if name.endswith("_max") else jnp.add)(sums[name], value)
-        for name, value in metrics.items()
-    }
 
 
 def batch_loss(

@@ -8,7 +8,7 @@ import itertools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,8 +17,8 @@ import tqdm
 
 from rlt_jax import files, watchdog
 from rlt_jax.errors import LOG, UserError
-from rlt_jax.files import stream_jsonl
-from rlt_jax.ranges import NonNegativeInt
+from rlt_jax.files import NO_KINDS, stream_jsonl
+from rlt_jax.ranges import NonNegativeInt, Steps
 from rlt_jax.records import Record
 from rlt_jax.training import hosts
 
@@ -61,8 +61,7 @@ class MetricWriter:
         """Writes and returns the pending metrics."""
         if self._pending is None:
             return {}
-        step, metrics = self._pending
-        self._pending = None
+        (step, metrics), self._pending = self._pending, None
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         append_jsonl(self._file, [{"step": step, **numbers}])
         self._events.write(step, numbers)
@@ -161,15 +160,13 @@ def append_jsonl(file: Path, records: list[Record]) -> None:
         files.append_jsonl(file, records)
 
 
-def read_jsonl(file: Path, kinds: Mapping[str, Any] = files.NO_KINDS) -> list[Record]:
+def read_jsonl(file: Path, kinds: Mapping[str, Any] = NO_KINDS) -> list[Record]:
     """Reads the records of a JSON Lines file, without an incomplete last line."""
     return list(stream_jsonl(file, kinds))
 
 
 def keep_records(
-    file: Path,
-    keep: Callable[[Record], bool],
-    kinds: Mapping[str, Any] = files.NO_KINDS,
+    file: Path, keep: Callable[[Record], bool], kinds: Mapping[str, Any] = NO_KINDS
 ) -> list[Record]:
     """Drops the records of a JSONL file that are not to be kept; process 0 gets the rest."""
     if not hosts.is_first() or not files.check_regular(file):
@@ -227,9 +224,7 @@ def _rewrite(file: Path, records: list[Record]) -> None:
     files.sync_folder(file.parent)
 
 
-def steps(
-    first: int, total: int, workdir: Path, profile: Sequence[int] = ()
-) -> Iterator[int]:
+def steps(first: int, total: int, workdir: Path, profile: Steps = ()) -> Iterator[int]:
     """Yields the steps of a stage's loop, with a progress bar.
 
     Args:

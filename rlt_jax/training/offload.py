@@ -22,10 +22,8 @@ def keep(tree: Any, offload: bool, name: str) -> Any:
         return tree
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     if "pinned_host" not in kinds:
-        raise UserError(
-            f"loop.offload: {jax.default_backend()} has no pinned host memory; set "
-            "loop.offload=False."
-        )
+        where = f"loop.offload: {jax.default_backend()}"
+        raise UserError(f"{where} has no pinned host memory; set loop.offload=False.")
     saved = sum(x.nbytes for x in jax.tree.leaves(tree))
     LOG.info("offload: moved %s, %.3f GB, to host memory", name, saved / 1e9)
     return _move(tree, "pinned_host")

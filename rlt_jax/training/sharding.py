@@ -99,15 +99,13 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
     """
     over_tensor = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
     axes = {"embed_dim": "fsdp", **dict.fromkeys(over_tensor, "tensor")}
-    indivisible = [
+    wrong = ", ".join(
         f"{name}={getattr(config, name)} over {axis}={mesh.shape[axis]}"
         for name, axis in axes.items()
         if getattr(config, name) % mesh.shape[axis]
-    ]
-    if indivisible:
-        raise UserError(
-            f"the model's {', '.join(indivisible)}: choose mesh sizes that divide them."
-        )
+    )
+    if wrong:
+        raise UserError(f"the model's {wrong}: choose mesh sizes that divide them.")
 
 
 def num_groups(mesh: Mesh) -> int:

@@ -16,6 +16,7 @@ from rlt_jax.models.transformer import Transformer, boxed_shapes
 from rlt_jax.training import lora, sharding
 from rlt_jax.types import Params, TrainState
 
+Optimizer = optax.GradientTransformation
 # Part of a metric's name -> what it tells of, from cause to effect.
 NUMBERS = {
     "reward/solution_score": "student's log-probs of the solution",
@@ -27,9 +28,7 @@ NUMBERS = {
 }
 
 
-def state_shardings(
-    model: Transformer, tx: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def state_shardings(model: Transformer, tx: Optimizer, mesh: Mesh) -> TrainState:
     """A NamedSharding for every leaf of the state, moments as their parameters.
 
     Moments without some of the axes of their parameter, as in adafactor, are whole on
@@ -49,16 +48,14 @@ def state_shardings(
 
 
 def abstract_state(
-    model: Transformer, params: Params, tx: optax.GradientTransformation, mesh: Mesh
+    model: Transformer, params: Params, tx: Optimizer, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state around parameters, given likewise."""
     shapes = jax.eval_shape(functools.partial(_first, tx), params)
     return sharding.abstract(shapes, state_shardings(model, tx, mesh))
 
 
-def new_state(
-    params: Params, tx: optax.GradientTransformation, shardings: TrainState
-) -> TrainState:
+def new_state(params: Params, tx: Optimizer, shardings: TrainState) -> TrainState:
     """The state of step 0 around given parameters; the parameters are copied."""
     if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params)):
         LOG.warning(
@@ -73,7 +70,7 @@ def new_state(
     return jax.jit(init, out_shardings=shardings)(params)
 
 
-def _first(tx: optax.GradientTransformation, params: Params) -> TrainState:
+def _first(tx: Optimizer, params: Params) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), zero)
 
@@ -93,7 +90,7 @@ def from_items(items: Mapping[str, Any], name: str) -> TrainState:
 def apply_gradients(
     state: TrainState,
     grads: Params,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     loss: jax.Array | float = 0.0,
     max_norm: float | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:

@@ -172,5 +172,8 @@ def metric_rows(folder: Path) -> list[dict[str, float]]:
 
 
 def read_tree(folder: Path) -> Any:
+    """Arrays of a checkpoint as NumPy arrays: it may be of several processes."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder)
+        shapes = checkpointer.metadata(folder).item_metadata
+        empty = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+        return checkpointer.restore(folder, empty)

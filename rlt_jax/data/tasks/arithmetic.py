@@ -45,7 +45,7 @@ Kind = Annotated[str, ranges.OneOf(KINDS)]
 Length = Annotated[int, ranges.Range(1, 1000)]
 ORDERED = ranges.Condition("the least, then the most", lambda x: x[0] <= x[1])
 _OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": (3, 7, 9)}
-_SIGNS = tuple(_OPERANDS)
+_CHOICES = tuple(_OPERANDS.items())
 _FUNCTIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -57,8 +57,7 @@ class Chain(NamedTuple):
 
     def results(self) -> list[int]:
         """The digit after each operation."""
-        digits = itertools.accumulate(self.operations, apply, initial=self.start)
-        return list(digits)[1:]
+        return [*itertools.accumulate(self.operations, apply, initial=self.start)][1:]
 
 
 class Exercise(NamedTuple):
@@ -69,12 +68,9 @@ class Exercise(NamedTuple):
     def question(self, notation: str = "signs") -> str:
         """The question as text, in one of `NOTATIONS`."""
         opening, symbols = NOTATIONS[notation]
-        symbol = dict(zip("+-*", symbols, strict=True))
         starts = ", ".join(str(chain.start) for chain in self.chains)
-        steps = ", ".join(
-            " ".join(f"{symbol[sign]}{x}" for sign, x in chain.operations)
-            for chain in self.chains
-        )
+        chains = [" ".join(f"{s}{x}" for s, x in one.operations) for one in self.chains]
+        steps = ", ".join(chains).translate(str.maketrans("+-*", symbols))
         asked = "Last digit?" if len(self.chains) == 1 else "Last digits?"
         return f"{opening} {starts}: {steps}. {asked}"
 
@@ -98,10 +94,8 @@ def apply(value: int, operation: tuple[str, int]) -> int:
 def sample_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> Chain:
     """A random chain of `length` operations."""
     # rng.choice would choose the same, and take several times as long.
-    signs = [_SIGNS[i] for i in rng.integers(len(_SIGNS), size=length)]
-    operations = tuple(
-        (s, _OPERANDS[s][rng.integers(len(_OPERANDS[s]))]) for s in signs
-    )
+    chosen = [_CHOICES[i] for i in rng.integers(len(_CHOICES), size=length)]
+    operations = tuple((sign, xs[rng.integers(len(xs))]) for sign, xs in chosen)
     return Chain(int(rng.integers(10)), operations)
 
 
@@ -241,8 +235,7 @@ def _exercises(config: ProblemConfig) -> Iterator[Exercise]:
     c = config
     rng = np.random.default_rng([c.seed, 0, c.stream])
     low, high = c.operations
-    seen: set[Exercise] = set()
-    tries = 0
+    seen, tries = set(), 0
     while len(seen) < c.size:
         tries += 1
         if tries > 100 * (c.size + 10):
