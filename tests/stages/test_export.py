@@ -102,7 +102,7 @@ def test_trained_adapters_are_exported_with_their_base(
     stage = run_stage(sft, tmp_path / "run")
     tuning, fresh = make_tuning(config, model, base, mesh, key)
     with checkpoint.open_manager(stage, 1) as manager:
-        _, trees, _ = checkpoint.restore_latest(manager, {"adapters": fresh})
+        _, trees = checkpoint.restore_latest(manager, {"adapters": fresh}, print)
     tree = combine(tuning.model, base, trees["adapters"])
 
     folder = export(tmp_path, str(stage))

@@ -236,7 +236,7 @@ def test_changed_settings_are_refused_with_the_first_difference(
     config.b.options.path, config.b.options.sizes = "elsewhere", (1, 3.5)
     with pytest.raises(UserError) as error:
         run_pipeline(config, tmp_path)
-    assert f"options.path was '{tmp_path}/a', is 'elsewhere'" in str(error.value)
+    assert "options.path was '{workdir}/a', is 'elsewhere'" in str(error.value)
     assert "--only=b" in str(error.value)
     assert contents(tmp_path) == before
     run_pipeline(config, tmp_path, only="b")
@@ -307,7 +307,8 @@ def test_bad_input_found_later_keeps_the_work(
     after = contents(tmp_path)
     begun.append(json.loads(after.pop("b/sessions.json")))
     inputs = {"a": done(tmp_path / "a")["finished"]}
-    assert begun == [{"sessions": n, "inputs": inputs} for n in (1, 2)]
+    kept = {"inputs": inputs, "workdir": str(tmp_path)}
+    assert begun == [{"sessions": n, **kept} for n in (1, 2)]
     assert after == before
 
 
@@ -404,7 +405,7 @@ def test_unknown_keys_are_found_in_every_depth(path: str, message: str) -> None:
 def test_several_processes_need_a_file_system(
     stage: Stage, config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = "--workdir=hf://datasets/a/b: .* needs a file system"
+    message = "--workdir=hf://datasets/a/b: this run cannot work there. Name a folder"
     with pytest.raises(UserError, match=message):
         run_pipeline(config, "hf://datasets/a/b")
     monkeypatch.setattr(private_jax, "num_processes", lambda: 2)
