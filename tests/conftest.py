@@ -43,10 +43,15 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @contextlib.contextmanager
 def heeding_ctrl_c() -> Iterator[None]:
-    """Processes started in it heed Ctrl-C, which those in the background of a shell ignore."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Processes started in it heed Ctrl-C and SIGHUP.
+
+    Those in the background of a shell ignore the first, those of nohup the second.
+    """
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    lost = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, ctrl_c)
+    signal.signal(signal.SIGHUP, lost)
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,7 @@ def test_help_explains_itself(
     ("arguments", "expected"),
     [
         (["--config.unknown=1"], ["KEY=VALUE", "config lacks: --config.unknown"]),
-        (["--config.rl.loop.format=teacher"], ["loop.format is now called loop.role"]),
+        (["--config.rl.loop.format=teacher"], ["did you mean --config.rl.loop.role?"]),
         (["--config.rl.students.combine=min"], ["KEY=VALUE"]),
         (["--config.rl.loop.stepz=1"], ["did you mean --config.rl.loop.steps?"]),
         (["--config.rl.loop.steps.x=1"], ["KEY=VALUE", "rl.loop.steps.x"]),

@@ -70,6 +70,7 @@ def test_lengths_and_decode_slots_of_a_rollout() -> None:
     )
     assert rollout_metrics(rollout) == {
         "rollout/length_mean": 4.0,
+        "rollout/length_p95": pytest.approx(4.9),
         "rollout/length_max": 5,
         "rollout/finished_fraction": 0.5,
         "rollout/occupancy": 0.8,

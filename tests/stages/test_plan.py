@@ -432,13 +432,22 @@ def test_updates_hold_no_float32_tree_but_a_device_s_own(
     assert max(map(elements, stacked)) <= L * part
 
 
-@pytest.mark.parametrize("name", ["rl/prefill", "rl/decode"])
-def test_rollouts_need_no_traffic_between_slices(
-    name: str, in_slices: Callable[[str], Any]
+@pytest.mark.parametrize(
+    ("name", "received"),
+    [
+        ("rl/prefill", 0),
+        # Every host gets what was sampled: of 4 steps in the 32 slots of the other slice
+        # a token, its log-prob, and whether it counts.
+        ("rl/decode", 4 * 32 * (4 + 4 + 1)),
+    ],
+)
+def test_rollouts_move_tokens_alone_between_slices(
+    name: str, received: int, in_slices: Callable[[str], Any]
 ) -> None:
     traffic = costs.collectives(hlo.read(in_slices(name)), ())
     assert "all-reduce" in traffic  # over `tensor`, inside a slice
-    assert costs.BETWEEN_SLICES not in traffic
+    between = traffic.get(costs.BETWEEN_SLICES, costs.Traffic(0, 0))
+    assert between.bytes == received
 
 
 @pytest.mark.slow

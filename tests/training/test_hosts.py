@@ -9,6 +9,7 @@ import pytest
 
 from rlt_jax.errors import UserError
 from rlt_jax.training import hosts
+from tests.conftest import heeding_ctrl_c
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -84,7 +85,8 @@ def test_a_lost_terminal(
     ignores: str, signals: list[int], status: int, saved: bool
 ) -> None:
     command = [sys.executable, "-c", ASKED, ignores, *(str(int(x)) for x in signals)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    with heeding_ctrl_c():
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert ("all is saved" in done.stderr) == saved
 
