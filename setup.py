@@ -35,6 +35,7 @@ setuptools.setup(
         "optax",
         "orbax-checkpoint>=0.11",
         "pebble",
+        "protobuf",
         "pyarrow",
         "qwix>=0.1.8",
         "safetensors",
