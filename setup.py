@@ -49,6 +49,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu compiles without a TPU
         "cuda": ["jax[cuda13]>=0.10"],
+        "cuda12": ["jax[cuda12]>=0.10"],  # for drivers before 580
+        "cuda13": ["jax[cuda13]>=0.10"],
         "gcs": GCS,
         "s3": S3,
         "experiments": EXPERIMENTS,
