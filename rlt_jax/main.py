@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     # Imported late, so that --help and bad flags answer at once.
     from rlt_jax import errors, watchdog
     from rlt_jax.stages import run_pipeline
-    from rlt_jax.training import accelerators, hosts
+    from rlt_jax.training import hosts
     from rlt_jax.training.compilation import keep_programs
 
     given = flags.FLAGS
@@ -55,7 +55,6 @@ def main(argv: list[str]) -> None:
         keep_programs(given.compilation_cache)
         if hosts.is_first():
             errors.LOG.setLevel("INFO")
-            accelerators.warn_of_unused()
         run_pipeline(given.config, given.workdir, given.only, given.resume_with_changes)
 
     hosts.guard(run)

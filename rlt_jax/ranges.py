@@ -170,6 +170,8 @@ def _mismatch(hint: Any, value: Any) -> str:
     if kind in (list, tuple, Sequence):
         if not isinstance(value, list | tuple):
             return "a list"
+        if not args:  # of anything
+            return ""
         is_fixed = kind is tuple and args and args[-1] is not ...
         hints = args if is_fixed else (args[:1] or (Any,)) * len(value)
         if len(hints) != len(value):

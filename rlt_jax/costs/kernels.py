@@ -1,6 +1,7 @@
 """Costs of the attention kernels, which the compiler does not look into."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,17 +43,13 @@ def cost(line: Instruction, operands: Sequence[Instruction]) -> Cost | None:
         return None
     products, again = _SPLASH[name[1]]
     index = {what: i for what, i in zip(_NAMES, _activations(operands))}
-    query = operands[index["query"]].arrays[0].shape
-    *heads, T, H = query
-    rows = 1
-    for size in heads:
-        rows *= size
+    *heads, T, H = operands[index["query"]].arrays[0].shape
     suffix = "" if name[1] == "fwd" else f"_{name[1]}"
     sizes = _block_sizes(line)
     block_q, block_kv = sizes[f"block_q{suffix}"], sizes[f"block_kv{suffix}"]
     mask = operands[1].arrays[0].shape
     width = mask[-2] if name[1] == "dkv" else mask[-1]
-    pairs = rows * _pairs(T, block_q, block_kv, width, name[1] == "dkv")
+    pairs = math.prod(heads) * _pairs(T, block_q, block_kv, width, name[1] == "dkv")
     flops = products * 2 * pairs * block_q * block_kv * H
     tokens = {"key": block_kv, "value": block_kv, "query": block_q, "gradient": block_q}
     reads = {}

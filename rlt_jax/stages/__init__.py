@@ -25,7 +25,7 @@ from rlt_jax.ranges import Condition, NonNegativeInt, OneOf, check_value
 from rlt_jax.records import Record
 from rlt_jax.stages import folder as folders
 from rlt_jax.stages import lock, preflight
-from rlt_jax.training import hosts, private_jax
+from rlt_jax.training import accelerators, hosts, private_jax
 from rlt_jax.training.metrics import peak_gib, reset_peak
 
 # Of a stage, as it is the name of a folder, too.
@@ -215,6 +215,10 @@ def _check_hosts(config: ConfigDict, root: Path, only: str | None) -> None:
     hosts.agree("config and flags", given | folders.flat(config.to_dict(), "config"))
     # Later, as counting starts the devices.
     hosts.agree("the devices", {"their number": jax.local_device_count()})
+    if (
+        hosts.is_first()
+    ):  # after all have started theirs, for which they need each other
+        accelerators.warn_of_unused()
 
 
 def _settings(section: ConfigDict, root: Path, date: str, seed: int) -> Record:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def complete(folder: Path, done: Record) -> None:
 def changed_inputs(folder: Path, values: Record) -> list[str]:
     """Stages that were run afresh since a stage has read from them."""
     inputs = _inputs(folder, values)
-    begun = _read(folder / (DONE if is_done(folder) else SESSIONS))
+    begun = _begun(folder)
     known = begun.get("inputs", inputs)  # earlier versions did not keep them
     names = known.keys() | inputs.keys()
     return sorted(name for name in names if known.get(name) != inputs.get(name))
@@ -180,7 +181,7 @@ def _date_of_stages(root: Path) -> str:
         with contextlib.suppress(UserError):  # damaged, which its own stage says
             found = flat(files.read_json(file))
             dates += [x for key, x in found.items() if key.endswith(".date") and x]
-    return min(dates, key=lambda date: -dates.count(date), default="")
+    return statistics.mode(dates) if dates else ""
 
 
 def now() -> str:
@@ -216,7 +217,7 @@ def _changed_settings(
 
     Paths in the workdir are the same if it was called otherwise, as when it has moved.
     """
-    begun, root = _read(folder / (DONE if is_done(folder) else SESSIONS)), folder.parent
+    begun, root = _begun(folder), folder.parent
 
     def relative(settings: Record, root: str) -> Record:
         beginning = json.dumps(f"{root}/")[:-1]
@@ -271,6 +272,11 @@ def _inputs(folder: Path, values: Record) -> dict[str, str]:
     others = {*read} - {folder.name}
     done = {name: _read(folder.with_name(name) / DONE) for name in others}
     return {name: x["finished"] for name, x in done.items() if x.get("finished")}
+
+
+def _begun(folder: Path) -> Record:
+    """What is kept of a stage: `done.json`, or `sessions.json` until that is there."""
+    return _read(folder / DONE) or _read(folder / SESSIONS)
 
 
 def _read(file: Path) -> Record:

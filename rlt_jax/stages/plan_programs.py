@@ -199,8 +199,7 @@ def _rollout(
     filled = forward_flops(c, layout.shards * size, lengths.prompt / 2, 0)
     decoded = forward_flops(c, tokens / runs, context, tokens / runs)
     attention = decoded - forward_flops(c, tokens / runs, 0, tokens / runs)
-    loops, resident = (steps,), params
-    decode = draw, resident, runs, decoded, loops, attention, read
+    decode = draw, params, runs, decoded, (steps,), attention, read
     return [
         Program("weights", engine.to_decode, (params,)),
         Program("prefill", engine.prefill, fill, params, parts, filled),

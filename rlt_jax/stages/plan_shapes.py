@@ -39,7 +39,7 @@ class Lengths(NamedTuple):
     p95: float = 0
 
     @property
-    def sequence(self) -> int:
+    def sequence(self) -> float:
         """Tokens of a prompt with its completion."""
         return self.prompt + self.completion
 
@@ -53,7 +53,8 @@ class Lengths(NamedTuple):
         Raises:
           UserError: there is no such distribution.
         """
-        spread, z = 0.0, statistics.NormalDist().inv_cdf(0.95)
+        normal = statistics.NormalDist()
+        spread, z = 0.0, normal.inv_cdf(0.95)
         if self.p95:
             square = z**2 - 2 * math.log(self.p95 / self.completion)
             if not 0 <= square <= z**2:
@@ -64,7 +65,6 @@ class Lengths(NamedTuple):
                 )
             spread = z - math.sqrt(square)
         middle = math.log(self.completion) - spread**2 / 2
-        normal = statistics.NormalDist()
         order = np.random.default_rng(0).permutation(count)
         levels = [normal.inv_cdf((n + 0.5) / count) for n in order]
         return np.exp(middle + spread * np.array(levels)).clip(1, limit).round()

@@ -9,9 +9,8 @@ import jax
 
 from rlt_jax.errors import LOG
 
-CUDA_13_DRIVER = (
-    580  # the first driver for CUDA 13; docs.nvidia.com/deploy/cuda-compatibility
-)
+# The first driver for CUDA 13; docs.nvidia.com/deploy/cuda-compatibility
+CUDA_13_DRIVER = 580
 # Set on Cloud TPU, GKE and Colab.
 TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "COLAB_TPU_ADDR")
 _QUERY = ["--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -41,7 +40,7 @@ def unused(devices: Path = Path("/dev")) -> str:
         return ""
     return (
         f"this machine has {what}, but JAX {jax.__version__} uses the CPU: install "
-        f"'rlt_jax[{extra}]' (docs/machines.md), or set JAX_PLATFORMS=cpu."
+        f"'rlt_jax[{extra}]', or set JAX_PLATFORMS=cpu."
     )
 
 
